@@ -1,0 +1,655 @@
+"""Settings: the only place that knows keys, types, ranges and defaults.
+
+A study is a YAML file. `load_study` merges it, lets experiments inherit, validates everything at once
+and returns typed objects; nothing else in the project reads YAML settings. It imports neither torch nor
+any other heavy package, because planning the DAG on a login node calls it.
+
+What it deliberately does not know: how a stage uses its settings, and where data comes from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from aps.errors import UserError
+
+PACKAGE = Path(__file__).parent
+STAGES = ("pretrain", "finetune", "linear_probe", "knn", "detection")
+Stage = Literal["pretrain", "finetune", "linear_probe", "knn", "detection"]
+
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Names registered elsewhere, read without importing anything heavy.
+
+
+def arch_names() -> list[str]:
+    from aps.models.archs import ARCHS
+
+    return sorted(ARCHS)
+
+
+def strategy_names() -> list[str]:
+    """Strategies registered in aps/sampling.py, read as text because importing it would import torch."""
+    source = (PACKAGE / "sampling.py").read_text()
+    return sorted(re.findall(r'^@strategy\("(\w+)"\)', source, re.MULTILINE))
+
+
+def engine_names() -> list[str]:
+    """Detection engines: the files of aps/detection/engines."""
+    return sorted(p.stem for p in (PACKAGE / "detection" / "engines").glob("[a-z]*.py"))
+
+
+def dataset_names(kind: Literal["classification", "detection"]) -> list[str]:
+    from aps.data import REGISTRY
+
+    return sorted(name for name, entry in REGISTRY.items() if entry.kind == kind)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+
+
+class Section(BaseModel):
+    """Base of every block of settings: unknown keys are errors, values are not silently converted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# What an experiment computes. A change here changes results, so it reruns the stages that depend on it.
+
+
+class DatasetSettings(Section):
+    """Which images, and how they are normalized in every stage."""
+
+    name: str
+    train_limit: Positive | None = None  # first n images of a seeded shuffle of train; None: all
+    statistics: Literal["measured", "published"] = "measured"  # both are in the manifest
+
+
+class EncoderSettings(Section):
+    """The Vision Transformer (method.md, Model). `arch` names a row of `aps.models.archs.ARCHS`."""
+
+    arch: str = "tiny"
+    image_size: Positive = 32
+    patch_size: Positive = 2
+    dim: Positive | None = None  # override the width, depth, heads of `arch`
+    depth: Positive | None = None
+    heads: Positive | None = None
+    mlp_ratio: PositiveFloat = 4.0
+    qkv_bias: bool = False
+    layer_norm_eps: PositiveFloat = 1e-5
+    # pretrain: this experiment's own; random: the floor; experiment:NAME, timm:NAME or a .safetensors file
+    weights: str = "pretrain"
+
+    @property
+    def grid(self) -> int:
+        """G, cells along a side."""
+        return self.image_size // self.patch_size
+
+    @model_validator(mode="after")
+    def _check(self) -> EncoderSettings:
+        archs = arch_names()
+        if self.arch not in archs:
+            raise ValueError(f"arch '{self.arch}' is unknown; {_nearest(self.arch, archs)}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if not re.fullmatch(r"pretrain|random|experiment:[\w.-]+|timm:[\w.-]+|.*\.safetensors", self.weights):
+            raise ValueError(
+                f"weights '{self.weights}' is not one of pretrain, random, experiment:NAME, timm:NAME, FILE.safetensors"
+            )
+        return self
+
+
+class ViewSettings(Section):
+    """Augmentation of one view (method.md, Views)."""
+
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.15, 1.0)
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    flip: Probability = 0.5
+    color_jitter: tuple[NonNegative, NonNegative, NonNegative, Annotated[float, Field(ge=0, le=0.5)]] = (
+        0.4,
+        0.4,
+        0.4,
+        0.1,
+    )
+    color_jitter_prob: Probability = 0.8
+    grayscale: Probability = 0.2
+    blur: tuple[Probability, Probability] = (0.0, 0.0)  # probability for view 1 and view 2 (MoCo v3: 1.0, 0.1)
+    solarize: tuple[Probability, Probability] = (0.0, 0.0)  # likewise (MoCo v3: 0.0, 0.2)
+
+    @model_validator(mode="after")
+    def _check(self) -> ViewSettings:
+        for key in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, key)
+            if low > high:
+                raise ValueError(f"{key} must be [low, high] with low <= high, not [{low}, {high}]")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale is a share of the image's area: {self.crop_scale[1]} is above 1")
+        return self
+
+
+class SamplingSettings(Section):
+    """Which patches of each view the encoder sees (method.md, Sampling)."""
+
+    strategy: str = "asymmetric"
+    ratio: Annotated[float, Field(gt=0, le=1)] = 0.25  # r
+    samplings: Positive = 4  # T
+    gamma: NonNegative = 3.0
+    flip_aware: bool = True
+
+    @field_validator("strategy")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in (names := strategy_names()):
+            raise ValueError(f"strategy '{value}' is unknown; {_nearest(value, names)}")
+        return value
+
+
+class PretrainSettings(Section):
+    epochs: Positive = 1600
+    batch_size: Positive = 512  # B, over all processes
+    lr: PositiveFloat = 1e-3  # of a batch of 256; the optimizer gets lr * B / 256
+    warmup_epochs: Natural = 20
+    schedule: Literal["release", "cosine"] = "release"  # release: min((e+1)/warmup, (1+cos(pi*e/E))/2), per epoch
+    weight_decay: NonNegative = 0.05
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    temperature: PositiveFloat = 0.1  # tau
+    projector: tuple[Positive, Positive, Positive] = (512, 512, 128)
+    predictor: tuple[Positive, Positive, Positive] = (512, 512, 128)
+    precision: Precision = "auto"
+    accumulate: Positive = 1  # micro-batches an optimizer step
+    activation_checkpointing: bool = False
+    compile: bool = False
+    knn_every: Natural = 0  # epochs between kNN readings on held-out train images; 0: never
+
+
+class FinetuneSettings(Section):
+    """Finetuning (method.md, Finetuning recipe)."""
+
+    epochs: Positive = 100
+    batch_size: Positive = 128
+    lr: PositiveFloat = 2e-3  # of a batch of 512; the optimizer gets lr * B / 512
+    min_lr: NonNegative = 1e-5
+    warmup_epochs: Natural = 5
+    warmup_lr: NonNegative = 1e-6
+    weight_decay: NonNegative = 0.05
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    drop_path: Probability = 0.1
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"  # timm's notation
+    crop: Literal["pad", "resized"] = "pad"  # pad 4 and crop, or random resized crop
+    flip: Probability = 0.5
+    color_jitter: NonNegative = 0.4  # used where rand_augment is null, as in timm
+    erasing: Probability = 0.25
+    mixup: NonNegative = 0.8
+    cutmix: NonNegative = 1.0
+    mixup_switch: Probability = 0.5
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.99996  # 0: no EMA model
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of train kept to pick a best epoch; 0: the last epoch
+    precision: Precision = "auto"
+    compile: bool = False
+
+
+class LinearProbeSettings(Section):
+    """Linear probing (method.md, Linear probe and kNN): all learning rates are heads trained in one pass."""
+
+    epochs: Positive = 100
+    batch_size: Positive = 256
+    lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+    momentum: Probability = 0.9
+    batch_norm: bool = False  # MAE's BatchNorm without affine before the head
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
+    flip: Probability = 0.5
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1  # share of train on which the learning rate is picked
+    precision: Precision = "auto"
+
+
+class KnnSettings(Section):
+    k: Annotated[tuple[Positive, ...], Field(min_length=1)] = (10, 20, 100, 200)
+    temperature: PositiveFloat = 0.07
+    precision: Precision = "auto"
+
+
+class DetectionSettings(Section):
+    """COCO transfer: Mask R-CNN on the encoder with a simple feature pyramid (ViTDet, arXiv 2203.16527)."""
+
+    engine: str = "torchvision"  # a file of aps/detection/engines
+    dataset: str = "digits_coco"
+    image_size: Positive = 1024
+    iterations: Positive = 184375
+    batch_size: Positive = 64
+    lr: PositiveFloat = 1e-4
+    weight_decay: NonNegative = 0.1
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.7
+    warmup_iterations: Natural = 250
+    lr_drops: tuple[Probability, ...] = (163889 / 184375, 177546 / 184375)  # as shares of the schedule
+    drop_path: Probability = 0.1
+    window: Natural = 14  # 0: global attention in every block
+    global_blocks: tuple[Natural, ...] = (2, 5, 8, 11)
+    relative_position: bool = True
+    pyramid_dim: Positive = 256
+    jitter_scale: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)  # large-scale jitter
+    flip: Probability = 0.5
+    precision: Precision = "auto"
+    evaluate_every: Natural = 0  # iterations; 0: only at the end
+
+
+class ExperimentSettings(Section):
+    """One named experiment with every stage's settings."""
+
+    inherits: str | None = None
+    description: str = ""
+    seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)
+    stages: tuple[Stage, ...] = ("pretrain", "finetune", "linear_probe", "knn")
+    published: str | None = None  # an entry of config/published.yaml that this experiment repeats
+    dataset: DatasetSettings
+    encoder: EncoderSettings = EncoderSettings()
+    views: ViewSettings = ViewSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    linear_probe: LinearProbeSettings = LinearProbeSettings()
+    knn: KnnSettings = KnnSettings()
+    detection: DetectionSettings = DetectionSettings()
+    resources: dict[Literal["data", "pretrain", "finetune", "linear_probe", "knn", "detection"], ResourceSettings] = {}
+
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _name_only(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> ExperimentSettings:
+        cells = self.encoder.grid**2
+        kept = int(cells * self.sampling.ratio)
+        if kept < 1:
+            raise ValueError(f"sampling.ratio {self.sampling.ratio} of {cells} cells keeps none; raise it")
+        if self.sampling.strategy != "full" and self.sampling.samplings * kept > cells:
+            raise ValueError(
+                f"sampling.samplings {self.sampling.samplings} x {kept} kept cells exceed the {cells} cells of a view; "
+                "lower sampling.samplings or sampling.ratio"
+            )
+        if "pretrain" in self.stages and self.encoder.weights != "pretrain":
+            raise ValueError(
+                f"encoder.weights is '{self.encoder.weights}' but stages lists pretrain; "
+                "remove pretrain from stages or set encoder.weights: pretrain"
+            )
+        return self
+
+
+# --------------------------------------------------------------------------------------------------
+# How it is run. A change here never reruns anything.
+
+
+class ResourceSettings(Section):
+    """What a stage asks the cluster for; keys of Snakemake's resources. None: the executor's default."""
+
+    gpus: Natural | None = None  # over all nodes; one process a GPU
+    nodes: Positive | None = None
+    processes: Positive | None = None  # processes without GPUs (gloo)
+    gpu_model: str | None = None
+    cpus_per_gpu: Positive | None = None
+    threads: Positive | None = None
+    mem_mb: Positive | None = None
+    runtime: Positive | None = None  # minutes
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    retries: Natural | None = None
+    workers: Natural | None = None  # decoding workers a process
+    checkpoint_minutes: PositiveFloat | None = None
+
+
+class SourceSettings(Section):
+    """Where a dataset comes from: a folder with its archives or unpacked files; None: download."""
+
+    path: str | None = None
+    download: bool = True
+
+
+class StudySettings(Section):
+    """A whole YAML file."""
+
+    study: str = "study"
+    include: tuple[str, ...] = ()
+    results: str = "results"
+    tracking_uri: str | None = None  # None: MLFLOW_TRACKING_URI, else sqlite under results/
+    sources: dict[str, SourceSettings] = {}
+    resources: dict[
+        Literal["default", "data", "pretrain", "finetune", "linear_probe", "knn", "detection", "report"],
+        ResourceSettings,
+    ] = {}
+    defaults: dict[str, Any] = {}  # laid under every experiment
+    experiments: dict[str, ExperimentSettings]
+
+
+ExperimentSettings.model_rebuild()
+
+
+# --------------------------------------------------------------------------------------------------
+# One stage's settings: what a rule passes to a verb.
+
+# The blocks a stage's result depends on; Snakemake reruns a stage when one of them changes.
+STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
+    "pretrain": ("dataset", "encoder", "views", "sampling", "pretrain"),
+    "finetune": ("dataset", "encoder", "finetune"),
+    "linear_probe": ("dataset", "encoder", "linear_probe"),
+    "knn": ("dataset", "encoder", "knn"),
+    "detection": ("encoder", "detection"),
+}
+
+
+class StageSettings(Section):
+    """Everything one run of one stage depends on. Blocks outside STAGE_SECTIONS[stage] keep their defaults."""
+
+    stage: Stage
+    experiment: str
+    seed: Natural
+    upstream: str | None = None  # digest of the pretraining it starts from, so that it reruns with it
+    dataset: DatasetSettings = DatasetSettings(name="")
+    encoder: EncoderSettings = EncoderSettings()
+    views: ViewSettings = ViewSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    linear_probe: LinearProbeSettings = LinearProbeSettings()
+    knn: KnnSettings = KnnSettings()
+    detection: DetectionSettings = DetectionSettings()
+
+    def relevant(self) -> dict[str, Any]:
+        """The blocks that count, as plain data with every default filled in."""
+        keep = {"stage", "experiment", "seed", "upstream", *STAGE_SECTIONS[self.stage]}
+        return self.model_dump(mode="json", include=keep)
+
+    def to_json(self) -> str:
+        return json.dumps(self.relevant(), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits over all that determines the result; the experiment's name does not."""
+        content = {k: v for k, v in self.relevant().items() if k != "experiment"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_json(cls, text: str) -> StageSettings:
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise UserError(_sentence("--settings", "", error, cls)) from None
+
+
+# --------------------------------------------------------------------------------------------------
+# A study, loaded and validated.
+
+
+class Study(StudySettings):
+    """A validated study and the answers the workflow asks of it."""
+
+    def stage_settings(self, experiment: str, seed: int, stage: str) -> StageSettings:
+        """Raises UserError where the study has no such experiment, seed or stage."""
+        chosen = self.experiment(experiment)
+        if stage not in chosen.stages:
+            raise UserError(f"experiment '{experiment}' has no stage {stage}; its stages are {', '.join(chosen.stages)}")
+        if seed not in chosen.seeds:
+            raise UserError(f"experiment '{experiment}' has no seed {seed}; its seeds are {list(chosen.seeds)}")
+        sections = {name: getattr(chosen, name) for name in STAGE_SECTIONS[stage]}
+        if stage == "detection":
+            sections["dataset"] = DatasetSettings(name=chosen.detection.dataset)
+        source = self.pretrain_source(experiment) if stage != "pretrain" else None
+        upstream = self.stage_settings(source, seed, "pretrain").digest if source else None
+        return StageSettings(stage=stage, experiment=experiment, seed=seed, upstream=upstream, **sections)  # type: ignore[arg-type]
+
+    def experiment(self, name: str) -> ExperimentSettings:
+        if name not in self.experiments:
+            raise UserError(f"study '{self.study}' has no experiment '{name}'; {_nearest(name, sorted(self.experiments))}")
+        return self.experiments[name]
+
+    def pretrain_source(self, experiment: str) -> str | None:
+        """The experiment whose pretraining `experiment` starts from, if any."""
+        weights = self.experiments[experiment].encoder.weights
+        if weights == "pretrain":
+            return experiment
+        return weights.removeprefix("experiment:") if weights.startswith("experiment:") else None
+
+    def jobs(self) -> list[tuple[str, int, str]]:
+        """Every (experiment, seed, stage) of the study."""
+        return [(name, seed, stage) for name, e in self.experiments.items() for seed in e.seeds for stage in e.stages]
+
+    def datasets(self) -> list[str]:
+        """Every dataset that some stage reads."""
+        names = {e.dataset.name for e in self.experiments.values() if set(e.stages) - {"detection"}}
+        names |= {e.detection.dataset for e in self.experiments.values() if "detection" in e.stages}
+        return sorted(names)
+
+    def stage_resources(self, stage: str, experiment: str | None = None) -> ResourceSettings:
+        """Defaults, then the study's for this stage, then the experiment's."""
+        layers = [self.resources.get("default"), self.resources.get(stage)]  # type: ignore[call-overload]
+        if experiment is not None:
+            layers.append(self.experiments[experiment].resources.get(stage))  # type: ignore[call-overload]
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            merged |= layer.model_dump(exclude_none=True) if layer else {}
+        return ResourceSettings(**merged)
+
+
+RESERVED_NAMES = ("data", "report", "mlflow", "checkpoints", "logs", "benchmarks")
+
+
+def load_study(files: list[str | Path], overrides: dict[str, Any] | None = None) -> Study:
+    """Read, merge and validate a study.
+
+    Args:
+        files: YAML files, later ones laid over earlier ones.
+        overrides: settings laid over all of them (`--set`, or what Snakemake was given by `--config`).
+
+    Raises:
+        UserError: a file is missing or not YAML, a key is unknown, a value has the wrong type or range.
+    """
+    raw: dict[str, Any] = {}
+    for file in files:
+        raw = _merge(raw, _read(Path(file)))
+    raw = _merge(raw, overrides or {})
+    return _validate(raw, ", ".join(str(f) for f in files) or "settings")
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """`a.b=value` pairs as nested settings; values are read as YAML."""
+    result: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {pair}: write KEY=VALUE, for example --set defaults.pretrain.epochs=10")
+        nested: Any = yaml.safe_load(text)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        result = _merge(result, nested)
+    return result
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Plain YAML, but a key given twice in one block is an error instead of a silent override."""
+
+
+def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if key in seen and key != "<<":
+            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+        seen.add(key)
+    loader.flatten_mapping(node)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+# YAML 1.1 reads 1e-3 as text; researchers write it, so read it as the number it is.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read(file: Path, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One YAML file with its includes (relative to it) laid under it."""
+    if file.resolve() in parents:
+        raise UserError(f"{file}: includes itself through {' -> '.join(str(p) for p in parents)}; remove one include")
+    try:
+        text = file.read_text()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); give an existing YAML file") from None
+    try:
+        content = yaml.load(text, Loader=_UniqueKeyLoader) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: a study is a block of keys (study, defaults, experiments), not a {type(content).__name__}")
+    merged: dict[str, Any] = {}
+    for name in content.pop("include", None) or ():
+        merged = _merge(merged, _own_defaults(_read(file.parent / name, (*parents, file.resolve()))))
+    return _merge(merged, content)
+
+
+def _own_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    """Lay an included study's defaults under its own experiments, so that they don't reach its neighbours."""
+    defaults = raw.pop("defaults", {})
+    experiments = raw.get("experiments", {})
+    for name, own in experiments.items():
+        if isinstance(own, dict) and "inherits" not in own:
+            experiments[name] = _merge(defaults, own)
+    raw.pop("study", None)
+    return raw
+
+
+def _merge(below: Any, above: Any) -> Any:
+    """Blocks merge key by key; everything else is replaced."""
+    if isinstance(below, dict) and isinstance(above, dict):
+        merged = dict(below)
+        for key, value in above.items():
+            merged[key] = _merge(below[key], value) if key in below else value
+        return merged
+    return above
+
+
+def _inherit(name: str, experiments: dict[str, Any], defaults: dict[str, Any], where: str, chain: tuple[str, ...] = ()) -> Any:
+    own = experiments[name] if experiments[name] is not None else {}
+    if not isinstance(own, dict):
+        raise UserError(f"{where}: experiment '{name}': must be a block of settings, not {own!r}")
+    parent = own.get("inherits")
+    if parent is None:
+        return _merge(defaults, own)
+    if parent not in experiments:
+        raise UserError(f"{where}: experiment '{name}': inherits '{parent}', which does not exist; {_nearest(str(parent), list(experiments))}")
+    if parent in (*chain, name):
+        raise UserError(f"{where}: experiment '{name}': inherits itself through {' -> '.join((*chain, name, parent))}")
+    base = _inherit(parent, experiments, defaults, where, (*chain, name))
+    base = {key: value for key, value in base.items() if key not in ("inherits", "description", "published")}
+    return _merge(base, own)
+
+
+def _validate(raw: dict[str, Any], where: str) -> Study:
+    experiments = raw.get("experiments")
+    if not isinstance(experiments, dict) or not experiments:
+        raise UserError(f"{where}: no experiments; add an 'experiments:' block with at least one")
+    for name in experiments:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", str(name)) or name in RESERVED_NAMES:
+            raise UserError(f"{where}: experiment name '{name}' can't be used as a folder; use letters, digits, _ . - and none of {', '.join(RESERVED_NAMES)}")
+    defaults = raw.get("defaults") or {}
+    resolved = {}
+    for name in experiments:
+        merged = _inherit(name, experiments, defaults, where)
+        try:
+            resolved[name] = ExperimentSettings.model_validate(merged)
+        except ValidationError as error:
+            raise UserError(_sentence(where, f"experiment '{name}': ", error, ExperimentSettings)) from None
+    try:
+        study = Study.model_validate({**raw, "experiments": resolved})
+    except ValidationError as error:
+        raise UserError(_sentence(where, "", error, StudySettings)) from None
+    _check_references(study, where)
+    return study
+
+
+def _check_references(study: Study, where: str) -> None:
+    """What one experiment alone can't know: datasets, engines and other experiments it names."""
+    for name, e in study.experiments.items():
+        prefix = f"{where}: experiment '{name}':"
+        if set(e.stages) - {"detection"} and e.dataset.name not in (known := dataset_names("classification")):
+            raise UserError(f"{prefix} dataset '{e.dataset.name}' is unknown; {_nearest(e.dataset.name, known)}")
+        if "detection" in e.stages:
+            if e.detection.dataset not in (known := dataset_names("detection")):
+                raise UserError(f"{prefix} detection.dataset '{e.detection.dataset}' is unknown; {_nearest(e.detection.dataset, known)}")
+            if e.detection.engine not in (known := engine_names()):
+                raise UserError(f"{prefix} detection.engine '{e.detection.engine}' is unknown; {_nearest(e.detection.engine, known)}")
+        source = study.pretrain_source(name)
+        if source is None:
+            continue
+        if source not in study.experiments:
+            raise UserError(f"{prefix} encoder.weights names experiment '{source}', which does not exist; {_nearest(source, sorted(study.experiments))}")
+        other = study.experiments[source]
+        if "pretrain" not in other.stages:
+            raise UserError(f"{prefix} takes its encoder from '{source}', whose stages lack pretrain; add it, or set encoder.weights: random")
+        if missing := sorted(set(e.seeds) - set(other.seeds)):
+            raise UserError(f"{prefix} seeds {missing} are not among the seeds {list(other.seeds)} of '{source}', whose encoder it takes")
+        shape = ("arch", "dim", "depth", "heads", "patch_size", "qkv_bias", "mlp_ratio")
+        if different := [key for key in shape if getattr(e.encoder, key) != getattr(other.encoder, key)]:
+            raise UserError(f"{prefix} encoder.{different[0]} differs from that of '{source}', whose weights it takes; set them alike")
+
+
+def _sentence(where: str, prefix: str, error: ValidationError, model: type[BaseModel]) -> str:
+    """The first error of a validation as one sentence: where, key, value, what is allowed."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{where}: {prefix}unknown key '{key}'; {_nearest_key(path, model)}{more}"
+    if first["type"] == "missing":
+        return f"{where}: {prefix}'{key}' is missing; add it{more}"
+    message = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should")
+    if first["type"] == "value_error":
+        return f"{where}: {prefix}{key + ': ' if key else ''}{message}{more}"
+    return f"{where}: {prefix}{key} = {first['input']!r}: {message}{more}"
+
+
+def _nearest_key(path: list[str], model: type[BaseModel]) -> str:
+    """Nearest known key at the same place, else the same key in another block."""
+    fields = _fields_at(path[:-1], model)
+    if close := difflib.get_close_matches(path[-1], fields, n=1, cutoff=0.6):
+        return f"did you mean '{'.'.join([*path[:-1], close[0]])}'?"
+    for name, block in _blocks(model).items():
+        if path[-1] in block.model_fields:
+            return f"did you mean '{name}.{path[-1]}'?"
+    return f"known keys: {', '.join(fields)}"
+
+
+def _fields_at(path: list[str], model: type[BaseModel]) -> list[str]:
+    for part in path:
+        if part in model.model_fields:
+            model = _blocks(model).get(part, ResourceSettings if part == "resources" else model)
+    return list(model.model_fields)
+
+
+def _blocks(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    blocks = {}
+    for name, field in model.model_fields.items():
+        for candidate in (field.annotation, *get_args(field.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                blocks[name] = candidate
+    return blocks

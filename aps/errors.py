@@ -1,0 +1,9 @@
+"""The one exception that means "the user can fix this"."""
+
+
+class UserError(Exception):
+    """A mistake or missing piece outside the code.
+
+    Its message is one sentence that says what is wrong, where (file, key, value) and what to do.
+    The command line prints it without a traceback and exits with status 2.
+    """

@@ -1,0 +1,1 @@
+"""The encoder, its heads, and reading and writing their weights."""

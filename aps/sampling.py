@@ -1,0 +1,3 @@
+@strategy("asymmetric")
+@strategy("random")
+@strategy("full")
