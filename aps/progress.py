@@ -1,0 +1,63 @@
+"""Progress of a long step: a bar on a terminal, a line every few seconds anywhere else (logs, Snakemake, Slurm).
+
+Bars redraw themselves with carriage returns, which makes a log file unreadable and mixes up two jobs on one screen.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+LINE_SECONDS = 10.0
+
+
+class Progress:
+    """Counts `total` units of `unit`; `items` is how many images one unit stands for, for the rate."""
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0, shown: bool = True) -> None:
+        self.label, self.total, self.unit, self.done = label, total, unit, done
+        self.shown = shown
+        self._first, self._start, self._items = done, time.monotonic(), 0
+        self._last_line = self._start - LINE_SECONDS + 2  # the first line comes after two seconds
+        self._bar = (
+            tqdm(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True)
+            if shown and sys.stderr.isatty()
+            else None
+        )
+
+    def update(self, steps: int = 1, items: int = 0, note: str = "") -> None:
+        self.done += steps
+        self._items += items
+        if not self.shown:
+            return
+        rate = f"{self.rate:,.0f} images/s" if self._items else ""
+        if self._bar is not None:
+            self._bar.set_postfix_str("  ".join(x for x in (rate, note) if x), refresh=False)
+            self._bar.update(steps)
+        elif time.monotonic() - self._last_line >= LINE_SECONDS or self.done >= self.total:
+            self._last_line = time.monotonic()
+            share = 100 * self.done / max(1, self.total)
+            left = (self.total - self.done) * (time.monotonic() - self._start) / max(1, self.done - self._first)
+            parts = (f"{share:3.0f}%", f"{self.done}/{self.total} {self.unit}", rate, note, f"{_clock(left)} left")
+            print(f"{self.label}: " + "  ".join(x for x in parts if x), file=sys.stderr, flush=True)
+
+    @property
+    def rate(self) -> float:
+        """Images a second since the start."""
+        return self._items / max(1e-9, time.monotonic() - self._start)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,1 @@
+"""The stages that train or evaluate an encoder, and what they share."""
