@@ -1,6 +1,15 @@
-"""Datasets by name. A new dataset is one file here and one row of REGISTRY.
+"""Datasets by name. A new dataset is one file here and one row of REGISTRY (docs/datasets.md shows one).
 
-This file imports nothing heavy: planning reads the registry. `open_dataset` imports the rest.
+The contract of a dataset's module is one function:
+
+    def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest
+
+It gets the images (from `source.path`, else by download where `source.download` allows one), verifies them, writes what
+loaders need under `folder` and returns the manifest, which `aps.data.prepare` writes last: a manifest that exists is a
+prepared dataset. It must be safe to kill and call again, finding its own finished work by itself. Helpers:
+`arrays.store` for small images held in memory, `trees.describe` for folders of image files, `fetch` for archives.
+
+This file imports nothing heavy: planning reads the registry.
 """
 
 from typing import Literal, NamedTuple

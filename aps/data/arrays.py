@@ -1,0 +1,84 @@
+"""Datasets small enough to live in memory: one safetensors file a split.
+
+Images are stored as the publisher has them (grayscale with one channel); `load` repeats a single channel to three.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from aps.config import SourceSettings
+from aps.data.manifest import (
+    ChannelStatistics,
+    Manifest,
+    Split,
+    Statistics,
+    content_digest,
+    with_sizes,
+    write_atomic,
+)
+from aps.data.statistics import Accumulator
+
+
+def store(
+    folder: Path,
+    name: str,
+    splits: dict[str, tuple[np.ndarray, np.ndarray]],
+    classes: tuple[str, ...],
+    origin: str,
+    source: SourceSettings,
+    published: ChannelStatistics | None = None,
+) -> Manifest:
+    """Write the splits and describe them.
+
+    Args:
+        folder: the dataset's folder under results/data.
+        splits: train and test, each images uint8 (M, C, H, W) with C 1 or 3, and labels (M,) in [0, len(classes)).
+        published: the constants that a published recipe normalizes with, if any.
+    """
+    written, contents = {}, []
+    for split, (pixels, targets) in splits.items():
+        images = torch.from_numpy(np.ascontiguousarray(pixels))
+        labels = torch.from_numpy(np.ascontiguousarray(targets).astype(np.int64))
+        _check(name, split, images, labels, len(classes))
+        file = f"{split}.safetensors"
+        write_atomic(folder / file, save({"images": images, "labels": labels}))
+        written[split] = Split(count=len(labels), tensors=file)
+        contents += [
+            split,
+            list(images.shape),
+            memoryview(images.numpy()).cast("B"),
+            memoryview(labels.numpy()).cast("B"),
+        ]
+    train = torch.from_numpy(np.ascontiguousarray(splits["train"][0]))
+    statistics = Accumulator()
+    for chunk in train.split(4096):
+        statistics.add(chunk)
+    manifest = Manifest(
+        name=name,
+        kind="classification",
+        classes=classes,
+        image_size=(train.shape[2], train.shape[3]),
+        splits=written,
+        statistics=Statistics(
+            measured=statistics.result(f"all pixels of the {len(train)} train images"), published=published
+        ),
+        digest=content_digest(list(classes), *contents),
+        digest_of="class names, pixels and labels",
+        origin=origin,
+        source=source.path,
+    )
+    return with_sizes(manifest, folder)
+
+
+def _check(name: str, split: str, images: Tensor, labels: Tensor, classes: int) -> None:
+    """A parser that hands over anything else is broken, so this is no UserError."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) != len(labels):
+        raise ValueError(f"{name} {split}: images {images.dtype} {tuple(images.shape)}, labels {tuple(labels.shape)}")
+    if not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise ValueError(f"{name} {split}: labels outside 0..{classes - 1}")

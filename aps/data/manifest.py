@@ -1,0 +1,178 @@
+"""The manifest: the one file that says what a prepared dataset is, and the only thing loaders read.
+
+Peculiar: paths in it are relative to its folder, except those of files used in place, so a results folder can be
+moved; and its digest covers contents, never paths, so the same images prepared elsewhere have the same digest.
+It deliberately does not know how any dataset is obtained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from aps.errors import UserError
+
+RGB = tuple[float, float, float]
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ChannelStatistics(_Block):
+    """Mean and standard deviation of each channel, in [0, 1] units."""
+
+    mean: RGB
+    std: RGB
+    over: str  # what was averaged, or who published the constants
+
+
+class Statistics(_Block):
+    measured: ChannelStatistics | None  # over train; None where nothing normalizes with it (detection)
+    published: ChannelStatistics | None = None
+
+
+class Split(_Block):
+    """Where a split lies. Paths are relative to the manifest's folder, or absolute."""
+
+    count: int
+    tensors: str | None = None  # safetensors: images uint8 (M, C, H, W), labels int64 (M,)
+    images: str | None = None  # folder of image files
+    index: str | None = None  # text file, a line an image: path under `images`, tab, label
+    annotations: str | None = None  # COCO json
+
+
+class Manifest(_Block):
+    """A prepared dataset."""
+
+    name: str
+    kind: Literal["classification", "detection"]
+    classes: tuple[str, ...]
+    image_size: tuple[int, int] | None  # height, width; None where images differ
+    splits: dict[str, Split]  # classification: train, test; detection: train, val
+    statistics: Statistics
+    digest: str  # sha256 of what `digest_of` names
+    digest_of: str
+    origin: str  # where the images came from, for people
+    source: str | None = None  # the sources.NAME.path it was prepared from
+    sizes: dict[str, int] = {}  # bytes of the files it names, for quick verification
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Raises UserError where the manifest is missing, broken or of another version."""
+        path = Path(path)
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            name = path.parent.name
+            raise UserError(f"{path}: no manifest, so dataset '{name}' is not prepared; {prepare_it(name)}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(str(part) for part in problem["loc"]) or "file"
+            raise UserError(
+                f"{path}: not a manifest of this version ({key}: {problem['msg']}); delete it and "
+                f"{prepare_it(path.parent.name)}"
+            ) from None
+
+    def write(self, path: Path) -> None:
+        """Atomically: readers see the whole manifest or none."""
+        write_atomic(path, (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode())
+
+    def normalization(self, which: Literal["measured", "published"] = "measured") -> tuple[RGB, RGB]:
+        """(mean, std) in [0, 1] units. Raises UserError where the dataset has no such constants."""
+        chosen = getattr(self.statistics, which)
+        if chosen is None:
+            raise UserError(
+                f"dataset '{self.name}' has no {which} channel statistics; set dataset.statistics: "
+                f"{'measured' if which == 'published' else 'published'}"
+            )
+        return chosen.mean, chosen.std
+
+    def problem(self, folder: Path) -> str | None:
+        """What a quick look finds missing or changed (sizes, and 256 image files of each split), else None."""
+        for file, size in self.sizes.items():
+            try:
+                found = (folder / file).stat().st_size
+            except OSError:
+                return f"{folder / file} is missing"
+            if found != size:
+                return f"{folder / file} has {found} bytes instead of {size}"
+        for split in self.splits.values():
+            if split.images is None:
+                continue
+            if not (folder / split.images).is_dir():
+                return f"{folder / split.images} is missing"
+            if split.index is not None:
+                names, _ = read_index(folder / split.index)
+                for name in names[:: max(1, len(names) // 256)]:
+                    if not (folder / split.images / name).is_file():
+                        return f"{folder / split.images / name} is missing"
+        return None
+
+
+def prepare_it(name: str) -> str:
+    return f"prepare it by `python -m aps data {name}`"
+
+
+def with_sizes(manifest: Manifest, folder: Path) -> Manifest:
+    """The manifest with the bytes of every file it names filled in."""
+    sizes = {}
+    for split in manifest.splits.values():
+        for file in (split.tensors, split.index, split.annotations):
+            if file is not None:
+                sizes[file] = (folder / file).stat().st_size
+    return manifest.model_copy(update={"sizes": sizes})
+
+
+def read_index(path: Path) -> tuple[list[str], list[int]]:
+    """Names under the split's image folder and labels, a line each."""
+    names, labels = [], []
+    for line in path.read_text(encoding="utf-8", errors="surrogateescape").split("\n"):
+        if line:
+            name, _, label = line.rpartition("\t")
+            names.append(name)
+            labels.append(int(label))
+    return names, labels
+
+
+def write_index(path: Path, names: list[str], labels: list[int]) -> None:
+    """Raises UserError for a file name with a line break or tab, which the index can't hold."""
+    if broken := next((name for name in names if "\n" in name or "\t" in name), None):
+        raise UserError(f"image {broken!r}: its name holds a tab or line break; rename it")
+    text = "".join(f"{name}\t{label}\n" for name, label in zip(names, labels, strict=True))
+    write_atomic(path, text.encode("utf-8", errors="surrogateescape"))
+
+
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
+    """Written beside its place, flushed to disk, then renamed: killed anywhere, `path` is whole or as before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def file_digest(path: Path, algorithm: str = "sha256") -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def content_digest(*parts: Any) -> str:
+    """sha256 over parts in order: bytes-like ones as they are, others as JSON, each preceded by its length."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part if isinstance(part, bytes | memoryview) else json.dumps(part, sort_keys=True).encode()
+        digest.update(
+            len(content).to_bytes(8, "little") if isinstance(content, bytes) else content.nbytes.to_bytes(8, "little")
+        )
+        digest.update(content)
+    return digest.hexdigest()
