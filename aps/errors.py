@@ -7,3 +7,10 @@ class UserError(Exception):
     Its message is one sentence that says what is wrong, where (file, key, value) and what to do.
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class Preempted(Exception):
+    """The run was asked to stop and has saved its state; the same command goes on from there.
+
+    The command line prints the message and exits with status 75 (EX_TEMPFAIL).
+    """

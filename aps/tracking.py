@@ -81,8 +81,7 @@ class Tracker:
 
     def rewind(self, lines: int) -> None:
         """The journal was cut to `lines` lines."""
-        with self._lock:
-            self._state["sent"] = min(self._state["sent"], lines)
+        self._state["sent"] = min(self._state["sent"], lines)
 
     def finish(self, metrics: dict[str, float], figures: list[Path]) -> bool:
         """Hand over the final figures and wait a bounded time. Returns whether MLflow has everything."""
@@ -240,8 +239,8 @@ def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    for noisy in ("alembic", "mlflow"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("alembic").setLevel(logging.ERROR)
     from mlflow.tracking import MlflowClient
 
     if uri.startswith("sqlite:///") and "?" not in uri:

@@ -1,0 +1,237 @@
+"""`python -m aps VERB`: one verb a stage, and a few tools.
+
+Every verb of a stage works in two ways. Rules give all of it (`--settings`, `--manifest`, `--out` ...); people give a
+study, an experiment and a seed, and the same paths follow from those. Heavy imports happen inside the verb that needs
+them, so that `--help` and planning stay quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from aps import __version__
+from aps.config import STAGES, StageSettings, Study, load_study, parse_overrides
+from aps.errors import UserError
+
+DEFAULT_STUDY = "config/config.yaml"
+PREEMPTED = 75  # EX_TEMPFAIL: the work is saved, start the same command again
+
+STAGE_MODULES = {
+    "pretrain": "aps.training.pretrain",
+    "finetune": "aps.training.finetune",
+    "linear_probe": "aps.training.linear_probe",
+    "knn": "aps.training.knn",
+    "detection": "aps.detection.stage",
+}
+STAGE_HELP = {
+    "pretrain": "pretrain an encoder by asymmetric patch sampling",
+    "finetune": "finetune an encoder on the labels of its dataset",
+    "linear_probe": "train linear classifiers on a frozen encoder",
+    "knn": "classify by the nearest neighbours of a frozen encoder's features",
+    "detection": "train and score Mask R-CNN on an encoder (COCO transfer)",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 2 a mistake the user can fix, 75 preempted (run it again to go on)."""
+    args = parser().parse_args(arguments)
+    from aps.errors import Preempted
+
+    try:
+        args.run(args)
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Preempted as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"stopped: {error}", file=sys.stderr)
+        return PREEMPTED
+    except KeyboardInterrupt:
+        print("stopped by the keyboard; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m aps",
+        description="Asymmetric Patch Sampling: every stage of the pipeline, and its tools.",
+        epilog="The whole DAG: snakemake all. One verb's options: python -m aps VERB --help.",
+    )
+    top.add_argument("--version", action="version", version=f"aps {__version__}")
+    verbs = top.add_subparsers(metavar="VERB", required=True, title="verbs")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        p = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        p.set_defaults(run=run)
+        return p
+
+    p = verb("data", _data, "prepare a dataset: fetch or find it, verify it, write its manifest")
+    p.add_argument("name", help="a dataset's name; an unknown one lists them")
+    p.add_argument("--out", type=Path, help="folder of the prepared dataset (default: results/data/NAME)")
+    p.add_argument("--source", help="folder with the dataset's archives or unpacked files (default: the study's, or download)")
+    p.add_argument("--no-download", action="store_true", help="fail rather than download")
+    _study_options(p)
+
+    for stage in STAGES:
+        _stage_options(verb(stage, _stage(stage), STAGE_HELP[stage]))
+
+    p = verb("report", _report, "tables and figures over the finished runs of a study")
+    p.add_argument("--out", type=Path, help="folder of the report (default: results/report/STUDY)")
+    _study_options(p)
+
+    p = verb("check", _check, "validate a study and list what it would run")
+    _study_options(p)
+
+    p = verb("sync", _sync, "send MLflow what it missed of finished runs")
+    _study_options(p)
+
+    p = verb("init-tracking", _init_tracking, "create MLflow's SQLite store, before several stages write to it")
+    p.add_argument("--out", type=Path, help="file to touch when done")
+    _study_options(p)
+    return top
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _study_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--configfile", nargs="+", default=[DEFAULT_STUDY], metavar="YAML", help=f"study (default: {DEFAULT_STUDY})")
+    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="lay settings over the study")
+
+
+def _stage_options(p: argparse.ArgumentParser) -> None:
+    people = p.add_argument_group("which run (people)")
+    _study_options(people)  # type: ignore[arg-type]
+    people.add_argument("--experiment", help="an experiment of the study (default: its first)")
+    people.add_argument("--seed", type=int, help="one of the experiment's seeds (default: its first)")
+    rules = p.add_argument_group("which run (rules give all of it)")
+    rules.add_argument("--settings", metavar="JSON", help="resolved settings of the stage, instead of a study")
+    rules.add_argument("--study", default="study", help="name under which MLflow groups the runs")
+    rules.add_argument("--results", type=Path, default=Path("results"), help="folder of all results")
+    rules.add_argument("--manifest", type=Path, help="manifest.json of the dataset")
+    rules.add_argument("--encoder", type=Path, help="weights to start from (.safetensors)")
+    rules.add_argument("--out", type=Path, help="folder for the results")
+    how = p.add_argument_group("how to run it (changes no result)")
+    how.add_argument("--processes", type=int, default=1, help="processes over all nodes, one a GPU (torchrun)")
+    how.add_argument("--nodes", type=int, default=1, help="nodes of this Slurm job (srun torchrun)")
+    how.add_argument("--workers", type=int, default=0, help="image-decoding workers of each process")
+    how.add_argument("--checkpoint-minutes", type=float, default=10.0, help="minutes between checkpoints")
+    how.add_argument("--profile", type=Path, metavar="JSON", help="save a profiler trace of a few steps (open it in Perfetto)")
+
+
+def _load(args: argparse.Namespace) -> Study:
+    study = load_study(args.configfile, parse_overrides(args.overrides))
+    from aps.tracking import tracking_uri
+
+    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri(study)
+    return study
+
+
+def _stage(stage: str) -> Callable[[argparse.Namespace], None]:
+    def run(args: argparse.Namespace) -> None:
+        from aps import launch
+        from aps.results import restore_finished
+
+        job = _job(stage, args)
+        if not launch.inside():
+            for path in (job.manifest, job.encoder):
+                if path is not None and not path.exists():
+                    raise UserError(f"{path} is missing; run the stage that makes it (`snakemake {path}`)")
+            if restore_finished(job):
+                print(f"{job.label}: finished before with these settings; its results are back in {job.out}", file=sys.stderr)
+                return
+            if args.processes > 1 or args.nodes > 1:
+                launch.run(args.processes, args.nodes)
+                return
+        importlib.import_module(STAGE_MODULES[stage]).run(job)
+
+    return run
+
+
+def _job(stage: str, args: argparse.Namespace):  # type: ignore[no-untyped-def]  # StageJob, imported late
+    from aps.results import StageJob, checkpoint_folder, encoder_file, manifest_path, stage_folder
+
+    if args.settings is not None:
+        settings, study_name, results, encoder = StageSettings.from_json(args.settings), args.study, args.results, args.encoder
+        if settings.stage != stage:
+            raise UserError(f"--settings are for stage {settings.stage}, but the verb is {stage}; use the same stage for both")
+    else:
+        study = _load(args)
+        name = args.experiment or next(iter(study.experiments))
+        seed = args.seed if args.seed is not None else study.experiment(name).seeds[0]
+        settings, study_name, results = study.stage_settings(name, seed, stage), study.study, Path(study.results)
+        encoder = args.encoder
+        if encoder is None and stage != "pretrain":
+            encoder = encoder_file(study, name, seed)
+    return StageJob(
+        settings=settings,
+        study=study_name,
+        manifest=args.manifest or manifest_path(results, settings.dataset.name),
+        encoder=encoder,
+        out=args.out or stage_folder(results, settings.experiment, settings.seed, stage),
+        checkpoints=checkpoint_folder(results, settings),
+        workers=args.workers,
+        checkpoint_minutes=args.checkpoint_minutes,
+        profile=args.profile,
+    )
+
+
+def _data(args: argparse.Namespace) -> None:
+    from aps.config import SourceSettings
+    from aps.data.prepare import prepare
+    from aps.results import manifest_path
+
+    if args.source is None and args.out is not None and not Path(args.configfile[0]).exists():
+        source, folder = SourceSettings(), args.out
+    else:
+        study = _load(args)
+        source = study.sources.get(args.name, SourceSettings())
+        folder = args.out or manifest_path(study.results, args.name).parent
+    if args.source is not None:
+        source = source.model_copy(update={"path": args.source})
+    if args.no_download:
+        source = source.model_copy(update={"download": False})
+    prepare(args.name, folder, source)
+
+
+def _report(args: argparse.Namespace) -> None:
+    study = _load(args)
+    from aps.report import write_report
+
+    write_report(study, args.out or Path(study.results) / "report" / study.study)
+
+
+def _check(args: argparse.Namespace) -> None:
+    study = _load(args)
+    print(f"study '{study.study}': {len(study.experiments)} experiments, {len(study.jobs())} runs, results in {study.results}/")
+    for name, e in study.experiments.items():
+        print(f"  {name:<28} {e.dataset.name:<14} seeds {list(e.seeds)}  {', '.join(e.stages)}")
+
+
+def _sync(args: argparse.Namespace) -> None:
+    study = _load(args)
+    from aps.tracking import sync, tracking_uri
+
+    sent, missing = sync(Path(study.results), tracking_uri(study))
+    print(f"MLflow: {sent} runs brought up to date, {missing} could not be sent")
+    if missing:
+        raise UserError(f"MLflow at {tracking_uri(study)} did not take {missing} runs; start it and run `python -m aps sync` again")
+
+
+def _init_tracking(args: argparse.Namespace) -> None:
+    study = _load(args)
+    from aps.tracking import prepare_store, tracking_uri
+
+    prepare_store(tracking_uri(study))
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.touch()
