@@ -1,3 +1,202 @@
+"""Which patches of each view the encoder sees: sparse sampling of view 1, selective sampling of view 2.
+
+The method of the paper (arXiv 2306.02854) as pure functions on tensors. A view is a crop of the source image cut into
+a grid of cells; a cell covers a box of source pixels. View 1 keeps random cells; view 2 prefers the cells whose source
+pixels view 1 did not keep, so that the pair shares little appearance and only semantics can match it.
+
+    G  cells along a side, N = G*G cells of a view, numbered row-major as seen in the (flipped) view
+    r  sampling ratio, n = int(N*r) kept cells
+    T  samplings drawn for one pair of views; B images; gamma the power that sharpens the preference
+
+Peculiar: nothing loops over images, cells or samplings. Cells are axis-aligned, so coverage separates into one small
+matrix for rows and one for columns, and weighted sampling without replacement is the top n of perturbed log weights.
+
+What it deliberately does not know: pixels, models, files, and how the boxes came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from aps.config import SamplingSettings
+from aps.errors import UserError
+
+# A cell less uncovered than this share of its area is covered: above the rounding of float32, below what gamma can see.
+ROUNDING = 1e-5
+
+
+class Geometry(NamedTuple):
+    """Where the views of a batch lie in their sources."""
+
+    boxes: Tensor  # (B, 4) float: top, left, height, width in source pixels
+    flips: Tensor  # (B,) bool: mirrored left to right after the crop
+
+
+class Kept(NamedTuple):
+    """Cells the encoder sees, in no particular order."""
+
+    view1: Tensor  # (T, B, n) int64
+    view2: Tensor  # (T, B, n) int64
+
+
+def kept_cells(grid: int, ratio: float) -> int:
+    """n = int(N*r)."""
+    return int(grid * grid * ratio)
+
+
+# --------------------------------------------------------------------------------------------------
+# Coverage
+
+
+def overlaps(start1: Tensor, length1: Tensor, cells1: Tensor, start2: Tensor, length2: Tensor, cells2: Tensor) -> Tensor:
+    """Share of each interval of view 2 that each interval of view 1 covers, along one axis.
+
+    start, length: (B,) source pixels; cells: (B, G) position of each interval along the axis -> (B, G2, G1).
+    Lengths are taken in cells of view 2. Its numerator is a whole number for whole boxes, hence exact in float32.
+    """
+    grid = cells1.shape[1]
+    offset = grid * (start1 - start2)[:, None]  # (B, 1)
+    low = (offset + cells1 * length1[:, None]) / length2[:, None]  # (B, G1)
+    high = (offset + (cells1 + 1) * length1[:, None]) / length2[:, None]
+    below = torch.maximum(low[:, None, :], cells2[:, :, None])
+    above = torch.minimum(high[:, None, :], cells2[:, :, None] + 1)
+    return (above - below).clamp_(0, 1)
+
+
+def coverage(view1: Geometry, mask1: Tensor, view2: Geometry, grid: int, flip_aware: bool = True) -> Tensor:
+    """Share of each cell of view 2 covered, in the source, by the kept cells of view 1: Oy @ M @ Ox^T.
+
+    mask1: (B, T, N) 1 where view 1 keeps the cell -> (B, T, N) in [0, 1].
+    flip_aware False ignores flips, as the authors' release does: cells of a flipped view are then taken mirrored.
+    """
+    batch, samplings, _ = mask1.shape
+    device = mask1.device
+    rows = torch.arange(grid, device=device, dtype=torch.float32).expand(batch, grid)
+    columns1, columns2 = rows, rows
+    if flip_aware:
+        columns1 = torch.where(view1.flips[:, None], grid - 1 - rows, rows)
+        columns2 = torch.where(view2.flips[:, None], grid - 1 - rows, rows)
+    top1, left1, height1, width1 = view1.boxes.float().unbind(1)
+    top2, left2, height2, width2 = view2.boxes.float().unbind(1)
+    over_y = overlaps(top1, height1, rows, top2, height2, rows)  # (B, G2, G1)
+    over_x = overlaps(left1, width1, columns1, left2, width2, columns2)
+    mask = mask1.to(over_y.dtype).view(batch, samplings, grid, grid)
+    covered = over_y[:, None] @ mask @ over_x[:, None].mT
+    return covered.view(batch, samplings, grid * grid).clamp_(0, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Draws
+
+
+class Noise(Protocol):
+    """Uniform noise of [0, 1) for this process's rows of the global batch."""
+
+    def __call__(self, *shape: int) -> Tensor: ...  # (B, *shape) float32
+
+
+def sparse(grid: int, kept: int, samplings: int, noise: Noise) -> Tensor:
+    """Chunks of one random permutation of the cells for each image -> (B, T, n), disjoint over T."""
+    permutation = noise(grid * grid).argsort(dim=1)
+    return permutation[:, : samplings * kept].unflatten(1, (samplings, kept))
+
+
+def selective(covered: Tensor, kept: int, gamma: float, noise: Noise) -> Tensor:
+    """Cells drawn without replacement with weights (1 - cov)^gamma -> (B, T, n).
+
+    covered: (B, T, N). Drawing cells one after the other in proportion to their weights is the top n of
+    log w + Gumbel noise (Efraimidis & Spirakis 2006; arXiv 1903.06059). Cells of no weight come after all others, in uniformly
+    random order, so they fill up where fewer than n cells have weight. 0^0 is 1: gamma 0 draws uniformly.
+    """
+    uncovered = 1 - covered
+    exponential = -torch.log1p(-noise(*covered.shape[1:]))
+    key = gamma * uncovered.log() - exponential.log()
+    if gamma > 0:
+        key = torch.where(uncovered > ROUNDING, key, -1e30 * exponential)
+    return key.topk(kept, dim=2, sorted=False).indices
+
+
+# --------------------------------------------------------------------------------------------------
+# Strategies. A new one is one function here; aps.config reads the registered names from this file's text.
+
+Strategy = Callable[[SamplingSettings, int, Geometry, Geometry, Noise], tuple[Tensor, Tensor]]
+STRATEGIES: dict[str, Strategy] = {}
+
+
+def strategy(name: str) -> Callable[[Strategy], Strategy]:
+    """Register `(settings, G, view1, view2, noise) -> cells of view 1, of view 2`, both (B, T, n)."""
+
+    def register(function: Strategy) -> Strategy:
+        STRATEGIES[name] = function
+        return function
+
+    return register
+
+
 @strategy("asymmetric")
+def asymmetric(
+    settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise
+) -> tuple[Tensor, Tensor]:
+    """The method: view 1 sparse, view 2 selective."""
+    kept = kept_cells(grid, settings.ratio)
+    cells1 = sparse(grid, kept, settings.samplings, noise)
+    mask1 = torch.zeros(*cells1.shape[:2], grid * grid, device=cells1.device).scatter_(2, cells1, 1)
+    covered = coverage(view1, mask1, view2, grid, settings.flip_aware)
+    return cells1, selective(covered, kept, settings.gamma, noise)
+
+
 @strategy("random")
+def random(
+    settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise
+) -> tuple[Tensor, Tensor]:
+    """Ablation: both views sparse, drawn independently."""
+    kept = kept_cells(grid, settings.ratio)
+    return sparse(grid, kept, settings.samplings, noise), sparse(grid, kept, settings.samplings, noise)
+
+
 @strategy("full")
+def full(
+    settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise
+) -> tuple[Tensor, Tensor]:
+    """Ordinary contrastive learning: every cell of both views, whatever the ratio."""
+    cells = torch.arange(grid * grid, device=view1.boxes.device)
+    cells = cells.expand(len(view1.boxes), settings.samplings, grid * grid)
+    return cells, cells
+
+
+def sample(
+    settings: SamplingSettings,
+    grid: int,
+    view1: Geometry,
+    view2: Geometry,
+    generator: torch.Generator,
+    rank: int = 0,
+    world: int = 1,
+) -> Kept:
+    """Cells kept of both views of a batch, T times, on the geometries' device.
+
+    The geometries are this process's rows, B of the B*world rows of the global batch; noise is drawn for all of them
+    on the generator's device (the CPU or the batch's), so the draw doesn't depend on the number of processes.
+    Raises UserError where T samplings of n cells don't fit the N cells.
+    """
+    cells, kept = grid * grid, kept_cells(grid, settings.ratio)
+    if settings.strategy != "full" and not 1 <= kept * settings.samplings <= cells:
+        raise UserError(
+            f"sampling.samplings {settings.samplings} x {kept} kept cells (sampling.ratio {settings.ratio}) must be at least 1 "
+            f"and at most the {cells} cells of a view; change sampling.samplings or sampling.ratio"
+        )
+    batch, device = len(view1.boxes), view1.boxes.device
+
+    def noise(*shape: int) -> Tensor:
+        drawn = torch.rand(batch * world, *shape, generator=generator, device=generator.device)
+        own = drawn[rank * batch : (rank + 1) * batch]
+        if device.type == "cuda" and own.device.type == "cpu":
+            own = own.pin_memory()  # from pageable memory the copy would wait for the device
+        return own.to(device, non_blocking=True)
+
+    cells1, cells2 = STRATEGIES[settings.strategy](settings, grid, view1, view2, noise)
+    return Kept(cells1.transpose(0, 1).contiguous(), cells2.transpose(0, 1).contiguous())

@@ -1,0 +1,302 @@
+"""Two augmented views of a batch of images, made on tensors, that remember their boxes and flips.
+
+Each image has its own crop, flip, colour jitter (with its own order of the four operations), grayscale, blur and
+solarize, and equals what torchvision's functional operators make of it with the same parameters.
+
+Peculiar: parameters are drawn on the CPU, always for the global batch, so that crops are the same on every device and
+with any number of processes; which image takes which branch is known there, so the device is never asked. Everything
+then runs on whole batches:
+- crop, resize and flip are one small matrix for rows and one for columns of each image;
+- brightness, contrast and saturation are the same blend, clamp(a x + b gray(x) + c mean(gray(x))), with other
+  coefficients, so one operation serves all images in every step;
+- images are sorted by when their hue turns, so each of those branches is a slice.
+
+How pretraining uses it:
+
+    array datasets   parameters = draw_parameters(1, B * world, H, W, settings, generator).rows(own)
+                     view1 = apply_view(images, parameters, size, mean, std)
+    file datasets    a worker, for each image: crops, boxes = crop_pair(image, size, settings, (seed, epoch, index))
+                     after collating, crops (B, 2, 3, S, S) uint8 and boxes (B, 2, 4), for view v = 1, 2:
+                     parameters = draw_parameters(v, B * world, S, S, settings, generator).rows(own)
+                     parameters = parameters._replace(boxes=boxes[:, v - 1])
+                     view = apply_crops(crops[:, v - 1].to(device), parameters, mean, std)
+    both             sampling.sample(..., parameters1.geometry(device), parameters2.geometry(device), ...)
+
+What it deliberately does not know: datasets, decoding, sampling of patches, and the training loop.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from aps.config import ViewSettings
+from aps.sampling import Geometry
+
+TRIES = 10  # random boxes tried for an image before the centred one (torchvision's RandomResizedCrop)
+SIGMA = (0.1, 2.0)  # of the blur, in pixels of the view (SimCLR, MoCo v3)
+SOLARIZE = 128 / 255  # threshold of PIL's ImageOps.solarize, of [0, 1]
+GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, torchvision's rounding
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+class ViewParameters(NamedTuple):
+    """What is done to each image of a batch to make one view. All on the CPU."""
+
+    boxes: Tensor  # (B, 4) int64: top, left, height, width in source pixels
+    flips: Tensor  # (B,) bool
+    jitter: Tensor  # (B,) bool: colours change at all
+    factors: Tensor  # (B, 4) float32: brightness, contrast, saturation, hue, as torchvision's adjust_* take them
+    order: Tensor  # (B, 4) int64: the four operations in the order in which they are applied
+    gray: Tensor  # (B,) bool
+    sigma: Tensor  # (B,) float32: blur in pixels; 0: none
+    solarize: Tensor  # (B,) bool
+
+    def rows(self, rows: slice) -> ViewParameters:
+        """Parameters of some images of the batch."""
+        return ViewParameters(*(field[rows] for field in self))
+
+    def geometry(self, device: torch.device | str = "cpu") -> Geometry:
+        """Boxes and flips for the sampler, on its device."""
+        table = _send(torch.cat([self.boxes, self.flips[:, None]], 1).float(), device)
+        return Geometry(table[:, :4], table[:, 4] > 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def draw_boxes(heights: Tensor, widths: Tensor, settings: ViewSettings, generator: torch.Generator) -> Tensor:
+    """Crop boxes with the distribution of torchvision's RandomResizedCrop.get_params.
+
+    heights, widths: (B,) int64 sizes of the sources in pixels -> (B, 4) int64: top, left, height, width.
+    """
+    batch = len(heights)
+    area, aspect, down, right = torch.rand(4, batch, TRIES, generator=generator, dtype=torch.float64)
+    (small, large), (narrow, wide) = settings.crop_scale, settings.crop_ratio
+    area = (small + (large - small) * area) * (heights * widths)[:, None]
+    aspect = torch.exp(math.log(narrow) + (math.log(wide) - math.log(narrow)) * aspect)
+    height, width = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    fits = (height > 0) & (height <= heights[:, None]) & (width > 0) & (width <= widths[:, None])
+    top = (down * (heights[:, None] - height + 1)).floor()
+    left = (right * (widths[:, None] - width + 1)).floor()
+    first = (fits * torch.arange(TRIES, 0, -1)).argmax(1)
+    boxes = torch.stack([top, left, height, width], 2)[torch.arange(batch), first].long()
+    return torch.where(fits.any(1)[:, None], boxes, _centred_boxes(heights, widths, narrow, wide))
+
+
+def _centred_boxes(heights: Tensor, widths: Tensor, narrow: float, wide: float) -> Tensor:
+    """The largest centred boxes within the aspect ratios: (B,), (B,) -> (B, 4) int64."""
+    aspect = widths.double() / heights
+    height = torch.where(aspect < narrow, (widths / narrow).round().long(), heights)
+    width = torch.where(aspect > wide, (heights * wide).round().long(), widths)
+    return torch.stack([(heights - height) // 2, (widths - width) // 2, height, width], 1)
+
+
+def draw_parameters(
+    view: int, batch: int, height: int, width: int, settings: ViewSettings, generator: torch.Generator
+) -> ViewParameters:
+    """Parameters of view 1 or 2 for a batch of sources of one size; the generator is a CPU one.
+
+    Draw for the global batch and take this process's `.rows`. `view` picks its probabilities of blur and solarize.
+    """
+    boxes = draw_boxes(torch.full((batch,), height), torch.full((batch,), width), settings, generator)
+    flips, jitter, gray, blurred, sigma, solarize = torch.rand(6, batch, generator=generator)
+    strength = torch.tensor(settings.color_jitter)
+    low, high = 1 - strength, 1 + strength
+    low[HUE], high[HUE] = -strength[HUE], strength[HUE]
+    low[:HUE].clamp_(min=0)
+    factors = low + (high - low) * torch.rand(batch, 4, generator=generator)
+    blurred = blurred < settings.blur[view - 1]
+    sigma = SIGMA[0] + (SIGMA[1] - SIGMA[0]) * sigma
+    return ViewParameters(
+        boxes=boxes,
+        flips=flips < settings.flip,
+        jitter=(jitter < settings.color_jitter_prob) & bool(strength.any()),
+        factors=factors,
+        order=torch.rand(batch, 4, generator=generator).argsort(1),
+        gray=gray < settings.grayscale,
+        sigma=torch.where(blurred, sigma, 0.0),
+        solarize=solarize < settings.solarize[view - 1],
+    )
+
+
+def crop_pair(image: Tensor, size: int, settings: ViewSettings, seed: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Both crops of one decoded image, in a loading worker; colours are left to `apply_crops`.
+
+    image: (3, H, W) uint8; seed: (seed, epoch, index of the image), so that a crop depends on nothing else
+    -> crops (2, 3, S, S) uint8, boxes (2, 4) int64, for view 1 and view 2.
+    """
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+    height, width = image.shape[1:]
+    boxes = draw_boxes(torch.full((2,), height), torch.full((2,), width), settings, generator)
+    crops = [functional.resized_crop(image, *box, [size, size], antialias=True) for box in boxes.tolist()]
+    return torch.stack(crops), boxes
+
+
+# --------------------------------------------------------------------------------------------------
+# Applying
+
+
+def apply_view(
+    images: Tensor, parameters: ViewParameters, size: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Tensor:
+    """One view of a batch. images: (B, 3, H, W) uint8 -> (B, 3, S, S) float32, normalized, on the images' device."""
+    plan = _Plan(parameters, mean, std, images.device)
+    crops = crop_resize(images[plan.sorting], plan.boxes, plan.flips, size)
+    return _finish(crops, plan)
+
+
+def apply_crops(crops: Tensor, parameters: ViewParameters, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """The same for crops cut by `crop_pair`. crops: (B, 3, S, S) uint8 -> (B, 3, S, S) float32, normalized."""
+    plan = _Plan(parameters, mean, std, crops.device)
+    crops = crops[plan.sorting]
+    crops = torch.where(plan.flips[:, None, None, None], crops.flip(3), crops)
+    return _finish(crops.float().div_(255), plan)
+
+
+def crop_resize(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
+    """Crop, resize with antialiasing and flip, each image with its own box.
+
+    images: (B, 3, H, W) uint8; boxes: (B, 4) float; flips: (B,) bool -> (B, 3, S, S) float32 in [0, 1].
+    """
+    height, width = images.shape[2:]
+    top, left, tall, wide = boxes.unbind(1)
+    rows = resize_matrix(top, tall, height, size)
+    columns = resize_matrix(left, wide, width, size)
+    columns = torch.where(flips[:, None, None], columns.flip(1), columns)
+    return _separable(images.float(), rows, columns).mul_(1 / 255)
+
+
+def resize_matrix(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
+    """Antialiased bilinear interpolation along one axis: start, length (B,) in source pixels -> (B, S, source).
+
+    A triangle around each target's centre, as wide as a target pixel but at least a source pixel, cut at the box and
+    normalized: what torchvision's resize with antialias=True computes.
+    """
+    scale = (length / size)[:, None, None]  # source pixels of a target pixel
+    target = torch.arange(size, device=start.device, dtype=torch.float32)[:, None] + 0.5
+    pixel = torch.arange(source, device=start.device, dtype=torch.float32) + 0.5 - start[:, None, None]  # in the box
+    weights = (1 - (pixel - target * scale).abs() / scale.clamp(min=1)).clamp_(min=0)
+    weights = weights * ((pixel > 0) & (pixel < length[:, None, None]))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def blur_matrix(sigma: Tensor, size: int) -> Tensor:
+    """Gaussian blur along one axis with reflected borders, as torchvision's gaussian_blur: (B,) -> (B, S, S).
+
+    The kernel spans a tenth of the view (SimCLR): 23 pixels at 224.
+    """
+    reach = size // 20
+    position = torch.arange(size, device=sigma.device)
+    offset = torch.arange(-reach, reach + 1, device=sigma.device)
+    kernel = torch.softmax(-0.5 * (offset / sigma[:, None].clamp(min=1e-3)).square(), 1)  # (B, 2*reach + 1)
+    tap = (position[:, None] + offset).abs()
+    tap = size - 1 - (size - 1 - tap).abs()  # (S, taps)
+    matrix = sigma.new_zeros(len(sigma), size, size)
+    return matrix.scatter_add_(2, tap.expand(len(sigma), -1, -1), kernel[:, None].expand(-1, size, -1))
+
+
+def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """images (B, 3, H, W), rows (B, S, H), columns (B, S, W) -> (B, 3, S, S)."""
+    batch, channels, height, width = images.shape
+    across = torch.bmm(images.reshape(batch, channels * height, width), columns.mT)
+    return rows[:, None] @ across.view(batch, channels, height, -1)
+
+
+class _Plan:
+    """Parameters as the device needs them: images sorted by branch, all numbers in one transfer.
+
+    Sorted, the images whose hue turns before blend k are `hue_slots[k]`, and all that change colour come first.
+    """
+
+    def __init__(self, p: ViewParameters, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+        batch = len(p.boxes)
+        hue_slot = (p.order == HUE).int().argmax(1)  # the number of blends before it
+        sorting = torch.where(p.jitter, hue_slot, 4).argsort(stable=True)
+        counts = torch.bincount(hue_slot[p.jitter], minlength=4).tolist()
+        bounds = [sum(counts[:k]) for k in range(5)]
+        self.colored = bounds[4]
+        self.hue_slots = [slice(bounds[k], bounds[k + 1]) for k in range(4)]
+
+        blends = p.order[p.order != HUE].view(batch, 3)
+        own = p.factors.gather(1, blends)
+        to_gray = torch.where(blends == SATURATION, 1 - own, 0)
+        to_mean = torch.where(blends == CONTRAST, 1 - own, 0)
+
+        identity, gray = torch.eye(3), torch.tensor([GRAY]).expand(3, 3)
+        mix = torch.where(p.gray[:, None, None], gray, identity)
+        self.solarize = bool(p.solarize.any())
+        self.blur = bool(p.sigma.any())
+        columns = [p.boxes, p.flips[:, None], p.factors[:, HUE:], own, to_gray, to_mean, mix.flatten(1),
+                   p.sigma[:, None], p.solarize[:, None]]  # fmt: skip
+        table = torch.cat([c.float() for c in columns], 1)[sorting]
+        table = torch.cat([table, sorting[:, None].float(), sorting.argsort()[:, None].float()], 1)
+        table = _send(table, device)
+        widths = [c.shape[1] for c in columns] + [1, 1]
+        boxes, flips, hue, own, to_gray, to_mean, mix, sigma, solarize, sorting, inverse = table.split(widths, 1)
+        self.boxes, self.flips, self.hue = boxes, flips[:, 0] > 0, hue[:, 0]
+        self.blends = [(own[:, k], to_gray[:, k], to_mean[:, k]) for k in range(3)]
+        self.mix, self.sigma, self.solarized = mix.reshape(-1, 3, 3), sigma[:, 0], solarize[:, 0]
+        self.sorting, self.inverse = sorting[:, 0].long(), inverse[:, 0].long()
+        self.mean, self.std = mean, std
+
+
+def _finish(x: Tensor, plan: _Plan) -> Tensor:
+    """Colours, blur, solarize and normalization of sorted crops. x: (B, 3, S, S) float32 in [0, 1], is overwritten."""
+    batch, channels, size, _ = x.shape
+    for k in range(4):
+        if (own := plan.hue_slots[k]).stop > own.start:
+            x[own] = turn_hue(x[own], plan.hue[own])
+        if k < 3 and plan.colored:
+            x[: plan.colored] = _blend(x[: plan.colored], *(c[: plan.colored] for c in plan.blends[k]))
+    x = torch.bmm(plan.mix, x.flatten(2)).view_as(x)
+    if plan.blur:
+        matrix = blur_matrix(plan.sigma, size)
+        x = _separable(x, matrix, matrix)
+    if plan.solarize:
+        x = torch.where((plan.solarized[:, None, None, None] > 0) & (x >= SOLARIZE), 1 - x, x)
+    for c in range(channels):
+        x[:, c].sub_(plan.mean[c]).div_(plan.std[c])
+    return x[plan.inverse]
+
+
+def _blend(x: Tensor, own: Tensor, to_gray: Tensor, to_mean: Tensor) -> Tensor:
+    """clamp(own x + to_gray gray(x) + to_mean mean(gray(x))): brightness, contrast or saturation of each image.
+
+    x: (B, 3, S, S); coefficients (B,) -> (B, 3, S, S).
+    """
+    gray = GRAY[0] * x[:, 0] + GRAY[1] * x[:, 1] + GRAY[2] * x[:, 2]  # (B, S, S)
+    mean = gray.mean((1, 2))
+    rest = gray * to_gray[:, None, None] + (to_mean * mean)[:, None, None]
+    return torch.addcmul(rest[:, None], own[:, None, None, None], x).clamp_(0, 1)
+
+
+def turn_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of each image by its share of a full circle, keeping value and saturation.
+
+    x: (B, 3, S, S) in [0, 1]; shift: (B,) in [-0.5, 0.5]. Equal to torchvision's adjust_hue: with the hue h in [0, 1)
+    and the chroma C = max - min, a channel at angle a is max - C * clamp(2 - 6 |h - a| , 0, 1) around the circle.
+    """
+    red, green, blue = x.unbind(1)
+    high, low = x.amax(1), x.amin(1)
+    chroma = high - low
+    hue = torch.where(
+        high == red, green - blue, torch.where(high == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    )
+    hue = hue / torch.where(chroma == 0, 1, 6 * chroma) + shift[:, None, None]
+    opposite = torch.stack([hue + 0.5, hue + 1 / 6, hue - 1 / 6], 1)  # angle to where the channel vanishes
+    distance = (opposite - opposite.round()).abs_()
+    return high[:, None] - chroma[:, None] * (2 - 6 * distance).clamp_(0, 1)
+
+
+def _send(table: Tensor, device: torch.device | str) -> Tensor:
+    """To the device without waiting for it: a copy from pageable memory would."""
+    if torch.device(device).type == "cuda":
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
