@@ -1,6 +1,11 @@
-"""Widths, depths and heads by name. A new architecture is one row here (imports nothing: planning reads it)."""
+"""Widths, depths and heads by name. A new architecture is one row here (imports nothing heavy: planning reads it)."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from aps.config import EncoderSettings
 
 
 class Arch(NamedTuple):
@@ -15,3 +20,9 @@ ARCHS = {
     "small": Arch(384, 12, 6),
     "base": Arch(768, 12, 12),
 }
+
+
+def dimensions(settings: EncoderSettings) -> Arch:
+    """Width, depth and heads of an encoder: its row of ARCHS with the settings' own values laid over it."""
+    row = ARCHS[settings.arch]
+    return Arch(settings.dim or row.dim, settings.depth or row.depth, settings.heads or row.heads)

@@ -1,0 +1,79 @@
+"""Projector and predictor: linear layers without bias, BatchNorm between, BatchNorm without affine at the end.
+
+Peculiar: a batch's statistics belong to one view (the caller passes the views one after the other) and to all
+processes (`synchronize_batch_norm`). torch's SyncBatchNorm refuses CPU tensors, so `CrossProcessBatchNorm` does the
+same for gloo; it is slower, with two small all-reduces a layer, and exact enough for float64 comparisons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def projection_head(dims: Sequence[int]) -> nn.Sequential:
+    """dims: (in, hidden, ..., out) -> a module (B, in) -> (B, out). Method.md, Model.
+
+    Indices 0, 1, 3, 4, 6, 7 of the three-layer head are linear, norm, linear, norm, linear, norm.
+    """
+    layers: list[nn.Module] = []
+    for i, (fan_in, fan_out) in enumerate(pairwise(dims)):
+        last = i == len(dims) - 2
+        layers += [nn.Linear(fan_in, fan_out, bias=False), nn.BatchNorm1d(fan_out, affine=not last)]
+        if not last:
+            layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
+
+
+def synchronize_batch_norm(module: nn.Module) -> nn.Module:
+    """Replaces every BatchNorm1d by one whose statistics span all processes; names and values stay."""
+    if next(module.parameters()).device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for child in module.modules():
+        if type(child) is nn.BatchNorm1d:
+            child.__class__ = CrossProcessBatchNorm  # same parameters and buffers, another forward
+    return module
+
+
+class CrossProcessBatchNorm(nn.BatchNorm1d):
+    """BatchNorm1d over the rows of all processes, which may differ in number; on any device and backend."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, D) -> (B, D)"""
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(input)
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        sums = AllReduceSum.apply(torch.cat([x.sum(0), x.new_full((1,), len(x))]))
+        rows, mean = sums[-1].detach(), sums[:-1] / sums[-1].detach()
+        centered = x - mean
+        variance = AllReduceSum.apply(centered.square().sum(0)) / rows
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)  # type: ignore
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)  # type: ignore
+            unbiased = variance * (rows / (rows - 1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)  # type: ignore
+        y = centered * torch.rsqrt(variance + self.eps)
+        if self.affine:
+            y = torch.addcmul(self.bias, y, self.weight)
+        return y.to(input.dtype)
+
+
+class AllReduceSum(torch.autograd.Function):
+    """Sum over processes; the gradient is summed likewise, since every process's loss depends on the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total

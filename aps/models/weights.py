@@ -1,0 +1,244 @@
+"""Reading and writing encoders: safetensors with timm's names and the settings beside them.
+
+Peculiar: nothing is ever loaded in part. Every name of the file must meet a parameter of the model and the other way
+round, and a disagreement in shape is one sentence naming the setting and both values. Only a classifier head may be
+left behind, and the log says so.
+
+It does not read the authors' release; `aps.models.transfer` turns that into a file of this kind.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from aps.config import EncoderSettings
+from aps.errors import UserError
+from aps.models.archs import dimensions
+from aps.models.encoder import Encoder, build_encoder
+
+log = logging.getLogger(__name__)
+
+SETTINGS_KEY = "aps_encoder"
+INFO_KEY = "aps_info"
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically: a reader sees the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, partial, dict(metadata or {}))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_encoder(
+    encoder: nn.Module, settings: EncoderSettings, path: Path, info: Mapping[str, Any] | None = None
+) -> None:
+    """Writes an encoder, with its classifier head if it has one.
+
+    Args:
+        encoder: an `Encoder`; its state dict is stored under timm's names.
+        settings: what it was built from; `load_encoder` compares them.
+        info: what else a later reader needs, plain data: {"mean": ..., "std": ..., "classes": ..., "experiment": ...,
+            "stage": ..., "digest": ...}. `export` prints the normalization from it.
+    """
+    metadata = {SETTINGS_KEY: json.dumps(_as_built(settings)), INFO_KEY: json.dumps(dict(info or {}))}
+    save_tensors(encoder.state_dict(), path, metadata)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        UserError: the file is missing or not a safetensors file.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"weights file {path} does not exist; give the path of a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(
+            f"weights file {path} is not a whole safetensors file ({error}); copy or make it again"
+        ) from None
+
+
+def read_settings(metadata: Mapping[str, str], path: Path) -> EncoderSettings | None:
+    """The settings stored by `save_encoder`; None where the file was written by other software."""
+    if SETTINGS_KEY not in metadata:
+        return None
+    try:
+        return EncoderSettings.model_validate_json(metadata[SETTINGS_KEY])
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise UserError(
+            f"weights file {path}: its stored encoder settings are not valid ({reason}); make it again"
+        ) from None
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """What the producing stage stored beside the weights: normalization, experiment, stage, digest."""
+    _, metadata = read_tensors(path)
+    return json.loads(metadata.get(INFO_KEY, "{}"))
+
+
+def load_encoder(
+    spec: str | Path, settings: EncoderSettings, drop_path: float = 0.0, interpolate: bool = False
+) -> Encoder:
+    """An encoder of `settings` with the weights that `spec` names.
+
+    Args:
+        spec: a .safetensors file (ours, or of a timm model), `random`, or `timm:NAME` for timm's pretrained weights.
+        settings: the encoder wanted; image_size may differ from that of the weights only with `interpolate`.
+        drop_path: stochastic depth rate, for finetuning.
+        interpolate: resample the position embedding to another grid (bicubic) instead of refusing it.
+
+    Raises:
+        UserError: the file is missing or broken, or the weights differ from `settings`; names key and both values.
+    """
+    encoder = build_encoder(settings, drop_path)
+    if str(spec) == "random":
+        log.info("encoder: random initialization, nothing loaded")
+        return encoder
+    if str(spec).startswith("timm:"):
+        state, stored = _timm_state(str(spec).removeprefix("timm:"))
+    else:
+        state, metadata = read_tensors(Path(spec))
+        file_settings = read_settings(metadata, Path(spec))
+        stored = _as_built(file_settings) if file_settings else {}
+    load_state(encoder, state, settings, str(spec), stored, interpolate)
+    return encoder
+
+
+def load_state(
+    encoder: Encoder,
+    state: Mapping[str, Tensor],
+    settings: EncoderSettings,
+    source: str,
+    stored: Mapping[str, Any] | None = None,
+    interpolate: bool = False,
+) -> None:
+    """Puts a state dict with timm's names into a headless encoder, all of it or none.
+
+    Args:
+        encoder: built from `settings`.
+        state: timm's names; a class-token row in pos_embed is moved into cls_token, a classifier head is left behind.
+        source: what to call the weights in messages.
+        stored: settings known from elsewhere than the shapes (number of heads, LayerNorm eps).
+
+    Raises:
+        UserError: a setting, a name or a shape differs.
+    """
+    state = dict(state)
+    found = {**(stored or {}), **_read_off(state, source)}
+    wanted = _as_built(settings)
+    wanted["mlp_ratio"] = int(wanted["dim"] * settings.mlp_ratio) / wanted["dim"]  # a whole number of hidden units
+    for key in sorted(set(found) & set(wanted) - {"image_size"}):
+        if wanted[key] != found[key]:
+            raise UserError(
+                f"{source}: its encoder has {key} {found[key]}, the settings ask for encoder.{key} {wanted[key]}; set them alike"
+            )
+
+    left = [name for name in state if name.startswith("head.")]
+    for name in left:
+        del state[name]
+    rows = state["pos_embed"]
+    side = math.isqrt(rows.shape[1])
+    if rows.shape[1] == side * side + 1:  # one for the class token, as in most timm models: the same sum without it
+        state["cls_token"] = state["cls_token"] + rows[:, :1]
+        state["pos_embed"] = rows = rows[:, 1:]
+    resampled = side * side == rows.shape[1] and side != settings.grid
+    if resampled:
+        if not interpolate:
+            raise UserError(
+                f"{source}: its encoder has image_size {side * wanted['patch_size']} (a {side}x{side} grid), the settings "
+                f"ask for encoder.image_size {settings.image_size} ({settings.grid}x{settings.grid}); set them alike"
+            )
+        size, old = [settings.grid] * 2, [side] * 2
+        state["pos_embed"] = resample_abs_pos_embed(rows, new_size=size, old_size=old, num_prefix_tokens=0)
+
+    own = encoder.state_dict()
+    if strange := sorted(set(state) - set(own)):
+        raise UserError(
+            f"{source}: '{strange[0]}' has no place in this encoder ({len(strange)} such names); it is another architecture"
+        )
+    if missing := sorted(set(own) - set(state)):
+        raise UserError(
+            f"{source}: '{missing[0]}' is missing ({len(missing)} such names); the file is not a whole encoder"
+        )
+    for name, value in own.items():
+        if state[name].shape != value.shape:
+            raise UserError(
+                f"{source}: '{name}' has shape {tuple(state[name].shape)}, the encoder's is {tuple(value.shape)}"
+            )
+    encoder.load_state_dict(state, strict=True)
+    log.info(
+        "encoder: %d tensors loaded from %s, %s, new: none%s",
+        len(own),
+        source,
+        f"pos_embed interpolated {side}x{side} -> {settings.grid}x{settings.grid}"
+        if resampled
+        else "interpolated: none",
+        f", left behind: {', '.join(left)}" if left else "",
+    )
+
+
+def _as_built(settings: EncoderSettings) -> dict[str, Any]:
+    """Settings as plain data with width, depth and heads filled in; neither `arch` nor where the weights came from."""
+    dims = dimensions(settings)._asdict()
+    return {**settings.model_dump(mode="json", exclude={"arch", "weights"}), **dims}
+
+
+def _read_off(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """What the shapes of a ViT's state dict say about its settings."""
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    for name in needed:
+        if name not in state:
+            raise UserError(
+                f"{source}: '{name}' is missing; these are not the weights of a Vision Transformer with timm's names"
+            )
+    dim = state["cls_token"].shape[-1]
+    return {
+        "dim": dim,
+        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "patch_size": state["patch_embed.proj.weight"].shape[-1],
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+    }
+
+
+def _timm_state(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Pretrained weights of a timm model, and what their shapes don't say."""
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:
+        raise UserError(
+            f"encoder.weights timm:{name}: timm can't give these weights ({error}); check name and network"
+        ) from error
+    if not isinstance(model, timm.models.vision_transformer.VisionTransformer):
+        raise UserError(
+            f"encoder.weights timm:{name}: a {type(model).__name__}, not a VisionTransformer; choose another"
+        )
+    eps = getattr(model.norm, "eps", None)
+    if eps is None:
+        raise UserError(
+            f"encoder.weights timm:{name}: it has no final norm before pooling; choose a model with class-token pooling"
+        )
+    heads = model.get_submodule("blocks.0.attn").num_heads
+    return model.state_dict(), {"heads": heads, "layer_norm_eps": eps}

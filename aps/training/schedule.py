@@ -1,0 +1,45 @@
+"""Learning rates as pure functions of the step: nothing to save, so a resumed run cannot get them wrong."""
+
+from __future__ import annotations
+
+import math
+
+from aps.config import FinetuneSettings, PretrainSettings
+
+
+def scaled_lr(lr: float, batch_size: int, per: int) -> float:
+    """Linear scaling (arXiv 1706.02677): `lr` is that of a batch of `per`; batch_size counts all processes."""
+    return lr * batch_size / per
+
+
+def cosine(progress: float) -> float:
+    """Half a period of the cosine, from 1 at progress 0 to 0 at progress 1."""
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def pretraining_lr(settings: PretrainSettings, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of optimizer step `step`, counted from 0 over the whole run.
+
+    `release`: constant through epoch e, `min((e+1)/warmup, (1+cos(pi*e/E))/2)` (method.md, Pretraining recipe).
+    `cosine`: by step, linear from 0 through the warmup epochs, then half a cosine to 0 (MoCo v3, MAE).
+    """
+    peak = scaled_lr(settings.lr, settings.batch_size, 256)
+    warmup, epochs = settings.warmup_epochs, settings.epochs
+    if settings.schedule == "release":
+        epoch = step // steps_per_epoch
+        return peak * min((epoch + 1) / warmup if warmup else 1.0, cosine(epoch / epochs))
+    progress = step / steps_per_epoch
+    if progress < warmup:
+        return peak * progress / warmup
+    return peak * cosine((progress - warmup) / (epochs - warmup))
+
+
+def finetuning_lr(settings: FinetuneSettings, epoch: int) -> float:
+    """Learning rate of an epoch counted from 0: timm's CosineLRScheduler with `t_initial` epochs and no warmup prefix.
+
+    Linear from `warmup_lr` during warmup; then the cosine to `min_lr` as if it had run from epoch 0.
+    """
+    peak = scaled_lr(settings.lr, settings.batch_size, 512)
+    if epoch < settings.warmup_epochs:
+        return settings.warmup_lr + epoch * (peak - settings.warmup_lr) / settings.warmup_epochs
+    return settings.min_lr + (peak - settings.min_lr) * cosine(epoch / settings.epochs)
