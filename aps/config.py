@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from aps.errors import UserError
+from aps.models.archs import ARCHS, dimensions
 
 PACKAGE = Path(__file__).parent
 STAGES = ("pretrain", "finetune", "linear_probe", "knn", "detection")
@@ -38,8 +39,6 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def arch_names() -> list[str]:
-    from aps.models.archs import ARCHS
-
     return sorted(ARCHS)
 
 
@@ -228,27 +227,61 @@ class KnnSettings(Section):
 
 
 class DetectionSettings(Section):
-    """COCO transfer: Mask R-CNN on the encoder with a simple feature pyramid (ViTDet, arXiv 2203.16527)."""
+    """COCO transfer: Mask R-CNN on the encoder with a simple feature pyramid.
+
+    Defaults are ViTDet's for ViT-B/16 (arXiv 2203.16527, its appendix and detectron2's release of it).
+    """
 
     engine: str = "torchvision"  # a file of aps/detection/engines
     dataset: str = "digits_coco"
-    image_size: Positive = 1024
+    image_size: Positive = 1024  # S: longest side of a test image, side of a training crop, square padding
     iterations: Positive = 184375
-    batch_size: Positive = 64
-    lr: PositiveFloat = 1e-4
-    weight_decay: NonNegative = 0.1
+    batch_size: Positive = 64  # over all processes
+    lr: PositiveFloat = 1e-4  # as given, whatever the batch
+    weight_decay: NonNegative = 0.1  # none for the encoder's norms and position embeddings
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.7
-    warmup_iterations: Natural = 250
-    lr_drops: tuple[Probability, ...] = (163889 / 184375, 177546 / 184375)  # as shares of the schedule
+    warmup_iterations: Natural = 250  # linear from 0.001 of lr
+    lr_drops: tuple[Probability, ...] = (163889 / 184375, 177546 / 184375)  # by 10, as shares of the schedule
     drop_path: Probability = 0.1
-    window: Natural = 14  # 0: global attention in every block
+    window: Natural = 14  # cells; 0: global attention in every block
     global_blocks: tuple[Natural, ...] = (2, 5, 8, 11)
     relative_position: bool = True
-    pyramid_dim: Positive = 256
+    pyramid_scales: Annotated[tuple[Literal[4.0, 2.0, 1.0, 0.5], ...], Field(min_length=1)] = (4.0, 2.0, 1.0, 0.5)
+    pyramid_dim: Positive = 256  # channels of the pyramid and of the heads' convolutions
+    head_convs: Natural = 4  # 3x3 convolutions of the box and of the mask head
+    head_dim: Positive = 1024  # hidden layer of the box head
+    proposals: Positive = 1000  # an image, after suppression
+    rois: Positive = 512  # regions an image trains the heads with
     jitter_scale: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)  # large-scale jitter
     flip: Probability = 0.5
     precision: Precision = "auto"
     evaluate_every: Natural = 0  # iterations; 0: only at the end
+
+    def strides(self, patch_size: int) -> tuple[int, ...]:
+        """Pixels a cell of each pyramid level, finest first. Raises ValueError where a scale does not fit the patch."""
+        strides = [patch_size / scale for scale in self.pyramid_scales]
+        if any(fine * 2 != coarse for fine, coarse in zip(strides, strides[1:], strict=False)):
+            raise ValueError(f"detection.pyramid_scales {list(self.pyramid_scales)} must halve from one level to the next")
+        if not all(stride.is_integer() and stride >= 2 and int(stride).bit_count() == 1 for stride in strides):
+            raise ValueError(
+                f"detection.pyramid_scales {list(self.pyramid_scales)} on patch_size {patch_size} gives levels of "
+                f"{', '.join(f'{s:g}' for s in strides)} pixels a cell; these must be powers of two from 2 on"
+            )
+        return tuple(int(stride) for stride in strides)
+
+    def check(self, encoder: EncoderSettings) -> None:
+        """Raises ValueError where the stage can't be built on this encoder."""
+        coarsest = self.strides(encoder.patch_size)[-1]
+        step = max(coarsest, encoder.patch_size)
+        if self.image_size % step:
+            raise ValueError(f"detection.image_size {self.image_size} is not a multiple of {step} pixels, a cell of the coarsest pyramid level")
+        depth = dimensions(encoder).depth
+        if self.window and (beyond := [block for block in self.global_blocks if block >= depth]):
+            raise ValueError(f"detection.global_blocks names block {beyond[0]} of an encoder of {depth} blocks (from 0); list existing ones")
+        if self.jitter_scale[0] > self.jitter_scale[1]:
+            raise ValueError(f"detection.jitter_scale must be [low, high] with low <= high, not {list(self.jitter_scale)}")
+        if list(self.lr_drops) != sorted(self.lr_drops):
+            raise ValueError(f"detection.lr_drops {list(self.lr_drops)} must ascend")
 
 
 class ExperimentSettings(Section):
@@ -291,6 +324,8 @@ class ExperimentSettings(Section):
                 f"encoder.weights is '{self.encoder.weights}' but stages lists pretrain; "
                 "remove pretrain from stages or set encoder.weights: pretrain"
             )
+        if "detection" in self.stages:
+            self.detection.check(self.encoder)
         return self
 
 
