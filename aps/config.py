@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -260,7 +261,7 @@ class DetectionSettings(Section):
     def strides(self, patch_size: int) -> tuple[int, ...]:
         """Pixels a cell of each pyramid level, finest first. Raises ValueError where a scale does not fit the patch."""
         strides = [patch_size / scale for scale in self.pyramid_scales]
-        if any(fine * 2 != coarse for fine, coarse in zip(strides, strides[1:], strict=False)):
+        if any(fine * 2 != coarse for fine, coarse in itertools.pairwise(strides)):
             raise ValueError(f"detection.pyramid_scales {list(self.pyramid_scales)} must halve from one level to the next")
         if not all(stride.is_integer() and stride >= 2 and int(stride).bit_count() == 1 for stride in strides):
             raise ValueError(
