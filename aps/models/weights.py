@@ -149,13 +149,13 @@ def load_state(
     found = {**(stored or {}), **_read_off(state, source)}
     wanted = _as_built(settings)
     wanted["mlp_ratio"] = int(wanted["dim"] * settings.mlp_ratio) / wanted["dim"]  # a whole number of hidden units
-    for key in sorted(set(found) & set(wanted) - {"image_size"}):
-        if wanted[key] != found[key]:
+    for key in wanted:
+        if key != "image_size" and key in found and wanted[key] != found[key]:
             raise UserError(
                 f"{source}: its encoder has {key} {found[key]}, the settings ask for encoder.{key} {wanted[key]}; set them alike"
             )
 
-    left = [name for name in state if name.startswith("head.")]
+    left = sorted(name for name in state if name.startswith("head."))
     for name in left:
         del state[name]
     rows = state["pos_embed"]
