@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     _study_options(p)
 
     p = verb("init-tracking", _init_tracking, "create MLflow's SQLite store, before several stages write to it")
-    p.add_argument("--out", type=Path, help="file to touch when done")
+    p.add_argument("--uri", help="the store (default: the study's, or MLFLOW_TRACKING_URI)")
     _study_options(p)
     return top
 
@@ -228,10 +228,6 @@ def _sync(args: argparse.Namespace) -> None:
 
 
 def _init_tracking(args: argparse.Namespace) -> None:
-    study = _load(args)
     from aps.tracking import prepare_store, tracking_uri
 
-    prepare_store(tracking_uri(study))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.touch()
+    prepare_store(args.uri or tracking_uri(_load(args)))

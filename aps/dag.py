@@ -1,0 +1,170 @@
+"""What the workflow's rules ask: paths, settings, resources, options. Rules hold no logic; it is here, and tested.
+
+Functions that Snakemake calls for each job are closures with the argument names it knows. One that takes `resources`
+gives values Snakemake does not count as a change: they say how a job runs, not what it computes.
+
+Imports nothing heavy, for planning on a login node.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from aps.config import STAGES, Study, load_study
+from aps.launch import rule_resources
+from aps.results import OUTPUTS, encoder_file, manifest_path, stage_folder
+from aps.tracking import tracking_uri
+
+DEFAULT_STUDY = Path("config/config.yaml")
+
+# The rule that does a target's jobs.
+JOB_RULES = {
+    "data": "prepare_dataset",
+    "pretrain": "pretrain_encoder",
+    "finetune": "finetune_encoder",
+    "linear_probe": "probe_encoder",
+    "knn": "knn_encoder",
+    "detection": "detect_encoder",
+}
+
+
+class Plan:
+    """A study as the rules see it."""
+
+    def __init__(self, study: Study, files: list[Path], overrides: dict[str, Any]) -> None:
+        self.study = study
+        self._files, self._overrides = files, overrides
+        self.tracking_uri = tracking_uri(study)
+
+    @classmethod
+    def load(cls, configfiles: Iterable[str | Path], overrides: Mapping[str, Any]) -> Plan:
+        """The study of `--configfile` (default: config/config.yaml) with `--config` laid over it.
+
+        Raises:
+            UserError: settings are wrong.
+        """
+        files = [_relative(Path(file)) for file in configfiles] or [DEFAULT_STUDY]
+        plain = _plain(overrides)
+        return cls(load_study(files, plain), files, plain)
+
+    def check_environment(self) -> None:
+        """Raises UserError where a package that a stage needs is not installed."""
+        from aps.detection import check_engine
+
+        for experiment in self.study.experiments.values():
+            if "detection" in experiment.stages:
+                check_engine(experiment.detection.engine)
+
+    # -- targets ----------------------------------------------------------------------------------
+
+    def manifests(self) -> list[str]:
+        return [str(manifest_path(self.study.results, name)) for name in self.study.datasets()]
+
+    def outputs(self, stage: str) -> list[str]:
+        """Every file of every run of a stage."""
+        return [
+            str(stage_folder(self.study.results, name, seed, stage) / file)
+            for name, seed, own in self.study.jobs()
+            if own == stage
+            for file in OUTPUTS[stage]
+        ]
+
+    def metrics(self) -> list[str]:
+        return [str(stage_folder(self.study.results, *job) / "metrics.json") for job in self.study.jobs()]
+
+    def forced_rules(self, forced: Iterable[str]) -> frozenset[str]:
+        return frozenset(JOB_RULES.get(name, name) for name in forced)
+
+    # -- one stage's rule -------------------------------------------------------------------------
+
+    def output(self, stage: str) -> dict[str, str]:
+        folder = f"{self.study.results}/{{experiment}}/seed{{seed}}/{stage}"
+        return {file.split(".")[0]: f"{folder}/{file}" for file in OUTPUTS[stage]}
+
+    def inputs(self, stage: str) -> Callable[[Any], dict[str, str]]:
+        def inputs(wildcards: Any) -> dict[str, str]:
+            settings = self.study.stage_settings(wildcards.experiment, int(wildcards.seed), stage)
+            files = {
+                "manifest": str(manifest_path(self.study.results, settings.dataset.name)),
+                "tracking": f"{self.study.results}/.tracking",
+            }
+            encoder = encoder_file(self.study, wildcards.experiment, int(wildcards.seed)) if stage != "pretrain" else None
+            return files | ({"encoder": str(encoder)} if encoder else {})
+
+        return inputs
+
+    def settings(self, stage: str) -> Callable[[Any], str]:
+        """All that the stage's result depends on, as JSON: Snakemake reruns the job when it changes."""
+
+        def settings(wildcards: Any) -> str:
+            return self.study.stage_settings(wildcards.experiment, int(wildcards.seed), stage).to_json()
+
+        return settings
+
+    def options(self, stage: str) -> Callable[[Any, Any, Any, Any], str]:
+        """Paths and the way it runs; `resources` is among the arguments so that none of it counts as a change."""
+
+        def options(wildcards: Any, input: Any, output: Any, resources: Any) -> str:
+            given = {
+                "study": self.study.study,
+                "results": self.study.results,
+                "manifest": input.manifest,
+                "encoder": getattr(input, "encoder", None),
+                "out": Path(output.metrics).parent,
+                **{key: getattr(resources, key, None) for key in ("processes", "nodes", "workers", "checkpoint_minutes")},
+            }
+            return " ".join(f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items() if v is not None)
+
+        return options
+
+    def threads(self, stage: str) -> Callable[[Any], int]:
+        def threads(wildcards: Any) -> int:
+            return self.study.stage_resources(stage, getattr(wildcards, "experiment", None)).threads or 1
+
+        return threads
+
+    def resources(self, stage: str) -> dict[str, Any]:
+        return rule_resources(self.study, stage)
+
+    def source_options(self, dataset: str) -> str:
+        source = self.study.sources.get(dataset)
+        if source is None:
+            return ""
+        path = f"--source {shlex.quote(source.path)}" if source.path else ""
+        return f"{path} {'' if source.download else '--no-download'}".strip()
+
+    def config_options(self) -> str:
+        files = " ".join(shlex.quote(str(file)) for file in self._files)
+        pairs = [f"{key}={value}" for key, value in _pairs(self._overrides)]
+        return f"--configfile {files}" + (f" --set {' '.join(map(shlex.quote, pairs))}" if pairs else "")
+
+
+def _plain(value: Any) -> Any:
+    """Snakemake's immutable maps as plain dictionaries."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value
+
+
+def _pairs(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    import json
+
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _pairs(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value)
+
+
+def _relative(path: Path) -> Path:
+    """As people wrote it, for messages."""
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+assert set(JOB_RULES) == {"data", *STAGES}

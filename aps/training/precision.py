@@ -1,0 +1,40 @@
+"""Which number format a stage computes in: one decision for all of them.
+
+| setting | CUDA                              | CPU     |
+|---------|-----------------------------------|---------|
+| auto    | bf16 where supported, else fp16   | float32 |
+| fp32    | float32 (TF32 products)           | float32 |
+| bf16    | bfloat16 autocast                 | bfloat16 autocast |
+| fp16    | float16 autocast, loss scaling    | refused |
+
+Weights and optimizer state are float32 throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from aps.errors import UserError
+
+
+class Precision:
+    """Autocast and loss scaling for `setting` on `device`.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+
+    def __init__(self, setting: str, device: torch.device) -> None:
+        if setting == "auto":
+            setting = "fp32"
+            if device.type == "cuda":
+                setting = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        if setting == "fp16" and device.type == "cpu":
+            raise UserError("precision fp16 needs a GPU; set precision: fp32 or auto")
+        self.name = setting
+        self._device = device.type
+        self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(setting)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=setting == "fp16")
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self._device, self._dtype, enabled=self._dtype is not None)

@@ -1,0 +1,35 @@
+# Datasets and MLflow's store: what has to exist before anything trains.
+
+
+rule data:
+    input:
+        PLAN.manifests(),
+
+
+rule prepare_dataset:
+    output:
+        manifest=f"{RESULTS}/data/{{dataset}}/manifest.json",
+    params:
+        # depends on resources only so that Snakemake does not take a moved source for a changed result
+        source=lambda wildcards, resources: PLAN.source_options(wildcards.dataset),
+        folder=lambda wildcards, output: Path(output.manifest).parent,
+    log:
+        f"{RESULTS}/logs/data/{{dataset}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/data/{{dataset}}.tsv"
+    threads: PLAN.threads("data")
+    resources:
+        **PLAN.resources("data"),
+    shell:
+        "{PYTHON:q} -m aps data {wildcards.dataset} --out {params.folder:q} {params.source} 2>&1 | tee {log:q}"
+
+
+rule tracking:
+    output:
+        touch(f"{RESULTS}/.tracking"),
+    params:
+        uri=PLAN.tracking_uri,
+    log:
+        f"{RESULTS}/logs/tracking.log",
+    shell:
+        "{PYTHON:q} -m aps init-tracking --uri {params.uri:q} 2>&1 | tee {log:q}"
