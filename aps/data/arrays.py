@@ -42,31 +42,31 @@ def store(
         published: the constants that a published recipe normalizes with, if any.
     """
     written, contents = {}, []
+    statistics = Accumulator()
     for split, (pixels, targets) in splits.items():
-        images = torch.from_numpy(np.ascontiguousarray(pixels))
-        labels = torch.from_numpy(np.ascontiguousarray(targets).astype(np.int64))
+        images = torch.from_numpy(np.array(pixels, order="C"))
+        labels = torch.from_numpy(np.array(targets, dtype=np.int64))
         _check(name, split, images, labels, len(classes))
+        if split == "train":
+            for chunk in images.split(4096):
+                statistics.add(chunk)
         file = f"{split}.safetensors"
         write_atomic(folder / file, save({"images": images, "labels": labels}))
         written[split] = Split(count=len(labels), tensors=file)
         contents += [
             split,
             list(images.shape),
-            memoryview(images.numpy()).cast("B"),
-            memoryview(labels.numpy()).cast("B"),
+            images.numpy().data.cast("B"),
+            labels.numpy().data.cast("B"),
         ]
-    train = torch.from_numpy(np.ascontiguousarray(splits["train"][0]))
-    statistics = Accumulator()
-    for chunk in train.split(4096):
-        statistics.add(chunk)
     manifest = Manifest(
         name=name,
         kind="classification",
         classes=classes,
-        image_size=(train.shape[2], train.shape[3]),
+        image_size=(images.shape[2], images.shape[3]),
         splits=written,
         statistics=Statistics(
-            measured=statistics.result(f"all pixels of the {len(train)} train images"), published=published
+            measured=statistics.result(f"all pixels of the {statistics.images:,} train images"), published=published
         ),
         digest=content_digest(list(classes), *contents),
         digest_of="class names, pixels and labels",

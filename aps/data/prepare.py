@@ -1,5 +1,7 @@
 """Prepare a dataset by name: get, verify, describe. The manifest is written last and atomically.
 
+Peculiar: a copy of the manifest, `prepared.json`, stays beside it. Snakemake deletes a rule's outputs before it reruns
+the rule; with the copy, a rerun is a quick verification and not a second download or a second look at every image.
 It deliberately does not know any dataset; their modules are found through REGISTRY.
 """
 
@@ -7,13 +9,16 @@ from __future__ import annotations
 
 import errno
 import importlib
+import shutil
 from pathlib import Path
 
 from aps.config import SourceSettings
 from aps.data import REGISTRY
+from aps.data.fetch import DOWNLOADS
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 
+COPY = "prepared.json"
 # What the user's disk can do to us, as opposed to our own bugs.
 DISK_ERRORS = {
     errno.ENOSPC,
@@ -40,20 +45,16 @@ def prepare(name: str, folder: Path, source: SourceSettings) -> Manifest:
     """
     if name not in REGISTRY:
         raise UserError(f"dataset '{name}' is unknown; known: {', '.join(sorted(REGISTRY))}")
-    path = folder / "manifest.json"
-    if path.exists():
-        manifest = Manifest.read(path)
-        moved = source.path is not None and source.path != manifest.source
-        problem = f"its source is now {source.path}" if moved else manifest.problem(folder)
-        if problem is None:
-            print(f"{name}: already prepared and verified: {summary(manifest)}", flush=True)
-            return manifest
-        print(f"{name}: prepared before, but {problem}; preparing it again", flush=True)
-    module = importlib.import_module(f"aps.data.{REGISTRY[name].module}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        manifest = module.prepare(folder, source, name)
-        manifest.write(path)
+        manifest = _prepared(name, folder, source)
+        if manifest is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            module = importlib.import_module(f"aps.data.{REGISTRY[name].module}")
+            manifest = module.prepare(folder, source, name)
+            manifest.write(folder / COPY)
+            manifest.write(folder / "manifest.json")
+            shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)
+            print(f"{name}: prepared: {summary(manifest)}", flush=True)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -62,7 +63,24 @@ def prepare(name: str, folder: Path, source: SourceSettings) -> Manifest:
             f"dataset '{name}': {where}: {error.strerror}; free the disk or make it accessible, then run again "
             "(what is done is kept)"
         ) from error
-    print(f"{name}: prepared: {summary(manifest)}", flush=True)
+    return manifest
+
+
+def _prepared(name: str, folder: Path, source: SourceSettings) -> Manifest | None:
+    """The manifest of an earlier preparation that still holds."""
+    path = folder / "manifest.json"
+    known = path if path.exists() else folder / COPY
+    if not known.exists():
+        return None
+    manifest = Manifest.read(known)
+    moved = source.path is not None and source.path != manifest.source
+    problem = f"its source is now {source.path}" if moved else manifest.problem(folder)
+    if problem is not None:
+        print(f"{name}: prepared before, but {problem}; preparing it again", flush=True)
+        return None
+    if known != path:
+        manifest.write(path)
+    print(f"{name}: already prepared and verified: {summary(manifest)}", flush=True)
     return manifest
 
 
