@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from aps.config import EncoderSettings
 from aps.errors import UserError
+from aps.files import atomic_path
 from aps.models.archs import dimensions
 from aps.models.encoder import Encoder, build_encoder
 
@@ -36,15 +36,17 @@ INFO_KEY = "aps_info"
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically: a reader sees the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, partial, dict(metadata or {}))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Writes a safetensors file atomically: a reader sees the old file or the whole new one.
+
+    Raises:
+        UserError: the folder can't be written or the disk is full.
+    """
+    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    with atomic_path(Path(path)) as temporary:
+        try:
+            save_file(plain, temporary, dict(metadata or {}))
+        except SafetensorError as error:  # how the library reports a full disk
+            raise UserError(f"{path}: cannot be written ({error}); free space or choose another folder") from None
 
 
 def save_encoder(

@@ -188,6 +188,6 @@ def test_a_failed_write_leaves_the_old_file(encoder: Encoder, file: Path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(weights, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"cannot be written .*No space left.*; free space"):
         save_encoder(encoder, SETTINGS, file)
     assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]

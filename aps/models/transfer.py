@@ -1,0 +1,242 @@
+"""Weights from and to other software: the authors' released checkpoints in, timm models out.
+
+Peculiar: checkpoints of the release are read as tensors only. Those saved as whole pickled modules are refused, because
+opening them runs whatever code they name; the message says how to get the tensors out.
+
+The names of the release are those of method.md ("The release's checkpoints"). Nothing else of the release is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aps.config import EncoderSettings
+from aps.errors import UserError
+from aps.models.encoder import build_encoder
+from aps.models.heads import projection_head
+from aps.models.weights import INFO_KEY, load_state, read_settings, read_tensors, save_encoder, save_tensors
+
+# What the release normalizes 32-pixel images with: CIFAR's statistics in pretraining, but ImageNet's in finetuning
+# (method.md, Views and Traps).
+PRETRAINING_PIXELS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
+FINETUNING_PIXELS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+ENCODER_NAMES = {"cls_token": "cls_token", "pos_embedding": "pos_embed"}
+ENCODER_PREFIXES = {"patchify.": "patch_embed.proj.", "transformer.": "blocks.", "layer_norm.": "norm."}
+
+
+def import_weights(checkpoint: Path, out: Path, heads: int | None = None) -> list[Path]:
+    """Turns a checkpoint of the authors' release into this project's files.
+
+    A pretraining checkpoint becomes `out`/encoder.safetensors and `out`/heads.safetensors, a finetuned one
+    `out`/model.safetensors (the encoder and its classifier). Sizes are read off the shapes.
+
+    Args:
+        checkpoint: a state dict, bare or under 'state_dict' or 'model', with or without a 'module.' prefix.
+        out: folder.
+        heads: attention heads, which no shape tells; default: of width 64, as all of the release's.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: not a state dict, or a name or shape is not the release's.
+    """
+    state = read_checkpoint(checkpoint)
+    pretrained = any(name.startswith("base_encoder.") for name in state)
+    encoder_state, head_state = _split(state, "base_encoder." if pretrained else "", str(checkpoint))
+    settings = infer_settings(encoder_state, heads, str(checkpoint))
+    encoder = build_encoder(settings)
+    load_state(encoder, encoder_state, settings, str(checkpoint))
+    info: dict[str, Any] = {"origin": f"the authors' release, {checkpoint.name}"}
+    if pretrained:
+        _check_heads(head_state, encoder.embed_dim, str(checkpoint))
+        info |= {"stage": "pretrain"} | (PRETRAINING_PIXELS if settings.image_size == 32 else {})
+        save_encoder(encoder, settings, out / "encoder.safetensors", info)
+        save_tensors(head_state, out / "heads.safetensors")
+        return [out / "encoder.safetensors", out / "heads.safetensors"]
+    classes = len(head_state["head.weight"])
+    encoder.reset_classifier(classes)
+    _load(encoder.get_classifier(), head_state, "head.", str(checkpoint))
+    info |= {"stage": "finetune", "classes": classes} | (FINETUNING_PIXELS if settings.image_size == 32 else {})
+    save_encoder(encoder, settings, out / "model.safetensors", info)
+    return [out / "model.safetensors"]
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The state dict of a .pt/.pth file, unwrapped, read without executing any of its code.
+
+    Raises:
+        UserError: the file is missing or broken, or holds more than tensors and plain data.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"checkpoint {path} holds a pickled Python object{f' ({found[1]})' if found else ''}, not tensors alone, and "
+            "opening it would run its code; if you trust it, save its tensors where that code is installed: "
+            f"python -c \"import torch; x = torch.load('{path}', map_location='cpu', weights_only=False); "
+            "torch.save(x.state_dict() if hasattr(x, 'state_dict') else x['state_dict'], 'state.pt')\" "
+            "and import state.pt"
+        ) from None
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} is not a whole PyTorch file ({reason}); download it again") from None
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not (isinstance(content, Mapping) and content and all(isinstance(x, Tensor) for x in content.values())):
+        raise UserError(
+            f"checkpoint {path} has no state dict, neither bare nor under 'state_dict' or 'model'; export one"
+        )
+    return {str(name).removeprefix("module."): value for name, value in content.items()}
+
+
+def infer_settings(state: Mapping[str, Tensor], heads: int | None, source: str) -> EncoderSettings:
+    """Settings of an encoder from the shapes of its state dict (timm's names)."""
+    for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
+        if name not in state:
+            raise UserError(
+                f"{source}: no '{_release_name(name)}' among its names; it is not a checkpoint of the APS release"
+            )
+    cells, dim = state["pos_embed"].shape[1:]
+    grid, patch = math.isqrt(cells), state["patch_embed.proj.weight"].shape[-1]
+    if grid * grid != cells:
+        raise UserError(
+            f"{source}: 'pos_embedding' has {cells} rows, which is no square grid; it is not a checkpoint of the APS release"
+        )
+    if heads is None and dim % 64:
+        raise UserError(
+            f"{source}: width {dim} is not a multiple of 64, so the number of attention heads can't be guessed; give --attention-heads"
+        )
+    return EncoderSettings(
+        image_size=grid * patch,
+        patch_size=patch,
+        dim=dim,
+        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        heads=heads or dim // 64,
+        mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / dim,
+        qkv_bias="blocks.0.attn.qkv.bias" in state,
+    )
+
+
+def _split(state: Mapping[str, Tensor], prefix: str, source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The release's names -> timm's names of the encoder, and ours of its heads. Every name goes one way or is refused."""
+    encoder: dict[str, Tensor] = {}
+    heads: dict[str, Tensor] = {}
+    for name, value in state.items():
+        own = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        start = next((s for s in ENCODER_PREFIXES if own.startswith(s)), None)
+        if own in ENCODER_NAMES:
+            # (N, 1, d) in the release, (1, N, d) in timm
+            encoder[ENCODER_NAMES[own]] = value.transpose(0, 1) if own == "pos_embedding" else value
+        elif start is not None:
+            encoder[ENCODER_PREFIXES[start] + own.removeprefix(start)] = value
+        elif own.startswith("fc."):
+            heads[("projector." if prefix else "head.") + own.removeprefix("fc.")] = value
+        elif prefix and name.startswith("predictor."):
+            heads[name] = value
+        else:
+            raise UserError(f"{source}: '{name}' is not a name of the APS release's checkpoints; nothing was imported")
+    if not prefix and "head.weight" not in heads:
+        raise UserError(
+            f"{source}: neither 'base_encoder.*' (pretraining) nor 'fc.weight' (finetuned) is there; nothing was imported"
+        )
+    return encoder, heads
+
+
+def _check_heads(state: Mapping[str, Tensor], dim: int, source: str) -> None:
+    """Projector and predictor must be whole heads of the method's form, of whatever widths."""
+    fan_in = dim
+    for name in ("projector", "predictor"):
+        try:
+            widths = [len(state[f"{name}.{i}.weight"]) for i in (0, 3, 6)]
+        except KeyError as missing:
+            raise UserError(f"{source}: the {name}'s {missing} is missing; the checkpoint is not whole") from None
+        own = {key: x for key, x in state.items() if key.startswith(f"{name}.")}
+        _load(projection_head((fan_in, *widths)), own, f"{name}.", source)
+        fan_in = widths[-1]
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor], prefix: str, source: str) -> None:
+    try:
+        module.load_state_dict({name.removeprefix(prefix): x for name, x in state.items()}, strict=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"{source}: its {prefix.rstrip('.')} is not the release's: {reason}") from None
+
+
+def _release_name(name: str) -> str:
+    back = {ours: theirs for theirs, ours in (ENCODER_NAMES | ENCODER_PREFIXES).items()}
+    start = next((s for s in back if name.startswith(s)), "")
+    return back.get(start, "") + name.removeprefix(start)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def export_timm(weights: Path, out: Path) -> str:
+    """Writes an encoder, or a finetuned model with its head, as a file that `timm.create_model` loads strictly.
+
+    Returns:
+        The Python that loads it: runnable as it is, it leaves the model in `model`.
+
+    Raises:
+        UserError: the file lacks the settings that `save_encoder` stores, or its tensors don't fit them.
+    """
+    state, metadata = read_tensors(weights)
+    settings = read_settings(metadata, weights)
+    if settings is None:
+        raise UserError(
+            f"{weights}: it has no encoder settings, so it was not written by this software; export one that was"
+        )
+    load_state(build_encoder(settings), state, settings, str(weights))  # nothing broken leaves the house
+    save_tensors(state, out, {"format": "pt", INFO_KEY: metadata.get(INFO_KEY, "{}")})
+    classes = len(state["head.weight"]) if "head.weight" in state else 0
+    return _snippet(settings, classes, metadata, out)
+
+
+def _snippet(settings: EncoderSettings, classes: int, metadata: Mapping[str, str], out: Path) -> str:
+    info = json.loads(metadata.get(INFO_KEY, "{}"))
+    size = settings.image_size
+    pixels = {"input_size": (3, size, size)} | {k: tuple(info[k]) for k in ("mean", "std") if k in info}
+    arguments = {
+        "img_size": size,
+        "patch_size": settings.patch_size,
+        "embed_dim": settings.dim,
+        "depth": settings.depth,
+        "num_heads": settings.heads,
+        "mlp_ratio": settings.mlp_ratio,
+        "qkv_bias": settings.qkv_bias,
+        "no_embed_class": True,
+        "num_classes": classes,
+        "pretrained_cfg_overlay": pixels,
+        "checkpoint_path": str(out),
+    }
+    lines = [f"    {key}={value!r}," for key, value in arguments.items()]
+    return "\n".join(
+        [
+            "from functools import partial",
+            "",
+            "import timm",
+            "import torch",
+            "",
+            "model = timm.create_model(",
+            '    "vit_base_patch16_224",  # the family; every size is given below',
+            *lines,
+            f"    norm_layer=partial(torch.nn.LayerNorm, eps={settings.layer_norm_eps!r}),",
+            ")",
+        ]
+    )
