@@ -84,6 +84,15 @@ def parser() -> argparse.ArgumentParser:
     for stage in STAGES:
         _stage_options(verb(stage, _stage(stage), STAGE_HELP[stage]))
 
+    p = verb("import-weights", _import_weights, "turn a checkpoint of the authors' release into weights of this project")
+    p.add_argument("checkpoint", type=Path, help="a state dict (.pt, .pth)")
+    p.add_argument("--out", type=Path, required=True, help="folder for encoder.safetensors and heads.safetensors, or model.safetensors")
+    p.add_argument("--attention-heads", type=int, help="heads of its encoder (default: of width 64)")
+
+    p = verb("export", _export, "write an encoder or a finetuned model as weights that timm loads, and print the Python for it")
+    p.add_argument("weights", type=Path, help="encoder.safetensors or model.safetensors of a finished stage")
+    p.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+
     p = verb("report", _report, "tables and figures over the finished runs of a study")
     p.add_argument("--out", type=Path, help="folder of the report (default: results/report/STUDY)")
     _study_options(p)
@@ -208,6 +217,19 @@ def _report(args: argparse.Namespace) -> None:
     from aps.report import write_report
 
     write_report(study, args.out or Path(study.results) / "report" / study.study)
+
+
+def _import_weights(args: argparse.Namespace) -> None:
+    from aps.models.transfer import import_weights
+
+    for file in import_weights(args.checkpoint, args.out, args.attention_heads):
+        print(file)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from aps.models.transfer import export_timm
+
+    print(export_timm(args.weights, args.out))
 
 
 def _check(args: argparse.Namespace) -> None:
