@@ -52,16 +52,15 @@ def kept_cells(grid: int, ratio: float) -> int:
 # Coverage
 
 
-def overlaps(start1: Tensor, length1: Tensor, cells1: Tensor, start2: Tensor, length2: Tensor, cells2: Tensor) -> Tensor:
+def overlaps(start1: Tensor, size1: Tensor, cells1: Tensor, start2: Tensor, size2: Tensor, cells2: Tensor) -> Tensor:
     """Share of each interval of view 2 that each interval of view 1 covers, along one axis.
 
-    start, length: (B,) source pixels; cells: (B, G) position of each interval along the axis -> (B, G2, G1).
-    Lengths are taken in cells of view 2. Its numerator is a whole number for whole boxes, hence exact in float32.
+    start, size: (B,) source pixels; cells: (B, G) position of each interval along the axis -> (B, G2, G1).
     """
     grid = cells1.shape[1]
     offset = grid * (start1 - start2)[:, None]  # (B, 1)
-    low = (offset + cells1 * length1[:, None]) / length2[:, None]  # (B, G1)
-    high = (offset + (cells1 + 1) * length1[:, None]) / length2[:, None]
+    low = (offset + cells1 * size1[:, None]) / size2[:, None]  # (B, G1) in intervals of view 2
+    high = (offset + (cells1 + 1) * size1[:, None]) / size2[:, None]
     below = torch.maximum(low[:, None, :], cells2[:, :, None])
     above = torch.minimum(high[:, None, :], cells2[:, :, None] + 1)
     return (above - below).clamp_(0, 1)
@@ -73,20 +72,19 @@ def coverage(view1: Geometry, mask1: Tensor, view2: Geometry, grid: int, flip_aw
     mask1: (B, T, N) 1 where view 1 keeps the cell -> (B, T, N) in [0, 1].
     flip_aware False ignores flips, as the authors' release does: cells of a flipped view are then taken mirrored.
     """
-    batch, samplings, _ = mask1.shape
-    device = mask1.device
-    rows = torch.arange(grid, device=device, dtype=torch.float32).expand(batch, grid)
+    rows = torch.arange(grid, device=mask1.device, dtype=torch.float64).expand(len(mask1), grid)
     columns1, columns2 = rows, rows
     if flip_aware:
         columns1 = torch.where(view1.flips[:, None], grid - 1 - rows, rows)
         columns2 = torch.where(view2.flips[:, None], grid - 1 - rows, rows)
-    top1, left1, height1, width1 = view1.boxes.float().unbind(1)
-    top2, left2, height2, width2 = view2.boxes.float().unbind(1)
+    top1, left1, height1, width1 = view1.boxes.double().unbind(1)
+    top2, left2, height2, width2 = view2.boxes.double().unbind(1)
     over_y = overlaps(top1, height1, rows, top2, height2, rows)  # (B, G2, G1)
     over_x = overlaps(left1, width1, columns1, left2, width2, columns2)
-    mask = mask1.to(over_y.dtype).view(batch, samplings, grid, grid)
-    covered = over_y[:, None] @ mask @ over_x[:, None].mT
-    return covered.view(batch, samplings, grid * grid).clamp_(0, 1)
+    mask = mask1.unflatten(2, (grid, grid))
+    precise = torch.float64 if mask1.is_cuda else torch.float32  # on CUDA, TF32 would leave three digits
+    covered = torch.einsum("bri,btij,bcj->btrc", over_y.to(precise), mask.to(precise), over_x.to(precise))
+    return covered.flatten(2).float().clamp_(0, 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -94,41 +92,49 @@ def coverage(view1: Geometry, mask1: Tensor, view2: Geometry, grid: int, flip_aw
 
 
 class Noise(Protocol):
-    """Uniform noise of [0, 1) for this process's rows of the global batch."""
+    """Uniform noise of (0, 1) for this process's rows of the global batch."""
 
     def __call__(self, *shape: int) -> Tensor: ...  # (B, *shape) float32
 
 
 def sparse(grid: int, kept: int, samplings: int, noise: Noise) -> Tensor:
     """Chunks of one random permutation of the cells for each image -> (B, T, n), disjoint over T."""
-    permutation = noise(grid * grid).argsort(dim=1)
+    permutation = _bits(noise(grid * grid)).argsort(dim=1)
     return permutation[:, : samplings * kept].unflatten(1, (samplings, kept))
 
 
 def selective(covered: Tensor, kept: int, gamma: float, noise: Noise) -> Tensor:
-    """Cells drawn without replacement with weights (1 - cov)^gamma -> (B, T, n).
+    """Cells drawn without replacement with weights w = (1 - cov)^gamma -> (B, T, n).
 
-    covered: (B, T, N). Drawing cells one after the other in proportion to their weights is the top n of
-    log w + Gumbel noise (Efraimidis & Spirakis 2006; arXiv 1903.06059). Cells of no weight come after all others, in uniformly
-    random order, so they fill up where fewer than n cells have weight. 0^0 is 1: gamma 0 draws uniformly.
+    covered: (B, T, N). A cell finishes a race after an exponential time of rate w, and the n first are the draw: the
+    order of finish is that of successive draws in proportion to w (Efraimidis & Spirakis 2006), and -log of the time is
+    log w + Gumbel noise. Cells of no weight finish after all others, in uniformly random order, and so fill up where
+    fewer than n cells have weight. 0^0 is 1: gamma 0 draws uniformly.
     """
-    uncovered = 1 - covered
-    exponential = -torch.log1p(-noise(*covered.shape[1:]))
-    key = gamma * uncovered.log() - exponential.log()
+    exponential = noise(*covered.shape[1:]).log_().neg_()
+    finish = exponential.log().add_(17)  # > 0: exponential noise from float32 is at least 6e-8
     if gamma > 0:
-        key = torch.where(uncovered > ROUNDING, key, -1e30 * exponential)
-    return key.topk(kept, dim=2, sorted=False).indices
+        uncovered = 1 - covered
+        finish.sub_(uncovered.clamp(min=ROUNDING).log_(), alpha=gamma)
+        finish.addcmul_((uncovered <= ROUNDING).float(), exponential, value=1e30)
+    return _bits(finish).topk(kept, dim=2, largest=False, sorted=False).indices
+
+
+def _bits(positive: Tensor) -> Tensor:
+    """Positive float32 as int32 in the same order: whole numbers sort and select 1.6 times faster on CPU."""
+    return positive.view(torch.int32)
 
 
 # --------------------------------------------------------------------------------------------------
 # Strategies. A new one is one function here; aps.config reads the registered names from this file's text.
 
-Strategy = Callable[[SamplingSettings, int, Geometry, Geometry, Noise], tuple[Tensor, Tensor]]
+Cells = tuple[Tensor, Tensor]  # of view 1, of view 2, both (B, T, n)
+Strategy = Callable[[SamplingSettings, int, Geometry, Geometry, Noise], Cells]
 STRATEGIES: dict[str, Strategy] = {}
 
 
 def strategy(name: str) -> Callable[[Strategy], Strategy]:
-    """Register `(settings, G, view1, view2, noise) -> cells of view 1, of view 2`, both (B, T, n)."""
+    """Register a function (settings, G, view1, view2, noise) -> Cells."""
 
     def register(function: Strategy) -> Strategy:
         STRATEGIES[name] = function
@@ -138,9 +144,7 @@ def strategy(name: str) -> Callable[[Strategy], Strategy]:
 
 
 @strategy("asymmetric")
-def asymmetric(
-    settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise
-) -> tuple[Tensor, Tensor]:
+def asymmetric(settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise) -> Cells:
     """The method: view 1 sparse, view 2 selective."""
     kept = kept_cells(grid, settings.ratio)
     cells1 = sparse(grid, kept, settings.samplings, noise)
@@ -150,18 +154,14 @@ def asymmetric(
 
 
 @strategy("random")
-def random(
-    settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise
-) -> tuple[Tensor, Tensor]:
+def random(settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise) -> Cells:
     """Ablation: both views sparse, drawn independently."""
     kept = kept_cells(grid, settings.ratio)
     return sparse(grid, kept, settings.samplings, noise), sparse(grid, kept, settings.samplings, noise)
 
 
 @strategy("full")
-def full(
-    settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise
-) -> tuple[Tensor, Tensor]:
+def full(settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise) -> Cells:
     """Ordinary contrastive learning: every cell of both views, whatever the ratio."""
     cells = torch.arange(grid * grid, device=view1.boxes.device)
     cells = cells.expand(len(view1.boxes), settings.samplings, grid * grid)
@@ -192,7 +192,7 @@ def sample(
     batch, device = len(view1.boxes), view1.boxes.device
 
     def noise(*shape: int) -> Tensor:
-        drawn = torch.rand(batch * world, *shape, generator=generator, device=generator.device)
+        drawn = torch.rand(batch * world, *shape, generator=generator, device=generator.device).clamp_(min=2.0**-25)
         own = drawn[rank * batch : (rank + 1) * batch]
         if device.type == "cuda" and own.device.type == "cpu":
             own = own.pin_memory()  # from pageable memory the copy would wait for the device

@@ -148,14 +148,14 @@ def apply_view(
 ) -> Tensor:
     """One view of a batch. images: (B, 3, H, W) uint8 -> (B, 3, S, S) float32, normalized, on the images' device."""
     plan = _Plan(parameters, mean, std, images.device)
-    crops = crop_resize(images[plan.sorting], plan.boxes, plan.flips, size)
+    crops = crop_resize(images.index_select(0, plan.sorting), plan.boxes, plan.flips, size)
     return _finish(crops, plan)
 
 
 def apply_crops(crops: Tensor, parameters: ViewParameters, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """The same for crops cut by `crop_pair`. crops: (B, 3, S, S) uint8 -> (B, 3, S, S) float32, normalized."""
     plan = _Plan(parameters, mean, std, crops.device)
-    crops = crops[plan.sorting]
+    crops = crops.index_select(0, plan.sorting)
     crops = torch.where(plan.flips[:, None, None, None], crops.flip(3), crops)
     return _finish(crops.float().div_(255), plan)
 
@@ -168,23 +168,26 @@ def crop_resize(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tens
     height, width = images.shape[2:]
     top, left, tall, wide = boxes.unbind(1)
     rows = resize_matrix(top, tall, height, size)
-    columns = resize_matrix(left, wide, width, size)
-    columns = torch.where(flips[:, None, None], columns.flip(1), columns)
-    return _separable(images.float(), rows, columns).mul_(1 / 255)
+    columns = resize_matrix(left, wide, width, size, flips)
+    return _separable(images.float(), rows.mul_(1 / 255), columns)
 
 
-def resize_matrix(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
+def resize_matrix(start: Tensor, length: Tensor, source: int, size: int, flips: Tensor | None = None) -> Tensor:
     """Antialiased bilinear interpolation along one axis: start, length (B,) in source pixels -> (B, S, source).
 
     A triangle around each target's centre, as wide as a target pixel but at least a source pixel, cut at the box and
-    normalized: what torchvision's resize with antialias=True computes.
+    normalized: what torchvision's resize with antialias=True computes. flips: (B,) bool, targets in reverse.
     """
-    scale = (length / size)[:, None, None]  # source pixels of a target pixel
-    target = torch.arange(size, device=start.device, dtype=torch.float32)[:, None] + 0.5
-    pixel = torch.arange(source, device=start.device, dtype=torch.float32) + 0.5 - start[:, None, None]  # in the box
-    weights = (1 - (pixel - target * scale).abs() / scale.clamp(min=1)).clamp_(min=0)
-    weights = weights * ((pixel > 0) & (pixel < length[:, None, None]))
-    return weights / weights.sum(2, keepdim=True)
+    target = torch.arange(size, device=start.device, dtype=torch.float32).expand(len(start), size) + 0.5
+    if flips is not None:
+        target = torch.where(flips[:, None], size - target, target)
+    scale = (length / size)[:, None]  # source pixels of a target pixel
+    pixel = torch.arange(source, device=start.device, dtype=torch.float32) + 0.5 - start[:, None]  # in the box
+    inside = (torch.minimum(pixel, length[:, None] - pixel) + 0.5).clamp_(0, 1)
+    narrow = 1 / scale.clamp(min=1)
+    weights = (pixel[:, None, :] - (target * scale)[:, :, None]).abs_().mul_(narrow[:, :, None])
+    weights = weights.neg_().add_(1).clamp_(min=0).mul_(inside[:, None, :])
+    return weights.div_(weights.sum(2, keepdim=True))
 
 
 def blur_matrix(sigma: Tensor, size: int) -> Tensor:
@@ -215,7 +218,9 @@ class _Plan:
     Sorted, the images whose hue turns before blend k are `hue_slots[k]`, and all that change colour come first.
     """
 
-    def __init__(self, p: ViewParameters, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+    def __init__(
+        self, p: ViewParameters, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+    ) -> None:
         batch = len(p.boxes)
         hue_slot = (p.order == HUE).int().argmax(1)  # the number of blends before it
         sorting = torch.where(p.jitter, hue_slot, 4).argsort(stable=True)
@@ -249,12 +254,12 @@ class _Plan:
 
 def _finish(x: Tensor, plan: _Plan) -> Tensor:
     """Colours, blur, solarize and normalization of sorted crops. x: (B, 3, S, S) float32 in [0, 1], is overwritten."""
-    batch, channels, size, _ = x.shape
+    channels, size = x.shape[1:3]
     for k in range(4):
         if (own := plan.hue_slots[k]).stop > own.start:
-            x[own] = turn_hue(x[own], plan.hue[own])
+            turn_hue(x[own], plan.hue[own], out=x[own])
         if k < 3 and plan.colored:
-            x[: plan.colored] = _blend(x[: plan.colored], *(c[: plan.colored] for c in plan.blends[k]))
+            _blend(x[: plan.colored], *(c[: plan.colored] for c in plan.blends[k]))
     x = torch.bmm(plan.mix, x.flatten(2)).view_as(x)
     if plan.blur:
         matrix = blur_matrix(plan.sigma, size)
@@ -263,36 +268,37 @@ def _finish(x: Tensor, plan: _Plan) -> Tensor:
         x = torch.where((plan.solarized[:, None, None, None] > 0) & (x >= SOLARIZE), 1 - x, x)
     for c in range(channels):
         x[:, c].sub_(plan.mean[c]).div_(plan.std[c])
-    return x[plan.inverse]
+    return x.index_select(0, plan.inverse)
 
 
-def _blend(x: Tensor, own: Tensor, to_gray: Tensor, to_mean: Tensor) -> Tensor:
-    """clamp(own x + to_gray gray(x) + to_mean mean(gray(x))): brightness, contrast or saturation of each image.
+def _blend(x: Tensor, own: Tensor, to_gray: Tensor, to_mean: Tensor) -> None:
+    """x <- clamp(own x + to_gray gray(x) + to_mean mean(gray(x))): brightness, contrast or saturation of each image.
 
-    x: (B, 3, S, S); coefficients (B,) -> (B, 3, S, S).
+    x: (B, 3, S, S); coefficients: (B,).
     """
-    gray = GRAY[0] * x[:, 0] + GRAY[1] * x[:, 1] + GRAY[2] * x[:, 2]  # (B, S, S)
+    gray = (GRAY[0] * x[:, 0]).add_(x[:, 1], alpha=GRAY[1]).add_(x[:, 2], alpha=GRAY[2])  # (B, S, S)
     mean = gray.mean((1, 2))
-    rest = gray * to_gray[:, None, None] + (to_mean * mean)[:, None, None]
-    return torch.addcmul(rest[:, None], own[:, None, None, None], x).clamp_(0, 1)
+    rest = gray.mul_(to_gray[:, None, None]).add_((to_mean * mean)[:, None, None])
+    x.mul_(own[:, None, None, None]).add_(rest[:, None]).clamp_(0, 1)
 
 
-def turn_hue(x: Tensor, shift: Tensor) -> Tensor:
+def turn_hue(x: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """Turn the hue of each image by its share of a full circle, keeping value and saturation.
 
-    x: (B, 3, S, S) in [0, 1]; shift: (B,) in [-0.5, 0.5]. Equal to torchvision's adjust_hue: with the hue h in [0, 1)
-    and the chroma C = max - min, a channel at angle a is max - C * clamp(2 - 6 |h - a| , 0, 1) around the circle.
+    x: (B, 3, S, S) in [0, 1]; shift: (B,) in [-0.5, 0.5] -> (B, 3, S, S). Equal to torchvision's adjust_hue. With chroma
+    C = max - min, a channel that vanishes at angle a is max - C * clamp(2 - 6 |h - a|, 0, 1), |.| around the circle.
+    Channels are sorted by max and min rather than branched on: `where` is ten times slower than they are on CPU.
     """
     red, green, blue = x.unbind(1)
-    high, low = x.amax(1), x.amin(1)
-    chroma = high - low
-    hue = torch.where(
-        high == red, green - blue, torch.where(high == green, blue - red + 2 * chroma, red - green + 4 * chroma)
-    )
-    hue = hue / torch.where(chroma == 0, 1, 6 * chroma) + shift[:, None, None]
-    opposite = torch.stack([hue + 0.5, hue + 1 / 6, hue - 1 / 6], 1)  # angle to where the channel vanishes
-    distance = (opposite - opposite.round()).abs_()
-    return high[:, None] - chroma[:, None] * (2 - 6 * distance).clamp_(0, 1)
+    low, middle = torch.minimum(green, blue), torch.maximum(green, blue)
+    swapped = green.clone().lt_(blue)
+    high, middle, rotated = torch.maximum(red, middle), torch.minimum(red, middle), red.clone().lt_(middle)
+    sector = swapped.mul(2).sub_(1 / 3).mul_(rotated).sub_(swapped)  # 0, -1, -1/3 or 2/3 of the circle
+    chroma = high - torch.minimum(low, middle)
+    hue = middle.sub_(low).div_(chroma.mul(6).clamp_(min=1e-20)).add_(sector).abs_().add_(shift[:, None, None])
+    away = torch.stack([hue + 0.5, hue + 1 / 6, hue - 1 / 6], 1)
+    away = away.sub_(away.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
+    return torch.addcmul(high[:, None], away, chroma[:, None], value=-1, out=out)
 
 
 def _send(table: Tensor, device: torch.device | str) -> Tensor:
