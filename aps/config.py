@@ -247,7 +247,7 @@ class DetectionSettings(Section):
     window: Natural = 14  # cells; 0: global attention in every block
     global_blocks: tuple[Natural, ...] = (2, 5, 8, 11)
     relative_position: bool = True
-    pyramid_scales: Annotated[tuple[Literal[4.0, 2.0, 1.0, 0.5], ...], Field(min_length=1)] = (4.0, 2.0, 1.0, 0.5)
+    pyramid_scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (4.0, 2.0, 1.0, 0.5)
     pyramid_dim: Positive = 256  # channels of the pyramid and of the heads' convolutions
     head_convs: Natural = 4  # 3x3 convolutions of the box and of the mask head
     head_dim: Positive = 1024  # hidden layer of the box head
@@ -260,6 +260,8 @@ class DetectionSettings(Section):
 
     def strides(self, patch_size: int) -> tuple[int, ...]:
         """Pixels a cell of each pyramid level, finest first. Raises ValueError where a scale does not fit the patch."""
+        if not set(self.pyramid_scales) <= {4.0, 2.0, 1.0, 0.5}:
+            raise ValueError(f"detection.pyramid_scales {list(self.pyramid_scales)} may hold 4.0, 2.0, 1.0 and 0.5")
         strides = [patch_size / scale for scale in self.pyramid_scales]
         if any(fine * 2 != coarse for fine, coarse in itertools.pairwise(strides)):
             raise ValueError(f"detection.pyramid_scales {list(self.pyramid_scales)} must halve from one level to the next")

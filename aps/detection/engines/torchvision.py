@@ -1,0 +1,228 @@
+"""Engine torchvision: its Mask R-CNN on the ViTDet backbone of `aps.detection.vitdet`. Runs wherever torch does.
+
+Heads as ViTDet has them: two convolutions in the proposal network, four and a hidden layer for boxes, four for masks, with
+LayerNorm. Where torchvision's defaults differ from detectron2's in what the network computes (region pooling, initial
+weights of the predictors), detectron2's are taken, so that the same settings mean the same thing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+
+from aps.config import DetectionSettings
+from aps.detection import engine
+from aps.detection.augment import jitter
+from aps.detection.coco import Positions, image_at, seed_of
+from aps.detection.engine import After, Prediction, Task
+from aps.detection.score import coco_metrics
+from aps.detection.vitdet import SimpleFeaturePyramid
+from aps.models.archs import dimensions
+from aps.training.precision import Precision
+
+# torchvision's names of the losses -> ours.
+LOSSES = {
+    "loss_objectness": "loss_proposal_class",
+    "loss_rpn_box_reg": "loss_proposal_box",
+    "loss_classifier": "loss_class",
+    "loss_box_reg": "loss_box",
+    "loss_mask": "loss_mask",
+}
+
+
+class Engine(engine.Engine):
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.device = task.processes.device
+        self.precision = Precision(task.settings.precision, self.device)
+        self.model = build_model(task).to(self.device)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, task.settings, dimensions(task.encoder).depth), lr=task.settings.lr
+        )
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self._done = 0
+
+    def train(self, start: int, after: After) -> None:
+        settings, processes = self.task.settings, self.task.processes
+        forward: nn.Module = self.model.train()
+        if processes.world > 1:
+            forward = DistributedDataParallel(self.model, broadcast_buffers=False)
+        positions = Positions(settings.batch_size, start, processes.rank, processes.world)
+        loader = DataLoader(
+            _Samples(self.task),
+            batch_size=positions.own,
+            sampler=positions,
+            num_workers=self.task.workers,
+            collate_fn=list,
+            pin_memory=self.device.type == "cuda",
+        )
+        for iteration, batch in zip(range(start, settings.iterations), loader, strict=False):
+            for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+                group["lr"] = peak * engine.lr_factor(settings, iteration)
+            engine.seed_step(seed_of(self.task.seed, iteration, processes.rank))
+            images = [image.to(self.device, non_blocking=True).float() / 255 for image, _ in batch]
+            targets = [{k: v.to(self.device, non_blocking=True) for k, v in target.items()} for _, target in batch]
+            with self.precision.autocast():
+                losses = forward(images, targets)
+                total = sum(losses.values(), torch.zeros((), device=self.device))
+            self.optimizer.zero_grad(set_to_none=True)
+            self.precision.scaler.scale(total).backward()
+            self.precision.scaler.step(self.optimizer)
+            self.precision.scaler.update()
+            self._done = iteration + 1
+            after(self._done, self._read(total, losses) if self._done % engine.LOG_EVERY == 0 else None)
+
+    def _read(self, total: Tensor, losses: dict[str, Tensor]) -> dict[str, float]:
+        """Losses of this iteration on the host, averaged over processes."""
+        values = torch.stack([total, *(losses[name] for name in LOSSES)]).detach()
+        return dict(zip(["loss", *LOSSES.values()], self.task.processes.mean(values).tolist(), strict=True))
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "iteration": self._done,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+        }
+
+    def resume(self, state: dict[str, Any]) -> int:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.precision.scaler.load_state_dict(state["scaler"])
+        self._done = state["iteration"]
+        return self._done
+
+    @torch.no_grad()
+    def predict(self, images: list[Tensor]) -> list[Prediction]:
+        training = self.model.training
+        self.model.eval()
+        with self.precision.autocast():
+            found = self.model([image.to(self.device).float() / 255 for image in images])
+        self.model.train(training)
+        return [
+            Prediction(x["boxes"].cpu(), x["scores"].cpu(), x["labels"].cpu() - 1, (x["masks"][:, 0] >= 0.5).cpu())
+            for x in found
+        ]
+
+    def score(self, results: list[dict[str, Any]]) -> dict[str, Any]:
+        return coco_metrics(self.task.val, results)
+
+
+class _Samples(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Training samples by position; labels from 1, 0 being torchvision's background."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __getitem__(self, position: int) -> tuple[Tensor, dict[str, Tensor]]:
+        task = self.task
+        index = image_at(position, len(task.train), task.seed)
+        generator = torch.Generator().manual_seed(seed_of(task.seed, position))
+        image, target = jitter(task.train.read(index), task.train.target(index), task.settings, generator)
+        return image, {"boxes": target.boxes, "labels": target.labels + 1, "masks": target.masks}
+
+
+def build_model(task: Task) -> MaskRCNN:
+    """Mask R-CNN for the classes of `task`, its backbone with fresh weights."""
+    settings = task.settings
+    torch.manual_seed(task.seed)
+    backbone = SimpleFeaturePyramid(task.encoder, settings)
+    strides = settings.strides(task.encoder.patch_size)
+    C, classes = settings.pyramid_dim, len(task.train.classes) + 1
+    anchors = AnchorGenerator(
+        sizes=tuple((engine.ANCHOR_STRIDES * stride,) for stride in (*strides, 2 * strides[-1])),
+        aspect_ratios=((0.5, 1.0, 2.0),) * len(backbone.names),
+    )
+    box_head = FastRCNNConvFCHead((C, 7, 7), [C] * settings.head_convs, [settings.head_dim], norm_layer=LayerNorm2d)
+    box_predictor = FastRCNNPredictor(settings.head_dim, classes)
+    mask_predictor = MaskRCNNPredictor(C, C, classes)
+    nn.init.normal_(box_predictor.cls_score.weight, std=0.01)
+    nn.init.normal_(box_predictor.bbox_pred.weight, std=0.001)
+    nn.init.normal_(mask_predictor.mask_fcn_logits.weight, std=0.001)
+    for layer in (box_predictor.cls_score, box_predictor.bbox_pred):
+        nn.init.zeros_(layer.bias)
+    return MaskRCNN(
+        backbone,
+        min_size=settings.image_size,
+        max_size=settings.image_size,
+        image_mean=list(task.mean),
+        image_std=list(task.std),
+        size_divisible=settings.image_size,  # pad to the square
+        _skip_resize=True,  # in training: the jitter did it
+        rpn_anchor_generator=anchors,
+        rpn_head=RPNHead(C, anchors.num_anchors_per_location()[0], conv_depth=2),
+        rpn_pre_nms_top_n_train=2 * settings.proposals,
+        rpn_pre_nms_top_n_test=settings.proposals,
+        rpn_post_nms_top_n_train=settings.proposals,
+        rpn_post_nms_top_n_test=settings.proposals,
+        box_roi_pool=AlignedPooler(backbone.names[:-1], strides, 7),
+        box_head=box_head,
+        box_predictor=box_predictor,
+        box_batch_size_per_image=settings.rois,
+        mask_roi_pool=AlignedPooler(backbone.names[:-1], strides, 14),
+        mask_head=MaskRCNNHeads(C, [C] * settings.head_convs, 1, norm_layer=LayerNorm2d),
+        mask_predictor=mask_predictor,
+    )
+
+
+class AlignedPooler(MultiScaleRoIAlign):
+    """torchvision's pooler without its shift of half a cell, which is a pixel or two on small images (detectron2's
+    ROIAlignV2 lacks it too), and with given strides: torchvision infers them from unpadded sizes."""
+
+    def __init__(self, names: list[str], strides: tuple[int, ...], side: int) -> None:
+        """side: of the pooled map, in cells."""
+        super().__init__(names, output_size=side, sampling_ratio=0)
+        self.strides = strides
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """x: level -> (B, C, ., .), boxes: B of (R, 4) in pixels of the padded image -> (sum R, C, side, side)."""
+        maps = [x[name] for name in self.featmap_names]
+        rois = torch.cat([torch.cat([b.new_full((len(b), 1), i), b], dim=1) for i, b in enumerate(boxes)])
+        levels = self.levels(rois)
+        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
+        for level, (features, stride) in enumerate(zip(maps, self.strides, strict=True)):
+            own = torch.nonzero(levels == level).squeeze(1)
+            crops = roi_align(features, rois[own], self.output_size, 1 / stride, self.sampling_ratio, aligned=True)
+            pooled[own] = crops.to(pooled.dtype)
+        return pooled
+
+    def levels(self, rois: Tensor) -> Tensor:
+        """rois: (R, 5) -> (R,) in [0, levels): the stride of 16 for a side of 224 pixels, and in proportion (Feature
+        Pyramid Networks, arXiv 1612.03144, equation 1)."""
+        sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
+        log2_stride = torch.floor(4 + torch.log2(sides / 224 + 1e-8))
+        finest = self.strides[0].bit_length() - 1
+        return (log2_stride - finest).clamp(0, len(self.strides) - 1).long()
+
+
+def parameter_groups(model: nn.Module, settings: DetectionSettings, depth: int) -> list[dict[str, Any]]:
+    """Layer-wise lr decay and weight decay as in ViTDet's release.
+
+    The patch and position embeddings are layer 0, block i layer i+1, everything else layer depth+1, whose lr is the full
+    one; each layer below has `layer_decay` of the one above. No weight decay for the encoder's norms and its position
+    embedding; the pyramid's and heads' norms have it, as there.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for place, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            name, layer = f"{place}.{own}", depth + 1
+            if name.startswith("backbone.net.blocks."):
+                layer = int(name.split(".")[3]) + 1
+            elif name.startswith("backbone.net."):
+                layer = 0
+            decays = own != "pos_embed" and type(module) is not nn.LayerNorm
+            key = (settings.lr * settings.layer_decay ** (depth + 1 - layer), settings.weight_decay if decays else 0.0)
+            groups.setdefault(key, []).append(parameter)
+    return [{"params": own, "lr": lr, "weight_decay": decay} for (lr, decay), own in groups.items()]
+

@@ -1,0 +1,208 @@
+"""Detection datasets made of real scans: instances composited on canvases with exact masks, in COCO's format.
+
+`digits_coco` lays handwritten digits (scikit-learn's) side by side, easily told apart; `fashion_coco` piles up garments
+of Fashion-MNIST over and under each other, among fragments of others that are no instance. Train canvases are made of
+the source's train images and val canvases of its test images.
+
+Peculiar: everything is drawn from a fixed seed, each canvas from its own, in integer arithmetic, so the same dataset
+comes out on every machine. A mask is what is seen: the pixels whose topmost object is the instance; an object that would
+hide too much of an earlier one is not placed, so everything that is painted is annotated.
+
+It deliberately does not know how the source is obtained, nor anything about detectors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+
+from aps.config import SourceSettings
+from aps.data import REGISTRY
+from aps.data.load import ArraySplit, FileSplit, load_split
+from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes, write_atomic
+from aps.data.statistics import Accumulator
+
+SEED = 20230605
+TRIES = 20  # placements tried for an object before it is left out
+FIXED = 1 << 10  # denominator of interpolation weights
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How canvases are made. Lengths in pixels."""
+
+    source: str  # a classification dataset of REGISTRY
+    side: int
+    train: int  # canvases
+    val: int
+    objects: tuple[int, int]  # fewest and most
+    sizes: tuple[int, int]  # side of an object's square
+    opaque: int  # an object is where its scan is at least this bright, of 255
+    visible: float  # share of each object that must stay in sight
+    fragments: tuple[int, int] = (0, 0)  # pieces of other objects
+    background: tuple[int, int] = (0, 0)  # gray levels between which a canvas shades
+    noise: int = 0  # gray levels
+
+
+RECIPES = {
+    "digits_coco": Recipe("digits", 64, 1200, 200, (2, 4), (18, 30), 128, 0.9, noise=16),
+    "fashion_coco": Recipe("fashion_mnist", 128, 4000, 500, (3, 8), (28, 64), 24, 0.35, (2, 6), (0, 120), 24),
+}
+
+
+def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
+    """Canvases as gray PNG files, and instances_{train,val}.json with run-length masks.
+
+    Args:
+        folder: the dataset's folder under results/data.
+        source: of the classification dataset that the objects come from.
+        name: a row of RECIPES.
+
+    Raises:
+        UserError: the source is missing or broken.
+    """
+    recipe = RECIPES[name]
+    module = importlib.import_module(f"aps.data.{REGISTRY[recipe.source].module}")
+    with tempfile.TemporaryDirectory(dir=folder, prefix="source-") as temporary:
+        scans = Path(temporary)
+        origin = module.prepare(scans, source, recipe.source)
+        origin.write(scans / "manifest.json")
+        objects = {
+            "train": load_split(scans / "manifest.json", "train"),
+            "val": load_split(scans / "manifest.json", "test"),
+        }
+    statistics = Accumulator()
+    splits: dict[str, Split] = {}
+    contents: list[Any] = []
+    for number, (split, count) in enumerate((("train", recipe.train), ("val", recipe.val))):
+        images, coco = folder / split, _header(name, origin.classes)
+        images.mkdir(exist_ok=True)
+        for index in range(count):
+            canvas, annotations = compose(recipe, objects[split], np.random.default_rng([SEED, number, index]))
+            file = f"{index:06d}.png"
+            Image.fromarray(canvas).save(images / file)
+            coco["images"].append({"id": index + 1, "file_name": file, "height": recipe.side, "width": recipe.side})
+            for annotation in annotations:
+                coco["annotations"].append({"id": len(coco["annotations"]) + 1, "image_id": index + 1, **annotation})
+            contents.append(canvas.tobytes())
+            if split == "train":
+                statistics.add(torch.from_numpy(canvas)[None, None])
+        annotations_file = f"instances_{split}.json"
+        write_atomic(folder / annotations_file, json.dumps(coco).encode())
+        splits[split] = Split(count=count, images=split, annotations=annotations_file)
+        contents.append(coco["annotations"])
+    manifest = Manifest(
+        name=name,
+        kind="detection",
+        classes=origin.classes,
+        image_size=(recipe.side, recipe.side),
+        splits=splits,
+        statistics=Statistics(measured=statistics.result(f"all pixels of the {recipe.train} train canvases")),
+        digest=content_digest(list(origin.classes), *contents),
+        digest_of="class names, pixels and annotations",
+        origin=f"composited from {recipe.source}: {origin.origin}",
+        source=source.path,
+    )
+    return with_sizes(manifest, folder)
+
+
+def compose(
+    recipe: Recipe, scans: ArraySplit | FileSplit, generator: np.random.Generator
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """One canvas.
+
+    Returns:
+        uint8 (side, side), and the annotations of its instances in COCO's format without ids: box as left, top, width,
+        height; the visible mask run-length encoded; categories numbered from 1.
+    """
+    side = recipe.side
+    canvas = _background(recipe, generator)
+    top = np.full((side, side), -1)  # number of the topmost object; fragments come after all instances
+    labels: list[int] = []
+    whole: list[int] = []  # pixels of each instance, were nothing in front of it
+    kinds = [True] * int(generator.integers(recipe.objects[0], recipe.objects[1] + 1))
+    kinds += [False] * int(generator.integers(recipe.fragments[0], recipe.fragments[1] + 1))
+    for is_instance in generator.permutation(kinds):
+        scan = int(generator.integers(len(scans)))
+        size = int(generator.integers(recipe.sizes[0], recipe.sizes[1] + 1))
+        pixels = resize(scans.read(scan)[0].numpy(), size)
+        if not is_instance:
+            pixels = _fragment(pixels, generator)
+        solid = pixels >= recipe.opaque
+        if not solid.any():
+            continue
+        gain = int(generator.integers(160, 257))
+        for _ in range(TRIES):
+            y, x = (int(generator.integers(0, side - extent + 1)) for extent in pixels.shape)
+            area = (slice(y, y + pixels.shape[0]), slice(x, x + pixels.shape[1]))
+            number = len(labels) if is_instance else -1
+            trial = top.copy()
+            trial[area][solid] = number
+            seen = np.bincount(trial[trial >= 0], minlength=len(labels))
+            if all(seen[k] >= recipe.visible * whole[k] for k in range(len(whole))):
+                break
+        else:
+            continue
+        top = trial
+        canvas[area][solid] = (pixels[solid].astype(np.int64) * gain) >> 8
+        if is_instance:
+            labels.append(int(scans.labels[scan]))
+            whole.append(int(solid.sum()))
+    return canvas, [_annotation(top == number, label) for number, label in enumerate(labels)]
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """Enlarge by bilinear interpolation: uint8 (h, h) -> (size, size). In integers, hence alike on every machine."""
+    h = len(image)
+    weights = np.zeros((size, h), dtype=np.int64)
+    for row in range(size):
+        position = min(max((2 * row + 1) * h * FIXED // (2 * size) - FIXED // 2, 0), (h - 1) * FIXED)
+        low, part = divmod(position, FIXED)
+        weights[row, low] += FIXED - part
+        if part:
+            weights[row, low + 1] += part
+    return ((weights @ image.astype(np.int64) @ weights.T + FIXED**2 // 2) // FIXED**2).astype(np.uint8)
+
+
+def _fragment(pixels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """A random third of an object, (h, w) -> (h', w')."""
+    h, w = pixels.shape
+    height, width = max(4, h // 3), max(4, w // 3)
+    y, x = int(generator.integers(0, h - height + 1)), int(generator.integers(0, w - width + 1))
+    return pixels[y : y + height, x : x + width]
+
+
+def _background(recipe: Recipe, generator: np.random.Generator) -> np.ndarray:
+    """A plane of gray between two random levels, with noise: uint8 (side, side)."""
+    low, high = recipe.background
+    corners = generator.integers(low, high + 1, size=(2, 2)).astype(np.uint8)
+    shade = resize(corners, recipe.side).astype(np.int64)
+    return np.clip(shade + generator.integers(0, recipe.noise + 1, size=shade.shape), 0, 255).astype(np.uint8)
+
+
+def _annotation(mask: np.ndarray, label: int) -> dict[str, Any]:
+    """mask: bool (side, side), not empty."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    y, x = int(rows[0]), int(columns[0])
+    encoded = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {
+        "category_id": label + 1,
+        "bbox": [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1],
+        "area": int(mask.sum()),
+        "iscrowd": 0,
+        "segmentation": {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")},
+    }
+
+
+def _header(name: str, classes: tuple[str, ...]) -> dict[str, Any]:
+    categories = [{"id": number + 1, "name": label} for number, label in enumerate(classes)]
+    return {"info": {"description": name}, "images": [], "annotations": [], "categories": categories}

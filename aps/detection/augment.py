@@ -1,0 +1,51 @@
+"""Large-scale jitter (Simple Copy-Paste, arXiv 2012.07177, section 3): flip, rescale, crop; boxes follow the masks.
+
+Torch only, drawn from a generator that is passed in. Engine detectron2 has its own of the same meaning.
+"""
+
+from __future__ import annotations
+
+import torch
+import torchvision.transforms.v2.functional as T
+from torch import Tensor
+from torchvision.ops import masks_to_boxes
+
+from aps.config import DetectionSettings
+from aps.detection.coco import Target
+
+
+def jitter(image: Tensor, target: Target, settings: DetectionSettings, generator: torch.Generator) -> tuple[Tensor, Target]:
+    """One training sample.
+
+    The image is scaled so that its longer side is `jitter_scale` times S, then a random window of at most SxS is kept;
+    smaller images are padded later, with their batch. Instances left without a pixel are dropped.
+
+    Args:
+        image: uint8 (3, H, W).
+
+    Returns:
+        uint8 (3, h, w) with h, w <= S, and its instances.
+    """
+    flip, scale, down, right = torch.rand(4, generator=generator).tolist()
+    masks = target.masks
+    if flip < settings.flip:
+        image, masks = T.horizontal_flip(image), T.horizontal_flip(masks)
+    low, high = settings.jitter_scale
+    H, W = image.shape[-2:]
+    factor = (low + scale * (high - low)) * settings.image_size / max(H, W)
+    size = [max(1, round(H * factor)), max(1, round(W * factor))]
+    if size != [H, W]:
+        image = T.resize(image, size, antialias=True)
+        masks = T.resize(masks, size, interpolation=T.InterpolationMode.NEAREST)
+    height, width = (min(side, settings.image_size) for side in size)
+    top, left = round(down * (size[0] - height)), round(right * (size[1] - width))
+    image, masks = (T.crop(x, top, left, height, width) for x in (image, masks))
+    kept = masks.flatten(1).any(dim=1).bool()
+    return image, Target(mask_boxes(masks[kept]), target.labels[kept], masks[kept])
+
+
+def mask_boxes(masks: Tensor) -> Tensor:
+    """masks: (K, H, W), none empty -> (K, 4): left, top, right, bottom, the last two one past the last pixel."""
+    if not len(masks):
+        return torch.zeros(0, 4)
+    return masks_to_boxes(masks) + torch.tensor([0.0, 0.0, 1.0, 1.0])

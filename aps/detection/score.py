@@ -1,0 +1,66 @@
+"""COCO's metrics of boxes and masks by pycocotools, in percent as the field quotes them.
+
+| key            | meaning                                                        |
+|----------------|----------------------------------------------------------------|
+| box_AP         | mean over IoU 0.50:0.95 of average precision                   |
+| box_AP50, AP75 | at one IoU                                                     |
+| box_AP_small   | of instances under 32^2 pixels; medium under 96^2; large above |
+| box_AR1, 10, 100 | recall with so many detections an image; also by size        |
+
+and likewise mask_... A key whose average is over nothing (no large instance, say) is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools.cocoeval import COCOeval
+
+from aps.detection.coco import CocoSplit
+
+# pycocotools' summary in its order.
+STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
+KINDS = {"bbox": "box", "segm": "mask"}
+
+
+def coco_metrics(split: CocoSplit, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Score detections in COCO's result format (`predictions.json`) against a split.
+
+    Returns:
+        the flat keys above, and `per_class`: {"box_AP": {class: AP}, "mask_AP": {...}}.
+    """
+    metrics: dict[str, Any] = {}
+    per_class: dict[str, dict[str, float]] = {}
+    for kind, name in KINDS.items():
+        if not results:  # pycocotools refuses an empty list; there is nothing to find fault with but zero
+            metrics |= {f"{name}_{key}": 0.0 for key in ("AP", "AP50", "AP75", "AR100")}
+            continue
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints tables
+            evaluation = COCOeval(split.coco, split.coco.loadRes([dict(row) for row in results]), kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        metrics |= named(name, evaluation.stats)
+        per_class[f"{name}_AP"] = class_precision(split.classes, evaluation.eval["precision"])
+    return {**metrics, "per_class": per_class}
+
+
+def named(name: str, stats: Sequence[float]) -> dict[str, float]:
+    """pycocotools' twelve numbers as percent under our keys; -1 means undefined there."""
+    return {f"{name}_{key}": 100 * float(value) for key, value in zip(STATS, stats, strict=True) if value >= 0}
+
+
+def class_precision(classes: tuple[str, ...], precision: np.ndarray) -> dict[str, float]:
+    """precision: (IoU, recall, class, size, detections), -1 where undefined -> AP of each class that has instances."""
+    found = {}
+    for number, label in enumerate(classes):
+        own = precision[:, :, number, 0, -1]
+        value = float(np.mean(own[own > -1])) if (own > -1).any() else math.nan
+        if not math.isnan(value):
+            found[label] = 100 * value
+    return found

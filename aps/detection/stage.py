@@ -1,0 +1,148 @@
+"""The detection stage: Mask R-CNN trained on an encoder and scored by COCO's metrics (ViTDet, arXiv 2203.16527).
+
+A run can be killed anywhere: it goes on from its last checkpoint with the same iteration, optimizer, learning rates,
+images and augmentations. It knows no engine: `aps.detection.engines` holds one a file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from aps.data.manifest import RGB, Manifest
+from aps.detection import check_engine
+from aps.detection.coco import CocoSplit
+from aps.detection.engine import Engine, Task, lr_factor
+from aps.detection.figure import predictions_figure
+from aps.detection.weights import Placed, backbone_tensors, place, table
+from aps.errors import Preempted, UserError
+from aps.models.weights import load_encoder, read_info, save_tensors
+from aps.progress import Progress
+from aps.results import StageJob, StageRun
+from aps.training.checkpoint import Checkpoints
+from aps.training.distributed import Distributed, processes
+from aps.training.interrupt import stop_requested
+
+IMAGENET: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def run(job: StageJob) -> None:
+    """The stage. Outputs model.safetensors, predictions.json, predictions.png, history.jsonl, metrics.json.
+
+    Raises:
+        UserError: the engine's library is missing; settings, weights, data or processes do not fit; a loss that is no
+            longer finite.
+        Preempted: asked to stop; the state is saved.
+    """
+    check_engine(job.settings.detection.engine)
+    with processes() as distributed, StageRun(job) as stage:
+        _detect(job, stage, distributed)
+
+
+def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
+    settings = job.settings.detection
+    mean, std = normalization(job)
+    task = Task(
+        settings=settings,
+        encoder=job.settings.encoder,
+        seed=job.settings.seed,
+        train=CocoSplit(job.manifest, "train", training=True),
+        val=CocoSplit(job.manifest, "val", training=False),
+        mean=mean,
+        std=std,
+        workers=job.workers,
+        processes=distributed,
+    )
+    engine: Engine = importlib.import_module(f"aps.detection.engines.{settings.engine}").Engine(task)
+    placed, report = load_weights(engine, job)
+    checkpoints = Checkpoints(job.checkpoints, job.checkpoint_minutes, writes=distributed.main)
+    done = 0
+    if (state := checkpoints.load()) is not None:
+        done = engine.resume(state["engine"])
+        stage.resume(done)
+    elif distributed.main:
+        print(report, file=sys.stderr, flush=True)
+
+    with Progress(job.label, settings.iterations, "iterations", done, shown=distributed.main) as progress:
+
+        def after(done: int, losses: dict[str, float] | None) -> None:
+            progress.update(1, settings.batch_size, f"loss {losses['loss']:.3f}" if losses else "")
+            if losses is not None:
+                if not math.isfinite(losses["loss"]):
+                    raise UserError(f"the detection loss became {losses['loss']}; lower detection.lr, or set detection.precision: fp32")
+                stage.log(done, lr=settings.lr * lr_factor(settings, done - 1), **losses)
+            if settings.evaluate_every and done % settings.evaluate_every == 0 and done < settings.iterations:
+                found, _ = engine.evaluate()
+                if distributed.main:
+                    stage.log(done, **{key: value for key, value in found.items() if isinstance(value, float)})
+            if stop_requested(distributed):
+                checkpoints.save(done, {"engine": engine.state()})
+                raise Preempted(f"{job.label} after {done} of {settings.iterations} iterations; run it again to go on")
+            if checkpoints.due() or done == settings.iterations:
+                checkpoints.save(done, {"engine": engine.state()})
+                stage.save_clock()
+
+        if done < settings.iterations:
+            engine.train(done, after)
+        rate = progress.rate
+    metrics, results = engine.evaluate()
+    if distributed.main:
+        _finish(job, stage, engine, placed, metrics, results, rate)
+
+
+def normalization(job: StageJob) -> tuple[RGB, RGB]:
+    """(mean, std) in [0, 1] units that the encoder was trained with, wherever known: its file's, else timm's; else those
+    measured on the dataset, else ImageNet's, as ViTDet has for COCO."""
+    spec = str(job.encoder_spec)
+    if spec.startswith("timm:"):
+        config = timm.get_pretrained_cfg(spec.removeprefix("timm:"))
+        if config is not None:
+            return config.mean, config.std  # type: ignore[return-value]
+    elif spec != "random":
+        info = read_info(Path(spec))
+        if "mean" in info:
+            return tuple(info["mean"]), tuple(info["std"])
+    manifest = Manifest.read(job.manifest)
+    return manifest.normalization("measured") if manifest.statistics.measured else IMAGENET
+
+
+def load_weights(engine: Engine, job: StageJob) -> tuple[Placed, str]:
+    """The encoder's weights into the engine's model; returns what became of each parameter, and as a table.
+
+    Raises:
+        UserError: the weights are missing or differ from the settings.
+    """
+    torch.manual_seed(job.settings.seed)  # of a random encoder
+    encoder = load_encoder(job.encoder_spec, job.settings.encoder)
+    found = backbone_tensors(encoder)
+    placed = place(engine.model, found.tensors, job.settings.detection.image_size)
+    return placed, table(placed, found.dropped, str(job.encoder_spec))
+
+
+def _finish(
+    job: StageJob,
+    stage: StageRun,
+    engine: Engine,
+    placed: Placed,
+    metrics: dict[str, Any],
+    results: list[dict[str, Any]],
+    rate: float,
+) -> None:
+    stage.staging("predictions.json").write_text(json.dumps(results))
+    figure = stage.staging("predictions.png")
+    predictions_figure(figure, engine.task.val, results)
+    stage.figure(figure)
+    information = {"engine": job.settings.detection.engine, "classes": json.dumps(engine.task.val.classes)}
+    save_tensors(engine.model.state_dict(), stage.staging("model.safetensors"), information)
+    stage.finish(
+        {**metrics, "images_per_second": rate},
+        weights=placed.counts(),
+        normalization={"mean": engine.task.mean, "std": engine.task.std},
+    )
