@@ -1,0 +1,165 @@
+"""What every benchmark does: time two things in turn, say on which machine, write a JSON file and a plot.
+
+Peculiar: a benchmark's figure is a ratio of two times taken side by side in one run. What slows the machine down slows
+both, so the ratio means something where a time alone doesn't. Each repetition gives one ratio; the median and the
+quartiles over them are reported.
+
+It deliberately does not know what is timed. Run benchmarks from the repository's root: python -m benchmarks.views
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "aps-vit")
+OURS, OTHER = "#1f6f8b", "#9aa5ab"  # colours of every plot
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall time of one call, of the GPU's work too where there is one."""
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def compare(ours: Callable[[], Any], ordinary: Callable[[], Any], repeats: int = 7, warmup: int = 2) -> dict[str, Any]:
+    """Time both in turn, `repeats` times after `warmup` calls of each.
+
+    Returns seconds of each, summaries, and `ratio`, ordinary / ours: above 1, ours is faster.
+    """
+    for _ in range(warmup):
+        ours()
+        ordinary()
+    times: dict[str, list[float]] = {"ours": [], "ordinary": []}
+    for repeat in range(repeats):
+        # who goes first alternates, so that neither always finds the caches of the other
+        for name, function in [("ours", ours), ("ordinary", ordinary)][:: 1 if repeat % 2 == 0 else -1]:
+            times[name].append(seconds(function))
+    ratios = [b / a for a, b in zip(times["ours"], times["ordinary"], strict=True)]
+    return {
+        "ratio": spread(ratios),
+        "ours": spread(times["ours"]),
+        "ordinary": spread(times["ordinary"]),
+        "seconds": times,
+        "repeats": repeats,
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, quartiles, least and greatest."""
+    if len(values) == 1:
+        low = middle = high = values[0]
+    else:
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "low": low, "high": high, "min": min(values), "max": max(values)}
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions, without which a number doesn't count."""
+    cpu = platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    found: dict[str, Any] = {
+        "cpu": cpu,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+        found["cuda"] = torch.version.cuda
+        found["cudnn"] = torch.backends.cudnn.version()
+    return found
+
+
+def label(found: dict[str, Any] | None = None) -> str:
+    """The machine in a few words, for titles and file names: the GPU's name, or the number of CPU cores."""
+    found = found or machine()
+    return found.get("gpu") or f"{found['cpu']}, {found['torch_threads']} threads"
+
+
+def write(name: str, result: dict[str, Any], settings: dict[str, Any]) -> Path:
+    """benchmarks/results/NAME-cpu.json or NAME-gpu.json, with everything needed to repeat it."""
+    kind = "gpu" if torch.cuda.is_available() else "cpu"
+    path = RESULTS / f"{name}-{kind}.json"
+    content = {
+        "benchmark": name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "commit": _commit(),
+        "machine": machine(),
+        "settings": settings,
+        **result,
+    }
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"  written: {path.relative_to(RESULTS.parent.parent)}")
+    return path
+
+
+def _commit() -> str | None:
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def plot(name: str, bars: dict[str, dict[str, float]], unit: str, title: str, ours: set[str]) -> Path:
+    """Bars of medians with quartiles, beside the JSON file. bars: label -> spread; `ours` are drawn in colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.5 * len(bars)), layout="constrained")
+    labels = list(bars)
+    values = [bars[key]["median"] for key in labels]
+    errors = [
+        [bars[k]["median"] - bars[k]["low"] for k in labels],
+        [bars[k]["high"] - bars[k]["median"] for k in labels],
+    ]
+    axes.barh(labels, values, xerr=errors, color=[OURS if key in ours else OTHER for key in labels], height=0.6)
+    for row, value in enumerate(values):
+        axes.annotate(f"  {value:.3g}", (values[row] + errors[1][row], row), va="center", fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel(unit)
+    axes.set_title(f"{title}\n{label()}", fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    path = RESULTS / f"{name}-{'gpu' if torch.cuda.is_available() else 'cpu'}.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
