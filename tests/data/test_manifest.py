@@ -1,0 +1,73 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from aps.data.manifest import ChannelStatistics, Manifest, Split, Statistics, content_digest, read_index, write_index
+from aps.errors import UserError
+
+
+def manifest(**changes: object) -> Manifest:
+    measured = ChannelStatistics(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), over="all")
+    fields = dict(
+        name="toy",
+        kind="classification",
+        classes=("a", "b"),
+        image_size=(8, 8),
+        splits={"train": Split(count=2, tensors="train.safetensors")},
+        statistics=Statistics(measured=measured),
+        digest="0" * 64,
+        digest_of="pixels",
+        origin="here",
+    )
+    return Manifest(**(fields | changes))  # type: ignore[arg-type]
+
+
+def test_a_manifest_read_back_equals_the_one_written(tmp_path: Path) -> None:
+    manifest().write(tmp_path / "toy" / "manifest.json")
+    assert Manifest.read(tmp_path / "toy" / "manifest.json") == manifest()
+    assert [file.name for file in (tmp_path / "toy").iterdir()] == ["manifest.json"]
+
+
+def test_a_missing_manifest_says_how_to_prepare_the_dataset(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'cifar10' is not prepared; prepare it by `python -m aps data cifar10`"):
+        Manifest.read(tmp_path / "cifar10" / "manifest.json")
+
+
+@pytest.mark.parametrize(
+    "change", [{"kind": "sound"}, {"extra": 1}, {"splits": {"train": {"count": "many"}}}, {"statistics": None}]
+)
+def test_a_manifest_of_another_version_is_refused_with_the_key(tmp_path: Path, change: dict[str, object]) -> None:
+    path = tmp_path / "toy" / "manifest.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(manifest().model_dump(mode="json") | change))
+    with pytest.raises(UserError, match=rf"not a manifest of this version \({next(iter(change))}.*aps data toy"):
+        Manifest.read(path)
+
+
+def test_a_half_written_manifest_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "toy" / "manifest.json"
+    manifest().write(path)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(UserError, match="not a manifest"):
+        Manifest.read(path)
+
+
+def test_statistics_that_the_dataset_lacks_are_refused_by_name() -> None:
+    assert manifest().normalization("measured") == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    with pytest.raises(UserError, match="'toy' has no published channel statistics; set dataset.statistics: measured"):
+        manifest().normalization("published")
+
+
+def test_an_index_keeps_names_with_spaces_and_any_bytes(tmp_path: Path) -> None:
+    names = ["a/plain.png", "b c/ünï 1.jpg", "d/raw\udcff.png"]
+    write_index(tmp_path / "i.tsv", names, [0, 1, 2])
+    assert read_index(tmp_path / "i.tsv") == (names, [0, 1, 2])
+    with pytest.raises(UserError, match="tab or line break"):
+        write_index(tmp_path / "i.tsv", ["a/b\nc.png"], [0])
+
+
+def test_a_digest_tells_where_one_part_ends_and_the_next_begins() -> None:
+    assert content_digest(b"ab", b"c") != content_digest(b"a", b"bc")
+    assert content_digest(b"ab", b"c") == content_digest(memoryview(b"ab"), b"c")
+    assert content_digest({"a": 1, "b": 2}) == content_digest({"b": 2, "a": 1})
