@@ -80,10 +80,10 @@ def test_a_batch_of_pythons_own_and_numpys_newer_names_is_read_too() -> None:
     for protocol in (2, 4, 5):
         content = pickle.dumps({"data": data, "labels": [1, 2]}, protocol)
         if protocol == 5:  # numpy then uses another way to rebuild arrays; no published file does
-            with pytest.raises(UserError, match="numpy.*_frombuffer"):
+            with pytest.raises(UserError, match=r"numpy.*_frombuffer"):
                 cifar.read_pickle("b", content)
         elif protocol == 2:  # bytes are rebuilt by a codec
-            with pytest.raises(UserError, match="names _codecs.encode"):
+            with pytest.raises(UserError, match=r"names _codecs.encode"):
                 cifar.read_pickle("b", content)
         else:
             assert np.array_equal(cifar.read_pickle("b", content)["data"], data)
@@ -180,7 +180,7 @@ def test_a_batch_that_is_not_images_and_labels_is_refused(
 def test_class_names_that_are_not_ten_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meta = python2_pickle({b"label_names": [b"a", b"b"]})
     archive = publish("cifar10", monkeypatch, tmp_path / "raw", **{"batches.meta": meta})
-    with pytest.raises(UserError, match="'label_names' does not list 10 classes"):
+    with pytest.raises(UserError, match=r"'label_names' does not list 10 classes"):
         prepare("cifar10", tmp_path / "cifar10", SourceSettings(path=str(archive)))
 
 
@@ -203,5 +203,5 @@ def test_a_download_that_fails_says_where_to_put_the_file(tmp_path: Path, monkey
     nowhere = release.archive._replace(url="http://127.0.0.1:1/cifar-10-python.tar.gz")
     monkeypatch.setitem(cifar.RELEASES, "cifar10", release._replace(archive=nowhere))
     monkeypatch.setattr(fetch, "RETRY_SECONDS", 0.0)
-    with pytest.raises(UserError, match="put cifar-10-python.tar.gz in a folder"):
+    with pytest.raises(UserError, match=r"put cifar-10-python.tar.gz in a folder"):
         prepare("cifar10", tmp_path / "cifar10", SourceSettings())

@@ -85,7 +85,7 @@ def test_a_mix_of_unpacked_folders_and_zips_works(raw: Path, tmp_path: Path) -> 
 
 def test_it_is_not_loaded_as_a_classification_dataset(raw: Path, tmp_path: Path) -> None:
     run(tmp_path, raw)
-    with pytest.raises(UserError, match="dataset 'coco2017' is for detection"):
+    with pytest.raises(UserError, match=r"dataset 'coco2017' is for detection"):
         load_split(tmp_path / "coco2017" / "manifest.json", "train")
 
 
@@ -125,7 +125,7 @@ def test_an_image_that_was_altered_in_the_zip_fails_its_crc(
     at = content.find(jpeg(1)[100:120])
     content[at] ^= 0xFF
     replace(raw, "val2017.zip", bytes(content), monkeypatch)
-    with pytest.raises(UserError, match="val2017.zip: truncated or damaged archive .*CRC"):
+    with pytest.raises(UserError, match=r"val2017.zip: truncated or damaged archive .*CRC"):
         run(tmp_path, raw)
 
 
@@ -190,7 +190,7 @@ def test_annotations_that_are_not_whole_are_refused(what: str, message: str, raw
 def test_missing_and_empty_images_are_named(raw: Path, tmp_path: Path) -> None:
     tree = unpack(raw, tmp_path / "tree")
     (tree / "val2017" / "000000000002.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="000000000002.jpg is empty"):
+    with pytest.raises(UserError, match=r"000000000002.jpg is empty"):
         run(tmp_path, tree)
     (tree / "val2017" / "000000000001.jpg").unlink()
     with pytest.raises(UserError, match=r"000000000001.jpg is missing \(of 1 missing images\)"):

@@ -88,7 +88,7 @@ def test_a_damaged_file_is_named_with_its_damage(tmp_path: Path, kind: str, mess
 def test_a_label_above_nine_is_refused(tmp_path: Path) -> None:
     miniature(tmp_path / "raw", 30, 20)
     (tmp_path / "raw" / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.full(30, 10))))
-    with pytest.raises(UserError, match="a label is 10, above 9"):
+    with pytest.raises(UserError, match=r"a label is 10, above 9"):
         prepare("fashion_mnist", tmp_path / "fashion_mnist", from_folder(tmp_path))
 
 

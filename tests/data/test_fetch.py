@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from miniatures import md5, tar
@@ -24,7 +25,7 @@ class Server(BaseHTTPRequestHandler):
     cuts = 0
     ranges = True
     status = 200
-    asked: list[str | None] = []
+    asked: ClassVar[list[str | None]] = []
 
     def do_GET(self) -> None:
         kind = type(self)
@@ -104,7 +105,7 @@ def test_a_download_with_another_checksum_is_discarded(server: type[Server], tmp
     ):
         fetch.download(published(server, "0123"), tmp_path)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match="sha256 is .* instead of the published 4567"):
+    with pytest.raises(UserError, match=r"sha256 is .* instead of the published 4567"):
         fetch.download(published(server)._replace(sha256="4567"), tmp_path)
 
 
@@ -126,12 +127,12 @@ def test_a_missing_file_on_the_server_is_not_asked_for_again(server: type[Server
 
 def test_no_server_at_all_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "RETRY_SECONDS", 0.0)
-    with pytest.raises(UserError, match="download failed after 0 bytes .*put file.bin in a folder"):
+    with pytest.raises(UserError, match=r"download failed after 0 bytes .*put file.bin in a folder"):
         fetch.download(fetch.Published("file.bin", "http://127.0.0.1:1/file.bin", ""), tmp_path)
 
 
 def test_a_source_that_does_not_exist_names_its_key() -> None:
-    with pytest.raises(UserError, match="sources.cifar10.path: /no/such does not exist; do this"):
+    with pytest.raises(UserError, match=r"sources.cifar10.path: /no/such does not exist; do this"):
         fetch.source_path("cifar10", SourceSettings(path="/no/such"), "do this")
     with pytest.raises(
         UserError, match=r"sources.cifar10.download is false and sources.cifar10.path is not set; do this"
@@ -159,7 +160,7 @@ def test_a_checksum_is_taken_once_and_again_when_the_file_changes(
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../up", "a/../../up", "..\\up", "C:/up", "a/b\0c", ""])
 def test_a_member_outside_its_folder_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="points outside its folder; refused"):
+    with pytest.raises(UserError, match=r"points outside its folder; refused"):
         fetch.safe_name(Path("a.tar"), name)
 
 
@@ -172,7 +173,7 @@ def test_links_and_devices_in_an_archive_are_refused(kind: bytes) -> None:
         archive.addfile(member)
     with (
         tarfile.open(fileobj=io.BytesIO(out.getvalue())) as archive,
-        pytest.raises(UserError, match="is a link or device"),
+        pytest.raises(UserError, match=r"is a link or device"),
     ):
         fetch.regular_members(Path("a.tar"), archive)
 
@@ -198,7 +199,7 @@ def test_the_first_error_of_a_parallel_job_stops_the_rest() -> None:
         if i == 3:
             raise UserError("three")
 
-    with pytest.raises(UserError, match="three"):
+    with pytest.raises(UserError, match=r"three"):
         fetch.parallel(work, range(10_000), "work", workers=2)
     assert len(started) < 10_000
 
@@ -206,10 +207,10 @@ def test_the_first_error_of_a_parallel_job_stops_the_rest() -> None:
 def test_damaged_archives_of_every_kind_are_one_sentence(tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     bad.write_bytes(b"neither tar nor zip")
-    with pytest.raises(UserError, match="truncated or damaged archive"), fetch.archive_errors(bad):
-        tarfile.open(bad, "r:")
-    with pytest.raises(UserError, match="truncated or damaged archive"), fetch.archive_errors(bad):
+    with pytest.raises(UserError, match=r"truncated or damaged archive"), fetch.archive_errors(bad):
+        tarfile.TarFile.open(bad, "r:").close()
+    with pytest.raises(UserError, match=r"truncated or damaged archive"), fetch.archive_errors(bad):
         zipfile.ZipFile(bad)
     bad.write_bytes(tar({"a": os.urandom(5000)}, "w:gz")[:3000])
-    with pytest.raises(UserError, match="truncated or damaged archive"), fetch.archive_errors(bad):
-        tarfile.open(bad, "r:gz").extractfile("a").read()
+    with pytest.raises(UserError, match=r"truncated or damaged archive"), fetch.archive_errors(bad):
+        tarfile.TarFile.open(bad, "r:gz").extractfile("a").read()

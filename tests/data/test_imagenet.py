@@ -153,7 +153,7 @@ def test_a_full_disk_in_the_middle_loses_no_class(raw: Path, tmp_path: Path, mon
         real(source, target, size, archive)
 
     monkeypatch.setattr(imagenet.fetch, "copy_file", onto_a_full_disk)
-    with pytest.raises(UserError, match="'imagenet1k': .*No space left on device; free the disk"):
+    with pytest.raises(UserError, match=r"'imagenet1k': .*No space left on device; free the disk"):
         run(tmp_path, raw)
     kept = {path.name: path.stat().st_mtime_ns for path in (out / "train").glob("n*/*.JPEG")}
     classes = {name.split("_")[0] for name in kept}
@@ -230,14 +230,14 @@ def test_a_tree_that_is_not_whole_says_what_it_lacks(raw: Path, tmp_path: Path) 
     image = whole / "train" / first / f"{first}_1.JPEG"
     content = image.read_bytes()
     image.unlink()
-    with pytest.raises(UserError, match="train: has 23 images instead of 24; complete it"):
+    with pytest.raises(UserError, match=r"train: has 23 images instead of 24; complete it"):
         again()
     image.write_bytes(content)
     (whole / "val" / first).rename(whole / first)
     with pytest.raises(UserError, match=f"val: class folder '{first}' is missing; add it"):
         again()
     (whole / "train" / first).rename(whole / "lost")
-    with pytest.raises(UserError, match="train: has 5 class folders instead of 6"):
+    with pytest.raises(UserError, match=r"train: has 5 class folders instead of 6"):
         again()
 
 
@@ -245,13 +245,13 @@ def test_ground_truth_of_another_length_is_refused(raw: Path, tmp_path: Path, mo
     from miniatures import devkit
 
     replace(raw, "DEVKIT", devkit(wnids(CLASSES), [1, 2, 3]), monkeypatch)
-    with pytest.raises(UserError, match="ground truth of 3 images in 3 classes instead of 12 in 6"):
+    with pytest.raises(UserError, match=r"ground truth of 3 images in 3 classes instead of 12 in 6"):
         run(tmp_path, raw)
     replace(raw, "DEVKIT", devkit(wnids(CLASSES), [1, 2, 99]), monkeypatch)
-    with pytest.raises(UserError, match="its class table or ground truth can't be read"):
+    with pytest.raises(UserError, match=r"its class table or ground truth can't be read"):
         run(tmp_path, raw)
     replace(raw, "DEVKIT", tar({"ILSVRC2012_devkit_t12/readme.txt": b"x"}, "w:gz"), monkeypatch)
-    with pytest.raises(UserError, match="has no ILSVRC2012_devkit_t12/data/meta.mat"):
+    with pytest.raises(UserError, match=r"has no ILSVRC2012_devkit_t12/data/meta.mat"):
         run(tmp_path, raw)
 
 

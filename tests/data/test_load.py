@@ -20,12 +20,12 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_dataset_that_was_not_prepared_says_how(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="prepare it by `python -m aps data digits`"):
+    with pytest.raises(UserError, match=r"prepare it by `python -m aps data digits`"):
         load_split(tmp_path / "digits" / "manifest.json", "train")
 
 
 def test_an_unknown_split_lists_the_known_ones(manifest: Path) -> None:
-    with pytest.raises(UserError, match="has no split 'val'; it has train, test"):
+    with pytest.raises(UserError, match=r"has no split 'val'; it has train, test"):
         load_split(manifest, "val")
 
 
@@ -41,7 +41,7 @@ def test_a_limit_is_balanced_over_classes_and_repeats(manifest: Path) -> None:
 
 
 def test_a_limit_above_the_split_is_refused(manifest: Path) -> None:
-    with pytest.raises(UserError, match="limit 2000 exceeds the 1438 train images of dataset 'digits'"):
+    with pytest.raises(UserError, match=r"limit 2000 exceeds the 1438 train images of dataset 'digits'"):
         load_split(manifest, "train", limit=2000)
 
 

@@ -49,13 +49,13 @@ def test_a_half_written_manifest_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "toy" / "manifest.json"
     manifest().write(path)
     path.write_text(path.read_text()[:100])
-    with pytest.raises(UserError, match="not a manifest"):
+    with pytest.raises(UserError, match=r"not a manifest"):
         Manifest.read(path)
 
 
 def test_statistics_that_the_dataset_lacks_are_refused_by_name() -> None:
     assert manifest().normalization("measured") == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    with pytest.raises(UserError, match="'toy' has no published channel statistics; set dataset.statistics: measured"):
+    with pytest.raises(UserError, match=r"'toy' has no published channel statistics; set dataset.statistics: measured"):
         manifest().normalization("published")
 
 
@@ -63,7 +63,7 @@ def test_an_index_keeps_names_with_spaces_and_any_bytes(tmp_path: Path) -> None:
     names = ["a/plain.png", "b c/ünï 1.jpg", "d/raw\udcff.png"]
     write_index(tmp_path / "i.tsv", names, [0, 1, 2])
     assert read_index(tmp_path / "i.tsv") == (names, [0, 1, 2])
-    with pytest.raises(UserError, match="tab or line break"):
+    with pytest.raises(UserError, match=r"tab or line break"):
         write_index(tmp_path / "i.tsv", ["a/b\nc.png"], [0])
 
 

@@ -23,7 +23,7 @@ def digits(tmp_path: Path) -> Path:
 
 
 def test_an_unknown_dataset_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="dataset 'cifar11' is unknown; known: cifar10, cifar100, coco2017"):
+    with pytest.raises(UserError, match=r"dataset 'cifar11' is unknown; known: cifar10, cifar100, coco2017"):
         prepare("cifar11", tmp_path, HERE)
 
 
@@ -68,7 +68,7 @@ def test_a_full_disk_is_one_sentence_and_the_next_run_goes_on(tmp_path: Path) ->
     folder.mkdir()
     (folder / "test.safetensors.part").symlink_to("/dev/full")  # every write there fails as on a full disk
     with pytest.raises(
-        UserError, match="dataset 'digits': .*No space left on device; free the disk .*what is done is kept"
+        UserError, match=r"dataset 'digits': .*No space left on device; free the disk .*what is done is kept"
     ):
         prepare("digits", folder, HERE)
     assert not (folder / "manifest.json").exists()
@@ -115,7 +115,7 @@ def test_a_bug_is_not_reported_as_a_disk_error(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.EINVAL, "wrong")
 
     monkeypatch.setattr(os, "fsync", wrong)
-    with pytest.raises(OSError, match="wrong"):
+    with pytest.raises(OSError, match=r"wrong"):
         prepare("digits", tmp_path / "digits", HERE)
 
 
