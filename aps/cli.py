@@ -100,6 +100,11 @@ def parser() -> argparse.ArgumentParser:
     p = verb("check", _check, "validate a study and list what it would run")
     _study_options(p)
 
+    p = verb("estimate", _estimate, "operations, GPU hours, memory and disk of every stage of a study, before it runs")
+    p.add_argument("--gpu", default="a100", help="kind of GPU; an unknown one lists them (default: a100)")
+    p.add_argument("--utilization", type=float, help="share of the GPU's peak that is reached (default: assumed by width)")
+    _study_options(p)
+
     p = verb("sync", _sync, "send MLflow what it missed of finished runs")
     _study_options(p)
 
@@ -237,6 +242,12 @@ def _check(args: argparse.Namespace) -> None:
     print(f"study '{study.study}': {len(study.experiments)} experiments, {len(study.jobs())} runs, results in {study.results}/")
     for name, e in study.experiments.items():
         print(f"  {name:<28} {e.dataset.name:<14} seeds {list(e.seeds)}  {', '.join(e.stages)}")
+
+
+def _estimate(args: argparse.Namespace) -> None:
+    from aps.estimate import estimate
+
+    print(estimate(_load(args), args.gpu, args.utilization))
 
 
 def _sync(args: argparse.Namespace) -> None:
