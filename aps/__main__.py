@@ -3,6 +3,8 @@
 import sys
 
 from aps.cli import main
+from aps.training.interrupt import listen
 
 if __name__ == "__main__":
+    listen()
     sys.exit(main())

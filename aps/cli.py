@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Preempted as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"stopped: {error}", file=sys.stderr)
-        return PREEMPTED
+        return 0 if "RANK" in os.environ else PREEMPTED  # torchrun would take another status for a failure
     except KeyboardInterrupt:
         print("stopped by the keyboard; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -153,20 +153,28 @@ def _load(args: argparse.Namespace) -> Study:
 def _stage(stage: str) -> Callable[[argparse.Namespace], None]:
     def run(args: argparse.Namespace) -> None:
         from aps import launch
+        from aps.errors import Preempted
         from aps.results import restore_finished
+        from aps.slurm import Claim
 
         job = _job(stage, args)
-        if not launch.inside():
-            for path in (job.manifest, job.encoder):
-                if path is not None and not path.exists():
-                    raise UserError(f"{path} is missing; run the stage that makes it (`snakemake {path}`)")
-            if restore_finished(job):
-                print(f"{job.label}: finished before with these settings; its results are back in {job.out}", file=sys.stderr)
-                return
+        module = STAGE_MODULES[stage]
+        if launch.inside():
+            importlib.import_module(module).run(job)
+            return
+        for path in (job.manifest, job.encoder):
+            if path is not None and not path.exists():
+                raise UserError(f"{path} is missing; run the stage that makes it (`snakemake {path}`)")
+        if restore_finished(job):
+            print(f"{job.label}: finished before with these settings; its results are back in {job.out}", file=sys.stderr)
+            return
+        with Claim(job.checkpoints):
             if args.processes > 1 or args.nodes > 1:
                 launch.run(args.processes, args.nodes)
-                return
-        importlib.import_module(STAGE_MODULES[stage]).run(job)
+                if not restore_finished(job):
+                    raise Preempted(f"{job.label} on {args.processes} processes")
+            else:
+                importlib.import_module(module).run(job)
 
     return run
 

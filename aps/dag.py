@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aps.config import STAGES, Study, load_study
-from aps.launch import rule_resources
+from aps.launch import rule_resources, rule_threads
 from aps.results import OUTPUTS, encoder_file, manifest_path, stage_folder
 from aps.tracking import tracking_uri
 
@@ -121,10 +121,7 @@ class Plan:
         return options
 
     def threads(self, stage: str) -> Callable[[Any], int]:
-        def threads(wildcards: Any) -> int:
-            return self.study.stage_resources(stage, getattr(wildcards, "experiment", None)).threads or 1
-
-        return threads
+        return rule_threads(self.study, stage)
 
     def resources(self, stage: str) -> dict[str, Any]:
         return rule_resources(self.study, stage)

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+from aps import launch
 from aps.dag import Plan
 from aps.errors import UserError
 from snakemake.exceptions import WorkflowError
@@ -18,6 +19,10 @@ RESULTS = PLAN.study.results
 REPORT = f"{RESULTS}/report/{STUDY}"
 PYTHON = sys.executable
 os.environ["MLFLOW_TRACKING_URI"] = PLAN.tracking_uri
+
+# A job that is asked to stop saves its state first: Snakemake, the shell and tee have to outlive it.
+launch.shield()
+shell.prefix(launch.SHELL_PREFIX)
 
 # A target rule has no wildcards, so Snakemake cannot force the jobs behind it: `--forcerun finetune` means them.
 workflow.dag_settings.forcerun = PLAN.forced_rules(workflow.dag_settings.forcerun)
