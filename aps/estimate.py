@@ -237,14 +237,16 @@ def stage_cost(e: ExperimentSettings, stage: Stage, counts: Counts, gpus: int) -
     if stage == "finetune":
         f = e.finetune
         image = finetuning_image_flops(e, counts.classes)
-        flops = f.epochs * train * image.training + counts.test * image.forward
+        chosen, held = train * (1 - f.holdout), train * f.holdout
+        tests = 1 + (f.ema > 0) + (f.holdout > 0)  # last epoch, its average, best epoch on what was held out
+        flops = f.epochs * (chosen * image.training + held * image.forward) + tests * counts.test * image.forward
         memory = training_bytes(weights, f.ema > 0) + f.batch_size / gpus * activation_bytes(e.encoder, N + 1)
         return Cost(flops, memory, 4 * weights * (1 + 2 * (4 if f.ema else 3)))
     forward_memory = 6 * weights + 256 * (N + 1) * D * (8 + 2 * 2 * e.encoder.mlp_ratio)
     if stage == "linear_probe":
         p = e.linear_probe
-        heads_flops = head_flops(D, counts.classes).times(len(p.lrs)).training
-        flops = p.epochs * train * (seen + heads_flops) + counts.test * seen
+        step = seen + Flops(first=head_flops(D, counts.classes).forward * len(p.lrs)).training
+        flops = p.epochs * train * (1 - p.holdout) * step + (train * p.holdout + counts.test) * seen
         heads = len(p.lrs) * (D + 1) * counts.classes
         return Cost(flops, forward_memory + 16 * heads, 4 * heads * (1 + 2 * 2))
     if stage == "knn":

@@ -158,6 +158,16 @@ def test_a_pretraining_run_is_its_steps() -> None:
     assert stage_cost(limited, "pretrain", DATASETS["cifar10"], 1).flops == 1600 * 10 * 4 * pretraining_step_flops(e)
 
 
+def test_evaluations_follow_their_epochs_and_splits() -> None:
+    counts, e = DATASETS["cifar10"], experiment({"arch": "tiny"}, finetune={"epochs": 7, "holdout": 0.1})
+    image, seen = finetuning_image_flops(e, 10), encoder_flops(e.encoder).forward
+    expected = 7 * (45_000 * image.training + 5_000 * image.forward) + 3 * 10_000 * image.forward
+    assert stage_cost(e, "finetune", counts, 1).flops == pytest.approx(expected)
+    heads = 6 * 2 * 2 * 192 * 10  # six rates, forward and the weights' gradient
+    expected = 100 * 45_000 * (seen + heads) + 15_000 * seen
+    assert stage_cost(e, "linear_probe", counts, 1).flops == pytest.approx(expected)
+
+
 def test_gpus_share_activations_but_not_weights() -> None:
     e = experiment({"arch": "base"})
     one, four = (stage_cost(e, "pretrain", DATASETS["cifar10"], gpus).memory for gpus in (1, 4))
