@@ -25,7 +25,8 @@ launch.shield()
 shell.prefix(launch.SHELL_PREFIX)
 
 # A target rule has no wildcards, so Snakemake cannot force the jobs behind it: `--forcerun finetune` means them.
-workflow.dag_settings.forcerun = PLAN.forced_rules(workflow.dag_settings.forcerun)
+if workflow.dag_settings is not None:
+    workflow.dag_settings.forcerun = PLAN.forced_rules(workflow.dag_settings.forcerun)
 
 
 wildcard_constraints:
