@@ -227,7 +227,8 @@ class _Plan:
         counts = torch.bincount(hue_slot[p.jitter], minlength=4).tolist()
         bounds = [sum(counts[:k]) for k in range(5)]
         self.colored = bounds[4]
-        self.hue_slots = [slice(bounds[k], bounds[k + 1]) for k in range(4)]
+        turns = bool(p.factors[:, HUE].any())
+        self.hue_slots = [slice(bounds[k], bounds[k + 1] if turns else bounds[k]) for k in range(4)]
 
         blends = p.order[p.order != HUE].view(batch, 3)
         own = p.factors.gather(1, blends)
