@@ -1,0 +1,105 @@
+"""Published numbers and the experiments that repeat them (config/published.yaml; docs/method.md).
+
+Typed like settings, and free of torch. It does not know how results are stored or shown.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from aps.config import STAGES, ExperimentSettings, arch_names
+from aps.errors import UserError
+
+TABLE = Path("config/published.yaml")
+
+
+class Entry(BaseModel):
+    """One published result."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    dataset: str
+    arch: str
+    patch_size: int
+    pretrain_epochs: int | None  # None: not stated
+    metrics: dict[str, float] = Field(min_length=1)  # STAGE.METRIC: percent, as in the stage's metrics.json
+    source: str
+    note: str = ""
+
+    @field_validator("arch")
+    @classmethod
+    def _arch(cls, value: str) -> str:
+        if value not in (known := arch_names()):
+            raise ValueError(f"'{value}' is unknown; known: {', '.join(known)}")
+        return value
+
+    @field_validator("metrics")
+    @classmethod
+    def _metrics(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, percent in value.items():
+            stage, dot, metric = name.partition(".")
+            if stage not in STAGES or not dot or not metric:
+                raise ValueError(f"'{name}' is not STAGE.METRIC with a stage of {', '.join(STAGES)}")
+            if not 0 < percent < 100:
+                raise ValueError(f"{name} = {percent} is not a percentage")
+        return value
+
+
+def load(path: Path = TABLE) -> dict[str, Entry]:
+    """Every entry by key.
+
+    Raises:
+        UserError: the file is missing, or a key or value is wrong.
+    """
+    try:
+        content: Any = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); it comes with the project") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a block of entries, KEY: {{method, dataset, ...}}")
+    entries = {}
+    for key, fields in content.items():
+        try:
+            entries[str(key)] = Entry.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join([str(key), *(str(part) for part in first["loc"])])
+            raise UserError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+    return entries
+
+
+def match(experiment: ExperimentSettings, entries: dict[str, Entry]) -> Entry | None:
+    """The entry that the experiment names, if the experiment is what was published; None where it names none or differs.
+
+    Raises:
+        UserError: it names an entry that does not exist.
+    """
+    if experiment.published is None:
+        return None
+    if experiment.published not in entries:
+        raise UserError(f"published: '{experiment.published}' is no entry of {TABLE}; known: {', '.join(entries)}")
+    entry = entries[experiment.published]
+    return None if differences(experiment, entry) else entry
+
+
+def differences(experiment: ExperimentSettings, entry: Entry) -> list[str]:
+    """In what the experiment is not the published one, for people; empty where they agree."""
+    detects = all(name.startswith("detection.") for name in entry.metrics)
+    dataset = experiment.detection.dataset if detects else experiment.dataset.name
+    pairs: list[tuple[str, Any, Any]] = [
+        ("dataset", dataset, entry.dataset),
+        ("arch", experiment.encoder.arch, entry.arch),
+        ("patch_size", experiment.encoder.patch_size, entry.patch_size),
+    ]
+    if entry.pretrain_epochs is not None:
+        pairs.append(("pretrain.epochs", experiment.pretrain.epochs, entry.pretrain_epochs))
+    if experiment.dataset.train_limit is not None:
+        pairs.append(("dataset.train_limit", experiment.dataset.train_limit, "all images"))
+    return [f"{key} {ours} instead of {theirs}" for key, ours, theirs in pairs if ours != theirs]
