@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aps.config import STAGES, Study, load_study
-from aps.launch import rule_resources, rule_threads
+from aps.launch import check_resources, rule_resources, rule_threads
 from aps.results import OUTPUTS, encoder_file, manifest_path, stage_folder
 from aps.tracking import tracking_uri
 
@@ -48,7 +48,10 @@ class Plan:
         """
         files = [_relative(Path(file)) for file in configfiles] or [DEFAULT_STUDY]
         plain = _plain(overrides)
-        return cls(load_study(files, plain), files, plain)
+        study = load_study(files, plain)
+        for stage in (*STAGES, "data", "report"):
+            check_resources(study, stage)
+        return cls(study, files, plain)
 
     def check_environment(self) -> None:
         """Raises UserError where a package that a stage needs is not installed."""

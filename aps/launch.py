@@ -24,8 +24,9 @@ from typing import Any
 
 import psutil
 
-from aps.config import ResourceSettings, Study
+from aps.config import STAGES, ResourceSettings, Study
 from aps.errors import UserError
+from aps.slurm import place
 from aps.training.interrupt import note
 
 STOP_SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
@@ -57,23 +58,25 @@ def rule_resources(study: Study, stage: str) -> dict[str, Callable[..., Any]]:
     """One function of (wildcards, attempt) for each resource; None leaves a resource to the executor's default.
 
     `gpu`, `mem_mb`, `runtime`, `nodes` are Snakemake's usual names, the rest those of its Slurm executor.
+
     """
 
     def resource(value: Callable[[ResourceSettings], Any]) -> Callable[..., Any]:
         return lambda wildcards: value(_settings(study, stage, wildcards))
 
-    def mem_mb(wildcards: Any, attempt: int) -> int | None:
-        asked = _settings(study, stage, wildcards).mem_mb
-        return int(asked * (1 + MEMORY_GROWTH * (attempt - 1))) if asked else None
+    def mem_mb(wildcards: Any, attempt: int) -> int:
+        return int((_settings(study, stage, wildcards).mem_mb or 0) * (1 + MEMORY_GROWTH * (attempt - 1)))
 
-    return {
+    memory = {"mem_mb": mem_mb} if any(r.mem_mb for r in _variants(study, stage).values()) else {}
+    return memory | {
         "processes": resource(_processes),
         "workers": resource(lambda r: r.workers),
         "checkpoint_minutes": resource(lambda r: str(r.checkpoint_minutes) if r.checkpoint_minutes else None),
-        "mem_mb": mem_mb,
         "runtime": resource(lambda r: r.runtime),
         "gpu": resource(lambda r: r.gpus or None),
         "gpu_model": resource(lambda r: r.gpu_model if r.gpus else None),
+        # Not left to `threads`: Snakemake caps those by the cores of the machine it runs on.
+        "cpus_per_task": resource(lambda r: None if r.gpus and r.cpus_per_gpu else r.threads),
         "cpus_per_gpu": resource(lambda r: r.cpus_per_gpu if r.gpus else None),
         # A GPU job is one task: its processes are torchrun's. Left out, some versions start it once for each GPU.
         "tasks_per_gpu": resource(lambda r: 0 if r.gpus else None),
@@ -85,12 +88,37 @@ def rule_resources(study: Study, stage: str) -> dict[str, Callable[..., Any]]:
         "slurm_account": resource(lambda r: r.account),
         "qos": resource(lambda r: r.qos),
         "constraint": resource(lambda r: r.constraint),
-        "slurm_extra": resource(_slurm_extra),
+        "slurm_extra": resource(_slurm_extra if stage in STAGES else lambda r: None),
     }
 
 
 def _settings(study: Study, stage: str, wildcards: Any) -> ResourceSettings:
     return study.stage_resources(stage, getattr(wildcards, "experiment", None))
+
+
+def _variants(study: Study, stage: str) -> dict[str, ResourceSettings]:
+    """The stage's resources in each experiment that has it; the study's own for data and report."""
+    names = [name for name, e in study.experiments.items() if stage in e.stages]
+    return {name: study.stage_resources(stage, name) for name in names} or {"": study.stage_resources(stage)}
+
+
+def check_resources(study: Study, stage: str) -> None:
+    """Raises UserError where processes don't spread evenly over nodes, or only some experiments set memory."""
+    variants = _variants(study, stage)
+    for name, r in variants.items():
+        key = "gpus" if r.gpus else "processes"
+        if _processes(r) % _nodes(r):
+            raise UserError(
+                f"study '{study.study}': experiment '{name}': resources.{stage}: {key} {_processes(r)} don't spread evenly "
+                f"over nodes {_nodes(r)}; make {key} a multiple of nodes"
+            )
+    without = [name for name, r in variants.items() if not r.mem_mb]
+    if without and len(without) < len(variants):
+        # Snakemake takes no "unset" for a memory resource.
+        raise UserError(
+            f"study '{study.study}': resources.{stage}.mem_mb is set for some experiments but not for '{without[0]}'; "
+            f"set resources.{stage}.mem_mb or resources.default.mem_mb of the study"
+        )
 
 
 def _nodes(r: ResourceSettings) -> int:
@@ -111,7 +139,8 @@ def _slurm_extra(r: ResourceSettings) -> str:
     if _nodes(r) > 1:
         extra.append("--ntasks-per-node=1")
         if r.gpus:
-            extra.append(f"--gpus-per-node={_gpus_per_node(r)}")
+            model = f"{r.gpu_model}:" if r.gpu_model else ""
+            extra.append(f"--gpus-per-node={model}{_gpus_per_node(r)}")
     return " ".join(extra)
 
 
@@ -183,6 +212,7 @@ def _agent(arguments: list[str]) -> int:
         # Under srun. Rank 0 is on the first node, at the address by which the others' srun was reached.
         node, address = os.environ["SLURM_NODEID"], os.environ["SLURM_LAUNCH_NODE_IPADDR"]
         arguments = [f"--node-rank={node}", f"--master-addr={address}", *arguments]
+        print(f"node {node}: {place()}", file=sys.stderr, flush=True)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=_pass_on, daemon=True).start()
     import logging

@@ -29,6 +29,13 @@ def job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
+def place() -> str | None:
+    """Where in Slurm this process runs, for its log."""
+    if (job := job_id()) is None:
+        return None
+    return f"Slurm job {job} on {_host()}, CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'none')}"
+
+
 def job_fields(job: str) -> dict[str, str]:
     """What Slurm says of a job (JobState, Reason, PreemptTime, Restarts ...); empty where it no longer knows it.
 
@@ -52,11 +59,12 @@ def back_to_queue(asked: signal.Signals | None) -> tuple[str, bool]:
         return "", False
     preempted = fields.get("PreemptTime", "None") != "None"
     if fields.get("JobState") == "RUNNING":
-        why = "to make room for another" if asked == signal.SIGTERM else "before its time limit"
+        reasons = {signal.SIGUSR1: "before its time limit", signal.SIGTERM: "to make room for another"}
+        why = reasons[asked] if asked in reasons else "after a warning by Slurm"
     elif preempted or fields.get("Reason") == "TimeLimit":
         why = "after its preemption" if preempted else "after its time limit"
     else:
-        return f"Slurm job {job} was cancelled (scancel) and stays so", False
+        return f"Slurm job {job} was cancelled (scancel); a new one goes on from here", False
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm now ends this process, which has a last word to say
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if done.returncode:
@@ -80,6 +88,8 @@ class Claim:
         self._file = folder / "attempt.json"
 
     def __enter__(self) -> Claim:
+        if (where := place()) is not None:
+            print(where, file=sys.stderr, flush=True)
         if self._file.exists():
             self._look_back(read_json(self._file))
         self._file.parent.mkdir(parents=True, exist_ok=True)
