@@ -1,0 +1,214 @@
+"""The study files in config/: they load, they say what they owe their reader, and they change what they claim to."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aps import published
+from aps.config import ExperimentSettings, load_study
+from aps.errors import UserError
+
+CONFIG = Path(__file__).parents[1] / "config"
+STUDIES = sorted(path.name for path in CONFIG.glob("*.yaml") if path.name != "published.yaml")
+ENTRIES = published.load(CONFIG / "published.yaml")
+
+
+def study(name: str):  # type: ignore[no-untyped-def]
+    return load_study([CONFIG / name])
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_loads_and_every_stage_of_it_resolves(name: str) -> None:
+    loaded = study(name)
+    jobs = loaded.jobs()
+    assert jobs
+    for job in jobs:
+        assert len(loaded.stage_settings(*job).digest) == 16
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if name != "config.yaml"])
+def test_every_study_opens_with_its_source_cost_expectation_and_command(name: str) -> None:
+    opening = "".join(line for line in (CONFIG / name).read_text().splitlines(keepends=True) if line.startswith("#"))
+    for word in ("Source", "Cost", "Expected", "Command"):
+        assert re.search(rf"^# {word}\b", opening, re.MULTILINE), f"{name} does not say its {word}"
+    assert "snakemake" in opening
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_is_planned_without_importing_torch(name: str) -> None:
+    code = (
+        "import sys; from aps.config import load_study; from aps import published; "
+        f"load_study([{str(CONFIG / name)!r}]).jobs(); published.load; "
+        "sys.exit(', '.join({'torch', 'timm', 'mlflow', 'torchvision'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_paper_is_the_sum_of_its_studies() -> None:
+    paper = study("paper.yaml")
+    parts = [study(name) for name in ("cifar.yaml", "imagenet.yaml", "coco.yaml")]
+    expected: dict[str, ExperimentSettings] = {}
+    for part in parts:
+        expected |= part.experiments
+    assert set(paper.experiments) == set(expected)
+    for part in parts:
+        for name, _, stage in part.jobs():
+            assert part.experiments[name] == paper.experiments[name], name
+            asked, joined = part.stage_resources(stage, name), paper.stage_resources(stage, name)
+            assert (asked.gpus, asked.nodes) == (joined.gpus, joined.nodes), (name, stage)
+    assert {"cifar10", "cifar100", "imagenet1k", "coco2017"} <= set(paper.datasets())
+
+
+def test_every_published_number_of_aps_is_repeated_by_one_experiment() -> None:
+    paper = study("paper.yaml")
+    matched = [name for name, e in paper.experiments.items() if published.match(e, ENTRIES)]
+    keys = [paper.experiments[name].published for name in matched]
+    assert len(keys) == len(set(keys))
+    assert {key for key, entry in ENTRIES.items() if entry.method == "APS"} <= set(keys)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_an_experiment_that_names_a_published_result_is_what_was_published(name: str) -> None:
+    for key, experiment in study(name).experiments.items():
+        if experiment.published is not None:
+            assert experiment.published in ENTRIES, key
+            assert published.differences(experiment, ENTRIES[experiment.published]) == [], key
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def changed(experiment: ExperimentSettings, base: ExperimentSettings) -> set[str]:
+    """Keys in which two experiments differ, as section.key."""
+    keys = set()
+    ours, theirs = experiment.model_dump(), base.model_dump()
+    for section in ("dataset", "encoder", "views", "sampling", "pretrain", "finetune", "linear_probe", "knn"):
+        keys |= {f"{section}.{key}" for key, value in ours[section].items() if value != theirs[section][key]}
+    return keys
+
+
+def steps_per_batch(experiment: ExperimentSettings) -> tuple[int, int, int]:
+    """(epochs x T, warmup epochs x T, batch): equal where the optimizer takes equal steps at equal learning rates."""
+    p, samplings = experiment.pretrain, experiment.sampling.samplings
+    return p.epochs * samplings, p.warmup_epochs * samplings, p.batch_size
+
+
+ABLATION = study("ablation.yaml").experiments
+
+
+@pytest.mark.parametrize("name", [name for name in ABLATION if name != "base"])
+def test_an_ablation_changes_one_thing(name: str) -> None:
+    experiment = ABLATION[name]
+    schedule = {"pretrain.epochs", "pretrain.warmup_epochs"}  # follows T
+    own = changed(experiment, ABLATION[experiment.inherits]) - schedule  # type: ignore[index]
+    assert len(own) == 1, own
+    assert len(experiment.seeds) == 3
+
+
+@pytest.mark.parametrize("name", [name for name, e in ABLATION.items() if "pretrain" in e.stages])
+def test_ablations_take_equal_optimizer_steps(name: str) -> None:
+    assert steps_per_batch(ABLATION[name]) == steps_per_batch(ABLATION["base"])
+    assert steps_per_batch(ABLATION[name])[0] * (50_000 // 512) == 77_600  # what the file says
+
+
+def test_the_ablation_covers_what_the_sampler_has() -> None:
+    seen = set()
+    for name, experiment in ABLATION.items():
+        if name != "base":
+            seen |= changed(experiment, ABLATION["base"])
+    assert {f"sampling.{key}" for key in ("strategy", "ratio", "samplings", "gamma", "flip_aware")} <= seen
+    assert {"views.crop_scale", "encoder.weights"} <= seen
+    assert {e.sampling.strategy for e in ABLATION.values()} == {"asymmetric", "random", "full"}
+
+
+def test_fashion_mnist_compares_four_encoders_at_equal_steps() -> None:
+    experiments = study("fashion_mnist.yaml").experiments
+    assert set(experiments) == {"aps", "random", "full", "random-weights"}
+    trained = [e for e in experiments.values() if "pretrain" in e.stages]
+    assert len(trained) == 3 and len({steps_per_batch(e) for e in trained}) == 1
+    assert {e.sampling.strategy for e in trained} == {"asymmetric", "random", "full"}
+    assert experiments["random-weights"].encoder.weights == "random"
+    for experiment in experiments.values():
+        assert len(experiment.seeds) == 3 and {"linear_probe", "knn"} <= set(experiment.stages)
+        assert experiment.dataset.train_limit == 10_000 and experiment.encoder.arch == "micro"
+        assert experiment.linear_probe == experiments["aps"].linear_probe and experiment.knn == experiments["aps"].knn
+
+
+def test_imagenet_stages_fit_their_batches_and_patches() -> None:
+    for experiment in study("imagenet.yaml").experiments.values():
+        cells = experiment.encoder.grid**2
+        assert cells == 196 and experiment.sampling.samplings * int(cells * experiment.sampling.ratio) == cells
+        assert experiment.pretrain.epochs == 300
+        for stage in ("pretrain", "finetune", "linear_probe"):
+            gpus = study("imagenet.yaml").stage_resources(stage, "imagenet-small-300").gpus
+            assert getattr(experiment, stage).batch_size % gpus == 0
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def test_the_published_table_has_every_number_of_the_specification() -> None:
+    finetuned = {
+        (e.dataset, e.arch, e.pretrain_epochs): e.metrics["finetune.test_top1"]
+        for e in ENTRIES.values()
+        if e.method == "APS"
+    }
+    rows = {
+        ("cifar10", 1600): (97.2, 98.1, 98.2),
+        ("cifar10", 3200): (97.5, 98.2, 98.3),
+        ("cifar100", 1600): (83.4, 84.9, 85.9),
+        ("cifar100", 3200): (83.4, 85.3, 86.0),
+    }
+    assert finetuned == {
+        (dataset, arch, epochs): value
+        for (dataset, epochs), values in rows.items()
+        for arch, value in zip(("tiny", "small", "base"), values, strict=True)
+    }
+    siblings = {key: sorted(entry.metrics.values()) for key, entry in ENTRIES.items() if entry.method != "APS"}
+    assert siblings == {
+        "patchmix-cifar100-small-800": [75.4, 78.7, 86.0],
+        "patchmix-imagenet-small-300": [73.3, 77.4, 82.8],
+        "mgc-coco-small": [38.0, 42.0],
+    }
+
+
+def test_an_experiment_that_differs_from_the_published_one_does_not_match() -> None:
+    whole = study("cifar.yaml").experiments["cifar10-tiny-1600"]
+    assert published.match(whole, ENTRIES) == ENTRIES["cifar10-tiny-1600"]
+    shorter = whole.model_copy(update={"pretrain": whole.pretrain.model_copy(update={"epochs": 100})})
+    assert published.match(shorter, ENTRIES) is None
+    assert published.differences(shorter, ENTRIES["cifar10-tiny-1600"]) == ["pretrain.epochs 100 instead of 1600"]
+    fewer = whole.model_copy(update={"dataset": whole.dataset.model_copy(update={"train_limit": 10})})
+    assert published.match(fewer, ENTRIES) is None
+    assert published.match(whole.model_copy(update={"published": None}), ENTRIES) is None
+    with pytest.raises(
+        UserError, match=r"'cifar10-tiny' is no entry of config/published.yaml; known: cifar10-tiny-1600"
+    ):
+        published.match(whole.model_copy(update={"published": "cifar10-tiny"}), ENTRIES)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: {method: APS}", r"a.dataset: Field required"),
+        ("a: 3", r"a: Input should be a valid dictionary"),
+        ("[1]", r"must hold a block of entries"),
+        ("a: {b", r"not valid YAML"),
+        ("ENTRY, typo: 1}", r"a.typo: Extra inputs"),
+        ("ENTRY, arch: huge}", r"a.arch: 'huge' is unknown; known: base, micro, small, tiny"),
+        ("ENTRY, metrics: {top1: 3}}", r"a.metrics: 'top1' is not STAGE.METRIC"),
+        ("ENTRY, metrics: {finetune.test_top1: 0.97e3}}", r"a.metrics: finetune.test_top1 = 970.0 is not a percentage"),
+    ],
+)
+def test_a_wrong_table_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    entry = "a: {<<: {method: m, dataset: d, arch: tiny, patch_size: 2, pretrain_epochs: 3, "
+    entry += "metrics: {knn.knn_top1_k20: 50.0}, source: s}"
+    (tmp_path / "p.yaml").write_text(text.replace("ENTRY", entry))
+    with pytest.raises(UserError, match=rf"p.yaml: {message}"):
+        published.load(tmp_path / "p.yaml")
+    with pytest.raises(UserError, match=r"gone.yaml: cannot be read"):
+        published.load(tmp_path / "gone.yaml")
