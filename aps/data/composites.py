@@ -17,6 +17,7 @@ import importlib
 import json
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Recipe:
 
 
 RECIPES = {
-    "digits_coco": Recipe("digits", 64, 1200, 200, (2, 4), (18, 30), 128, 0.9, noise=16),
+    "digits_coco": Recipe("digits", 48, 1200, 200, (1, 3), (16, 24), 80, 0.9, noise=16),
     "fashion_coco": Recipe("fashion_mnist", 128, 4000, 500, (3, 8), (28, 64), 24, 0.35, (2, 6), (0, 120), 24),
 }
 
@@ -162,7 +163,13 @@ def compose(
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
     """Enlarge by bilinear interpolation: uint8 (h, h) -> (size, size). In integers, hence alike on every machine."""
-    h = len(image)
+    weights = _weights(len(image), size)
+    return ((weights @ image.astype(np.int64) @ weights.T + FIXED**2 // 2) // FIXED**2).astype(np.uint8)
+
+
+@cache
+def _weights(h: int, size: int) -> np.ndarray:
+    """Shares of h old pixels in each of `size` new ones, as parts of FIXED: (size, h)."""
     weights = np.zeros((size, h), dtype=np.int64)
     for row in range(size):
         position = min(max((2 * row + 1) * h * FIXED // (2 * size) - FIXED // 2, 0), (h - 1) * FIXED)
@@ -170,7 +177,7 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
         weights[row, low] += FIXED - part
         if part:
             weights[row, low + 1] += part
-    return ((weights @ image.astype(np.int64) @ weights.T + FIXED**2 // 2) // FIXED**2).astype(np.uint8)
+    return weights
 
 
 def _fragment(pixels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
