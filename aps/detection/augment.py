@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
 from aps.config import DetectionSettings
-from aps.detection.coco import Target
+from aps.detection.annotations import Target
 
 
 def jitter(image: Tensor, target: Target, settings: DetectionSettings, generator: torch.Generator) -> tuple[Tensor, Target]:

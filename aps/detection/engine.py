@@ -2,7 +2,7 @@
 
 An engine is a file in aps/detection/engines with a class `Engine`; its name in the settings is the file's name. The same
 settings mean the same thing in every engine: what they share (data order, seeds, schedule, evaluation) is here and in
-`aps.detection.coco`; docs/detection.md lists what differs.
+`aps.detection.annotations`; docs/detection.md lists what differs.
 
 It deliberately knows neither files of results nor tracking: `aps.detection.stage` does.
 """
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from aps.config import DetectionSettings, EncoderSettings
 from aps.data.manifest import RGB
-from aps.detection.coco import CocoSplit, result_rows
+from aps.detection.annotations import CocoSplit, result_rows
 from aps.training.distributed import Distributed
 
 WARMUP_FACTOR = 0.001  # ViTDet's start of warmup, as a share of the learning rate

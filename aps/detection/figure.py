@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pycocotools import mask as rle
 
-from aps.detection.coco import CocoSplit
+from aps.detection.annotations import CocoSplit
 
 SHOWN = 6  # images
 MIN_SCORE = 0.5

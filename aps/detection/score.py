@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from pycocotools.cocoeval import COCOeval
 
-from aps.detection.coco import CocoSplit
+from aps.detection.annotations import CocoSplit
 
 # pycocotools' summary in its order.
 STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")

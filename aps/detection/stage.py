@@ -18,10 +18,10 @@ import torch
 
 from aps.data.manifest import RGB, Manifest
 from aps.detection import check_engine
-from aps.detection.coco import CocoSplit
+from aps.detection.annotations import CocoSplit
 from aps.detection.engine import Engine, Task, lr_factor
 from aps.detection.figure import predictions_figure
-from aps.detection.weights import Placed, backbone_tensors, place, table
+from aps.detection.placement import Placed, backbone_tensors, place, table
 from aps.errors import Preempted, UserError
 from aps.models.weights import load_encoder, read_info, save_tensors
 from aps.progress import Progress

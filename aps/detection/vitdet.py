@@ -8,7 +8,7 @@ patches. Parameters have the names of timm's encoder and of detectron2's ViTDet,
 (tests/detection/test_vitdet.py compares the outputs too). The position embedding stays at its pretraining grid and is
 interpolated at each forward.
 
-It does not know where weights come from (`aps.detection.weights`) nor what sits on the pyramid.
+It does not know where weights come from (`aps.detection.placement`) nor what sits on the pyramid.
 
 Letters: B images, H and W rows and columns of cells, D width, M heads, w window side in cells.
 """

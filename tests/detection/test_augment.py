@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from aps.config import DetectionSettings
+from aps.detection.annotations import Target
 from aps.detection.augment import jitter
-from aps.detection.coco import Target
 
 
 def square() -> tuple[torch.Tensor, Target]:

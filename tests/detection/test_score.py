@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from aps.detection.coco import CocoSplit, result_rows
+from aps.detection.annotations import CocoSplit, result_rows
 from aps.detection.engine import Task
 from aps.detection.score import coco_metrics, named
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from aps.config import DetectionSettings, EncoderSettings
+from aps.detection.placement import backbone_tensors, place
 from aps.detection.vitdet import SimpleFeaturePyramid, ViT, join_windows, relative_table, split_windows
-from aps.detection.weights import backbone_tensors, place
 from aps.models.archs import dimensions
 from aps.models.encoder import build_encoder
 

@@ -2,7 +2,7 @@
 
 The configuration is a LazyConfig made here from the settings; detectron2's own configuration files are not needed, so any
 detectron2 that imports will do. Its trainer, schedule and layer-wise decay are used as they are; around them, images come
-in the order of `aps.detection.coco` and checkpoints are the stage's, because its own neither save on a signal nor keep
+in the order of `aps.detection.annotations` and checkpoints are the stage's, because its own neither save on a signal nor keep
 the data order.
 """
 
@@ -53,7 +53,7 @@ from torch.utils.data import Dataset
 
 from aps.config import DetectionSettings, EncoderSettings
 from aps.detection import engine
-from aps.detection.coco import CocoSplit, Positions, image_at, seed_of
+from aps.detection.annotations import CocoSplit, Positions, image_at, seed_of
 from aps.detection.engine import After, Prediction, Task
 from aps.detection.score import STATS, class_precision, named
 from aps.errors import UserError
@@ -102,7 +102,7 @@ class Engine(engine.Engine):
     def train(self, start: int, after: After) -> None:
         settings = self.task.settings
         self.model.train()
-        self.trainer.data_loader = instantiate(loader_config(self.task, start))
+        self.trainer.data_loader = loader(self.task, start)
         self.trainer.register_hooks(
             [
                 _Seeds(self.task),
@@ -283,7 +283,7 @@ def schedule_config(settings: DetectionSettings) -> Any:
     )
 
 
-def loader_config(task: Task, start: int) -> Any:
+def loader(task: Task, start: int) -> Any:
     """Large-scale jitter as in ViTDet; without grouping by aspect ratio, which would reorder images."""
     settings, S = task.settings, task.settings.image_size
     mapper = L(DatasetMapper)(
@@ -300,7 +300,7 @@ def loader_config(task: Task, start: int) -> Any:
         instance_mask_format="bitmask" if task.train.run_lengths else "polygon",
         recompute_boxes=True,
     )
-    return L(build_detection_train_loader)(
+    return build_detection_train_loader(
         dataset=_Samples(task, instantiate(mapper)),
         mapper=None,
         sampler=Positions(settings.batch_size, start, task.processes.rank, task.processes.world),

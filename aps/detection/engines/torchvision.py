@@ -23,8 +23,8 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from aps.config import DetectionSettings
 from aps.detection import engine
+from aps.detection.annotations import Positions, image_at, seed_of
 from aps.detection.augment import jitter
-from aps.detection.coco import Positions, image_at, seed_of
 from aps.detection.engine import After, Prediction, Task
 from aps.detection.score import coco_metrics
 from aps.detection.vitdet import SimpleFeaturePyramid

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from aps.detection.coco import CocoSplit, Positions, image_at, result_rows, seed_of
+from aps.detection.annotations import CocoSplit, Positions, image_at, result_rows, seed_of
 from aps.errors import UserError
 
 

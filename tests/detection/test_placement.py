@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from aps.config import DetectionSettings, EncoderSettings
+from aps.detection.placement import backbone_tensors, place, table
 from aps.detection.vitdet import SimpleFeaturePyramid
-from aps.detection.weights import backbone_tensors, place, table
 from aps.errors import UserError
 from aps.models.encoder import build_encoder
 

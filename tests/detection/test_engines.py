@@ -1,0 +1,196 @@
+"""What the engines share: schedule, decay, data, interface. Those of detectron2 are skipped aloud without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+
+import pytest
+import torch
+
+import aps.detection
+from aps.config import DetectionSettings, engine_names
+from aps.detection import check_engine
+from aps.detection.annotations import image_at
+from aps.detection.engine import Engine, Task, lr_factor
+from aps.errors import UserError
+
+ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
+
+
+def build(name: str, task: Task) -> Engine:
+    if name == "detectron2":
+        pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    return importlib.import_module(f"aps.detection.engines.{name}").Engine(task)
+
+
+def test_every_engine_file_is_a_name_of_the_settings():
+    assert engine_names() == ["detectron2", "torchvision"]
+
+
+def test_a_missing_library_is_one_sentence_with_the_install_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(aps.detection, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"detectron2 is not installed; install it by `pip install --no-build-isolation"):
+        check_engine("detectron2")
+    check_engine("torchvision")
+
+
+def test_checking_an_engine_imports_neither_torch_nor_detectron2():
+    import subprocess
+
+    code = "import sys, aps.detection as d; d.check_engine('torchvision'); sys.exit(bool({'torch', 'detectron2'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_learning_rate_warms_up_and_drops_where_the_recipe_says():
+    recipe = DetectionSettings()
+    assert lr_factor(recipe, 0) == 0.001
+    assert lr_factor(recipe, 125) == pytest.approx(0.5005)
+    assert lr_factor(recipe, 250) == lr_factor(recipe, 163888) == 1
+    assert lr_factor(recipe, 163889) == pytest.approx(0.1) == lr_factor(recipe, 177545)
+    assert lr_factor(recipe, 177546) == pytest.approx(0.01) == lr_factor(recipe, 184374)
+
+
+@pytest.mark.detectron2
+def test_detectron2s_schedule_is_ours_at_every_iteration():
+    pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    from detectron2.config import instantiate
+
+    from aps.detection.engines.detectron2 import schedule_config
+
+    settings = DetectionSettings(iterations=400, warmup_iterations=30, lr_drops=(0.7, 0.9))
+    theirs = instantiate(schedule_config(settings))
+    for iteration in range(400):
+        assert theirs(iteration / 400) == pytest.approx(lr_factor(settings, iteration)), iteration
+
+
+def decays(engine: Engine) -> dict[str, tuple[float, float]]:
+    """(lr, weight decay) of each parameter by name."""
+    names = {parameter: name for name, parameter in engine.model.named_parameters()}
+    optimizer = engine.trainer.optimizer if hasattr(engine, "trainer") else engine.optimizer
+    return {
+        names[parameter]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for parameter in group["params"]
+    }
+
+
+def test_learning_rates_decay_layer_by_layer_and_norms_and_positions_are_not_decayed(task: Task):
+    found = decays(build("torchvision", task))
+    settings = task.settings
+    assert found["backbone.net.pos_embed"] == (pytest.approx(settings.lr * 0.7**3), 0)
+    assert found["backbone.net.patch_embed.proj.weight"] == (pytest.approx(settings.lr * 0.7**3), 0.1)
+    assert found["backbone.net.blocks.0.attn.qkv.weight"] == (pytest.approx(settings.lr * 0.7**2), 0.1)
+    assert found["backbone.net.blocks.1.attn.rel_pos_h"] == (pytest.approx(settings.lr * 0.7), 0.1)
+    assert found["backbone.net.blocks.1.norm1.weight"] == (pytest.approx(settings.lr * 0.7), 0)
+    assert found["backbone.simfp_1.0.weight"] == (settings.lr, 0.1)
+    assert found["roi_heads.mask_head.0.0.weight"] == (settings.lr, 0.1)
+    assert set(found) == {name for name, _ in build("torchvision", task).model.named_parameters()}
+
+
+@pytest.mark.detectron2
+def test_both_engines_give_every_backbone_parameter_the_same_rate_and_decay(task: Task):
+    ours, theirs = (
+        {name: pytest.approx(value) for name, value in decays(build(name, task)).items() if name.startswith("backbone.")}
+        for name in ("torchvision", "detectron2")
+    )
+    assert set(ours) == set(theirs)
+    assert all(ours[name].expected == theirs[name] for name in ours)
+
+
+@pytest.mark.detectron2
+def test_both_engines_have_as_many_parameters(task: Task):
+    def count(name: str) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for key, parameter in build(name, task).model.named_parameters():
+            part = key.split(".")[0].replace("proposal_generator", "rpn")
+            counts[part] = counts.get(part, 0) + parameter.numel()
+        return counts
+
+    ours, theirs = count("torchvision"), count("detectron2")
+    assert ours["backbone"] == theirs["backbone"] and ours["rpn"] == theirs["rpn"]
+    # torchvision predicts boxes for background too and has biases in front of no norm; nothing else may differ
+    assert abs(ours["roi_heads"] - theirs["roi_heads"]) < 0.02 * theirs["roi_heads"]
+
+
+@pytest.mark.detectron2
+def test_both_engines_train_on_the_same_images_in_the_same_order(task: Task):
+    pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    from aps.detection.engines import detectron2, torchvision
+
+    plain = dataclasses.replace(task, settings=task.settings.model_copy(update={"jitter_scale": (1.0, 1.0), "flip": 0.0}))
+    detectron2.register(plain.train)
+    loader = iter(detectron2.loader(plain, start=3))
+    samples = torchvision._Samples(plain)
+    for position in range(6, 12):
+        if position % 2 == 0:
+            batch = next(loader)
+        image, target = samples[position]
+        theirs = batch[position % 2]
+        assert theirs["image_id"] == plain.train.ids[image_at(position, len(plain.train), plain.seed)]
+        assert torch.equal(theirs["image"], image)
+        instances = theirs["instances"]
+        assert torch.equal(instances.gt_boxes.tensor, target["boxes"]) and torch.equal(instances.gt_classes, target["labels"] - 1)
+        assert torch.equal(instances.gt_masks.tensor, target["masks"].bool())
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_trains_predicts_and_goes_on_from_its_state_as_if_undisturbed(
+    task: Task, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("aps.detection.engine.LOG_EVERY", 1)
+    whole, states = build(name, task), {}
+    losses: dict[int, float] = {}
+
+    def keep(done: int, found: dict[str, float] | None) -> None:
+        if done == 22:
+            states["middle"] = copied(whole.state())
+        if found:
+            losses[done] = found["loss"]
+
+    whole.train(0, keep)
+    curve = list(losses.values())
+    assert list(losses) == list(range(1, 46)) and sum(curve[-10:]) < 0.9 * sum(curve[:10])
+    again, resumed = build(name, task), {}
+    start = again.resume(states["middle"])
+    assert start == 22
+    again.train(start, lambda done, found: resumed.update({done: found["loss"]} if found else {}))
+    assert resumed == {done: loss for done, loss in losses.items() if done > 22}
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+    found = whole.predict([task.val.read(0), task.val.read(1)[:, :20]])
+    assert [x.masks.shape[1:] for x in found] == [(32, 32), (20, 32)]
+    for prediction in found:
+        assert len(prediction.boxes) == len(prediction.scores) == len(prediction.labels) == len(prediction.masks)
+        assert prediction.masks.dtype == torch.bool and (prediction.labels >= 0).all() and (prediction.labels < 10).all()
+        assert (prediction.scores.diff() <= 0).all()
+
+
+def copied(state: object) -> object:
+    """As a checkpoint gives it back: through a file, without arbitrary code."""
+    import io
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_at_the_start_both_engines_predict_from_the_same_backbone_features(task: Task, name: str):
+    """The stage's preprocessing: normalization, square padding, names of the levels."""
+    engine = build(name, task)
+    engine.model.eval()
+    image = task.val.read(0)[:, :24]
+    seen = []
+    engine.model.backbone.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    engine.predict([image])
+    expected = torch.zeros(1, 3, 32, 32)
+    expected[0, :, :24] = (image.float() / 255 - 0.2) / 0.3
+    torch.testing.assert_close(seen[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.detectron2
+def test_reduced_precision_on_a_cpu_is_refused_by_detectron2(task: Task):
+    reduced = dataclasses.replace(task, settings=task.settings.model_copy(update={"precision": "bf16"}))
+    with pytest.raises(UserError, match=r"detection\.precision bf16: engine detectron2 computes in fp32 on CPUs"):
+        build("detectron2", reduced)
