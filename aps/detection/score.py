@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from aps.detection.annotations import CocoSplit
@@ -37,17 +38,23 @@ def coco_metrics(split: CocoSplit, results: list[dict[str, Any]]) -> dict[str, A
     metrics: dict[str, Any] = {}
     per_class: dict[str, dict[str, float]] = {}
     for kind, name in KINDS.items():
-        if not results:  # pycocotools refuses an empty list; there is nothing to find fault with but zero
-            metrics |= {f"{name}_{key}": 0.0 for key in ("AP", "AP50", "AP75", "AR100")}
-            continue
         with contextlib.redirect_stdout(io.StringIO()):  # it prints tables
-            evaluation = COCOeval(split.coco, split.coco.loadRes([dict(row) for row in results]), kind)
+            found = split.coco.loadRes([dict(row) for row in results]) if results else _nothing(split.coco)
+            evaluation = COCOeval(split.coco, found, kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
         metrics |= named(name, evaluation.stats)
         per_class[f"{name}_AP"] = class_precision(split.classes, evaluation.eval["precision"])
     return {**metrics, "per_class": per_class}
+
+
+def _nothing(truth: COCO) -> COCO:
+    """No detections; pycocotools' own reader refuses an empty list."""
+    found = COCO()
+    found.dataset = {**truth.dataset, "annotations": []}
+    found.createIndex()
+    return found
 
 
 def named(name: str, stats: Sequence[float]) -> dict[str, float]:

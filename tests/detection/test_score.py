@@ -51,7 +51,9 @@ def test_the_truth_scores_a_hundred(val: CocoSplit):
 
 
 def test_nothing_found_scores_zero(val: CocoSplit):
-    assert coco_metrics(val, [])["mask_AP"] == 0
+    metrics, perfect = coco_metrics(val, []), coco_metrics(val, truth(val))
+    assert set(metrics) == set(perfect) and set(metrics["per_class"]["box_AP"].values()) == {0.0}
+    assert {value for key, value in metrics.items() if key != "per_class"} == {0.0}
 
 
 def test_worse_detections_score_less(val: CocoSplit):
@@ -86,4 +88,4 @@ def test_both_evaluators_score_nothing_found_as_zero(task: Task):
     pytest.importorskip("detectron2", reason="detectron2 is not installed")
     from aps.detection.engines import detectron2
 
-    assert detectron2.Engine(task).score([])["mask_AP"] == 0
+    assert detectron2.Engine(task).score([]) == coco_metrics(task.val, [])

@@ -55,7 +55,7 @@ from aps.config import DetectionSettings, EncoderSettings
 from aps.detection import engine
 from aps.detection.annotations import CocoSplit, Positions, image_at, seed_of
 from aps.detection.engine import After, Prediction, Task
-from aps.detection.score import STATS, class_precision, named
+from aps.detection.score import class_precision, coco_metrics, named
 from aps.errors import UserError
 from aps.models.archs import dimensions
 from aps.training.precision import Precision
@@ -102,7 +102,8 @@ class Engine(engine.Engine):
     def train(self, start: int, after: After) -> None:
         settings = self.task.settings
         self.model.train()
-        self.trainer.data_loader = loader(self.task, start)
+        # Its iterator draws a seed when it is made, which must not fall into an iteration.
+        self.trainer.data_loader = iter(loader(self.task, start))
         self.trainer.register_hooks(
             [
                 _Seeds(self.task),
@@ -144,6 +145,8 @@ class Engine(engine.Engine):
 
     def score(self, results: list[dict[str, Any]]) -> dict[str, Any]:
         val = self.task.val
+        if not results:  # its evaluator gives nothing then
+            return coco_metrics(val, results)
         evaluator = _Evaluator(val.name, tasks=("bbox", "segm"), distributed=False)
         evaluator.reset()
         label_of = {category: label for label, category in enumerate(val.categories)}
@@ -371,9 +374,6 @@ class _Evaluator(COCOEvaluator):
 
     def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: list[str]) -> dict[str, float]:
         name = {"bbox": "box", "segm": "mask"}[iou_type]
-        if coco_eval is None:
-            return {f"{name}_{key}": 0.0 for key in ("AP", "AP50", "AP75", "AR100")}
-        assert len(coco_eval.stats) == len(STATS)
         self.per_class[f"{name}_AP"] = class_precision(tuple(class_names), coco_eval.eval["precision"])
         return named(name, coco_eval.stats)
 
