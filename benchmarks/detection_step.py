@@ -1,0 +1,74 @@
+"""Time and memory of one training step of Mask R-CNN at full size, before it is submitted.
+
+    python -m benchmarks.detection_step --engine detectron2 --arch small
+
+Not a comparison, so there is no ratio: it says what a step takes on the machine at hand, for docs/detection.md and for
+choosing `resources`. Images are digits composited on 1024x1024 canvases with as many instances as COCO's (7 on average);
+what they show changes neither time nor memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from aps.config import DetectionSettings, EncoderSettings, SourceSettings
+from aps.data.composites import RECIPES, Recipe
+from aps.data.prepare import prepare
+from aps.detection.annotations import CocoSplit
+from aps.detection.engine import Task
+from aps.training.distributed import processes
+from benchmarks.common import write
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--engine", default="detectron2")
+    parser.add_argument("--arch", default="small")
+    parser.add_argument("--image-size", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--iterations", type=int, default=4, help="the first one is left out of the time")
+    args = parser.parse_args()
+    settings = DetectionSettings(
+        engine=args.engine, image_size=args.image_size, batch_size=args.batch_size, iterations=args.iterations,
+        precision=args.precision, jitter_scale=(1.0, 1.0),
+    )  # fmt: skip
+    encoder = EncoderSettings(arch=args.arch, image_size=224, patch_size=16, weights="random")
+    with tempfile.TemporaryDirectory() as folder, processes() as distributed:
+        side = args.image_size
+        RECIPES["digits_coco"] = Recipe("digits", side, 2 * args.batch_size, 1, (4, 10), (side // 8, side // 3), 80, 0.3)
+        prepare("digits_coco", Path(folder), SourceSettings())
+        manifest = Path(folder) / "manifest.json"
+        train, val = (CocoSplit(manifest, split, split == "train") for split in ("train", "val"))
+        task = Task(settings, encoder, 0, train, val, (0.1, 0.1, 0.1), (0.2, 0.2, 0.2), 0, distributed)
+        engine = importlib.import_module(f"aps.detection.engines.{args.engine}").Engine(task)
+        marks: list[float] = []
+
+        def after(done: int, losses: object) -> None:
+            if distributed.device.type == "cuda":
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+
+        engine.train(0, after)
+        found = {
+            "seconds_a_step": [round(later - earlier, 2) for earlier, later in itertools.pairwise(marks)],
+            "peak_resident_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            "parameters": sum(p.numel() for p in engine.model.parameters()),
+        }
+        if distributed.device.type == "cuda":
+            found["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    print("  " + json.dumps(found))
+    write(f"detection_step-{args.engine}-{args.arch}-{args.image_size}", found, vars(args))
+
+
+if __name__ == "__main__":
+    main()
