@@ -59,8 +59,10 @@ def back_to_queue(asked: signal.Signals | None) -> tuple[str, bool]:
         return "", False
     preempted = fields.get("PreemptTime", "None") != "None"
     if fields.get("JobState") == "RUNNING":
-        reasons = {signal.SIGUSR1: "before its time limit", signal.SIGTERM: "to make room for another"}
-        why = reasons[asked] if asked in reasons else "after a warning by Slurm"
+        if asked is None:  # only the processes on the nodes were told
+            why = "after a warning by Slurm"
+        else:
+            why = "to make room for another" if asked == signal.SIGTERM else "before its time limit"
     elif preempted or fields.get("Reason") == "TimeLimit":
         why = "after its preemption" if preempted else "after its time limit"
     else:

@@ -1,6 +1,6 @@
-"""A real Slurm on this machine: two nodes with two pretended GPUs each, for the tests of this folder.
+"""A real Slurm on this machine: two nodes with four pretended GPUs each and one without, for the tests.
 
-Starts munged, slurmctld and two slurmd as children and stops them again. It writes /etc/slurm/slurm.conf and
+Starts munged, slurmctld and three slurmd as children and stops them again. It writes /etc/slurm/slurm.conf and
 gres.conf, because jobs lose a SLURM_CONF set in the shell; so it refuses a machine that has a Slurm of its own.
 The GPUs are character devices equal to /dev/null: Slurm counts and hands them out, nothing can compute on them.
 Nodes and CPUs are declared larger than the machine is (`config_overrides`), so that jobs run side by side.
@@ -10,22 +10,27 @@ To try things by hand, `python tests/slurm/cluster.py` keeps a cluster up until 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+
+import psutil
 
 ETC = Path("/etc/slurm")
 MARK = "# Written by the tests of aps-vit; removed when they end."
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
-NODES = ("n1", "n2")
-GPUS_PER_NODE = 2
+NAME = "apstest"
+GPUS = {"n1": 4, "n2": 4, "n3": 0}
 
 SLURM_CONF = """{mark}
-ClusterName=aps
+ClusterName={name}
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort=16817
 SlurmUser=root
@@ -49,15 +54,15 @@ JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=1
 JobAcctGatherParams=OverMemoryKill
 GresTypes=gpu
-KillWait=10
+KillWait=20
 MinJobAge=600
 DefMemPerNode=1000
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port=16821 CPUs=8 RealMemory=8000 Gres=gpu:pretended:2
-NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=16822 CPUs=8 RealMemory=8000 Gres=gpu:pretended:2
-PartitionName=normal Nodes=n1,n2 Default=YES MaxTime=60 PriorityTier=1 GraceTime=20
-PartitionName=urgent Nodes=n1,n2 MaxTime=60 PriorityTier=9 PreemptMode=OFF
+{nodes}
+PartitionName=normal Nodes=n1,n2 Default=YES MaxTime=60 PriorityTier=1 PreemptMode=OFF
+PartitionName=spot Nodes=n3 MaxTime=60 PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=n1,n2,n3 MaxTime=60 PriorityTier=9 PreemptMode=OFF
 """
 
 
@@ -86,8 +91,11 @@ class Cluster:
     def __init__(self, state: Path) -> None:
         self.state = state
         self.daemons: list[subprocess.Popen[bytes]] = []
+        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Cluster:
+        self._lock = Path("/tmp/aps-slurm.lock").open("w")  # one cluster at a time on a machine
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.state.mkdir(parents=True, exist_ok=True)
         self.state.chmod(0o755)
         self._configure()
@@ -102,8 +110,9 @@ class Cluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.daemons:
-            subprocess.run(["scancel", "--user=root", "--full"], capture_output=True, timeout=20)
-            self._wait_until(lambda: not run("squeue", "-h"), 15)
+            subprocess.run(["scancel", "--user=root"], capture_output=True, timeout=20)
+            with contextlib.suppress(RuntimeError):
+                self._wait_until(lambda: not run("squeue", "-h"), 25)
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in reversed(self.daemons):
@@ -111,41 +120,71 @@ class Cluster:
                 daemon.wait(10)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+        for process in psutil.process_iter():
+            # linuxproc loses sight of a job's processes when their parent dies; cgroups would not.
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SLURM_CLUSTER_NAME") == NAME:
+                    process.kill()
         for name in ("slurm.conf", "gres.conf"):
             (ETC / name).unlink(missing_ok=True)
+        self._lock.close()
 
     def _configure(self) -> None:
         ETC.mkdir(exist_ok=True)
-        (ETC / "slurm.conf").write_text(SLURM_CONF.format(mark=MARK, state=self.state))
-        devices = []
-        for node in NODES:
-            for index in range(GPUS_PER_NODE):
-                device = self.state / f"{node}gpu{index}"
+        nodes, devices = [], []
+        for index, (node, gpus) in enumerate(GPUS.items()):
+            gres = f" Gres=gpu:pretended:{gpus}" if gpus else ""
+            nodes.append(
+                f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={16821 + index} "
+                f"CPUs=16 RealMemory=32000 Feature={'gpu' if gpus else 'cpu'}{gres}"
+            )
+            for number in range(gpus):
+                device = self.state / f"{node}gpu{number}"
                 if not device.exists():
                     os.mknod(device, 0o020666, os.makedev(1, 3))
-            files = f"{self.state}/{node}gpu[0-{GPUS_PER_NODE - 1}]"
-            devices.append(f"NodeName={node} Name=gpu Type=pretended File={files}")
+            if gpus:
+                devices.append(f"NodeName={node} Name=gpu Type=pretended File={self.state}/{node}gpu[0-{gpus - 1}]")
+        conf = SLURM_CONF.format(mark=MARK, name=NAME, state=self.state, nodes="\n".join(nodes))
+        (ETC / "slurm.conf").write_text(conf)
         (ETC / "gres.conf").write_text("\n".join([MARK, *devices, ""]))
         key = self.state / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
 
     def _start(self) -> None:
-        munge = [f"--{kind}={self.state}/munge.{kind.removesuffix('-file')}" for kind in ("socket", "pid-file", "log-file", "seed-file")]
+        files = {kind: f"{self.state}/munge.{kind.removesuffix('-file')}" for kind in ("socket", "pid-file", "log-file", "seed-file")}
+        munge = [f"--{kind}={file}" for kind, file in files.items()]
         self._spawn("munged", "--foreground", "--force", f"--key-file={self.state}/munge.key", *munge)
         self._wait_until(lambda: (self.state / "munge.socket").exists(), 10)
         self._spawn("slurmctld", "-D", "-c")
-        for node in NODES:
-            self._spawn("slurmd", "-D", "-c", "-N", node)
-        if not self._wait_until(lambda: run("sinfo", "-h", "-t", "idle", "-o", "%D") == str(len(NODES)), 30):
+        for node in GPUS:
+            self.nodes[node] = self._spawn("slurmd", "-D", "-c", "-N", node)
+        if not self._wait_until(lambda: set(run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == set(GPUS), 30):
             raise RuntimeError(f"Slurm did not come up: {run('sinfo', '-R')}\n{self.logs()}")
 
-    def _spawn(self, *command: str) -> None:
-        log = (self.state / f"{command[0]}{len(self.daemons)}.out").open("wb")
+    def crash(self, node: str) -> None:
+        """The node dies with everything on it, and comes back empty."""
+        slurmd = self.nodes[node]
+        self.daemons.remove(slurmd)
+        slurmd.kill()
+        jobs = tuple(f"slurmstepd: [{job}." for job in run("squeue", "-h", "-w", node, "-o", "%i").split())
+        for process in psutil.process_iter(["cmdline"]):
+            if jobs and " ".join(process.info["cmdline"] or ()).startswith(jobs):
+                for victim in [process, *process.children(recursive=True)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        victim.kill()
+        slurmd.wait()
+        run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=crash")
+        self.nodes[node] = self._spawn("slurmd", "-D", "-c", "-N", node)
+        self._wait_until(lambda: run("scontrol", "update", f"NodeName={node}", "State=RESUME") == "", 20)
+
+    def _spawn(self, *command: str) -> subprocess.Popen[bytes]:
+        log = (self.state / f"{command[0]}{len(self.daemons)}.out").open("ab")
         # Their own session: a Ctrl-C in the terminal must reach the tests, not the daemons.
         self.daemons.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+        return self.daemons[-1]
 
-    def _wait_until(self, condition, seconds: float) -> bool:  # type: ignore[no-untyped-def]
+    def _wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if condition():
@@ -172,5 +211,7 @@ if __name__ == "__main__":
     if reason := why_not():
         raise SystemExit(reason)
     with Cluster(Path("/tmp/aps-slurm")) as cluster:
-        print(run("sinfo", "-N", "-o", "%N %T %c CPUs %m MB %G"), "\nCtrl-C stops it.", flush=True)
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        print(run("sinfo", "-N", "-o", "%N %P %T %c CPUs %m MB %G"), "\nCtrl-C stops it.", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()

@@ -1,0 +1,268 @@
+"""`snakemake --profile slurm all` on a real Slurm, with a job cancelled, one at its time limit, one out of memory and one
+that loses its node, while others run on two processes and on two nodes.
+
+All experiments of tiny.yaml compute the same thing, so each must give the numbers of the undisturbed one. The study
+runs once, as a user would run it; the tests read what it left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from cluster import Cluster, run
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+TARGETS = ("pretrain", "knn")
+PATIENCE = 420  # seconds for the whole study on a busy machine; a free one needs about 100
+
+# Snakemake as it is, but for the pauses between two looks at the queue: they grow by ten seconds each.
+SNAKEMAKE = """
+from snakemake_executor_plugin_slurm import Executor
+Executor.next_seconds_between_status_checks = property(lambda self: 2, lambda self, seconds: None)
+from snakemake.cli import main
+main()
+"""
+
+
+@dataclass
+class Study:
+    """A finished `snakemake --profile slurm`, and what was seen of its jobs while they ran."""
+
+    folder: Path
+    output: str = ""
+    status: int = -1
+    jobs: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)  # experiment -> job id -> scontrol's fields
+    environment: dict[str, str] = field(default_factory=dict)  # of the undisturbed training process
+
+    def log(self, job: str) -> str:
+        """Slurm's log of one job, all its runs."""
+        (file,) = (self.folder / ".snakemake/slurm_logs").glob(f"*/*/{job}.log")
+        return file.read_text()
+
+    def encoder(self, experiment: str) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / f"results/{experiment}/seed0/pretrain/encoder.safetensors")
+
+    def metrics(self, experiment: str, stage: str = "pretrain") -> dict[str, object]:
+        return dict(json.loads((self.folder / f"results/{experiment}/seed0/{stage}/metrics.json").read_text()))
+
+    def memory(self, name: str) -> list[int]:
+        """MB that each attempt asked for, in order."""
+        fields = [self.jobs[name][job] for job in sorted(self.jobs[name], key=int)]
+        return [int(re.search(r"mem=(\d+)M", f["TRES"]).group(1)) for f in fields]  # type: ignore[union-attr]
+
+
+def checkout(folder: Path) -> Path:
+    """The repository as a folder of links, so that results and Snakemake's own files stay out of it."""
+    for name in ("Snakefile", "workflow", "profiles", "slurm", "config", "aps"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def command(study: str, *more: str) -> list[str]:
+    polling = ["--slurm-init-seconds-before-status-checks", "2", "--slurm-keep-successful-logs", "--latency-wait", "10"]
+    return [sys.executable, "-c", SNAKEMAKE, "--profile", "slurm", "--configfile", str(HERE / study), *polling, *more]
+
+
+class Disturber:
+    """Watches the study's jobs and does to each what its experiment is there for, once."""
+
+    def __init__(self, study: Study, cluster: Cluster) -> None:
+        self.study, self.cluster = study, cluster
+        self.done, self.stopped = set[str](), 0
+
+    def look(self) -> None:
+        for line in run("squeue", "-h", "-a", "-t", "all", "-o", "%i|%T|%k").splitlines():
+            job, state, comment = line.split("|")
+            if found := re.fullmatch(r"rule_(\w+?)_encoder_wildcards_(\w+)_0", comment):
+                stage, experiment = found.groups()
+                name = experiment if stage == "pretrain" else f"{experiment}.{stage}"
+                fields = dict(re.findall(r"(\S+?)=(\S+)", run("scontrol", "show", "job", "-d", "-o", job)))
+                self.study.jobs.setdefault(name, {}).setdefault(job, {}).update(fields)
+                if state == "PENDING" and fields["Reason"] == "BeginTime":
+                    # Slurm lets two minutes pass before a requeued job; the tests have no time for that.
+                    run("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=5")
+                elif state == "RUNNING" and (act := getattr(self, f"_{name}", None)) and name not in self.done:
+                    act(job)
+
+    def _once(self, name: str) -> Path | None:
+        """The attempt's mark, if the experiment's training has written a checkpoint."""
+        folder = self.study.folder / f"results/checkpoints/{name}/seed0/pretrain"
+        if not list(folder.glob("*/state-*.pt")):
+            return None
+        return next(folder.glob("*/attempt.json"), None)
+
+    def _calm(self, job: str) -> None:
+        if mark := self._once("calm"):
+            text = Path(f"/proc/{json.loads(mark.read_text())['pid']}/environ").read_text()
+            self.study.environment = dict(pair.split("=", 1) for pair in text.split("\0") if "=" in pair)
+            self.done.add("calm")
+
+    def _cancelled(self, job: str) -> None:
+        if self._once("cancelled"):
+            run("scancel", job)
+            self.done.add("cancelled")
+
+    def _lost(self, job: str) -> None:
+        if self._once("lost"):
+            self.cluster.crash("n3")
+            self.done.add("lost")
+
+    def _limited(self, job: str) -> None:
+        """Moves the time limit close, and holds the training until Slurm, which looks every 30 s, has warned it."""
+        if not self.stopped and (mark := self._once("limited")):
+            self.stopped = int(json.loads(mark.read_text())["pid"])
+            os.kill(self.stopped, signal.SIGSTOP)
+            soon = datetime.now() + timedelta(seconds=60)
+            run("scontrol", "update", f"JobId={job}", f"EndTime={soon:%Y-%m-%dT%H:%M:%S}")
+        elif self.stopped and _pending(self.stopped, signal.SIGUSR1):
+            os.kill(self.stopped, signal.SIGCONT)
+            self.done.add("limited")
+
+
+def _pending(pid: int, number: signal.Signals) -> bool:
+    masks = re.findall(r"(?:Sig|Shd)Pnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
+
+
+def conduct(study: Study, arguments: list[str], watch: Callable[[], None] = lambda: None) -> Study:
+    with (study.folder / "snakemake.out").open("wb") as out:
+        process = subprocess.Popen(arguments, cwd=study.folder, stdout=out, stderr=out, start_new_session=True)
+        until = time.monotonic() + PATIENCE
+        try:
+            while process.poll() is None and time.monotonic() < until:
+                watch()
+                time.sleep(0.3)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    study.output, study.status = (study.folder / "snakemake.out").read_text(), process.wait()
+    return study
+
+
+@pytest.fixture(scope="module")
+def study(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
+    study = Study(checkout(tmp_path_factory.mktemp("tiny")))
+    conduct(study, command("tiny.yaml", *TARGETS), Disturber(study, cluster).look)
+    assert study.status == 0, study.output[-6000:]
+    yield study
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def first_losses(study: Study, experiment: str) -> tuple[float, float]:
+    """Of the first epoch of the experiment and of the undisturbed one.
+
+    Sums over processes round differently, and training makes the last digit grow tenfold every few steps, with another
+    number of threads just as well. Another batch, view or sampling would show at once.
+    """
+    histories = [study.folder / f"results/{name}/seed0/pretrain/history.jsonl" for name in (experiment, "calm")]
+    first, second = (float(json.loads(file.read_text().splitlines()[0])["loss"]) for file in histories)
+    return first, second
+
+
+def test_a_job_sees_the_gpu_that_slurm_gave_it_and_no_other(study: Study) -> None:
+    (fields,) = study.jobs["calm"].values()
+    index = re.search(r"IDX:(\d)", fields["GRES"])
+    assert fields["JOB_GRES"] == "gpu:pretended:1" and index is not None
+    assert study.environment["CUDA_VISIBLE_DEVICES"] == index.group(1)
+
+
+def test_settings_of_the_cluster_reach_slurm(study: Study) -> None:
+    (calm,), lost = study.jobs["calm"].values(), next(iter(study.jobs["lost"].values()))
+    assert (calm["Partition"], calm["TimeLimit"], study.memory("calm")) == ("normal", "00:05:00", [4000])
+    assert calm["CpusPerTres"] == "gres:gpu:1"
+    assert (lost["Partition"], lost["Features"]) == ("spot", "cpu")
+
+
+def test_two_gpus_run_two_processes_that_compute_the_same(study: Study) -> None:
+    (fields,) = study.jobs["pair"].values()
+    assert (fields["JOB_GRES"], fields["NumNodes"]) == ("gpu:pretended:2", "1")
+    assert study.metrics("pair")["hardware"]["processes"] == 2  # type: ignore[index]
+    first, second = first_losses(study, "pair")
+    assert first == pytest.approx(second, rel=1e-5)
+
+
+def test_two_nodes_run_one_process_each_that_compute_the_same(study: Study) -> None:
+    ((job, fields),) = study.jobs["spread"].items()
+    assert (fields["NumNodes"], fields["TresPerNode"]) == ("2", "gres:gpu:pretended:1")
+    assert {"on n1", "on n2"} <= set(re.findall(r"node \d: Slurm job \d+ (on n\d)", study.log(job)))
+    assert study.metrics("spread")["hardware"]["processes"] == 2  # type: ignore[index]
+    first, second = first_losses(study, "spread")
+    assert first == pytest.approx(second, rel=1e-5)
+
+
+def test_a_cancelled_job_is_retried_from_its_checkpoint_with_the_same_result(study: Study) -> None:
+    first, second = sorted(study.jobs["cancelled"], key=int)
+    assert study.jobs["cancelled"][first]["JobState"] == "CANCELLED"
+    assert f"Slurm job {first} was cancelled (scancel)" in study.log(first)
+    done = int(re.search(r"stopped: .* after (\d+) of 160 batches", study.log(first)).group(1))  # type: ignore[union-attr]
+    assert done > 0 and _first_batch(study.log(second)) >= done
+    assert same(study.encoder("cancelled"), study.encoder("calm"))
+
+
+def test_a_job_at_its_time_limit_requeues_itself_with_the_same_result(study: Study) -> None:
+    ((job, fields),) = study.jobs["limited"].items()
+    assert fields["Restarts"] == "1"
+    assert f"Slurm job {job} goes back to the queue before its time limit" in study.log(job)
+    assert f"Slurm job {job} is back from the queue" in study.log(job)
+    assert same(study.encoder("limited"), study.encoder("calm"))
+
+
+def test_a_job_that_loses_its_node_comes_back_with_the_same_result(study: Study) -> None:
+    ((job, fields),) = study.jobs["lost"].items()
+    assert fields["Restarts"] == "1"
+    assert f"Slurm job {job} is back from the queue" in study.log(job)
+    assert same(study.encoder("lost"), study.encoder("calm"))
+
+
+def test_a_job_killed_for_its_memory_is_retried_with_more(study: Study) -> None:
+    memory = study.memory("calm.knn")
+    assert memory in ([700, 1050], [700, 1050, 1400])
+    first, second, *_ = sorted(study.jobs["calm.knn"], key=int)
+    assert "exceeded memory limit" in study.log(first)
+    assert f"as Slurm job {first} on n" in study.log(second) and "was ended from outside" in study.log(second)
+
+
+def test_a_finished_study_has_nothing_to_do_here_or_on_another_machine(study: Study) -> None:
+    for file in (study.folder / "results").glob("*/seed0/*/metrics.json"):
+        os.utime(file, (1, 1))
+    for where in ([], ["--workflow-profile", "none"]):
+        arguments = [*command("tiny.yaml", *TARGETS, "-n"), *where]
+        done = subprocess.run(arguments, cwd=study.folder, capture_output=True, text=True)
+        assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr, done.stdout + done.stderr
+
+
+def test_a_failed_job_shows_its_message_log_and_job_id_and_stops_only_what_needs_it(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    study = conduct(Study(checkout(tmp_path)), command("broken.yaml", "--retries", "0", *TARGETS))
+    assert study.status == 1
+    assert "the pretraining loss became nan; lower pretrain.lr" in study.output
+    assert "results/logs/wrong/seed0/pretrain.log" in study.output
+    assert re.search(r"external_jobid: \d+", study.output)
+    assert (tmp_path / "results/right/seed0/pretrain/metrics.json").exists()
+    assert "rule knn_encoder" not in study.output
+
+
+def _first_batch(log: str) -> int:
+    """The first batch that a log tells of."""
+    found = re.search(r"(\d+)/160 batches", log)
+    return int(found.group(1)) if found else 0
