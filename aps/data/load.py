@@ -34,6 +34,10 @@ class ArraySplit:
         """uint8 (3, H, W)."""
         return self.images[i]
 
+    def select(self, rows: Tensor) -> ArraySplit:
+        """The images of `rows`, int64 (m,)."""
+        return ArraySplit(self.images[rows], self.labels[rows], self.classes)
+
 
 @dataclass(frozen=True)
 class FileSplit:
@@ -49,6 +53,10 @@ class FileSplit:
 
     def path(self, i: int) -> Path:
         return self.root / self.names[i].decode("utf-8", errors="surrogateescape")
+
+    def select(self, rows: Tensor) -> FileSplit:
+        """The images of `rows`, int64 (m,)."""
+        return FileSplit(self.root, self.names[rows.numpy()], self.labels[rows], self.classes)
 
     @property
     def paths(self) -> list[Path]:
