@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,7 @@ def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
                 stage.log(done, lr=settings.lr * lr_factor(settings, done - 1), **losses)
             if settings.evaluate_every and done % settings.evaluate_every == 0 and done < settings.iterations:
                 found, _ = engine.evaluate()
-                if distributed.main:
-                    stage.log(done, **{key: value for key, value in found.items() if isinstance(value, float)})
+                stage.log(done, **flat(found))
             if stop_requested(distributed):
                 checkpoints.save(done, {"engine": engine.state()})
                 raise Preempted(f"{job.label} after {done} of {settings.iterations} iterations; run it again to go on")
@@ -126,6 +126,14 @@ def load_weights(engine: Engine, job: StageJob) -> tuple[Placed, str]:
     return placed, table(placed, found.dropped, str(job.encoder_spec))
 
 
+def flat(metrics: dict[str, Any]) -> dict[str, float]:
+    """Metrics with each class's as `mask_AP/CLASS`, in characters that MLflow takes."""
+    numbers = {key: value for key, value in metrics.items() if key != "per_class"}
+    for kind, values in metrics.get("per_class", {}).items():
+        numbers |= {f"{kind}/{re.sub(r'[^A-Za-z0-9_. -]', '_', label)}": value for label, value in values.items()}
+    return numbers
+
+
 def _finish(
     job: StageJob,
     stage: StageRun,
@@ -141,6 +149,7 @@ def _finish(
     stage.figure(figure)
     information = {"engine": job.settings.detection.engine, "classes": json.dumps(engine.task.val.classes)}
     save_tensors(engine.model.state_dict(), stage.staging("model.safetensors"), information)
+    stage.log(job.settings.detection.iterations, **flat(metrics))
     stage.finish(
         {**metrics, "images_per_second": rate},
         weights=placed.counts(),

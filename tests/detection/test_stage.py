@@ -71,7 +71,7 @@ def test_killed_and_run_again_it_ends_as_if_undisturbed(manifest: Path, tmp_path
     assert undisturbed.communicate() and undisturbed.returncode == 0
     assert "weights of the detector" not in text  # it did not start anew
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
-    assert [line["step"] for line in history(tmp_path / "whole")] == [20, 40]
+    assert [line["step"] for line in history(tmp_path / "whole")] == [20, 40, 45]
     first, second = (load_file(tmp_path / name / "out" / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     results = [json.loads((tmp_path / name / "out" / "metrics.json").read_text()) for name in ("whole", "killed")]
@@ -95,7 +95,9 @@ def test_it_leaves_its_outputs_metrics_and_table_of_weights(manifest: Path, tmp_
     assert result["normalization"] == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     assert (out / "predictions.png").read_bytes().startswith(b"\x89PNG")
     assert all(set(row) == {"image_id", "category_id", "bbox", "score", "segmentation"} for row in json.loads((out / "predictions.json").read_text()))
-    assert {line["step"] for line in history(tmp_path)} == {10, 20} and "mask_AP" in history(tmp_path)[0]
+    scored = [line for line in history(tmp_path) if "mask_AP" in line]
+    assert [line["step"] for line in scored] == [10, 20] and scored[1]["mask_AP"] == result["metrics"]["mask_AP"]
+    assert all(scored[1][f"box_AP/{label}"] == value for label, value in result["metrics"]["per_class"]["box_AP"].items())
     text = capsys.readouterr().err
     assert "24 loaded, 1 interpolated" in text and "left behind" in text
     weights = load_file(out / "model.safetensors")
