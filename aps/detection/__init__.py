@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from aps.errors import UserError
 
 # What an engine needs beyond the package's own requirements, and the command that brings it.
-NEEDED = {"detectron2": ("detectron2", "pip install --no-build-isolation 'aps-vit[detectron2]'")}
+NEEDED = {"detectron2": ("detectron2", "pip install --no-build-isolation '.[detectron2]'")}
 
 
 def check_engine(engine: str) -> None:
@@ -13,6 +13,6 @@ def check_engine(engine: str) -> None:
     module, install = NEEDED.get(engine, (None, None))
     if module is not None and find_spec(module) is None:
         raise UserError(
-            f"detection.engine '{engine}': {module} is not installed; install it by `{install}`, "
+            f"detection.engine '{engine}': {module} is not installed; install it by `{install}` in the repository, "
             "or set detection.engine: torchvision (docs/detection.md)"
         )
