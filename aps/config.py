@@ -283,6 +283,8 @@ class DetectionSettings(Section):
             raise ValueError(f"detection.global_blocks names block {beyond[0]} of an encoder of {depth} blocks (from 0); list existing ones")
         if self.jitter_scale[0] > self.jitter_scale[1]:
             raise ValueError(f"detection.jitter_scale must be [low, high] with low <= high, not {list(self.jitter_scale)}")
+        if self.warmup_iterations > self.iterations:
+            raise ValueError(f"detection.warmup_iterations {self.warmup_iterations} exceeds detection.iterations {self.iterations}")
         if list(self.lr_drops) != sorted(self.lr_drops):
             raise ValueError(f"detection.lr_drops {list(self.lr_drops)} must ascend")
 

@@ -40,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     settings = DetectionSettings(
         engine=args.engine, image_size=args.image_size, batch_size=args.batch_size, iterations=args.iterations,
-        precision=args.precision, jitter_scale=(1.0, 1.0),
+        precision=args.precision, jitter_scale=(1.0, 1.0), warmup_iterations=1,
     )  # fmt: skip
     encoder = EncoderSettings(arch=args.arch, image_size=224, patch_size=16, weights="random")
     with tempfile.TemporaryDirectory() as folder, processes() as distributed:

@@ -131,8 +131,9 @@ class _Images(Dataset[tuple[int, Tensor]]):
 
 
 def milestones(settings: DetectionSettings) -> list[int]:
-    """Iterations at which the learning rate drops."""
-    return [round(share * settings.iterations) for share in settings.lr_drops]
+    """Iterations at which the learning rate drops, those after the last left out."""
+    reached = (round(share * settings.iterations) for share in settings.lr_drops)
+    return [iteration for iteration in reached if iteration < settings.iterations]
 
 
 def lr_factor(settings: DetectionSettings, iteration: int) -> float:

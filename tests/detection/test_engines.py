@@ -53,13 +53,16 @@ def test_the_learning_rate_warms_up_and_drops_where_the_recipe_says():
 
 
 @pytest.mark.detectron2
-def test_detectron2s_schedule_is_ours_at_every_iteration():
+@pytest.mark.parametrize(
+    "changes", [{"lr_drops": (0.7, 0.9)}, {"warmup_iterations": 0}, {"lr_drops": ()}, {"lr_drops": (0.5, 1.0)}], ids=str
+)
+def test_detectron2s_schedule_is_ours_at_every_iteration(changes: dict[str, object]):
     pytest.importorskip("detectron2", reason="detectron2 is not installed")
     from detectron2.config import instantiate
 
     from aps.detection.engines.detectron2 import schedule_config
 
-    settings = DetectionSettings(iterations=400, warmup_iterations=30, lr_drops=(0.7, 0.9))
+    settings = DetectionSettings(**{"iterations": 400, "warmup_iterations": 30, **changes})
     theirs = instantiate(schedule_config(settings))
     for iteration in range(400):
         assert theirs(iteration / 400) == pytest.approx(lr_factor(settings, iteration)), iteration
