@@ -55,7 +55,7 @@ class Recipe:
 
 
 RECIPES = {
-    "digits_coco": Recipe("digits", 48, 1200, 200, (1, 3), (16, 24), 80, 0.9, noise=16),
+    "digits_coco": Recipe("digits", 48, 1200, 200, (2, 5), (14, 20), 80, 0.9, noise=16),
     "fashion_coco": Recipe("fashion_mnist", 128, 4000, 500, (3, 8), (28, 64), 24, 0.35, (2, 6), (0, 120), 24),
 }
 

@@ -13,19 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from aps.config import ViewSettings
 from aps.data.load import ArraySplit, FileSplit
-from aps.errors import UserError
 from aps.sampling import Geometry
 from aps.training.distributed import Distributed
+from aps.training.order import VIEWS, KeyedLoader, Order, seeded
 from aps.views import apply_crops, apply_view, crop_pair, draw_parameters
-
-ORDER, VIEWS, SAMPLING = 0, 1, 2  # streams of random numbers
 
 
 class Pair(NamedTuple):
@@ -33,12 +30,6 @@ class Pair(NamedTuple):
     view2: Tensor  # (B, 3, S, S)
     geometry1: Geometry
     geometry2: Geometry
-
-
-def seeded(seed: int, stream: int, *position: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator for one place of a run: independent streams, no state to save."""
-    state = np.random.SeedSequence((seed, stream, *position)).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> 1))
 
 
 class Pairs:
@@ -67,28 +58,14 @@ class Pairs:
         distributed: Distributed,
         workers: int = 0,
     ) -> None:
-        if batch_size > len(split):
-            raise UserError(f"pretrain.batch_size {batch_size} exceeds the {len(split)} training images; lower it")
-        if batch_size % distributed.world:
-            raise UserError(f"pretrain.batch_size {batch_size} is not a multiple of the {distributed.world} processes; change either")
         self.views, self.size, self.batch_size, self.seed = views, size, batch_size, seed
         self.mean, self.std = normalization
         self.distributed = distributed
-        self.images = len(split)
-        self.batches = len(split) // batch_size
+        self._order = Order(torch.arange(len(split)), batch_size, seed, distributed, "pretrain")
+        self.batches = self._order.batches
         self._array = split.images.to(distributed.device) if isinstance(split, ArraySplit) else None
-        self._keys: list[list[tuple[int, int]]] = []
         self._loader = (
-            None
-            if isinstance(split, ArraySplit)
-            else DataLoader(
-                _Crops(split, views, size, seed),
-                batch_sampler=self._keys,  # filled anew for each epoch
-                num_workers=workers,
-                persistent_workers=workers > 0,
-                pin_memory=distributed.device.type == "cuda",
-                prefetch_factor=4 if workers else None,
-            )
+            None if isinstance(split, ArraySplit) else KeyedLoader(_Crops(split, views, size, seed), workers, distributed.device)
         )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Pair]:
@@ -97,15 +74,10 @@ class Pairs:
         batches = self._from_memory(epoch, first) if self._array is not None else self._from_files(epoch, first)
         return _ahead(batches, device) if device.type == "cuda" else batches
 
-    def _rows(self, epoch: int) -> Tensor:
-        """(batches, B of this process) indices of images."""
-        order = torch.randperm(self.images, generator=seeded(self.seed, ORDER, epoch))
-        order = order[: self.batches * self.batch_size].view(self.batches, self.batch_size)
-        return order[:, self.distributed.rows(self.batch_size)]
-
     def _from_memory(self, epoch: int, first: int) -> Iterator[Pair]:
         assert self._array is not None
-        device, rows = self.distributed.device, self._rows(epoch).to(self.distributed.device)
+        device = self.distributed.device
+        rows = self._order.epoch(epoch).to(device)
         height, width = self._array.shape[2:]
         for batch in range(first, self.batches):
             images = self._array[rows[batch]]
@@ -116,8 +88,8 @@ class Pairs:
     def _from_files(self, epoch: int, first: int) -> Iterator[Pair]:
         assert self._loader is not None
         device = self.distributed.device
-        self._keys[:] = [[(epoch, int(i)) for i in rows] for rows in self._rows(epoch)[first:]]
-        for batch, (crops, boxes) in enumerate(self._loader, first):
+        loaded = self._loader.epoch(epoch, self._order.epoch(epoch)[first:])
+        for batch, (crops, boxes) in enumerate(loaded, first):
             crops = crops.to(device, non_blocking=True)
             parameters = [
                 p._replace(boxes=boxes[:, v]) for v, p in enumerate(self._parameters(epoch, batch, self.size, self.size))

@@ -32,7 +32,8 @@ from aps.training.checkpoint import Checkpoints
 from aps.training.distributed import Distributed, processes
 from aps.training.interrupt import stop_requested
 from aps.training.loss import contrastive_loss
-from aps.training.pairs import SAMPLING, Pairs, seeded
+from aps.training.order import SAMPLING, seeded
+from aps.training.pairs import Pairs
 from aps.training.precision import Precision
 from aps.training.schedule import pretraining_lr
 

@@ -1,0 +1,54 @@
+"""What finetuning and linear probing share: accuracy of a classifier on a split, and seeding of a step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aps.data.load import ArraySplit, FileSplit
+from aps.training.distributed import Distributed
+from aps.training.features import Normalization, images_of, normalize
+from aps.training.order import STEP, number
+from aps.training.precision import Precision
+
+
+def seed_everything(seed: int, *position: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators, which mixup, RandAugment and drop path draw from."""
+    value = number(seed, STEP, *position)
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
+
+
+@torch.inference_mode()
+def accuracy(
+    classify: Callable[[Tensor], Tensor],
+    split: ArraySplit | FileSplit,
+    size: int,
+    normalization: Normalization,
+    distributed: Distributed,
+    precision: Precision,
+    workers: int = 0,
+) -> Tensor:
+    """Top-1 in percent over the whole split, the work shared among processes.
+
+    classify: (B, 3, S, S) normalized -> logits (..., B, C); leading dimensions are several classifiers at once
+    -> (...) float64 on the CPU.
+    """
+    part = -(-len(split) // distributed.world)
+    rows = range(min(len(split), distributed.rank * part), min(len(split), (distributed.rank + 1) * part))
+    right, start = torch.zeros((), dtype=torch.int64, device=distributed.device), rows.start
+    for images in images_of(split, size, distributed.device, rows, workers):
+        with precision.autocast():
+            guesses = classify(normalize(images, normalization)).argmax(-1)
+        labels = split.labels[start : start + len(images)].to(distributed.device)
+        right = right + (guesses == labels).sum(-1)
+        start += len(images)
+    if distributed.world > 1:
+        dist.all_reduce(right)
+    return 100 * right.double().cpu() / len(split)

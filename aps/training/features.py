@@ -1,0 +1,99 @@
+"""Class-token features of a whole split under a frozen encoder, without augmentation; and images as evaluation sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional
+
+from aps.data.load import ArraySplit, FileSplit
+from aps.models.encoder import Encoder
+from aps.progress import Progress
+from aps.training.distributed import Distributed
+from aps.training.precision import Precision
+
+BATCH = 256
+CENTRE = 256 / 224  # file images: shorter side resized to this share of the view, then the centre cut (ImageNet's custom)
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def normalize(images: Tensor, normalization: Normalization) -> Tensor:
+    """(B, 3, S, S) in [0, 1] -> normalized."""
+    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in normalization)
+    return (images - mean) / std
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) uint8 -> (B, 3, S, S) float32 in [0, 1]; the whole image of an array dataset."""
+    images = images.float() / 255
+    if images.shape[2:] == (size, size):
+        return images
+    return functional.resize(images, [size, size], antialias=True)
+
+
+def centred(image: Tensor, size: int) -> Tensor:
+    """(3, H, W) uint8 of any size -> (3, S, S) uint8; the centre of a file dataset's image."""
+    image = functional.resize(image, [round(size * CENTRE)], antialias=True)
+    return functional.center_crop(image, [size, size])
+
+
+def images_of(
+    split: ArraySplit | FileSplit, size: int, device: torch.device, rows: range, workers: int = 0
+) -> Iterator[Tensor]:
+    """Batches (B, 3, S, S) in [0, 1] on the device, in the order of `rows`."""
+    if isinstance(split, ArraySplit):
+        for start in range(rows.start, rows.stop, BATCH):
+            yield resized(split.images[start : min(start + BATCH, rows.stop)].to(device), size)
+    else:
+        loader = DataLoader(_Centred(split, size, rows), BATCH, num_workers=workers, pin_memory=device.type == "cuda")
+        for batch in loader:
+            yield batch.to(device, non_blocking=True).float() / 255
+
+
+class _Centred(Dataset):
+    def __init__(self, split: FileSplit, size: int, rows: range) -> None:
+        self.split, self.size, self.rows = split, size, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return centred(self.split.read(self.rows[i]), self.size)
+
+
+@torch.inference_mode()
+def features(
+    encoder: Encoder,
+    split: ArraySplit | FileSplit,
+    normalization: Normalization,
+    distributed: Distributed,
+    precision: Precision,
+    workers: int = 0,
+    label: str = "features",
+) -> Tensor:
+    """(M, D) float32 of every image, on every process; processes share the work in contiguous parts."""
+    training = encoder.training
+    encoder.eval()
+    size = encoder.patch_embed.img_size[0]
+    part = -(-len(split) // distributed.world)
+    rows = range(min(len(split), distributed.rank * part), min(len(split), (distributed.rank + 1) * part))
+    found = []
+    with Progress(label, len(rows), "images", shown=distributed.main) as progress:
+        for images in images_of(split, size, distributed.device, rows, workers):
+            with precision.autocast():
+                batch = encoder(normalize(images, normalization))
+            found.append(batch.float())
+            progress.update(len(images), len(images))
+    encoder.train(training)
+    own = torch.cat(found) if found else torch.empty(0, encoder.embed_dim, device=distributed.device)
+    if distributed.world == 1:
+        return own
+    padded = torch.nn.functional.pad(own, (0, 0, 0, part - len(own)))
+    everyone = [torch.empty_like(padded) for _ in range(distributed.world)]
+    dist.all_gather(everyone, padded)
+    return torch.cat(everyone)[: len(split)]

@@ -1,0 +1,84 @@
+"""Which image comes when: shuffling, shares of processes and random streams as pure functions of the position in a run.
+
+Nothing random has state that outlives a batch, so a run resumes anywhere, on any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from aps.errors import UserError
+from aps.training.distributed import Distributed
+
+# Independent streams of random numbers of one seed.
+ORDER, VIEWS, SAMPLING, STEP, IMAGE, HOLDOUT = range(6)
+
+
+def number(seed: int, stream: int, *position: int) -> int:
+    """A 63-bit seed for one place of a run."""
+    return int(np.random.SeedSequence((seed, stream, *position)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seeded(seed: int, stream: int, *position: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for one place of a run."""
+    return torch.Generator(device).manual_seed(number(seed, stream, *position))
+
+
+class Order:
+    """The batches of every epoch: each image once, shuffled; the last, smaller batch is dropped.
+
+    Args:
+        rows: (M,) int64 indices of the images to use.
+        batch_size: over all processes.
+        where: the setting's name, for messages.
+
+    Raises:
+        UserError: the batch exceeds the images or does not divide among the processes.
+    """
+
+    def __init__(self, rows: Tensor, batch_size: int, seed: int, distributed: Distributed, where: str) -> None:
+        if batch_size > len(rows):
+            raise UserError(f"{where}.batch_size {batch_size} exceeds the {len(rows)} training images; lower it")
+        if batch_size % distributed.world:
+            raise UserError(f"{where}.batch_size {batch_size} is not a multiple of the {distributed.world} processes; change either")
+        self.batches = len(rows) // batch_size
+        self._rows, self._batch_size, self._seed, self._distributed = rows, batch_size, seed, distributed
+
+    def epoch(self, epoch: int) -> Tensor:
+        """(batches, B of this process) indices of images."""
+        shuffled = self._rows[torch.randperm(len(self._rows), generator=seeded(self._seed, ORDER, epoch))]
+        batches = shuffled[: self.batches * self._batch_size].view(self.batches, self._batch_size)
+        return batches[:, self._distributed.rows(self._batch_size)]
+
+
+def held_out(images: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the images to train on and of those held out, both int64, ascending, disjoint, together all."""
+    shuffled = torch.randperm(images, generator=seeded(seed, HOLDOUT))
+    held = round(images * share)
+    return shuffled[held:].sort().values, shuffled[:held].sort().values
+
+
+class KeyedLoader:
+    """A DataLoader whose dataset is asked for (epoch, image), with workers that live through all epochs."""
+
+    def __init__(self, dataset: Dataset, workers: int, device: torch.device) -> None:
+        self._keys: list[list[tuple[int, int]]] = []
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=self._keys,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            prefetch_factor=4 if workers else None,
+        )
+
+    def epoch(self, epoch: int, rows: Tensor) -> Iterator[Any]:
+        """Collated batches; rows: (batches, B) indices."""
+        self._keys[:] = [[(epoch, i) for i in batch] for batch in rows.tolist()]
+        return iter(self._loader)
