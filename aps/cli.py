@@ -93,6 +93,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("weights", type=Path, help="encoder.safetensors or model.safetensors of a finished stage")
     p.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
 
+    p = verb("show-views", _show_views, "draw images of a dataset with their views, kept cells and coverage")
+    p.add_argument("--out", type=Path, required=True, help="the .png file to write")
+    p.add_argument("--images", type=int, default=5, help="how many (default: 5)")
+    p.add_argument("--experiment", help="the experiment whose settings to show (default: the study's first)")
+    p.add_argument("--manifest", type=Path, help="manifest.json of another dataset than the experiment's")
+    p.add_argument("--seed", type=int, default=0, help="of the choice of images and of everything drawn (default: 0)")
+    _study_options(p)
+
     p = verb("report", _report, "tables and figures over the finished runs of a study")
     p.add_argument("--out", type=Path, help="folder of the report (default: results/report/STUDY)")
     _study_options(p)
@@ -243,6 +251,16 @@ def _export(args: argparse.Namespace) -> None:
     from aps.models.transfer import export_timm
 
     print(export_timm(args.weights, args.out))
+
+
+def _show_views(args: argparse.Namespace) -> None:
+    study = load_study(args.configfile, parse_overrides(args.overrides))
+    settings = study.experiment(args.experiment or next(iter(study.experiments)))
+    from aps.results import manifest_path
+    from aps.show_views import show_views
+
+    show_views(args.manifest or manifest_path(study.results, settings.dataset.name), settings, args.out, args.images, args.seed)
+    print(args.out)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aps.data.load import ArraySplit, FileSplit, load_split
 from aps.data.manifest import Manifest
+from aps.models.encoder import Encoder
 from aps.models.weights import load_encoder
 from aps.results import StageJob, StageRun
 from aps.training.distributed import Distributed, processes
@@ -68,7 +69,7 @@ def knn_accuracy(
 
 
 def monitor(
-    encoder, split: ArraySplit | FileSplit, normalization: Normalization, distributed: Distributed
+    encoder: Encoder, split: ArraySplit | FileSplit, normalization: Normalization, distributed: Distributed
 ) -> dict[str, float]:
     """kNN during pretraining: a tenth of (at most 10,000) train images classified by the others; never the test set."""
     order = torch.randperm(len(split), generator=seeded(0, HOLDOUT))[:MONITOR_IMAGES]

@@ -135,10 +135,14 @@ class Heads(nn.Module):
     def __init__(self, dim: int, classes: int, count: int, batch_norm: bool) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6) if batch_norm else nn.Identity()
-        self.heads = nn.ModuleList(nn.Linear(dim, classes) for _ in range(count))
-        for head in self.heads:
-            nn.init.normal_(head.weight, std=0.01)
-            nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleList(self._head(dim, classes) for _ in range(count))
+
+    @staticmethod
+    def _head(dim: int, classes: int) -> nn.Linear:
+        head = nn.Linear(dim, classes)
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+        return head
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D) -> (heads, B, classes); one product for all heads."""
@@ -177,8 +181,8 @@ class Crops:
                 yield torch.where(flips[:, None, None, None], crops.flip(3), crops), self.labels[own]
                 continue
             assert self._images is not None
-            sizes = (torch.full((self.batch_size,), side) for side in self._images.shape[2:])
-            boxes = draw_boxes(*sizes, self.views, generator)[self.own].float().to(self.device)
+            heights, widths = (torch.full((self.batch_size,), side) for side in self._images.shape[2:])
+            boxes = draw_boxes(heights, widths, self.views, generator)[self.own].float().to(self.device)
             yield crop_resize(self._images[own], boxes, flips, self.size), self.labels[own]
 
 

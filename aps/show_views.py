@@ -1,0 +1,154 @@
+"""A picture of what the encoder sees: sources, boxes, views, kept cells and coverage (the paper's Figure 1).
+
+Everything drawn comes from the functions that training calls, with an experiment's settings, so a mistake in boxes,
+flips or cells can be seen: in the last column, cells of view 2 should avoid those of view 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from aps.config import ExperimentSettings
+from aps.data.load import ArraySplit, FileSplit, load_split
+from aps.data.manifest import Manifest
+from aps.errors import UserError
+from aps.files import atomic_path
+from aps.sampling import coverage, sample
+from aps.views import apply_view, draw_parameters
+
+COLORS = ("#1f6feb", "#f0640c")  # of view 1 and view 2 in every panel
+COLUMNS = ("source, boxes", "view 1", "kept of view 1", "view 2", "covered by view 1", "kept of view 2", "both, in the source")
+FADED = 0.12  # of the pixels that the encoder does not see
+
+Box = tuple[float, float, float, float]  # top, left, height, width in source pixels
+
+
+class View(NamedTuple):
+    pixels: np.ndarray  # (S, S, 3) in [0, 1], augmented, not normalized
+    box: Box
+    flip: bool
+    kept: list[int]  # cells, row-major as seen in the view
+
+    def cells(self, grid: int) -> list[Box]:
+        """Where the kept cells lie in the source."""
+        top, left, height, width = self.box
+        tall, wide = height / grid, width / grid
+        places = [(cell // grid, grid - 1 - cell % grid if self.flip else cell % grid) for cell in self.kept]
+        return [(top + row * tall, left + column * wide, tall, wide) for row, column in places]
+
+
+class Example(NamedTuple):
+    """One image, its two views and their first sampling."""
+
+    source: np.ndarray  # (H, W, 3) uint8
+    view1: View
+    view2: View
+    covered: np.ndarray  # (G, G) share of each cell of view 2, as the sampler sees it
+
+
+def show_views(manifest: Path, settings: ExperimentSettings, out: Path, images: int, seed: int) -> None:
+    """Writes the picture of `images` training images, spread over the classes.
+
+    Raises:
+        UserError: no images asked for; the dataset is not prepared or is one for detection; `out` can't be written.
+    """
+    if images < 1:
+        raise UserError(f"--images {images} leaves nothing to draw; give 1 or more")
+    images = min(images, Manifest.read(manifest).splits["train"].count)
+    split = load_split(manifest, "train", images, seed)
+    figure = draw(examples(split, settings, seed), settings.encoder.grid)
+    with atomic_path(out) as temporary:
+        figure.savefig(temporary, dpi=110, format="png", pil_kwargs={"optimize": True})
+
+
+def examples(split: ArraySplit | FileSplit, settings: ExperimentSettings, seed: int) -> list[Example]:
+    """Two views and one sampling of every image of a split."""
+    generator = torch.Generator().manual_seed(seed)
+    return [_example(split.read(i), settings, generator) for i in range(len(split))]
+
+
+def _example(source: Tensor, settings: ExperimentSettings, generator: torch.Generator) -> Example:
+    """source: (3, H, W) uint8."""
+    height, width = source.shape[1:]
+    size, grid = settings.encoder.image_size, settings.encoder.grid
+    parameters = [draw_parameters(view, 1, height, width, settings.views, generator) for view in (1, 2)]
+    geometry1, geometry2 = (p.geometry() for p in parameters)
+    kept = sample(settings.sampling, grid, geometry1, geometry2, generator)
+    view1, view2 = (
+        View(
+            pixels=apply_view(source[None], p, size, (0.0,) * 3, (1.0,) * 3)[0].permute(1, 2, 0).clamp(0, 1).numpy(),
+            box=tuple(p.boxes[0].tolist()),
+            flip=bool(p.flips[0]),
+            kept=cells[0, 0].tolist(),
+        )
+        for p, cells in zip(parameters, kept, strict=True)
+    )
+    mask1 = torch.zeros(1, 1, grid * grid).scatter_(2, kept.view1[:1], 1)
+    covered = coverage(geometry1, mask1, geometry2, grid, settings.sampling.flip_aware)
+    return Example(source.permute(1, 2, 0).numpy(), view1, view2, covered.view(grid, grid).numpy())
+
+
+# --------------------------------------------------------------------------------------------------
+# Drawing. Axes are in pixels of the source or cells of a view, so boxes and cells need no conversion.
+
+
+def draw(shown: list[Example], grid: int) -> Figure:
+    """A row an example, a column each of COLUMNS."""
+    rows, columns = len(shown), len(COLUMNS)
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+    figure = Figure(figsize=(1.42 * columns, 1.62 * rows + 0.35), layout=layout, facecolor="white")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row, example in zip(axes, shown, strict=True):
+        _draw_row(row, example, grid)
+    for ax, title, color in zip(axes[0], COLUMNS, ("0.2", *2 * COLORS[:1], *3 * COLORS[1:], "0.2"), strict=True):
+        ax.set_title(title, fontsize=9, color=color, fontweight="bold")
+    return figure
+
+
+def _draw_row(row: np.ndarray, example: Example, grid: int) -> None:
+    views = (example.view1, example.view2)
+    height, width, _ = example.source.shape
+    side, source = max(height, width), example.source / 255
+    pale = 1 - (1 - source.mean(2, keepdims=True).repeat(3, 2)) * 2 * FADED
+    for ax, image in ((row[0], source), (row[6], pale)):
+        ax.imshow(image, extent=(0, width, height, 0))
+        ax.set(xlim=((width - side) / 2, (width + side) / 2), ylim=((height + side) / 2, (height - side) / 2))
+    for view, color in zip(views, COLORS, strict=True):
+        _outline(row[0], view.box, color, linewidth=2.2)
+        for box in view.cells(grid):
+            _outline(row[6], box, color, linewidth=0.6, facecolor=(*to_rgb(color), 0.45))
+    for ax, view in zip((row[1], row[3]), views, strict=True):
+        ax.imshow(view.pixels, extent=(0, grid, grid, 0))
+        ax.set_xlabel("flipped" if view.flip else " ", fontsize=8, labelpad=2)
+    for ax, view, color in zip((row[2], row[5]), views, COLORS, strict=True):
+        mask = np.zeros(grid * grid)
+        mask[view.kept] = 1
+        patch = len(view.pixels) // grid
+        visible = np.kron(mask.reshape(grid, grid), np.ones((patch, patch)))[:, :, None]
+        ax.imshow(1 - (1 - view.pixels) * np.where(visible > 0, 1, FADED), extent=(0, grid, grid, 0))
+        for cell in view.kept:
+            _outline(ax, (cell // grid, cell % grid, 1, 1), color, linewidth=0.6)
+    row[4].imshow(example.covered, extent=(0, grid, grid, 0), cmap="Blues", vmin=0, vmax=1)
+    for cell in example.view2.kept:
+        _outline(row[4], (cell // grid, cell % grid, 1, 1), COLORS[1], linewidth=0.9)
+    kept = example.covered.ravel()[example.view2.kept].mean()
+    row[4].set_xlabel(f"all {example.covered.mean():.0%}, kept {kept:.0%}", fontsize=8, labelpad=2)
+    for ax in row:
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.spines[:].set(color="0.8", linewidth=0.6, visible=ax not in (row[0], row[6]) or height == width)
+
+
+def _outline(ax: Axes, box: Box, color: str, linewidth: float, facecolor: Any = "none") -> None:
+    top, left, height, width = box
+    ax.add_patch(Rectangle((left, top), width, height, edgecolor=color, facecolor=facecolor, linewidth=linewidth, clip_on=False))
