@@ -7,6 +7,7 @@ model, the EMA model is evaluated, and the headline is the last epoch's test acc
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -65,15 +66,15 @@ def _finetune(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
 
     checkpoints = Checkpoints(job.checkpoints, job.checkpoint_minutes, writes=distributed.main)
     done, total = 0, settings.epochs * order.batches
-    sums, best = torch.zeros(2, device=distributed.device), {"epoch": -1, "accuracy": -1.0}
+    sums, loss, best = torch.zeros(2, device=distributed.device), math.nan, {"epoch": -1, "accuracy": -1.0}
     if (state := checkpoints.load()) is not None:
-        done, best = state["step"], state["best"]
+        done, loss, best = state["step"], state["loss"], state["best"]
         sums.copy_(state["sums"])
         tuner.load_state_dict(state["tuner"])
         stage.resume(done)
 
     def save() -> None:
-        checkpoints.save(done, {"tuner": tuner.state_dict(), "sums": sums, "best": best})
+        checkpoints.save(done, {"tuner": tuner.state_dict(), "sums": sums, "loss": loss, "best": best})
         stage.save_clock()
 
     with Progress(job.label, total, "batches", done, shown=distributed.main) as progress:
@@ -85,25 +86,26 @@ def _finetune(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
                 sums += tuner.step(images.to(distributed.device), labels.to(distributed.device), lr)
                 done += 1
                 progress.update(1, settings.batch_size)
+                if done % order.batches == 0:  # before any save: a checkpoint of this moment has the epoch behind it
+                    loss, right = (distributed.mean(sums) / order.batches).tolist()
+                    sums.zero_()
+                    if not math.isfinite(loss):
+                        raise UserError(f"the finetuning loss became {loss}; lower finetune.lr, or set finetune.precision: fp32")
+                    line = {"epoch": epoch + 1, "lr": lr, "loss": loss, "train_top1_augmented": 100 * right}
+                    if held is not None:
+                        line["holdout_top1"] = tuner.accuracy(tuner.model, held, job.workers)
+                        if line["holdout_top1"] > best["accuracy"]:
+                            best = {"epoch": epoch + 1, "accuracy": line["holdout_top1"]}
+                            tuner.remember()
+                    stage.log(done, **line)
                 if stop_requested(distributed):
                     save()
                     raise Preempted(f"{job.label} after {done} of {total} batches; run it again to go on")
                 if checkpoints.due():
                     save()
-            loss, right = (distributed.mean(sums) / order.batches).tolist()
-            sums.zero_()
-            if not math.isfinite(loss):
-                raise UserError(f"the finetuning loss became {loss}; lower finetune.lr, or set finetune.precision: fp32")
-            line = {"epoch": epoch + 1, "lr": lr, "loss": loss, "train_top1_augmented": 100 * right}
-            if held is not None:
-                line["holdout_top1"] = tuner.accuracy(tuner.model, held, job.workers)
-                if line["holdout_top1"] > best["accuracy"]:
-                    best = {"epoch": epoch + 1, "accuracy": line["holdout_top1"]}
-                    tuner.remember()
-            stage.log(done, **line)
     save()
     test = load_split(job.manifest, "test")
-    metrics = {"test_top1": tuner.accuracy(tuner.model, test, job.workers), "loss": loss} if total else {}
+    metrics = {"test_top1": tuner.accuracy(tuner.model, test, job.workers), "loss": loss}
     if tuner.ema is not None:
         metrics["test_top1_ema"] = tuner.accuracy(tuner.ema.module, test, job.workers)
     if held is not None:
@@ -178,9 +180,10 @@ class Finetuner:
 
     def accuracy(self, model: nn.Module, split: ArraySplit | FileSplit, workers: int) -> float:
         """Top-1 in percent, in eval mode."""
+        training = model.training
         model.eval()
         result = accuracy(model, split, self.size, self.normalization, self.distributed, self.precision, workers)
-        self.model.train()
+        model.train(training)
         return float(result)
 
     def remember(self) -> None:
@@ -188,8 +191,10 @@ class Finetuner:
         self._best = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
 
     def remembered(self) -> nn.Module:
-        self.model.load_state_dict(self._best | {})
-        return self.model
+        """A model of its own with the remembered weights."""
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(self._best)
+        return model
 
     def state_dict(self) -> dict[str, Any]:
         return {

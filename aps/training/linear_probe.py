@@ -99,15 +99,16 @@ def _probe(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
                 losses += each.detach()
                 done += 1
                 progress.update(1, settings.batch_size)
+                if done % order.batches == 0:  # before any save: a checkpoint of this moment has the epoch behind it
+                    means = (distributed.mean(losses) / order.batches).tolist()
+                    losses.zero_()
+                    named = {f"loss_lr{lr:g}": value for lr, value in zip(settings.lrs, means, strict=True) if math.isfinite(value)}
+                    stage.log(done, epoch=epoch + 1, **named)
                 if stop_requested(distributed):
                     save()
                     raise Preempted(f"{job.label} after {done} of {total} batches; run it again to go on")
                 if checkpoints.due():
                     save()
-            means = (distributed.mean(losses) / order.batches).tolist()
-            losses.zero_()
-            named = {f"loss_lr{lr:g}": value for lr, value in zip(settings.lrs, means, strict=True) if math.isfinite(value)}
-            stage.log(done, epoch=epoch + 1, **named)
     save()
 
     heads.eval()

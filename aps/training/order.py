@@ -58,9 +58,15 @@ class Order:
 
 
 def held_out(images: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the images to train on and of those held out, both int64, ascending, disjoint, together all."""
+    """Indices of the images to train on and of those held out, both int64, ascending, disjoint, together all.
+
+    Raises:
+        UserError: a share that keeps no image aside.
+    """
     shuffled = torch.randperm(images, generator=seeded(seed, HOLDOUT))
     held = round(images * share)
+    if share and not held:
+        raise UserError(f"a holdout of {share} of {images} training images keeps none aside; raise holdout")
     return shuffled[held:].sort().values, shuffled[:held].sort().values
 
 

@@ -31,6 +31,7 @@ from aps.sampling import sample
 from aps.training.checkpoint import Checkpoints
 from aps.training.distributed import Distributed, processes
 from aps.training.interrupt import stop_requested
+from aps.training.knn import monitor
 from aps.training.loss import contrastive_loss
 from aps.training.order import SAMPLING, seeded
 from aps.training.pairs import Pairs
@@ -88,6 +89,8 @@ def _pretrain(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
                 progress.update(1, settings.batch_size, meter.note)
                 if done % pairs.batches == 0 or (done % pairs.batches) % LOG_BATCHES == 0:
                     stage.log(done * samplings, epoch=done / pairs.batches, lr=lr, **meter.read(settings.batch_size))
+                if settings.knn_every and done % (settings.knn_every * pairs.batches) == 0:
+                    stage.log(done * samplings, **monitor(trainer.model.encoder, split, normalization, distributed))
                 if job.profile is not None:
                     trainer.profile_step()
                 if stop_requested(distributed):
@@ -95,10 +98,6 @@ def _pretrain(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
                     raise Preempted(f"{job.label} after {done} of {total} batches; run it again to go on")
                 if checkpoints.due():
                     save()
-            if settings.knn_every and (epoch + 1) % settings.knn_every == 0:
-                from aps.training.knn import monitor
-
-                stage.log(done * samplings, **monitor(trainer.model.encoder, split, normalization, distributed))
     save()
     _finish(job, stage, trainer, meter, distributed, progress.rate)
 
@@ -108,6 +107,12 @@ class Trainer:
 
     def __init__(self, job: StageJob, distributed: Distributed) -> None:
         self.settings: PretrainSettings = job.settings.pretrain
+        own = self.settings.batch_size // distributed.world
+        if own % self.settings.accumulate:
+            raise UserError(
+                f"pretrain.accumulate {self.settings.accumulate} does not divide the {own} images of a process "
+                "(pretrain.batch_size over the processes); change either"
+            )
         torch.manual_seed(job.settings.seed)
         encoder = build_encoder(job.settings.encoder)
         encoder.set_grad_checkpointing(self.settings.activation_checkpointing)
@@ -177,7 +182,7 @@ class Meter:
         self.distributed = distributed
         self.sums = torch.zeros(2, device=distributed.device)
         self.steps = 0
-        self.waited = self.spent = 0.0
+        self.waited = 0.0
         self.note = ""
         self._mark = time.perf_counter()
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []

@@ -1,0 +1,103 @@
+"""Stages small enough for tests, run in this process, and what they leave."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aps.config import (
+    DatasetSettings,
+    EncoderSettings,
+    FinetuneSettings,
+    KnnSettings,
+    LinearProbeSettings,
+    PretrainSettings,
+    StageSettings,
+)
+from aps.errors import Preempted
+from aps.models.encoder import build_encoder
+from aps.models.weights import save_encoder
+from aps.results import StageJob, checkpoint_folder
+from aps.training.distributed import Distributed
+
+ONE = Distributed(0, 1, torch.device("cpu"))
+ENCODER = EncoderSettings(arch="micro", dim=24, depth=2, image_size=16, patch_size=4)  # N = 16
+STAGES: dict[str, dict[str, Any]] = {  # 100 images: batches of 32 leave 4 over, and 90 leave 26
+    "pretrain": {
+        "pretrain": PretrainSettings(
+            epochs=2, batch_size=32, warmup_epochs=1, projector=(16, 16, 8), predictor=(16, 16, 8)
+        )
+    },
+    "finetune": {"finetune": FinetuneSettings(epochs=3, batch_size=32, warmup_epochs=1, ema=0.9, holdout=0.1)},
+    "linear_probe": {"linear_probe": LinearProbeSettings(epochs=2, batch_size=32, lrs=(0.1, 2.0))},
+    "knn": {"knn": KnnSettings(k=(1, 5, 200))},
+}
+CLOCK = {"time", "step_ms", "input_share", "images_per_second"}  # measured, hence never the same twice
+
+
+def job(stage: str, manifest: Path, folder: Path, seed: int = 0, **changes: Any) -> StageJob:
+    """`changes` go to the stage's own block, or replace a whole block (encoder, dataset, sampling, views)."""
+    blocks = {name: changes.pop(name) for name in ("dataset", "encoder", "sampling", "views") if name in changes}
+    own = STAGES[stage][stage].model_copy(update=changes)
+    settings = StageSettings(
+        **{
+            "stage": stage,
+            "experiment": "small",
+            "seed": seed,
+            "dataset": DatasetSettings(name="digits", train_limit=100),
+            "encoder": ENCODER,
+            stage: own,
+            **blocks,
+        }
+    )
+    encoder = None
+    if stage != "pretrain":
+        encoder = folder / "encoder.safetensors"
+        torch.manual_seed(7)
+        save_encoder(build_encoder(settings.encoder), settings.encoder, encoder)
+    checkpoints = checkpoint_folder(folder, settings)
+    return StageJob(settings=settings, manifest=manifest, out=folder / "out", checkpoints=checkpoints, encoder=encoder)
+
+
+def module(stage: str) -> Any:
+    return importlib.import_module(f"aps.training.{stage}")
+
+
+def run(job: StageJob, stop_after: int | None = None) -> dict[str, Any]:
+    """The stage in this process -> its metrics; `stop_after` batches it is asked to stop, and ends with what it saved."""
+    calls = 0
+
+    def asked(distributed: Distributed) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls == stop_after
+
+    with pytest.MonkeyPatch.context() as patch:
+        if job.settings.stage != "knn":
+            patch.setattr(module(job.settings.stage), "stop_requested", asked)  # the real one takes over signals
+        if stop_after is None:
+            module(job.settings.stage).run(job)
+            return metrics(job)
+        with pytest.raises(Preempted):
+            module(job.settings.stage).run(job)
+    return {}
+
+
+def metrics(job: StageJob) -> dict[str, Any]:
+    found = json.loads((job.out / "metrics.json").read_text())["metrics"]
+    return {key: value for key, value in found.items() if key not in CLOCK}
+
+
+def history(job: StageJob) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (job.out / "history.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
