@@ -77,19 +77,32 @@ def parser() -> argparse.ArgumentParser:
     p = verb("data", _data, "prepare a dataset: fetch or find it, verify it, write its manifest")
     p.add_argument("name", help="a dataset's name; an unknown one lists them")
     p.add_argument("--out", type=Path, help="folder of the prepared dataset (default: results/data/NAME)")
-    p.add_argument("--source", help="folder with the dataset's archives or unpacked files (default: the study's, or download)")
+    p.add_argument(
+        "--source", help="folder with the dataset's archives or unpacked files (default: the study's, or download)"
+    )
     p.add_argument("--no-download", action="store_true", help="fail rather than download")
     _study_options(p)
 
     for stage in STAGES:
         _stage_options(verb(stage, _stage(stage), STAGE_HELP[stage]))
 
-    p = verb("import-weights", _import_weights, "turn a checkpoint of the authors' release into weights of this project")
+    p = verb(
+        "import-weights", _import_weights, "turn a checkpoint of the authors' release into weights of this project"
+    )
     p.add_argument("checkpoint", type=Path, help="a state dict (.pt, .pth)")
-    p.add_argument("--out", type=Path, required=True, help="folder for encoder.safetensors and heads.safetensors, or model.safetensors")
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for encoder.safetensors and heads.safetensors, or model.safetensors",
+    )
     p.add_argument("--attention-heads", type=int, help="heads of its encoder (default: of width 64)")
 
-    p = verb("export", _export, "write an encoder or a finetuned model as weights that timm loads, and print the Python for it")
+    p = verb(
+        "export",
+        _export,
+        "write an encoder or a finetuned model as weights that timm loads, and print the Python for it",
+    )
     p.add_argument("weights", type=Path, help="encoder.safetensors or model.safetensors of a finished stage")
     p.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
 
@@ -110,7 +123,9 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("estimate", _estimate, "operations, GPU hours, memory and disk of every stage of a study, before it runs")
     p.add_argument("--gpu", default="a100", help="kind of GPU; an unknown one lists them (default: a100)")
-    p.add_argument("--utilization", type=float, help="share of the GPU's peak that is reached (default: assumed by width)")
+    p.add_argument(
+        "--utilization", type=float, help="share of the GPU's peak that is reached (default: assumed by width)"
+    )
     _study_options(p)
 
     p = verb("sync", _sync, "send MLflow what it missed of finished runs")
@@ -126,8 +141,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _study_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--configfile", nargs="+", default=[DEFAULT_STUDY], metavar="YAML", help=f"study (default: {DEFAULT_STUDY})")
-    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="lay settings over the study")
+    p.add_argument(
+        "--configfile", nargs="+", default=[DEFAULT_STUDY], metavar="YAML", help=f"study (default: {DEFAULT_STUDY})"
+    )
+    p.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="lay settings over the study"
+    )
 
 
 def _stage_options(p: argparse.ArgumentParser) -> None:
@@ -147,7 +166,9 @@ def _stage_options(p: argparse.ArgumentParser) -> None:
     how.add_argument("--nodes", type=int, default=1, help="nodes of this Slurm job (srun torchrun)")
     how.add_argument("--workers", type=int, default=0, help="image-decoding workers of each process")
     how.add_argument("--checkpoint-minutes", type=float, default=10.0, help="minutes between checkpoints")
-    how.add_argument("--profile", type=Path, metavar="JSON", help="save a profiler trace of a few steps (open it in Perfetto)")
+    how.add_argument(
+        "--profile", type=Path, metavar="JSON", help="save a profiler trace of a few steps (open it in Perfetto)"
+    )
 
 
 def _load(args: argparse.Namespace) -> Study:
@@ -174,7 +195,9 @@ def _stage(stage: str) -> Callable[[argparse.Namespace], None]:
             if path is not None and not path.exists():
                 raise UserError(f"{path} is missing; run the stage that makes it (`snakemake {path}`)")
         if restore_finished(job):
-            print(f"{job.label}: finished before with these settings; its results are back in {job.out}", file=sys.stderr)
+            print(
+                f"{job.label}: finished before with these settings; its results are back in {job.out}", file=sys.stderr
+            )
             return
         with Claim(job.checkpoints):
             if args.processes > 1 or args.nodes > 1:
@@ -191,9 +214,16 @@ def _job(stage: str, args: argparse.Namespace):  # type: ignore[no-untyped-def] 
     from aps.results import StageJob, checkpoint_folder, encoder_file, manifest_path, stage_folder
 
     if args.settings is not None:
-        settings, study_name, results, encoder = StageSettings.from_json(args.settings), args.study, args.results, args.encoder
+        settings, study_name, results, encoder = (
+            StageSettings.from_json(args.settings),
+            args.study,
+            args.results,
+            args.encoder,
+        )
         if settings.stage != stage:
-            raise UserError(f"--settings are for stage {settings.stage}, but the verb is {stage}; use the same stage for both")
+            raise UserError(
+                f"--settings are for stage {settings.stage}, but the verb is {stage}; use the same stage for both"
+            )
     else:
         study = _load(args)
         name = args.experiment or next(iter(study.experiments))
@@ -259,13 +289,17 @@ def _show_views(args: argparse.Namespace) -> None:
     from aps.results import manifest_path
     from aps.show_views import show_views
 
-    show_views(args.manifest or manifest_path(study.results, settings.dataset.name), settings, args.out, args.images, args.seed)
+    show_views(
+        args.manifest or manifest_path(study.results, settings.dataset.name), settings, args.out, args.images, args.seed
+    )
     print(args.out)
 
 
 def _check(args: argparse.Namespace) -> None:
     study = _load(args)
-    print(f"study '{study.study}': {len(study.experiments)} experiments, {len(study.jobs())} runs, results in {study.results}/")
+    print(
+        f"study '{study.study}': {len(study.experiments)} experiments, {len(study.jobs())} runs, results in {study.results}/"
+    )
     for name, e in study.experiments.items():
         print(f"  {name:<28} {e.dataset.name:<14} seeds {list(e.seeds)}  {', '.join(e.stages)}")
 
@@ -283,7 +317,9 @@ def _sync(args: argparse.Namespace) -> None:
     sent, missing = sync(Path(study.results), tracking_uri(study))
     print(f"MLflow: {sent} runs brought up to date, {missing} could not be sent")
     if missing:
-        raise UserError(f"MLflow at {tracking_uri(study)} did not take {missing} runs; start it and run `python -m aps sync` again")
+        raise UserError(
+            f"MLflow at {tracking_uri(study)} did not take {missing} runs; start it and run `python -m aps sync` again"
+        )
 
 
 def _init_tracking(args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -264,7 +265,9 @@ class DetectionSettings(Section):
             raise ValueError(f"detection.pyramid_scales {list(self.pyramid_scales)} may hold 4.0, 2.0, 1.0 and 0.5")
         strides = [patch_size / scale for scale in self.pyramid_scales]
         if any(fine * 2 != coarse for fine, coarse in itertools.pairwise(strides)):
-            raise ValueError(f"detection.pyramid_scales {list(self.pyramid_scales)} must halve from one level to the next")
+            raise ValueError(
+                f"detection.pyramid_scales {list(self.pyramid_scales)} must halve from one level to the next"
+            )
         if not all(stride.is_integer() and stride >= 2 and int(stride).bit_count() == 1 for stride in strides):
             raise ValueError(
                 f"detection.pyramid_scales {list(self.pyramid_scales)} on patch_size {patch_size} gives levels of "
@@ -277,14 +280,22 @@ class DetectionSettings(Section):
         coarsest = self.strides(encoder.patch_size)[-1]
         step = max(coarsest, encoder.patch_size)
         if self.image_size % step:
-            raise ValueError(f"detection.image_size {self.image_size} is not a multiple of {step} pixels, a cell of the coarsest pyramid level")
+            raise ValueError(
+                f"detection.image_size {self.image_size} is not a multiple of {step} pixels, a cell of the coarsest pyramid level"
+            )
         depth = dimensions(encoder).depth
         if self.window and (beyond := [block for block in self.global_blocks if block >= depth]):
-            raise ValueError(f"detection.global_blocks names block {beyond[0]} of an encoder of {depth} blocks (from 0); list existing ones")
+            raise ValueError(
+                f"detection.global_blocks names block {beyond[0]} of an encoder of {depth} blocks (from 0); list existing ones"
+            )
         if self.jitter_scale[0] > self.jitter_scale[1]:
-            raise ValueError(f"detection.jitter_scale must be [low, high] with low <= high, not {list(self.jitter_scale)}")
+            raise ValueError(
+                f"detection.jitter_scale must be [low, high] with low <= high, not {list(self.jitter_scale)}"
+            )
         if self.warmup_iterations > self.iterations:
-            raise ValueError(f"detection.warmup_iterations {self.warmup_iterations} exceeds detection.iterations {self.iterations}")
+            raise ValueError(
+                f"detection.warmup_iterations {self.warmup_iterations} exceeds detection.iterations {self.iterations}"
+            )
         if list(self.lr_drops) != sorted(self.lr_drops):
             raise ValueError(f"detection.lr_drops {list(self.lr_drops)} must ascend")
 
@@ -447,7 +458,9 @@ class Study(StudySettings):
         """Raises UserError where the study has no such experiment, seed or stage."""
         chosen = self.experiment(experiment)
         if stage not in chosen.stages:
-            raise UserError(f"experiment '{experiment}' has no stage {stage}; its stages are {', '.join(chosen.stages)}")
+            raise UserError(
+                f"experiment '{experiment}' has no stage {stage}; its stages are {', '.join(chosen.stages)}"
+            )
         if seed not in chosen.seeds:
             raise UserError(f"experiment '{experiment}' has no seed {seed}; its seeds are {list(chosen.seeds)}")
         sections = {name: getattr(chosen, name) for name in STAGE_SECTIONS[stage]}
@@ -459,7 +472,9 @@ class Study(StudySettings):
 
     def experiment(self, name: str) -> ExperimentSettings:
         if name not in self.experiments:
-            raise UserError(f"study '{self.study}' has no experiment '{name}'; {_nearest(name, sorted(self.experiments))}")
+            raise UserError(
+                f"study '{self.study}' has no experiment '{name}'; {_nearest(name, sorted(self.experiments))}"
+            )
         return self.experiments[name]
 
     def pretrain_source(self, experiment: str) -> str | None:
@@ -493,7 +508,7 @@ class Study(StudySettings):
 RESERVED_NAMES = ("data", "report", "mlflow", "checkpoints", "logs", "benchmarks")
 
 
-def load_study(files: list[str | Path], overrides: dict[str, Any] | None = None) -> Study:
+def load_study(files: Sequence[str | Path], overrides: dict[str, Any] | None = None) -> Study:
     """Read, merge and validate a study.
 
     Args:
@@ -559,7 +574,9 @@ def _read(file: Path, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file}: a study is a block of keys (study, defaults, experiments), not a {type(content).__name__}")
+        raise UserError(
+            f"{file}: a study is a block of keys (study, defaults, experiments), not a {type(content).__name__}"
+        )
     merged: dict[str, Any] = {}
     for name in content.pop("include", None) or ():
         merged = _merge(merged, _own_defaults(_read(file.parent / name, (*parents, file.resolve()))))
@@ -587,7 +604,9 @@ def _merge(below: Any, above: Any) -> Any:
     return above
 
 
-def _inherit(name: str, experiments: dict[str, Any], defaults: dict[str, Any], where: str, chain: tuple[str, ...] = ()) -> Any:
+def _inherit(
+    name: str, experiments: dict[str, Any], defaults: dict[str, Any], where: str, chain: tuple[str, ...] = ()
+) -> Any:
     own = experiments[name] if experiments[name] is not None else {}
     if not isinstance(own, dict):
         raise UserError(f"{where}: experiment '{name}': must be a block of settings, not {own!r}")
@@ -595,7 +614,9 @@ def _inherit(name: str, experiments: dict[str, Any], defaults: dict[str, Any], w
     if parent is None:
         return _merge(defaults, own)
     if parent not in experiments:
-        raise UserError(f"{where}: experiment '{name}': inherits '{parent}', which does not exist; {_nearest(str(parent), list(experiments))}")
+        raise UserError(
+            f"{where}: experiment '{name}': inherits '{parent}', which does not exist; {_nearest(str(parent), list(experiments))}"
+        )
     if parent in (*chain, name):
         raise UserError(f"{where}: experiment '{name}': inherits itself through {' -> '.join((*chain, name, parent))}")
     base = _inherit(parent, experiments, defaults, where, (*chain, name))
@@ -609,7 +630,9 @@ def _validate(raw: dict[str, Any], where: str) -> Study:
         raise UserError(f"{where}: no experiments; add an 'experiments:' block with at least one")
     for name in experiments:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", str(name)) or name in RESERVED_NAMES:
-            raise UserError(f"{where}: experiment name '{name}' can't be used as a folder; use letters, digits, _ . - and none of {', '.join(RESERVED_NAMES)}")
+            raise UserError(
+                f"{where}: experiment name '{name}' can't be used as a folder; use letters, digits, _ . - and none of {', '.join(RESERVED_NAMES)}"
+            )
     defaults = raw.get("defaults") or {}
     resolved = {}
     for name in experiments:
@@ -634,22 +657,34 @@ def _check_references(study: Study, where: str) -> None:
             raise UserError(f"{prefix} dataset '{e.dataset.name}' is unknown; {_nearest(e.dataset.name, known)}")
         if "detection" in e.stages:
             if e.detection.dataset not in (known := dataset_names("detection")):
-                raise UserError(f"{prefix} detection.dataset '{e.detection.dataset}' is unknown; {_nearest(e.detection.dataset, known)}")
+                raise UserError(
+                    f"{prefix} detection.dataset '{e.detection.dataset}' is unknown; {_nearest(e.detection.dataset, known)}"
+                )
             if e.detection.engine not in (known := engine_names()):
-                raise UserError(f"{prefix} detection.engine '{e.detection.engine}' is unknown; {_nearest(e.detection.engine, known)}")
+                raise UserError(
+                    f"{prefix} detection.engine '{e.detection.engine}' is unknown; {_nearest(e.detection.engine, known)}"
+                )
         source = study.pretrain_source(name)
         if source is None:
             continue
         if source not in study.experiments:
-            raise UserError(f"{prefix} encoder.weights names experiment '{source}', which does not exist; {_nearest(source, sorted(study.experiments))}")
+            raise UserError(
+                f"{prefix} encoder.weights names experiment '{source}', which does not exist; {_nearest(source, sorted(study.experiments))}"
+            )
         other = study.experiments[source]
         if "pretrain" not in other.stages:
-            raise UserError(f"{prefix} takes its encoder from '{source}', whose stages lack pretrain; add it, or set encoder.weights: random")
+            raise UserError(
+                f"{prefix} takes its encoder from '{source}', whose stages lack pretrain; add it, or set encoder.weights: random"
+            )
         if missing := sorted(set(e.seeds) - set(other.seeds)):
-            raise UserError(f"{prefix} seeds {missing} are not among the seeds {list(other.seeds)} of '{source}', whose encoder it takes")
+            raise UserError(
+                f"{prefix} seeds {missing} are not among the seeds {list(other.seeds)} of '{source}', whose encoder it takes"
+            )
         shape = ("arch", "dim", "depth", "heads", "patch_size", "qkv_bias", "mlp_ratio")
         if different := [key for key in shape if getattr(e.encoder, key) != getattr(other.encoder, key)]:
-            raise UserError(f"{prefix} encoder.{different[0]} differs from that of '{source}', whose weights it takes; set them alike")
+            raise UserError(
+                f"{prefix} encoder.{different[0]} differs from that of '{source}', whose weights it takes; set them alike"
+            )
 
 
 def _sentence(where: str, prefix: str, error: ValidationError, model: type[BaseModel]) -> str:

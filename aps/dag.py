@@ -94,7 +94,9 @@ class Plan:
                 "manifest": str(manifest_path(self.study.results, settings.dataset.name)),
                 "tracking": f"{self.study.results}/.tracking",
             }
-            encoder = encoder_file(self.study, wildcards.experiment, int(wildcards.seed)) if stage != "pretrain" else None
+            encoder = (
+                encoder_file(self.study, wildcards.experiment, int(wildcards.seed)) if stage != "pretrain" else None
+            )
             return files | ({"encoder": str(encoder)} if encoder else {})
 
         return inputs
@@ -117,7 +119,10 @@ class Plan:
                 "manifest": input.manifest,
                 "encoder": getattr(input, "encoder", None),
                 "out": Path(output.metrics).parent,
-                **{key: getattr(resources, key, None) for key in ("processes", "nodes", "workers", "checkpoint_minutes")},
+                **{
+                    key: getattr(resources, key, None)
+                    for key in ("processes", "nodes", "workers", "checkpoint_minutes")
+                },
             }
             return " ".join(f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items() if v is not None)
 

@@ -34,7 +34,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder") from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -182,7 +182,9 @@ def run(processes: int, nodes: int) -> None:
 def _agents(processes: int, nodes: int) -> list[str]:
     """The command that starts one torchrun on each node."""
     if processes % nodes:
-        raise UserError(f"--processes {processes} over --nodes {nodes}: not the same number on each node; make it a multiple")
+        raise UserError(
+            f"--processes {processes} over --nodes {nodes}: not the same number on each node; make it a multiple"
+        )
     torchrun = [sys.executable, "-m", "aps.launch", f"--nproc-per-node={processes // nodes}"]
     if nodes == 1:
         return [*torchrun, "--standalone"]

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -202,9 +202,14 @@ class StageRun:
         if missing:
             raise RuntimeError(f"{self.job.label} finished without {', '.join(missing)}")
         if not tracked:
-            print(f"{self.job.label}: MLflow did not take everything; `python -m aps sync` sends it later", file=sys.stderr)
+            print(
+                f"{self.job.label}: MLflow did not take everything; `python -m aps sync` sends it later",
+                file=sys.stderr,
+            )
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.writes:
             self.save_clock() if kind is not None else None
             self.tracker.stop(failed=kind is not None)
@@ -229,8 +234,12 @@ class StageRun:
             "settings": settings.relevant(),
             "settings_digest": settings.digest,
             "dataset": {"name": manifest["name"], "digest": manifest["digest"]},
-            "encoder": {"source": str(self.job.encoder_spec), "settings_digest": upstream.get("settings_digest"),
-                        "finished": upstream.get("finished"), "mlflow_run_id": upstream.get("mlflow_run_id")},
+            "encoder": {
+                "source": str(self.job.encoder_spec),
+                "settings_digest": upstream.get("settings_digest"),
+                "finished": upstream.get("finished"),
+                "mlflow_run_id": upstream.get("mlflow_run_id"),
+            },
             "started": self._state["started"],
             "finished": _now(),
             "wall_seconds": round(self._state["seconds"], 2),
@@ -309,7 +318,11 @@ def _commit() -> str | None:
     root = Path(__file__).parent.parent
     try:
         run = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, timeout=10
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -333,9 +346,11 @@ def _link(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
         temporary.replace(target)
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror}); free space or choose another `results` folder") from None
+        raise UserError(
+            f"{target}: cannot be written ({error.strerror}); free space or choose another `results` folder"
+        ) from None
     os.utime(target)  # outputs must be newer than their inputs
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")

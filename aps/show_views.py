@@ -27,7 +27,15 @@ from aps.sampling import coverage, sample
 from aps.views import apply_view, draw_parameters
 
 COLORS = ("#1f6feb", "#f0640c")  # of view 1 and view 2 in every panel
-COLUMNS = ("source, boxes", "view 1", "kept of view 1", "view 2", "covered by view 1", "kept of view 2", "both, in the source")
+COLUMNS = (
+    "source, boxes",
+    "view 1",
+    "kept of view 1",
+    "view 2",
+    "covered by view 1",
+    "kept of view 2",
+    "both, in the source",
+)
 FADED = 0.12  # of the pixels that the encoder does not see
 
 Box = tuple[float, float, float, float]  # top, left, height, width in source pixels
@@ -151,4 +159,6 @@ def _draw_row(row: np.ndarray, example: Example, grid: int) -> None:
 
 def _outline(ax: Axes, box: Box, color: str, linewidth: float, facecolor: Any = "none") -> None:
     top, left, height, width = box
-    ax.add_patch(Rectangle((left, top), width, height, edgecolor=color, facecolor=facecolor, linewidth=linewidth, clip_on=False))
+    ax.add_patch(
+        Rectangle((left, top), width, height, edgecolor=color, facecolor=facecolor, linewidth=linewidth, clip_on=False)
+    )

@@ -43,7 +43,9 @@ def prepare_store(uri: str) -> None:
         with sqlite3.connect(file, timeout=60) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
     except (OSError, sqlite3.Error) as error:
-        raise UserError(f"{file}: MLflow's store cannot be created ({error}); set tracking_uri or MLFLOW_TRACKING_URI") from None
+        raise UserError(
+            f"{file}: MLflow's store cannot be created ({error}); set tracking_uri or MLFLOW_TRACKING_URI"
+        ) from None
     _client(uri).search_experiments(max_results=1)
 
 
@@ -60,8 +62,18 @@ class Tracker:
     def __init__(self, folder: Path, study: str, name: str, params: dict[str, Any], tags: dict[str, str]) -> None:
         self.state_file = folder / "tracking.json"
         self._uri = os.environ.get("MLFLOW_TRACKING_URI", OFF)
-        fresh = {"uri": self._uri, "study": study, "name": name, "params": params, "tags": tags,
-                 "run_id": None, "described": False, "sent": 0, "final": None, "status": "RUNNING"}
+        fresh = {
+            "uri": self._uri,
+            "study": study,
+            "name": name,
+            "params": params,
+            "tags": tags,
+            "run_id": None,
+            "described": False,
+            "sent": 0,
+            "final": None,
+            "status": "RUNNING",
+        }
         state = read_json(self.state_file) if self.state_file.exists() else fresh
         self._state: dict[str, Any] = state if state["uri"] == self._uri and state["final"] is None else fresh
         self._figures: list[Path] = []
@@ -155,7 +167,8 @@ def send(state: dict[str, Any], journal: Path, figures: list[Path]) -> None:
             except ValueError:  # a line still being written
                 break
     while lines:
-        some, metrics = 0, []
+        some = 0
+        metrics: list[Metric] = []
         for line in lines:
             values = {k: v for k, v in line.items() if isinstance(v, int | float) and k not in ("step", "time")}
             if metrics and len(metrics) + len(values) > BATCH:
@@ -212,7 +225,9 @@ def log_report(uri: str, study: str, files: list[Path]) -> None:
         if experiment is None:
             return
         old = client.search_runs([experiment.experiment_id], "tags.stage = 'report'", max_results=1)
-        run = old[0] if old else client.create_run(experiment.experiment_id, run_name="report", tags={"stage": "report"})
+        run = (
+            old[0] if old else client.create_run(experiment.experiment_id, run_name="report", tags={"stage": "report"})
+        )
         for file in files:
             client.log_artifact(run.info.run_id, str(file))
         client.set_terminated(run.info.run_id, "FINISHED")

@@ -45,7 +45,9 @@ def main() -> None:
     encoder = EncoderSettings(arch=args.arch, image_size=224, patch_size=16, weights="random")
     with tempfile.TemporaryDirectory() as folder, processes() as distributed:
         side = args.image_size
-        RECIPES["digits_coco"] = Recipe("digits", side, 2 * args.batch_size, 1, (4, 10), (side // 8, side // 3), 80, 0.3)
+        RECIPES["digits_coco"] = Recipe(
+            "digits", side, 2 * args.batch_size, 1, (4, 10), (side // 8, side // 3), 80, 0.3
+        )
         prepare("digits_coco", Path(folder), SourceSettings())
         manifest = Path(folder) / "manifest.json"
         train, val = (CocoSplit(manifest, split, split == "train") for split in ("train", "val"))

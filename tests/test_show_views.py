@@ -75,7 +75,11 @@ def test_panels_hold_the_boxes_views_cells_and_coverage() -> None:
         views = (example.view1, example.view2)
         for view, color in zip(views, COLORS, strict=True):
             source, both = (
-                [(p.get_y(), p.get_x(), p.get_height(), p.get_width()) for p in ax.patches if p.get_edgecolor() == to_rgba(color)]
+                [
+                    (p.get_y(), p.get_x(), p.get_height(), p.get_width())
+                    for p in ax.patches
+                    if p.get_edgecolor() == to_rgba(color)
+                ]
                 for ax in (row[0], row[6])
             )
             assert source == [view.box]

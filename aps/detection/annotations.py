@@ -53,7 +53,9 @@ class CocoSplit:
         """Raises UserError where the dataset is not prepared or its annotations are broken or without instances."""
         manifest = Manifest.read(manifest_path)
         if manifest.kind != "detection":
-            raise UserError(f"{manifest_path}: dataset '{manifest.name}' has no boxes and masks; name a detection dataset")
+            raise UserError(
+                f"{manifest_path}: dataset '{manifest.name}' has no boxes and masks; name a detection dataset"
+            )
         where = manifest.splits[split]
         self.annotations = manifest_path.parent / str(where.annotations)
         self.folder = manifest_path.parent / str(where.images)
@@ -67,7 +69,9 @@ class CocoSplit:
             if training:
                 self.ids = [i for i in self.ids if any(not a.get("iscrowd", 0) for a in self.coco.imgToAnns[i])]
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-            raise UserError(f"{self.annotations}: not COCO annotations ({error}); {prepare_it(manifest.name)}") from None
+            raise UserError(
+                f"{self.annotations}: not COCO annotations ({error}); {prepare_it(manifest.name)}"
+            ) from None
         if not self.ids:
             raise UserError(f"{self.annotations}: no image has an instance; {prepare_it(manifest.name)}")
 
@@ -98,7 +102,9 @@ class CocoSplit:
         return any(isinstance(a["segmentation"], dict) for a in self.coco.anns.values() if not a.get("iscrowd", 0))
 
 
-def result_rows(split: CocoSplit, image_id: int, boxes: Tensor, scores: Tensor, labels: Tensor, masks: Tensor) -> list[dict[str, Any]]:
+def result_rows(
+    split: CocoSplit, image_id: int, boxes: Tensor, scores: Tensor, labels: Tensor, masks: Tensor
+) -> list[dict[str, Any]]:
     """Detections of one image in COCO's result format.
 
     Args:
@@ -146,7 +152,9 @@ class Positions(Sampler[int]):
     def __init__(self, batch_size: int, start: int, rank: int, world: int) -> None:
         """Raises UserError where the batch can't be shared out evenly."""
         if batch_size % world:
-            raise UserError(f"detection.batch_size {batch_size} is not a multiple of the {world} processes; change one of them")
+            raise UserError(
+                f"detection.batch_size {batch_size} is not a multiple of the {world} processes; change one of them"
+            )
         self.batch_size, self.start, self.rank, self.own = batch_size, start, rank, batch_size // world
 
     def __iter__(self) -> Iterator[int]:

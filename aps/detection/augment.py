@@ -14,7 +14,9 @@ from aps.config import DetectionSettings
 from aps.detection.annotations import Target
 
 
-def jitter(image: Tensor, target: Target, settings: DetectionSettings, generator: torch.Generator) -> tuple[Tensor, Target]:
+def jitter(
+    image: Tensor, target: Target, settings: DetectionSettings, generator: torch.Generator
+) -> tuple[Tensor, Target]:
     """One training sample.
 
     The image is scaled so that its longer side is `jitter_scale` times S, then a random window of at most SxS is kept;

@@ -44,7 +44,9 @@ def predictions_figure(path: Path, split: CocoSplit, results: list[dict[str, Any
 
 def _draw(axes: Axes, image: np.ndarray, split: CocoSplit, rows: list[dict[str, Any]]) -> None:
     """image: uint8 (H, W, 3); rows: annotations or results, a colour each class."""
-    colours = matplotlib.colormaps["tab10" if len(split.classes) <= 10 else "hsv"].resampled(max(10, len(split.classes)))
+    colours = matplotlib.colormaps["tab10" if len(split.classes) <= 10 else "hsv"].resampled(
+        max(10, len(split.classes))
+    )
     shown = image.astype(float) / 255
     for row in rows:
         colour = np.array(colours(split.categories.index(row["category_id"]))[:3])
@@ -54,7 +56,9 @@ def _draw(axes: Axes, image: np.ndarray, split: CocoSplit, rows: list[dict[str, 
     for row in rows:
         label = split.categories.index(row["category_id"])
         left, top, width, height = row["bbox"]
-        axes.add_patch(matplotlib.patches.Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=colours(label)))
+        axes.add_patch(
+            matplotlib.patches.Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=colours(label))
+        )
         text = split.classes[label] + (f" {row['score']:.2f}" if "score" in row else "")
         axes.text(left, top - 1.5, text, color="white", fontsize=6, bbox={"color": colours(label), "pad": 0.5, "lw": 0})
     axes.set_xticks([])

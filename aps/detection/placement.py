@@ -81,7 +81,9 @@ def place(model: nn.Module, tensors: Mapping[str, Tensor], image_size: int, pref
         own[name].copy_(x)  # tensors of a state dict share memory with the model
     patch = own["patch_embed.proj.weight"].shape[-1]
     pretrained, wanted = math.isqrt(own["pos_embed"].shape[1]), image_size // patch
-    interpolated = (f"{prefix}pos_embed ({pretrained}x{pretrained} -> {wanted}x{wanted})",) if pretrained != wanted else ()
+    interpolated = (
+        (f"{prefix}pos_embed ({pretrained}x{pretrained} -> {wanted}x{wanted})",) if pretrained != wanted else ()
+    )
     return Placed(
         loaded=tuple(prefix + name for name in tensors if not (interpolated and name == "pos_embed")),
         interpolated=interpolated,

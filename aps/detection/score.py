@@ -25,7 +25,20 @@ from pycocotools.cocoeval import COCOeval
 from aps.detection.annotations import CocoSplit
 
 # pycocotools' summary in its order.
-STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
+STATS = (
+    "AP",
+    "AP50",
+    "AP75",
+    "AP_small",
+    "AP_medium",
+    "AP_large",
+    "AR1",
+    "AR10",
+    "AR100",
+    "AR_small",
+    "AR_medium",
+    "AR_large",
+)
 KINDS = {"bbox": "box", "segm": "mask"}
 
 

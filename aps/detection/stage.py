@@ -77,7 +77,9 @@ def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
             progress.update(1, settings.batch_size, f"loss {losses['loss']:.3f}" if losses else "")
             if losses is not None:
                 if not math.isfinite(losses["loss"]):
-                    raise UserError(f"the detection loss became {losses['loss']}; lower detection.lr, or set detection.precision: fp32")
+                    raise UserError(
+                        f"the detection loss became {losses['loss']}; lower detection.lr, or set detection.precision: fp32"
+                    )
                 stage.log(done, lr=settings.lr * lr_factor(settings, done - 1), **losses)
             if settings.evaluate_every and done % settings.evaluate_every == 0 and done < settings.iterations:
                 found, _ = engine.evaluate()

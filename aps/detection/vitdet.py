@@ -74,7 +74,15 @@ class Block(nn.Module):
     """Pre-norm transformer block whose attention sees windows of w x w cells, or everything (window 0)."""
 
     def __init__(
-        self, dim: int, heads: int, mlp_ratio: float, qkv_bias: bool, eps: float, drop_path: float, window: int, grid: int | None
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        eps: float,
+        drop_path: float,
+        window: int,
+        grid: int | None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)

@@ -17,7 +17,9 @@ from aps.training.distributed import Distributed
 from aps.training.precision import Precision
 
 BATCH = 256
-CENTRE = 256 / 224  # file images: shorter side resized to this share of the view, then the centre cut (ImageNet's custom)
+CENTRE = (
+    256 / 224
+)  # file images: shorter side resized to this share of the view, then the centre cut (ImageNet's custom)
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 

@@ -90,7 +90,9 @@ def _finetune(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
                     loss, right = (distributed.mean(sums) / order.batches).tolist()
                     sums.zero_()
                     if not math.isfinite(loss):
-                        raise UserError(f"the finetuning loss became {loss}; lower finetune.lr, or set finetune.precision: fp32")
+                        raise UserError(
+                            f"the finetuning loss became {loss}; lower finetune.lr, or set finetune.precision: fp32"
+                        )
                     line = {"epoch": epoch + 1, "lr": lr, "loss": loss, "train_top1_augmented": 100 * right}
                     if held is not None:
                         line["holdout_top1"] = tuner.accuracy(tuner.model, held, job.workers)
@@ -134,13 +136,21 @@ class Finetuner:
             param_groups_weight_decay(self.model, self.settings.weight_decay, self.model.no_weight_decay())
             if self.settings.layer_decay == 1
             else param_groups_layer_decay(
-                self.model, self.settings.weight_decay, self.model.no_weight_decay(), layer_decay=self.settings.layer_decay
+                self.model,
+                self.settings.weight_decay,
+                self.model.no_weight_decay(),
+                layer_decay=self.settings.layer_decay,
             )
         )
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.precision = Precision(self.settings.precision, distributed.device)
         self.ema = ModelEmaV3(self.model, decay=self.settings.ema) if self.settings.ema else None
         mixes = self.settings.mixup > 0 or self.settings.cutmix > 0
+        if mixes and self.settings.batch_size // distributed.world % 2:
+            raise UserError(
+                f"finetune.batch_size {self.settings.batch_size} gives each of the {distributed.world} processes an odd number "
+                "of images, and mixup pairs them; make it even, or set finetune.mixup and finetune.cutmix to 0"
+            )
         self.mixup = (
             Mixup(
                 self.settings.mixup, self.settings.cutmix, switch_prob=self.settings.mixup_switch,

@@ -42,7 +42,9 @@ def run(job: StageJob) -> None:
         for k, accuracy in accuracies.items():
             stage.log(k, knn_top1=accuracy)
         best_reported = {f"knn_top1_k{k}": accuracy for k, accuracy in accuracies.items()}
-        stage.finish({**best_reported, "temperature": settings.temperature, "train_images": len(train), "test_images": len(test)})
+        stage.finish(
+            {**best_reported, "temperature": settings.temperature, "train_images": len(train), "test_images": len(test)}
+        )
 
 
 @torch.inference_mode()

@@ -102,7 +102,11 @@ def _probe(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
                 if done % order.batches == 0:  # before any save: a checkpoint of this moment has the epoch behind it
                     means = (distributed.mean(losses) / order.batches).tolist()
                     losses.zero_()
-                    named = {f"loss_lr{lr:g}": value for lr, value in zip(settings.lrs, means, strict=True) if math.isfinite(value)}
+                    named = {
+                        f"loss_lr{lr:g}": value
+                        for lr, value in zip(settings.lrs, means, strict=True)
+                        if math.isfinite(value)
+                    }
                     stage.log(done, epoch=epoch + 1, **named)
                 if stop_requested(distributed):
                     save()
@@ -118,7 +122,8 @@ def _probe(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
 
     held, test = train.select(held_rows), load_split(job.manifest, "test")
     on_held, on_test = (
-        accuracy(classify, split, size, normalization, distributed, precision, job.workers).tolist() for split in (held, test)
+        accuracy(classify, split, size, normalization, distributed, precision, job.workers).tolist()
+        for split in (held, test)
     )
     pick = max(range(len(peaks)), key=lambda i: on_held[i])
     metrics = {"test_top1": on_test[pick], "holdout_top1": on_held[pick], "lr": settings.lrs[pick]}

@@ -46,7 +46,9 @@ class Order:
         if batch_size > len(rows):
             raise UserError(f"{where}.batch_size {batch_size} exceeds the {len(rows)} training images; lower it")
         if batch_size % distributed.world:
-            raise UserError(f"{where}.batch_size {batch_size} is not a multiple of the {distributed.world} processes; change either")
+            raise UserError(
+                f"{where}.batch_size {batch_size} is not a multiple of the {distributed.world} processes; change either"
+            )
         self.batches = len(rows) // batch_size
         self._rows, self._batch_size, self._seed, self._distributed = rows, batch_size, seed, distributed
 

@@ -65,7 +65,9 @@ class Pairs:
         self.batches = self._order.batches
         self._array = split.images.to(distributed.device) if isinstance(split, ArraySplit) else None
         self._loader = (
-            None if isinstance(split, ArraySplit) else KeyedLoader(_Crops(split, views, size, seed), workers, distributed.device)
+            None
+            if isinstance(split, ArraySplit)
+            else KeyedLoader(_Crops(split, views, size, seed), workers, distributed.device)
         )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Pair]:
@@ -92,7 +94,8 @@ class Pairs:
         for batch, (crops, boxes) in enumerate(loaded, first):
             crops = crops.to(device, non_blocking=True)
             parameters = [
-                p._replace(boxes=boxes[:, v]) for v, p in enumerate(self._parameters(epoch, batch, self.size, self.size))
+                p._replace(boxes=boxes[:, v])
+                for v, p in enumerate(self._parameters(epoch, batch, self.size, self.size))
             ]
             view1, view2 = (apply_crops(crops[:, v], p, self.mean, self.std) for v, p in enumerate(parameters))
             yield Pair(view1, view2, *(p.geometry(device) for p in parameters))

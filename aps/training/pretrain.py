@@ -81,7 +81,9 @@ def _pretrain(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
             batches = pairs.epoch(epoch, first)
             while (pair := meter.fetch(batches)) is not None:
                 generator = seeded(seed, SAMPLING, epoch, done, device=distributed.device)
-                kept = sample(sampling, grid, pair.geometry1, pair.geometry2, generator, distributed.rank, distributed.world)
+                kept = sample(
+                    sampling, grid, pair.geometry1, pair.geometry2, generator, distributed.rank, distributed.world
+                )
                 for t in range(samplings):
                     lr = pretraining_lr(settings, done * samplings + t, pairs.batches * samplings)
                     meter.add(*trainer.step(pair.view1, pair.view2, kept.view1[t], kept.view2[t], lr))
@@ -190,7 +192,9 @@ class Meter:
 
     def fetch(self, batches: Any) -> Any:
         """The next batch, or None at the end of the epoch, counting the time that training waits for it."""
-        if self.distributed.device.type == "cuda":  # on the device's clock: from the last step's end to the batch being there
+        if (
+            self.distributed.device.type == "cuda"
+        ):  # on the device's clock: from the last step's end to the batch being there
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before.record()
             pair = next(batches, None)

@@ -82,7 +82,9 @@ def test_preparing_again_gives_the_same_pixels_and_digest(small: tuple[Path, Man
         assert np.array_equal(np.array(Image.open(file)), np.array(Image.open(other)))
 
 
-def test_the_digest_follows_an_annotation_and_a_pixel(small: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_digest_follows_an_annotation_and_a_pixel(
+    small: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     _, manifest = small
     monkeypatch.setattr(composites, "SEED", composites.SEED + 1)
     assert prepare("digits_coco", tmp_path / "other", SourceSettings()).digest != manifest.digest

@@ -18,9 +18,7 @@ def shown(count: int, seed: int, batch: int, iterations: range, world: int) -> l
     """Images of each iteration's batch, in order, as `world` processes see them together."""
     streams = [iter(Positions(batch, iterations.start, rank, world)) for rank in range(world)]
     own = batch // world
-    return [
-        [image_at(p, count, seed) for stream in streams for p in itertools.islice(stream, own)] for _ in iterations
-    ]
+    return [[image_at(p, count, seed) for stream in streams for p in itertools.islice(stream, own)] for _ in iterations]
 
 
 def test_resuming_at_an_iteration_shows_the_images_an_undisturbed_run_would():
@@ -79,7 +77,9 @@ def test_broken_annotations_are_named(manifest: Path, tmp_path: Path):
 
 def test_result_rows_give_back_boxes_and_masks(val: CocoSplit):
     target = val.target(0)
-    rows = result_rows(val, val.ids[0], target.boxes, torch.ones(len(target.labels)), target.labels, target.masks.bool())
+    rows = result_rows(
+        val, val.ids[0], target.boxes, torch.ones(len(target.labels)), target.labels, target.masks.bool()
+    )
     for row, annotation in zip(rows, val.coco.imgToAnns[val.ids[0]], strict=True):
         assert row["bbox"] == annotation["bbox"] and row["category_id"] == annotation["category_id"]
         assert row["segmentation"] == annotation["segmentation"]

@@ -31,7 +31,9 @@ def test_every_engine_file_is_a_name_of_the_settings():
 
 def test_a_missing_library_is_one_sentence_with_the_install_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(aps.detection, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"detectron2 is not installed; install it by `pip install --no-build-isolation"):
+    with pytest.raises(
+        UserError, match=r"detectron2 is not installed; install it by `pip install --no-build-isolation"
+    ):
         check_engine("detectron2")
     check_engine("torchvision")
 
@@ -73,7 +75,9 @@ def decays(engine: Engine) -> dict[str, tuple[float, float]]:
     names = {parameter: name for name, parameter in engine.model.named_parameters()}
     optimizer = engine.trainer.optimizer if hasattr(engine, "trainer") else engine.optimizer
     return {
-        names[parameter]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for parameter in group["params"]
+        names[parameter]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
     }
 
 
@@ -93,7 +97,11 @@ def test_learning_rates_decay_layer_by_layer_and_norms_and_positions_are_not_dec
 @pytest.mark.detectron2
 def test_both_engines_give_every_backbone_parameter_the_same_rate_and_decay(task: Task):
     ours, theirs = (
-        {name: pytest.approx(value) for name, value in decays(build(name, task)).items() if name.startswith("backbone.")}
+        {
+            name: pytest.approx(value)
+            for name, value in decays(build(name, task)).items()
+            if name.startswith("backbone.")
+        }
         for name in ("torchvision", "detectron2")
     )
     assert set(ours) == set(theirs)
@@ -120,7 +128,9 @@ def test_both_engines_train_on_the_same_images_in_the_same_order(task: Task):
     pytest.importorskip("detectron2", reason="detectron2 is not installed")
     from aps.detection.engines import detectron2, torchvision
 
-    plain = dataclasses.replace(task, settings=task.settings.model_copy(update={"jitter_scale": (1.0, 1.0), "flip": 0.0}))
+    plain = dataclasses.replace(
+        task, settings=task.settings.model_copy(update={"jitter_scale": (1.0, 1.0), "flip": 0.0})
+    )
     detectron2.register(plain.train)
     loader = iter(detectron2.loader(plain, start=3))
     samples = torchvision._Samples(plain)
@@ -132,7 +142,9 @@ def test_both_engines_train_on_the_same_images_in_the_same_order(task: Task):
         assert theirs["image_id"] == plain.train.ids[image_at(position, len(plain.train), plain.seed)]
         assert torch.equal(theirs["image"], image)
         instances = theirs["instances"]
-        assert torch.equal(instances.gt_boxes.tensor, target["boxes"]) and torch.equal(instances.gt_classes, target["labels"] - 1)
+        assert torch.equal(instances.gt_boxes.tensor, target["boxes"]) and torch.equal(
+            instances.gt_classes, target["labels"] - 1
+        )
         assert torch.equal(instances.gt_masks.tensor, target["masks"].bool())
 
 
@@ -164,7 +176,9 @@ def test_an_engine_trains_predicts_and_goes_on_from_its_state_as_if_undisturbed(
     assert [x.masks.shape[1:] for x in found] == [(32, 32), (20, 32)]
     for prediction in found:
         assert len(prediction.boxes) == len(prediction.scores) == len(prediction.labels) == len(prediction.masks)
-        assert prediction.masks.dtype == torch.bool and (prediction.labels >= 0).all() and (prediction.labels < 10).all()
+        assert (
+            prediction.masks.dtype == torch.bool and (prediction.labels >= 0).all() and (prediction.labels < 10).all()
+        )
         assert (prediction.scores.diff() <= 0).all()
 
 

@@ -17,7 +17,9 @@ def truth(val: CocoSplit) -> list[dict[str, Any]]:
     rows = []
     for index in range(len(val)):
         target = val.target(index)
-        rows += result_rows(val, val.ids[index], target.boxes, torch.ones(len(target.labels)), target.labels, target.masks.bool())
+        rows += result_rows(
+            val, val.ids[index], target.boxes, torch.ones(len(target.labels)), target.labels, target.masks.bool()
+        )
     return rows
 
 
@@ -66,7 +68,22 @@ def test_worse_detections_score_less(val: CocoSplit):
 
 def test_undefined_numbers_are_left_out():
     assert named("box", [0.5, -1, *[0.1] * 10]) == pytest.approx(
-        {"box_AP": 50} | {f"box_{k}": 10 for k in ("AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")}
+        {"box_AP": 50}
+        | {
+            f"box_{k}": 10
+            for k in (
+                "AP75",
+                "AP_small",
+                "AP_medium",
+                "AP_large",
+                "AR1",
+                "AR10",
+                "AR100",
+                "AR_small",
+                "AR_medium",
+                "AR_large",
+            )
+        }
     )
 
 

@@ -80,7 +80,9 @@ def test_killed_and_run_again_it_ends_as_if_undisturbed(manifest: Path, tmp_path
     assert results[0]["metrics"] == results[1]["metrics"] and results[0]["settings_digest"] == settings.digest
 
 
-def test_it_leaves_its_outputs_metrics_and_table_of_weights(manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_it_leaves_its_outputs_metrics_and_table_of_weights(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     encoder = tmp_path / "encoder.safetensors"
     save_encoder(build_encoder(ENCODER), ENCODER, encoder, {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]})
@@ -90,18 +92,27 @@ def test_it_leaves_its_outputs_metrics_and_table_of_weights(manifest: Path, tmp_
     assert {file.name for file in out.iterdir()} >= set(OUTPUTS["detection"])
     result = json.loads((out / "metrics.json").read_text())
     for kind in ("box", "mask"):
-        assert {f"{kind}_{key}" for key in ("AP", "AP50", "AP75", "AP_small", "AR1", "AR10", "AR100", "AR_small")} <= set(result["metrics"])
+        assert {
+            f"{kind}_{key}" for key in ("AP", "AP50", "AP75", "AP_small", "AR1", "AR10", "AR100", "AR_small")
+        } <= set(result["metrics"])
     assert result["weights"]["loaded"] == 24 and result["weights"]["interpolated"] == 1
     assert result["normalization"] == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     assert (out / "predictions.png").read_bytes().startswith(b"\x89PNG")
-    assert all(set(row) == {"image_id", "category_id", "bbox", "score", "segmentation"} for row in json.loads((out / "predictions.json").read_text()))
+    assert all(
+        set(row) == {"image_id", "category_id", "bbox", "score", "segmentation"}
+        for row in json.loads((out / "predictions.json").read_text())
+    )
     scored = [line for line in history(tmp_path) if "mask_AP" in line]
     assert [line["step"] for line in scored] == [10, 20] and scored[1]["mask_AP"] == result["metrics"]["mask_AP"]
-    assert all(scored[1][f"box_AP/{label}"] == value for label, value in result["metrics"]["per_class"]["box_AP"].items())
+    assert all(
+        scored[1][f"box_AP/{label}"] == value for label, value in result["metrics"]["per_class"]["box_AP"].items()
+    )
     text = capsys.readouterr().err
     assert "24 loaded, 1 interpolated" in text and "left behind" in text
     weights = load_file(out / "model.safetensors")
-    assert {name for name in weights if name.startswith("backbone.net.blocks.1.")} >= {"backbone.net.blocks.1.attn.qkv.weight"}
+    assert {name for name in weights if name.startswith("backbone.net.blocks.1.")} >= {
+        "backbone.net.blocks.1.attn.qkv.weight"
+    }
 
 
 def test_normalization_is_that_of_the_encoder_else_of_the_dataset(manifest: Path, tmp_path: Path):
@@ -111,15 +122,21 @@ def test_normalization_is_that_of_the_encoder_else_of_the_dataset(manifest: Path
     assert normalization(job(manifest, tmp_path, settings, encoder)) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     measured = json.loads(manifest.read_text())["statistics"]["measured"]
     assert normalization(job(manifest, tmp_path, settings))[0] == tuple(measured["mean"])
-    named = settings.model_copy(update={"encoder": ENCODER.model_copy(update={"weights": "timm:deit_small_patch16_224"})})
+    named = settings.model_copy(
+        update={"encoder": ENCODER.model_copy(update={"weights": "timm:deit_small_patch16_224"})}
+    )
     assert normalization(job(manifest, tmp_path, named)) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def test_an_encoder_that_does_not_fit_is_refused_before_training(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_encoder_that_does_not_fit_is_refused_before_training(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     wide = ENCODER.model_copy(update={"dim": 192})
     save_encoder(build_encoder(wide), wide, tmp_path / "wide.safetensors")
-    with pytest.raises(UserError, match=r"wide\.safetensors: its encoder has dim 192, the settings ask for encoder\.dim 96"):
+    with pytest.raises(
+        UserError, match=r"wide\.safetensors: its encoder has dim 192, the settings ask for encoder\.dim 96"
+    ):
         run(job(manifest, tmp_path, stage_settings(), tmp_path / "wide.safetensors"))
 
 

@@ -11,7 +11,9 @@ from aps.models.archs import dimensions
 from aps.models.encoder import build_encoder
 
 ENCODER = EncoderSettings(arch="micro", image_size=64, patch_size=4)
-GLOBAL = DetectionSettings(image_size=64, window=0, relative_position=False, pyramid_scales=(2.0, 1.0, 0.5), drop_path=0.0)
+GLOBAL = DetectionSettings(
+    image_size=64, window=0, relative_position=False, pyramid_scales=(2.0, 1.0, 0.5), drop_path=0.0
+)
 WINDOWED = DetectionSettings(
     image_size=96, window=7, global_blocks=(1, 3), pyramid_scales=(2.0, 1.0, 0.5), pyramid_dim=32, drop_path=0.0
 )
@@ -59,7 +61,9 @@ def test_at_the_pretraining_size_detectron2s_feature_map_is_our_encoders_patch_t
     place(pyramid, backbone_tensors(encoder).tensors, GLOBAL.image_size, prefix="net.")
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(pyramid.net(images)["last_feat"], patch_tokens(encoder, images), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            pyramid.net(images)["last_feat"], patch_tokens(encoder, images), atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.detectron2
@@ -96,4 +100,6 @@ def test_relative_positions_index_the_offset_and_stretch_to_another_size():
 def test_drop_path_rises_to_the_configured_rate_at_the_last_block():
     vit = ViT(ENCODER, GLOBAL.model_copy(update={"drop_path": 0.3}))
     depth = dimensions(ENCODER).depth
-    assert [round(block.drop_path.drop_prob, 6) for block in vit.blocks] == [round(0.3 * i / (depth - 1), 6) for i in range(depth)]
+    assert [round(block.drop_path.drop_prob, 6) for block in vit.blocks] == [
+        round(0.3 * i / (depth - 1), 6) for i in range(depth)
+    ]

@@ -152,14 +152,19 @@ class Cluster:
         key.chmod(0o600)
 
     def _start(self) -> None:
-        files = {kind: f"{self.state}/munge.{kind.removesuffix('-file')}" for kind in ("socket", "pid-file", "log-file", "seed-file")}
+        files = {
+            kind: f"{self.state}/munge.{kind.removesuffix('-file')}"
+            for kind in ("socket", "pid-file", "log-file", "seed-file")
+        }
         munge = [f"--{kind}={file}" for kind, file in files.items()]
         self._spawn("munged", "--foreground", "--force", f"--key-file={self.state}/munge.key", *munge)
         self._wait_until(lambda: (self.state / "munge.socket").exists(), 10)
         self._spawn("slurmctld", "-D", "-c")
         for node in GPUS:
             self.nodes[node] = self._spawn("slurmd", "-D", "-c", "-N", node)
-        if not self._wait_until(lambda: set(run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == set(GPUS), 30):
+        if not self._wait_until(
+            lambda: set(run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == set(GPUS), 30
+        ):
             raise RuntimeError(f"Slurm did not come up: {run('sinfo', '-R')}\n{self.logs()}")
 
     def crash(self, node: str) -> None:

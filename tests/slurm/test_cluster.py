@@ -47,7 +47,9 @@ class Study:
     folder: Path
     output: str = ""
     status: int = -1
-    jobs: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)  # experiment -> job id -> scontrol's fields
+    jobs: dict[str, dict[str, dict[str, str]]] = field(
+        default_factory=dict
+    )  # experiment -> job id -> scontrol's fields
     environment: dict[str, str] = field(default_factory=dict)  # of the undisturbed training process
 
     def log(self, job: str) -> str:

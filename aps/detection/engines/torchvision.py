@@ -225,4 +225,3 @@ def parameter_groups(model: nn.Module, settings: DetectionSettings, depth: int) 
             key = (settings.lr * settings.layer_decay ** (depth + 1 - layer), settings.weight_decay if decays else 0.0)
             groups.setdefault(key, []).append(parameter)
     return [{"params": own, "lr": lr, "weight_decay": decay} for (lr, decay), own in groups.items()]
-

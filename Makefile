@@ -1,0 +1,58 @@
+# make help lists what there is.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORES ?= 2
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast test-slow lint format bench docs install clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.installed  ## install, run the whole DAG on embedded data, print the results
+	$(BIN)/snakemake all --cores $(CORES)
+	@$(BIN)/python -m aps results
+
+test: $(VENV)/.dev lint  ## install, check style and types, run every test but the slow ones
+	$(BIN)/python -m pytest -m "not slow" -n $(CORES)
+
+test-fast: $(VENV)/.dev  ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow and not end_to_end" -n $(CORES)
+
+test-slow: $(VENV)/.dev  ## the slow ones: a real Slurm, detectron2
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev  ## style (ruff) and types (mypy)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## let ruff lay out the code
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## every benchmark (benchmarks/README.md)
+	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/.dev  ## redraw the pictures of README and docs from the code and from the demo's results
+	$(BIN)/python docs/images/draw.py
+
+install: $(VENV)/.installed  ## the environment alone, in .venv
+
+clean:  ## remove the environment; results stay
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("APS needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@

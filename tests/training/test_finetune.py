@@ -1,0 +1,220 @@
+"""Finetuning: its numbers recomputed, and each mistake of the authors' release (method.md, Traps) kept out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from aps.data.load import load_split
+from aps.data.manifest import Manifest
+from aps.errors import UserError
+from aps.models.encoder import Encoder, build_encoder
+from aps.training import features, finetune
+from aps.training.finetune import Augmented, Finetuner
+from aps.training.order import held_out
+
+QUICK = {
+    "lr": 0.15,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "rand_augment": None,
+    "color_jitter": 0.0,
+    "erasing": 0.0,
+}  # learns in few steps
+
+
+def tuner(digits: Path, folder: Path, **changes: Any) -> Finetuner:
+    job = small.job("finetune", digits, folder, **changes)
+    return Finetuner(job, 10, Manifest.read(digits).normalization("measured"), small.ONE)
+
+
+def top1(model: nn.Module, digits: Path) -> float:
+    """Accuracy on the test split, in percent, written out."""
+    split = load_split(digits, "test")
+    statistics = Manifest.read(digits).statistics.measured
+    assert statistics is not None
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (statistics.mean, statistics.std))
+    images = F.interpolate(split.images.float() / 255, size=(16, 16), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        guesses = model.eval()((images - mean) / std).argmax(1)
+    return 100 * float((guesses == split.labels).double().mean())
+
+
+def trained(job: Any) -> Encoder:
+    model = build_encoder(job.settings.encoder)
+    model.reset_classifier(10)
+    model.load_state_dict(load_file(job.out / "model.safetensors"))
+    return model
+
+
+def test_the_headline_is_the_test_accuracy_of_the_weights_left_behind(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "BATCH", 50)  # 359 test images: the last batch has 9
+    job = small.job("finetune", digits, tmp_path, epochs=12, flip=0.0, **QUICK)
+    found = small.run(job)
+    assert found["test_top1"] == pytest.approx(top1(trained(job), digits), abs=1e-9)
+    assert found["test_top1"] > 25  # it learns
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Traps
+
+
+def test_drop_path_reaches_the_model_and_acts_in_training(digits: Path, tmp_path: Path) -> None:
+    for rate in (0.0, 0.4):
+        blocks = tuner(digits, tmp_path, drop_path=rate).model.blocks
+        assert [getattr(block.drop_path1, "drop_prob", 0.0) for block in blocks] == pytest.approx([0.0, rate])
+    losses = []
+    for rate in (0.0, 0.4):
+        job = small.job("finetune", digits, tmp_path / str(rate), drop_path=rate)
+        small.run(job)
+        losses.append([line["loss"] for line in small.history(job)])
+    assert losses[0] != losses[1]
+
+
+def test_the_ema_is_a_moving_average_of_the_weights(digits: Path, tmp_path: Path) -> None:
+    t = tuner(digits, tmp_path, ema=0.8, mixup=0.0, cutmix=0.0)
+    assert t.ema is not None
+    expected = {name: value.clone() for name, value in t.model.state_dict().items()}
+    for step in range(4):
+        t.step(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8), lr=0.01)
+        for name, value in t.model.state_dict().items():
+            expected[name] = 0.8 * expected[name] + 0.2 * value
+        found = t.ema.module.state_dict()
+        assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items()), step
+    assert not torch.allclose(expected["head.weight"], t.model.head.weight)
+
+
+def test_the_ema_is_what_its_metric_evaluates(digits: Path, tmp_path: Path) -> None:
+    """An average that hardly moves is the model before training, one that forgets at once the model after it."""
+    changes = {"epochs": 4, "holdout": 0.0, **QUICK}
+    slow = small.job("finetune", digits, tmp_path / "slow", ema=1 - 1e-7, **changes)
+    found = small.run(slow)
+    before = top1(tuner(digits, tmp_path / "before", **changes).model, digits)
+    assert found["test_top1_ema"] == pytest.approx(before, abs=1e-9)
+    assert found["test_top1"] != pytest.approx(before, abs=1e-9)
+    quick = small.run(small.job("finetune", digits, tmp_path / "quick", ema=1e-7, **changes))
+    assert quick["test_top1_ema"] == quick["test_top1"] == found["test_top1"]
+    assert "test_top1_ema" not in small.run(small.job("finetune", digits, tmp_path / "none", ema=0.0, **changes))
+
+
+class Evaluations:
+    """Stands in for the evaluation: gives what it is told to, and remembers which images and which weights it was asked about."""
+
+    def __init__(self, answers: list[float]) -> None:
+        self.answers: Iterator[float] = iter(answers)
+        self.images: list[int] = []
+        self.weights: list[Tensor] = []
+
+    def __call__(self, classify: nn.Module, split: Any, *_: Any) -> Tensor:
+        self.images.append(len(split))
+        self.weights.append(classify.get_parameter("head.weight").detach().clone())
+        return torch.tensor(next(self.answers))
+
+
+def test_the_test_set_is_looked_at_once_after_the_last_epoch(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So no epoch can have been chosen on it."""
+    asked = Evaluations([11.0, 22.0])
+    monkeypatch.setattr(finetune, "accuracy", asked)
+    job = small.job("finetune", digits, tmp_path, holdout=0.0, epochs=5)
+    found = small.run(job)
+    assert asked.images == [359, 359]  # the model's and the EMA's
+    assert (found["test_top1"], found["test_top1_ema"]) == (11.0, 22.0)
+    assert torch.equal(asked.weights[0], trained(job).head.weight)
+    assert not any("test" in key for line in small.history(job) for key in line)
+
+
+def test_a_best_epoch_is_chosen_on_a_part_of_train_held_out(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Evaluations([30.0, 70.0, 50.0, 10.0, 20.0, 60.0])  # three epochs, last, EMA, best epoch
+    monkeypatch.setattr(finetune, "accuracy", asked)
+    job = small.job("finetune", digits, tmp_path, holdout=0.1, epochs=3)
+    found = small.run(job)
+    assert asked.images == [10, 10, 10, 359, 359, 359]
+    assert found["test_top1"] == 10.0  # the headline stays the last epoch's
+    assert (found["holdout_epoch"], found["holdout_top1"], found["test_top1_holdout_epoch"]) == (2, 70.0, 60.0)
+    assert torch.equal(asked.weights[5], asked.weights[1])  # the second epoch's weights
+    assert torch.equal(asked.weights[3], asked.weights[2])  # the last epoch's
+    assert torch.equal(trained(job).head.weight, asked.weights[2])
+
+
+def test_images_held_out_are_not_trained_on(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = set()
+    get = Augmented.__getitem__
+    monkeypatch.setattr(Augmented, "__getitem__", lambda self, key: (read.add(key[1]), get(self, key))[1])
+    small.run(small.job("finetune", digits, tmp_path, holdout=0.1, epochs=6))
+    train, held = held_out(100, 0.1, 0)
+    assert read <= set(train.tolist()) and not read & set(held.tolist()) and len(read) > 80
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The step
+
+
+def test_labels_are_smoothed_with_and_without_mixing(digits: Path, tmp_path: Path) -> None:
+    images, labels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8)
+    plain = {"erasing": 0.0, "drop_path": 0.0, "label_smoothing": 0.3}
+    for mixing in (
+        {"mixup": 0.0, "cutmix": 0.0},
+        {"mixup": 1e-9, "cutmix": 0.0, "mixup_switch": 0.0},
+    ):  # lambda is 0 or 1
+        t = tuner(digits, tmp_path, **plain, **mixing)
+        seen: list[Tensor] = []
+        t.model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))  # noqa: B023
+        loss, _ = t.step(images, labels, lr=0.0)
+        targets = 0.3 / 10 + 0.7 * F.one_hot(labels, 10)
+        options = [-(t_.mul(seen[0].log_softmax(1))).sum(1).mean() for t_ in (targets, targets.flip(0))]
+        assert min(abs(loss - option) for option in options) < 1e-5
+
+
+def test_layer_decay_slows_early_layers(digits: Path, tmp_path: Path) -> None:
+    t = tuner(digits, tmp_path, layer_decay=0.5)
+    t.step(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8), lr=0.01)
+    rates = {id(p): group["lr"] for group in t.optimizer.param_groups for p in group["params"]}
+    places = (
+        t.model.head.weight,
+        t.model.blocks[1].mlp.fc1.weight,
+        t.model.blocks[0].mlp.fc1.weight,
+        t.model.patch_embed.proj.weight,
+    )
+    assert [rates[id(p)] for p in places] == pytest.approx([0.01, 0.005, 0.0025, 0.00125])
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_only(digits: Path) -> None:
+    split = load_split(digits, "train", 100)
+    settings = small.STAGES["finetune"]["finetune"]
+    one = Augmented(split, settings, 16, seed=0)
+    first, label = one[3, 17]
+    torch.manual_seed(99)
+    one[0, 5]
+    assert torch.equal(one[3, 17][0], first) and label == split.labels[17]
+    assert first.shape == (3, 16, 16) and first.dtype == torch.uint8
+    others = [one[4, 17][0], one[3, 18][0], Augmented(split, settings, 16, seed=1)[3, 17][0]]
+    assert not any(torch.equal(first, other) for other in others)
+
+
+def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"finetune.batch_size 33 gives each of the 1 processes an odd number"):
+        small.run(small.job("finetune", digits, tmp_path / "odd", batch_size=33))
+    with pytest.raises(UserError, match=r"finetune.batch_size 91 exceeds the 90 training images"):
+        small.run(small.job("finetune", digits, tmp_path / "large", batch_size=91))
+    with pytest.raises(UserError, match=r"holdout of 0.001 of 100 training images keeps none"):
+        small.run(small.job("finetune", digits, tmp_path / "none", holdout=0.001))
+    with pytest.raises(UserError, match=r"the finetuning loss became nan; lower finetune.lr"):
+        small.run(small.job("finetune", digits, tmp_path / "nan", warmup_lr=1e30, epochs=2))
+
+
+def test_an_odd_batch_trains_where_nothing_is_mixed(digits: Path, tmp_path: Path) -> None:
+    small.run(small.job("finetune", digits, tmp_path, batch_size=33, mixup=0.0, cutmix=0.0, epochs=1))
