@@ -31,8 +31,6 @@ localrules:
     knn,
     detection,
     tracking,
-    prepare_dataset,
-    report,
 
 
 rule all:

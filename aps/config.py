@@ -317,7 +317,7 @@ class ExperimentSettings(Section):
     linear_probe: LinearProbeSettings = LinearProbeSettings()
     knn: KnnSettings = KnnSettings()
     detection: DetectionSettings = DetectionSettings()
-    resources: dict[Literal["data", "pretrain", "finetune", "linear_probe", "knn", "detection"], ResourceSettings] = {}
+    resources: dict[Stage, ResourceSettings] = {}
 
     @field_validator("dataset", mode="before")
     @classmethod
@@ -352,6 +352,7 @@ class ExperimentSettings(Section):
 class ResourceSettings(Section):
     """What a stage asks the cluster for; keys of Snakemake's resources. None: the executor's default."""
 
+    local: bool | None = None  # data and report: where snakemake runs (the default), or false: a job like the others
     gpus: Natural | None = None  # over all nodes; one process a GPU
     nodes: Positive | None = None
     processes: Positive | None = None  # processes without GPUs (gloo)
@@ -364,7 +365,6 @@ class ResourceSettings(Section):
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    retries: Natural | None = None
     workers: Natural | None = None  # decoding workers a process
     checkpoint_minutes: PositiveFloat | None = None
 

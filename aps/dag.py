@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aps.config import STAGES, Study, load_study
-from aps.launch import check_resources, rule_resources, rule_threads
+from aps.launch import check_resources, rule_resources, rule_threads, runs_here
 from aps.results import OUTPUTS, encoder_file, manifest_path, stage_folder
 from aps.tracking import tracking_uri
 
@@ -85,7 +85,7 @@ class Plan:
 
     def output(self, stage: str) -> dict[str, str]:
         folder = f"{self.study.results}/{{experiment}}/seed{{seed}}/{stage}"
-        return {file.split(".")[0]: f"{folder}/{file}" for file in OUTPUTS[stage]}
+        return {file.replace(".", "_"): f"{folder}/{file}" for file in OUTPUTS[stage]}
 
     def inputs(self, stage: str) -> Callable[[Any], dict[str, str]]:
         def inputs(wildcards: Any) -> dict[str, str]:
@@ -118,7 +118,7 @@ class Plan:
                 "results": self.study.results,
                 "manifest": input.manifest,
                 "encoder": getattr(input, "encoder", None),
-                "out": Path(output.metrics).parent,
+                "out": Path(output.metrics_json).parent,
                 **{
                     key: getattr(resources, key, None)
                     for key in ("processes", "nodes", "workers", "checkpoint_minutes")
@@ -127,6 +127,9 @@ class Plan:
             return " ".join(f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items() if v is not None)
 
         return options
+
+    def runs_here(self, stage: str) -> bool:
+        return runs_here(self.study, stage)
 
     def threads(self, stage: str) -> Callable[[Any], int]:
         return rule_threads(self.study, stage)

@@ -44,6 +44,11 @@ def shield() -> None:
 # Resources, as Snakemake and its Slurm executor name them. Other executors read the same ones or ignore them.
 
 
+def runs_here(study: Study, stage: str) -> bool:
+    """Whether data or report run where snakemake itself does, on a login node, and are not submitted."""
+    return study.stage_resources(stage).local is not False
+
+
 def rule_threads(study: Study, stage: str) -> Callable[[Any], int]:
     """CPU cores of each node."""
 
@@ -103,9 +108,15 @@ def _variants(study: Study, stage: str) -> dict[str, ResourceSettings]:
 
 
 def check_resources(study: Study, stage: str) -> None:
-    """Raises UserError where processes don't spread evenly over nodes, or only some experiments set memory."""
+    """Raises UserError where processes don't spread evenly over nodes, only some experiments set memory, or a stage
+    that computes is to run on the login node."""
     variants = _variants(study, stage)
     for name, r in variants.items():
+        if stage in STAGES and r.local is not None:
+            raise UserError(
+                f"study '{study.study}': resources.{stage}.local = {r.local} (perhaps from resources.default): only data and "
+                "report have a choice; set it under resources.data or resources.report"
+            )
         key = "gpus" if r.gpus else "processes"
         if _processes(r) % _nodes(r):
             raise UserError(

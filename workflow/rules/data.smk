@@ -17,6 +17,7 @@ rule prepare_dataset:
         f"{RESULTS}/logs/data/{{dataset}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/data/{{dataset}}.tsv"
+    localrule: PLAN.runs_here("data")
     threads: PLAN.threads("data")
     resources:
         **PLAN.resources("data"),

@@ -14,6 +14,7 @@ rule report:
         f"{RESULTS}/logs/report.log",
     benchmark:
         f"{RESULTS}/benchmarks/report.tsv"
+    localrule: PLAN.runs_here("report")
     threads: PLAN.threads("report")
     resources:
         **PLAN.resources("report"),
