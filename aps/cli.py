@@ -199,7 +199,7 @@ def _stage(stage: str) -> Callable[[argparse.Namespace], None]:
                 f"{job.label}: finished before with these settings; its results are back in {job.out}", file=sys.stderr
             )
             return
-        with Claim(job.checkpoints):
+        with Claim(job.checkpoints, stage):
             if args.processes > 1 or args.nodes > 1:
                 launch.run(args.processes, args.nodes)
                 if not restore_finished(job):

@@ -22,6 +22,13 @@ from aps.files import read_json, write_json
 from aps.training.interrupt import received
 
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "RESIZING", "STOPPED"}
+ENDINGS = {
+    "OUT_OF_MEMORY": "was killed for its memory; this one may use more, set resources.{stage}.mem_mb to save the detour",
+    "NODE_FAIL": "lost its node",
+    "TIMEOUT": "reached its time limit before it could save its state",
+    "PREEMPTED": "had to make room for another before it could save its state",
+    "CANCELLED": "was cancelled",
+}
 
 
 def job_id() -> str | None:
@@ -86,8 +93,8 @@ class Claim:
         UserError: another job or process is at work in the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / "attempt.json"
+    def __init__(self, folder: Path, stage: str) -> None:
+        self._file, self._stage = folder / "attempt.json", stage
 
     def __enter__(self) -> Claim:
         if (where := place()) is not None:
@@ -119,7 +126,7 @@ class Claim:
                 raise UserError(
                     f"process {mark['pid']} is already at work in {self._file.parent}; wait for it, or stop it first"
                 )
-            how = f"on {host}"
+            attempt, ending = f"on {host}", ""
         elif job == job_id():
             print(f"Slurm job {job} is back from the queue and goes on from its last checkpoint", file=sys.stderr)
             return
@@ -129,9 +136,10 @@ class Claim:
                 raise UserError(
                     f"Slurm job {job} ({state}) already works in {self._file.parent}; wait for it, or `scancel {job}` first"
                 )
-            how = f"as Slurm job {job} on {host}" + (f" ended as {state}" if state else "")
+            attempt, ending = f"Slurm job {job} on {host}", ENDINGS.get(state, "")
+        ending = ending.format(stage=self._stage) or "was ended from outside"
         print(
-            f"the attempt before this one, {how}, was ended from outside; going on from its last checkpoint if it left one",
+            f"the attempt before this one, {attempt}, {ending}; going on from its last checkpoint if it left one",
             file=sys.stderr,
         )
 

@@ -248,7 +248,7 @@ def test_a_job_killed_for_its_memory_is_retried_with_more(study: Study) -> None:
     assert memory in ([800, 1200], [800, 1200, 1600])
     first, second, *_ = sorted(study.jobs["calm.knn"], key=int)
     assert "exceeded memory limit" in study.log(first)
-    assert f"as Slurm job {first} on n" in study.log(second) and "was ended from outside" in study.log(second)
+    assert f"the attempt before this one, Slurm job {first} on n" in study.log(second)
 
 
 def test_a_finished_study_has_nothing_to_do_here_or_on_another_machine(study: Study) -> None:
