@@ -235,7 +235,7 @@ def _job(stage: str, args: argparse.Namespace):  # type: ignore[no-untyped-def] 
     return StageJob(
         settings=settings,
         study=study_name,
-        manifest=args.manifest or manifest_path(results, settings.dataset.name),
+        manifest=args.manifest or manifest_path(results, settings.dataset_name),
         encoder=encoder,
         out=args.out or stage_folder(results, settings.experiment, settings.seed, stage),
         checkpoints=checkpoint_folder(results, settings),

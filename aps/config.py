@@ -33,7 +33,9 @@ Natural = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+RAND_AUGMENT = r"^rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?)*$"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -66,10 +68,37 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 
+NAME = r"[A-Za-z0-9][\w.-]*"  # of what becomes a folder
+
+
 class Section(BaseModel):
     """Base of every block of settings: unknown keys are errors, values are not silently converted."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        """YAML has lists where settings have tuples, and null where a block's keys are all commented out."""
+        if not isinstance(value, dict):
+            return value
+        blocks = {name for name, field in cls.model_fields.items() if isinstance(field.default, dict | BaseModel)}
+        return {
+            key: tuple(inner) if isinstance(inner, list) else inner
+            for key, inner in value.items()
+            if inner is not None or key not in blocks
+        }
+
+
+def _check_range(key: str, pair: tuple[float, float]) -> None:
+    if pair[0] > pair[1]:
+        raise ValueError(f"{key} must be [low, high] with low <= high, not {list(pair)}")
+
+
+def _check_crop(pair: tuple[float, float]) -> None:
+    _check_range("crop_scale", pair)
+    if pair[1] > 1:
+        raise ValueError(f"crop_scale is a share of the image's area: {pair[1]} is above 1")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,6 +140,9 @@ class EncoderSettings(Section):
             raise ValueError(f"arch '{self.arch}' is unknown; {_nearest(self.arch, archs)}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        dim, _, heads = dimensions(self)
+        if dim % heads:
+            raise ValueError(f"width {dim} is not a multiple of {heads} heads; change dim or heads")
         if not re.fullmatch(r"pretrain|random|experiment:[\w.-]+|timm:[\w.-]+|.*\.safetensors", self.weights):
             raise ValueError(
                 f"weights '{self.weights}' is not one of pretrain, random, experiment:NAME, timm:NAME, FILE.safetensors"
@@ -137,12 +169,8 @@ class ViewSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ViewSettings:
-        for key in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self, key)
-            if low > high:
-                raise ValueError(f"{key} must be [low, high] with low <= high, not [{low}, {high}]")
-        if self.crop_scale[1] > 1:
-            raise ValueError(f"crop_scale is a share of the image's area: {self.crop_scale[1]} is above 1")
+        _check_crop(self.crop_scale)
+        _check_range("crop_ratio", self.crop_ratio)
         return self
 
 
@@ -170,7 +198,7 @@ class PretrainSettings(Section):
     warmup_epochs: Natural = 20
     schedule: Literal["release", "cosine"] = "release"  # release: min((e+1)/warmup, (1+cos(pi*e/E))/2), per epoch
     weight_decay: NonNegative = 0.05
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     temperature: PositiveFloat = 0.1  # tau
     projector: tuple[Positive, Positive, Positive] = (512, 512, 128)
     predictor: tuple[Positive, Positive, Positive] = (512, 512, 128)
@@ -193,7 +221,7 @@ class FinetuneSettings(Section):
     weight_decay: NonNegative = 0.05
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     drop_path: Probability = 0.1
-    rand_augment: str | None = "rand-m9-mstd0.5-inc1"  # timm's notation
+    rand_augment: Annotated[str, Field(pattern=RAND_AUGMENT)] | None = "rand-m9-mstd0.5-inc1"  # timm's notation
     crop: Literal["pad", "resized"] = "pad"  # pad 4 and crop, or random resized crop
     flip: Probability = 0.5
     color_jitter: NonNegative = 0.4  # used where rand_augment is null, as in timm
@@ -201,9 +229,9 @@ class FinetuneSettings(Section):
     mixup: NonNegative = 0.8
     cutmix: NonNegative = 1.0
     mixup_switch: Probability = 0.5
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.99996  # 0: no EMA model
-    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of train kept to pick a best epoch; 0: the last epoch
+    label_smoothing: Share = 0.1
+    ema: Share = 0.99996  # 0: no EMA model
+    holdout: Share = 0.0  # share of train kept to pick a best epoch; 0: the last epoch
     precision: Precision = "auto"
     compile: bool = False
 
@@ -220,6 +248,11 @@ class LinearProbeSettings(Section):
     flip: Probability = 0.5
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1  # share of train on which the learning rate is picked
     precision: Precision = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> LinearProbeSettings:
+        _check_crop(self.crop_scale)
+        return self
 
 
 class KnnSettings(Section):
@@ -288,10 +321,7 @@ class DetectionSettings(Section):
             raise ValueError(
                 f"detection.global_blocks names block {beyond[0]} of an encoder of {depth} blocks (from 0); list existing ones"
             )
-        if self.jitter_scale[0] > self.jitter_scale[1]:
-            raise ValueError(
-                f"detection.jitter_scale must be [low, high] with low <= high, not {list(self.jitter_scale)}"
-            )
+        _check_range("detection.jitter_scale", self.jitter_scale)
         if self.warmup_iterations > self.iterations:
             raise ValueError(
                 f"detection.warmup_iterations {self.warmup_iterations} exceeds detection.iterations {self.iterations}"
@@ -321,11 +351,15 @@ class ExperimentSettings(Section):
 
     @field_validator("dataset", mode="before")
     @classmethod
-    def _name_only(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+    def _short_form(cls, value: Any) -> Any:
+        return _name_only(value)
 
     @model_validator(mode="after")
     def _check(self) -> ExperimentSettings:
+        for key in ("seeds", "stages"):
+            given = getattr(self, key)
+            if twice := [value for value in given if given.count(value) > 1]:
+                raise ValueError(f"{key} lists {twice[0]} twice; remove one")
         cells = self.encoder.grid**2
         kept = int(cells * self.sampling.ratio)
         if kept < 1:
@@ -373,15 +407,15 @@ class SourceSettings(Section):
     """Where a dataset comes from: a folder with its archives or unpacked files; None: download."""
 
     path: str | None = None
-    download: bool = True
+    download: bool = True  # false: fail rather than download
 
 
 class StudySettings(Section):
     """A whole YAML file."""
 
-    study: str = "study"
-    include: tuple[str, ...] = ()
-    results: str = "results"
+    study: Annotated[str, Field(pattern=f"^{NAME}$")] = "study"  # names the report's folder and MLflow's experiment
+    include: tuple[str, ...] = ()  # studies laid under this one, relative to its file
+    results: Annotated[str, Field(pattern=r"^[^{}~\s]+$")] = "results"  # folder of everything that is written
     tracking_uri: str | None = None  # None: MLFLOW_TRACKING_URI, else sqlite under results/
     sources: dict[str, SourceSettings] = {}
     resources: dict[
@@ -425,6 +459,10 @@ class StageSettings(Section):
     knn: KnnSettings = KnnSettings()
     detection: DetectionSettings = DetectionSettings()
 
+    @property
+    def dataset_name(self) -> str:
+        return self.detection.dataset if self.stage == "detection" else self.dataset.name
+
     def relevant(self) -> dict[str, Any]:
         """The blocks that count, as plain data with every default filled in."""
         keep = {"stage", "experiment", "seed", "upstream", *STAGE_SECTIONS[self.stage]}
@@ -464,8 +502,6 @@ class Study(StudySettings):
         if seed not in chosen.seeds:
             raise UserError(f"experiment '{experiment}' has no seed {seed}; its seeds are {list(chosen.seeds)}")
         sections = {name: getattr(chosen, name) for name in STAGE_SECTIONS[stage]}
-        if stage == "detection":
-            sections["dataset"] = DatasetSettings(name=chosen.detection.dataset)
         source = self.pretrain_source(experiment) if stage != "pretrain" else None
         upstream = self.stage_settings(source, seed, "pretrain").digest if source else None
         return StageSettings(stage=stage, experiment=experiment, seed=seed, upstream=upstream, **sections)  # type: ignore[arg-type]
@@ -505,7 +541,7 @@ class Study(StudySettings):
         return ResourceSettings(**merged)
 
 
-RESERVED_NAMES = ("data", "report", "mlflow", "checkpoints", "logs", "benchmarks")
+RESERVED_NAMES = ("data", "report", "mlflow.db", "mlartifacts", "checkpoints", "logs", "benchmarks")
 
 
 def load_study(files: Sequence[str | Path], overrides: dict[str, Any] | None = None) -> Study:
@@ -532,11 +568,19 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not equals or not key:
             raise UserError(f"--set {pair}: write KEY=VALUE, for example --set defaults.pretrain.epochs=10")
-        nested: Any = yaml.safe_load(text)
+        nested = read_value(text, f"--set {pair}")
         for part in reversed(key.split(".")):
             nested = {part: nested}
         result = _merge(result, nested)
     return result
+
+
+def read_value(text: str, where: str) -> Any:
+    """One value as a study's file would have it. Raises UserError where it is not YAML."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -547,6 +591,9 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool 
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if not isinstance(key, str):
+            problem = f"key {key!r} is not text; quote it if it is a name"
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
         if key in seen and key != "<<":
             raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
         seen.add(key)
@@ -569,39 +616,54 @@ def _read(file: Path, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
         text = file.read_text()
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); give an existing YAML file") from None
-    try:
-        content = yaml.load(text, Loader=_UniqueKeyLoader) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not valid YAML: {error.reason} at byte {error.start}; save it as UTF-8") from None
+    content = read_value(text, str(file))
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(
             f"{file}: a study is a block of keys (study, defaults, experiments), not a {type(content).__name__}"
         )
     merged: dict[str, Any] = {}
-    for name in content.pop("include", None) or ():
+    includes = content.pop("include", None) or []
+    if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
+        raise UserError(f"{file}: include = {_shown(includes)}: should be a list of files, for example [cifar.yaml]")
+    for name in includes:
         merged = _merge(merged, _own_defaults(_read(file.parent / name, (*parents, file.resolve()))))
     return _merge(merged, content)
 
 
 def _own_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     """Lay an included study's defaults under its own experiments, so that they don't reach its neighbours."""
-    defaults = raw.pop("defaults", {})
-    experiments = raw.get("experiments", {})
-    for name, own in experiments.items():
-        if isinstance(own, dict) and "inherits" not in own:
-            experiments[name] = _merge(defaults, own)
+    defaults = raw.pop("defaults", None) or {}
+    experiments = raw.get("experiments")
+    if isinstance(experiments, dict) and isinstance(defaults, dict):
+        for name, own in experiments.items():
+            own = {} if own is None else own
+            if isinstance(own, dict) and "inherits" not in own:
+                experiments[name] = _merge(defaults, own)
     raw.pop("study", None)
     return raw
 
 
 def _merge(below: Any, above: Any) -> Any:
-    """Blocks merge key by key; everything else is replaced."""
+    """Blocks merge key by key, an empty one changes nothing; everything else is replaced.
+
+    `dataset: NAME` stands for `dataset: {name: NAME}`.
+    """
     if isinstance(below, dict) and isinstance(above, dict):
         merged = dict(below)
         for key, value in above.items():
-            merged[key] = _merge(below[key], value) if key in below else value
+            if key == "dataset" and {type(value), type(below.get(key))} == {str, dict}:
+                merged[key] = _merge(_name_only(below[key]), _name_only(value))
+            else:
+                merged[key] = _merge(below[key], value) if key in below else value
         return merged
-    return above
+    return below if isinstance(below, dict) and above is None else above
+
+
+def _name_only(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
 
 
 def _inherit(
@@ -613,7 +675,7 @@ def _inherit(
     parent = own.get("inherits")
     if parent is None:
         return _merge(defaults, own)
-    if parent not in experiments:
+    if not isinstance(parent, str) or parent not in experiments:
         raise UserError(
             f"{where}: experiment '{name}': inherits '{parent}', which does not exist; {_nearest(str(parent), list(experiments))}"
         )
@@ -629,7 +691,7 @@ def _validate(raw: dict[str, Any], where: str) -> Study:
     if not isinstance(experiments, dict) or not experiments:
         raise UserError(f"{where}: no experiments; add an 'experiments:' block with at least one")
     for name in experiments:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", str(name)) or name in RESERVED_NAMES:
+        if not re.fullmatch(NAME, name, re.ASCII) or name in RESERVED_NAMES:
             raise UserError(
                 f"{where}: experiment name '{name}' can't be used as a folder; use letters, digits, _ . - and none of {', '.join(RESERVED_NAMES)}"
             )
@@ -651,8 +713,15 @@ def _validate(raw: dict[str, Any], where: str) -> Study:
 
 def _check_references(study: Study, where: str) -> None:
     """What one experiment alone can't know: datasets, engines and other experiments it names."""
+    from aps.data import REGISTRY
+    from aps.published import load as published
+
+    if unknown := sorted(set(study.sources) - set(REGISTRY)):
+        raise UserError(f"{where}: sources names dataset '{unknown[0]}'; {_nearest(unknown[0], sorted(REGISTRY))}")
     for name, e in study.experiments.items():
         prefix = f"{where}: experiment '{name}':"
+        if e.published is not None and e.published not in (entries := sorted(published())):
+            raise UserError(f"{prefix} published '{e.published}' is no entry; {_nearest(e.published, entries)}")
         if set(e.stages) - {"detection"} and e.dataset.name not in (known := dataset_names("classification")):
             raise UserError(f"{prefix} dataset '{e.dataset.name}' is unknown; {_nearest(e.dataset.name, known)}")
         if "detection" in e.stages:
@@ -688,19 +757,49 @@ def _check_references(study: Study, where: str) -> None:
 
 
 def _sentence(where: str, prefix: str, error: ValidationError, model: type[BaseModel]) -> str:
-    """The first error of a validation as one sentence: where, key, value, what is allowed."""
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
+    """One error of a validation as one sentence: where, key, value, what is allowed.
+
+    An unknown key comes first, because a misspelt one is often the reason for the others.
+    """
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden" and e["loc"][-1:] != ("[key]",))
+    path = [str(part) for part in first["loc"] if part != "[key]"]
     key = ".".join(path)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         return f"{where}: {prefix}unknown key '{key}'; {_nearest_key(path, model)}{more}"
+    if first["loc"] and first["loc"][-1] == "[key]":  # of a block whose keys are names, such as resources
+        known = re.findall(r"'(\w+)'", str(first["msg"]))
+        return f"{where}: {prefix}unknown key '{key}'; {_nearest(path[-1], known)}{more}"
     if first["type"] == "missing":
         return f"{where}: {prefix}'{key}' is missing; add it{more}"
-    message = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should")
+    message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{where}: {prefix}{key + ': ' if key else ''}{message}{more}"
-    return f"{where}: {prefix}{key} = {first['input']!r}: {message}{more}"
+    for pydantic, ours in WORDS:
+        message = re.sub(pydantic, ours, message)
+    return f"{where}: {prefix}{key + ' = ' if key else ''}{_shown(first['input'])}: {message}{more}"
+
+
+WORDS = (
+    (r"^(Input|String|Tuple|List) should", "should"),
+    (r"valid dictionary or instance of \w+", "block of settings"),
+    (r"valid dictionary", "block of settings"),
+    (r"valid tuple", "list"),
+    (r"a valid string", "text"),
+    (r"a valid boolean", "true or false"),
+    (r"a valid integer", "a whole number"),
+    (r"should match pattern '\^\[A-Za-z0-9\].*", "should be letters, digits, _ . and -, because it becomes a folder"),
+    (r" after validation", ""),
+)
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML on one line, cut where it is long."""
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except (ValueError, TypeError):  # it holds itself
+        text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _nearest_key(path: list[str], model: type[BaseModel]) -> str:
@@ -717,7 +816,7 @@ def _nearest_key(path: list[str], model: type[BaseModel]) -> str:
 def _fields_at(path: list[str], model: type[BaseModel]) -> list[str]:
     for part in path:
         if part in model.model_fields:
-            model = _blocks(model).get(part, ResourceSettings if part == "resources" else model)
+            model = _blocks(model).get(part, model)
     return list(model.model_fields)
 
 

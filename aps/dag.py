@@ -8,12 +8,13 @@ Imports nothing heavy, for planning on a login node.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from aps.config import STAGES, Study, load_study
+from aps.config import STAGES, Study, load_study, read_value
 from aps.launch import check_resources, rule_resources, rule_threads, runs_here
 from aps.results import OUTPUTS, encoder_file, manifest_path, stage_folder
 from aps.tracking import tracking_uri
@@ -47,7 +48,7 @@ class Plan:
             UserError: settings are wrong.
         """
         files = [_relative(Path(file)) for file in configfiles] or [DEFAULT_STUDY]
-        plain = _plain(overrides)
+        plain = {key: _plain(value, f"--config {key}") for key, value in overrides.items()}
         study = load_study(files, plain)
         for stage in (*STAGES, "data", "report"):
             check_resources(study, stage)
@@ -91,7 +92,7 @@ class Plan:
         def inputs(wildcards: Any) -> dict[str, str]:
             settings = self.study.stage_settings(wildcards.experiment, int(wildcards.seed), stage)
             files = {
-                "manifest": str(manifest_path(self.study.results, settings.dataset.name)),
+                "manifest": str(manifest_path(self.study.results, settings.dataset_name)),
                 "tracking": f"{self.study.results}/.tracking",
             }
             encoder = (
@@ -146,25 +147,17 @@ class Plan:
 
     def config_options(self) -> str:
         files = " ".join(shlex.quote(str(file)) for file in self._files)
-        pairs = [f"{key}={value}" for key, value in _pairs(self._overrides)]
-        return f"--configfile {files}" + (f" --set {' '.join(map(shlex.quote, pairs))}" if pairs else "")
+        pairs = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in self._overrides.items()]
+        return f"--configfile {files}" + (f" --set {' '.join(pairs)}" if pairs else "")
 
 
-def _plain(value: Any) -> Any:
-    """Snakemake's immutable maps as plain dictionaries."""
+def _plain(value: Any, where: str) -> Any:
+    """Snakemake's immutable maps as plain dictionaries, and what it leaves as text (`{epochs: 10}`) as YAML reads it."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return value
-
-
-def _pairs(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    import json
-
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _pairs(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.dumps(value)
+        return {key: _plain(inner, where) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, where) for inner in value]
+    return read_value(value, where) if isinstance(value, str) else value
 
 
 def _relative(path: Path) -> Path:

@@ -105,7 +105,7 @@ def restore_finished(job: StageJob) -> bool:
 
 def forget_finished(results: Path, metrics: dict[str, Any]) -> None:
     """Drop the resumable state of a run whose results have been read, so that forcing it again computes it again."""
-    settings = StageSettings.model_validate(metrics["settings"])
+    settings = StageSettings.from_json(json.dumps(metrics["settings"]))
     shutil.rmtree(checkpoint_folder(results, settings), ignore_errors=True)
 
 
@@ -137,7 +137,7 @@ class StageRun:
                 "stage": self.job.settings.stage,
                 "experiment": self.job.settings.experiment,
                 "seed": str(self.job.settings.seed),
-                "dataset": self.job.settings.dataset.name,
+                "dataset": self.job.settings.dataset_name,
                 "settings_digest": self.job.settings.digest,
                 "encoder": str(self.job.encoder_spec),
                 "results": str(self.job.out),
