@@ -142,7 +142,7 @@ def test_data_and_report_run_where_snakemake_does_unless_told_otherwise(tmp_path
             "resources: {knn: {local: true}}\nexperiments: {a: {}}",
             r"resources.knn.local = True .* only data and report",
         ),
-        ("experiments: {a: {resources: {data: {threads: 2}}}}", r"experiment 'a': resources.data"),
+        ("experiments: {a: {resources: {data: {threads: 2}}}}", r"experiment 'a': unknown key 'resources.data'"),
         ("resources: {pretrain: {gpu: 1}}\nexperiments: {a: {}}", r"unknown key 'resources.pretrain.gpu'; .*gpus"),
     ],
 )
