@@ -118,6 +118,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="folder of the report (default: results/report/STUDY)")
     _study_options(p)
 
+    p = verb("results", _results, "print the table of a study's finished runs, where they lie and how to browse them")
+    _study_options(p)
+
     p = verb("check", _check, "validate a study and list what it would run")
     _study_options(p)
 
@@ -268,6 +271,13 @@ def _report(args: argparse.Namespace) -> None:
     from aps.report import write_report
 
     write_report(study, args.out or Path(study.results) / "report" / study.study)
+
+
+def _results(args: argparse.Namespace) -> None:
+    study = _load(args)
+    from aps.report import terminal
+
+    print(terminal(study))
 
 
 def _import_weights(args: argparse.Namespace) -> None:

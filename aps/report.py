@@ -1,0 +1,412 @@
+"""Tables and figures over the finished runs of a study: a self-contained page, a CSV file, a table for the terminal.
+
+It reads metrics.json and history.jsonl and nothing else, so a report can be made anywhere, at any time, of whatever has
+finished. Means and sample standard deviations are over seeds. It imports no torch, and knows neither how a number was made
+nor how Snakemake schedules.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from aps import published
+from aps.config import ExperimentSettings, Study
+from aps.files import atomic_path
+from aps.results import flatten, forget_finished, read_history, read_results, stage_folder
+from aps.tracking import OFF, log_report, sync, tracking_uri
+
+Run = dict[str, Any]  # the content of a metrics.json
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+NOT_COMPARED = {"inherits", "description", "published", "seeds", "stages", "resources"}
+
+
+class Score(NamedTuple):
+    """A headline figure of a stage: a column of the tables. Percent, higher is better."""
+
+    stage: str
+    metric: str
+    label: str
+
+
+SCORES = (
+    Score("finetune", "test_top1", "finetuned top-1"),
+    Score("linear_probe", "test_top1", "linear probe top-1"),
+    Score("knn", "knn_top1_k20", "kNN top-1, k = 20"),
+    Score("detection", "box_AP", "box AP"),
+    Score("detection", "mask_AP", "mask AP"),
+)
+CURVES = (  # stage, key of history.jsonl, label, whether on a logarithmic axis
+    ("pretrain", "loss", "pretraining loss", False),
+    ("pretrain", "positive_cosine", "cosine of positive pairs", False),
+    ("pretrain", "knn_train_top1", "kNN on held-out train images, %", False),
+    ("finetune", "loss", "finetuning loss", False),
+    ("detection", "loss", "detection loss", True),
+)
+
+
+class Sample(NamedTuple):
+    """One score over the seeds of one experiment."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def range(self) -> float:
+        """Greatest minus least."""
+        return max(self.values) - min(self.values)
+
+    def __str__(self) -> str:
+        spread = f" ± {statistics.stdev(self.values):.1f}" if len(self.values) > 1 else ""
+        return f"{self.mean:.1f}{spread}"
+
+
+class Table:
+    """The study's scores: `cells[experiment][score]` over the seeds that have finished."""
+
+    def __init__(self, study: Study, runs: Sequence[Run]) -> None:
+        self.study = study
+        planned = {stage for experiment in study.experiments.values() for stage in experiment.stages}
+        self.scores = [score for score in _scores(study) if score.stage in planned]
+        found: dict[str, dict[Score, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for run in runs:
+            for score in self.scores:
+                if score.stage == run["stage"] and score.metric in run["metrics"]:
+                    found[run["experiment"]][score].append(run["metrics"][score.metric])
+        self.cells = {
+            name: {score: Sample(tuple(values)) for score, values in found[name].items()} for name in study.experiments
+        }
+
+    def evaluated(self) -> list[str]:
+        """Experiments that have a column at all: one may only pretrain for others."""
+        stages = {score.stage for score in self.scores}
+        return [name for name, e in self.study.experiments.items() if stages & set(e.stages)]
+
+    def text(self, name: str, score: Score) -> str:
+        if score in self.cells[name]:
+            return str(self.cells[name][score])
+        return "not run" if score.stage in self.study.experiments[name].stages else ""
+
+    def above_floor(self) -> list[dict[str, Any]]:
+        """Each experiment's scores against the same evaluation of a random encoder.
+
+        `times` is the difference in units of the larger range over seeds of the two; None where only one seed ran.
+        """
+        rows = []
+        for floor, experiment in self.study.experiments.items():
+            if experiment.encoder.weights != "random":
+                continue
+            for name, other in self.study.experiments.items():
+                if other.encoder.weights == "random":
+                    continue
+                for score in self.scores:
+                    if not _same_evaluation(experiment, other, score.stage):
+                        continue
+                    if score in self.cells[name] and score in self.cells[floor]:
+                        ours, base = self.cells[name][score], self.cells[floor][score]
+                        spread = max(ours.range, base.range)
+                        more = ours.mean - base.mean
+                        rows.append(
+                            {
+                                "experiment": name, "floor": floor, "score": score.label, "ours": ours, "base": base,
+                                "difference": more, "spread": spread, "times": more / spread if spread else None,
+                            }
+                        )  # fmt: skip
+        return rows
+
+    def beside_published(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """A row for each published number that an experiment repeats: theirs, ours, the difference, the runs.
+
+        Raises:
+            UserError: an experiment names an entry that config/published.yaml does not have.
+        """
+        repeats = {name: e for name, e in self.study.experiments.items() if e.published is not None}
+        entries = published.load() if repeats else {}
+        rows = []
+        for name, experiment in repeats.items():
+            entry = published.match(experiment, entries) or entries[str(experiment.published)]
+            differences = published.differences(experiment, entry)
+            for key, theirs in entry.metrics.items():
+                stage, _, metric = key.partition(".")
+                if stage not in experiment.stages:
+                    continue
+                made = [r for r in runs if (r["experiment"], r["stage"]) == (name, stage) and metric in r["metrics"]]
+                ours = Sample(tuple(r["metrics"][metric] for r in made)) if made else None
+                compared = ours is not None and not differences
+                rows.append(
+                    {
+                        "experiment": name, "method": entry.method, "metric": key, "published": theirs, "ours": ours,
+                        "difference": ours.mean - theirs if ours is not None and compared else None,
+                        "remark": "; ".join([*(["not compared: " + ", ".join(differences)] if differences else []),
+                                             *filter(None, [entry.note])]),
+                        "source": entry.source,
+                        "runs": [r["mlflow_run_id"] or f"seed {r['seed']}" for r in made],
+                    }
+                )  # fmt: skip
+        return rows
+
+
+def write_report(study: Study, folder: Path) -> None:
+    """Writes report.html, results.csv, scores.png and curves.png into `folder`, and brings MLflow up to date.
+
+    Afterwards the resumable state of the runs it has read is dropped: what they left is safe in the result folder.
+
+    Raises:
+        UserError: a metrics.json is broken, a published entry is unknown, or the folder can't be written.
+    """
+    uri = tracking_uri(study)
+    sync(Path(study.results), uri)
+    runs = list(read_results(study))
+    table = Table(study, runs)
+    pictures = {
+        name: picture for name, picture in (("scores", _scores_figure(table)), ("curves", _curves(study))) if picture
+    }
+    files = [folder / "report.html", folder / "results.csv", *(folder / f"{name}.png" for name in pictures)]
+    for name, picture in pictures.items():
+        with atomic_path(folder / f"{name}.png") as temporary:
+            temporary.write_bytes(picture)
+    with atomic_path(folder / "results.csv") as temporary:
+        temporary.write_text(_csv(table, runs))
+    with atomic_path(folder / "report.html") as temporary:
+        temporary.write_text(_page(table, runs, pictures))
+    log_report(uri, study.study, files)
+    for run in runs:
+        forget_finished(Path(study.results), run)
+    print(f"report on {len(runs)} of {len(study.jobs())} runs: {folder / 'report.html'}, {folder / 'results.csv'}")
+
+
+def terminal(study: Study) -> str:
+    """The table of results, where everything lies and how to browse it in MLflow, for the terminal."""
+    runs = list(read_results(study))
+    table = Table(study, runs)
+    header = ["experiment", *(score.label for score in table.scores)]
+    body = [[name, *(table.text(name, score) for score in table.scores)] for name in table.evaluated()]
+    widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *body]
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    seeds = max((len(e.seeds) for e in study.experiments.values()), default=1)
+    uri = tracking_uri(study)
+    report = Path(study.results) / "report" / study.study
+    return "\n".join(
+        [
+            "",
+            f"Study '{study.study}': {len(runs)} of {len(study.jobs())} runs finished. "
+            f"In percent{', mean ± standard deviation over seeds' if seeds > 1 else ''}.",
+            "",
+            *lines,
+            "",
+            f"Report   {report / 'report.html'}" + ("" if (report / "report.html").exists() else " (not yet made)"),
+            f"Table    {report / 'results.csv'}",
+            f"Results  {study.results}/EXPERIMENT/seedN/STAGE/",
+            f"MLflow   {_browse(uri)}",
+        ]
+    )
+
+
+def _browse(uri: str) -> str:
+    if uri == OFF:
+        return "off (tracking_uri: none)"
+    if not uri.startswith("sqlite:///"):
+        return uri
+    path = Path(uri.removeprefix("sqlite:///"))
+    here = Path.cwd()
+    shown = path.relative_to(here) if path.is_relative_to(here) else path
+    program = Path(sys.executable).with_name("mlflow")
+    command = program.relative_to(here) if program.is_relative_to(here) else program.name
+    return f"{command} server --backend-store-uri sqlite:///{shown} --port 5000    then open http://127.0.0.1:5000"
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _scores(study: Study) -> list[Score]:
+    """SCORES, with a k of kNN that the study has where that is not 20."""
+    ks = next((e.knn.k for e in study.experiments.values() if "knn" in e.stages), (20,))
+    if 20 in ks:
+        return list(SCORES)
+    return [Score("knn", f"knn_top1_k{ks[0]}", f"kNN top-1, k = {ks[0]}") if s.stage == "knn" else s for s in SCORES]
+
+
+def _same_evaluation(a: ExperimentSettings, b: ExperimentSettings, stage: str) -> bool:
+    """Whether a stage of two experiments differs in the encoder's weights alone."""
+    if stage not in a.stages or stage not in b.stages or getattr(a, stage) != getattr(b, stage):
+        return False
+    if stage != "detection" and a.dataset != b.dataset:
+        return False
+    return a.encoder.model_copy(update={"weights": ""}) == b.encoder.model_copy(update={"weights": ""})
+
+
+def _differing(study: Study) -> tuple[list[str], dict[str, list[Any]]]:
+    """Keys that are not the same in all experiments, and each experiment's values of them."""
+    flat = {name: flatten(e.model_dump(mode="json", exclude=NOT_COMPARED)) for name, e in study.experiments.items()}
+    keys = [key for key in next(iter(flat.values())) if len({str(values[key]) for values in flat.values()}) > 1]
+    return keys, {name: [values[key] for key in keys] for name, values in flat.items()}
+
+
+def _csv(table: Table, runs: Sequence[Run]) -> str:
+    """One row a run; every metric has its own column, those of one class left to metrics.json."""
+    scalars = [{k: v for k, v in run["metrics"].items() if isinstance(v, int | float)} for run in runs]
+    names = list(dict.fromkeys(key for row in scalars for key in row))
+    fixed = ["experiment", "seed", "stage", "dataset", "headline", "value", "wall_seconds", "finished", "version", "commit",
+             "settings_digest", "dataset_digest", "hardware", "mlflow_run_id"]  # fmt: skip
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [*fixed, *names], lineterminator="\n")
+    writer.writeheader()
+    for run, metrics in zip(runs, scalars, strict=True):
+        headline = next((s.metric for s in table.scores if s.stage == run["stage"]), "loss")
+        writer.writerow(
+            {
+                **{key: run[key] for key in ("experiment", "seed", "stage", "wall_seconds", "finished", "version", "commit",
+                                             "settings_digest", "mlflow_run_id")},
+                "dataset": run["dataset"]["name"], "dataset_digest": run["dataset"]["digest"],
+                "headline": headline, "value": metrics.get(headline), "hardware": _machine(run), **metrics,
+            }
+        )  # fmt: skip
+    return out.getvalue()
+
+
+def _machine(run: Run) -> str:
+    hardware = run["hardware"]
+    return f"{hardware.get('gpu') or hardware['cpu']}, {hardware['processes']} process" + "es" * (
+        hardware["processes"] > 1
+    )
+
+
+def _page(table: Table, runs: Sequence[Run], pictures: Mapping[str, bytes]) -> str:
+    study = table.study
+    keys, values = _differing(study)
+    detections = {}
+    for name, seed, stage in study.jobs():
+        picture = stage_folder(study.results, name, seed, stage) / "predictions.png"
+        if stage == "detection" and seed == study.experiments[name].seeds[0] and picture.exists():
+            detections[name] = _embedded(picture.read_bytes())
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(TEMPLATE.read_text()).render(
+        study=study,
+        table=table,
+        rows=table.evaluated(),
+        best={score: _best(table, score) for score in table.scores},
+        floor=table.above_floor(),
+        published=table.beside_published(runs),
+        pictures={name: _embedded(picture) for name, picture in pictures.items()},
+        detections=detections,
+        keys=keys,
+        values=values,
+        runs=[run | {"machine": _machine(run), "scores": _run_scores(table, run)} for run in runs],
+        planned=len(study.jobs()),
+        uri=tracking_uri(study),
+    )
+
+
+def _best(table: Table, score: Score) -> float:
+    return max((cells[score].mean for cells in table.cells.values() if score in cells), default=float("nan"))
+
+
+def _run_scores(table: Table, run: Run) -> str:
+    own = [(s.label, run["metrics"].get(s.metric)) for s in table.scores if s.stage == run["stage"]]
+    shown = own or [("loss", run["metrics"].get("loss"))]
+    return ", ".join(f"{label} {value:.2f}" for label, value in shown if value is not None)
+
+
+def _embedded(picture: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+
+
+def _colours(names: Iterable[str]) -> dict[str, Any]:
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+
+def _scores_figure(table: Table) -> bytes | None:
+    """Every seed as a dot, the mean as a tick, a panel for each score."""
+    names, colours = table.evaluated(), _colours(table.study.experiments)
+    panels = []
+    for score in table.scores:
+        present = [name for name in names if score in table.cells[name]]
+        if present:
+            panels.append((score, present))
+    if not panels:
+        return None
+    tallest = max(len(present) for _, present in panels)
+    figure = Figure(figsize=(3.3 * len(panels), 0.9 + 0.34 * tallest), layout="constrained")
+    for axes, (score, present) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for row, name in enumerate(present):
+            sample = table.cells[name][score]
+            axes.plot(sample.values, [row] * len(sample.values), "o", color=colours[name], markersize=4, alpha=0.6)
+            axes.plot(sample.mean, row, "|", color=colours[name], markersize=13, markeredgewidth=2)
+            place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(f"{sample.mean:.1f}", (max(sample.values), row), **place)
+        axes.set_yticks(range(len(present)), present, fontsize=8)
+        axes.set_ylim(tallest - 0.5, -0.5)
+        values = [value for name in present for value in table.cells[name][score].values]
+        room = max(5.0, max(values) - min(values))
+        axes.set_xlim(min(values) - 0.15 * room, max(values) + 0.25 * room)
+        axes.grid(axis="y", linewidth=0.4)
+        axes.set_title(f"{score.label}, %", fontsize=9)
+        _plain(axes)
+    return _png(figure)
+
+
+def _curves(study: Study) -> bytes | None:
+    """Curves of history.jsonl over the share of training done: one thin line a seed, a panel for each kind."""
+    colours = _colours(study.experiments)
+    lines: dict[int, list[tuple[str, list[float], list[float]]]] = defaultdict(list)
+    for name, seed, stage in study.jobs():
+        path = stage_folder(study.results, name, seed, stage) / "history.jsonl"
+        history = read_history(path) if path.exists() else []
+        for panel, (own, key, _, _) in enumerate(CURVES):
+            points = [(line["step"], line[key]) for line in history if key in line] if own == stage else []
+            if len(points) > 1:
+                lines[panel].append((name, [float(x) for x, _ in points], [float(y) for _, y in points]))
+    if not lines:
+        return None
+    figure = Figure(figsize=(4.2 * len(lines), 3.2), layout="constrained")
+    shown: dict[str, Any] = {}
+    for axes, panel in zip(figure.subplots(1, len(lines), squeeze=False)[0], sorted(lines), strict=True):
+        _, _, label, logarithmic = CURVES[panel]
+        for name, steps, values in lines[panel]:
+            (shown[name],) = axes.plot(steps, values, color=colours[name], linewidth=1.1, alpha=0.8)
+        axes.set_yscale("log" if logarithmic else "linear")
+        axes.set_title(label, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        _plain(axes)
+    figure.legend(
+        shown.values(), shown.keys(), loc="outside lower center", ncols=min(6, len(shown)), fontsize=8, frameon=False
+    )
+    return _png(figure)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+
+
+def _png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, dpi=130, format="png")
+    return out.getvalue()
