@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from aps.config import STAGES, Study, load_study, read_value
+from aps.errors import UserError
 from aps.launch import check_resources, rule_resources, rule_threads, runs_here
 from aps.results import OUTPUTS, encoder_file, manifest_path, stage_folder
 from aps.tracking import tracking_uri
@@ -54,13 +56,24 @@ class Plan:
             check_resources(study, stage)
         return cls(study, files, plain)
 
-    def check_environment(self) -> None:
-        """Raises UserError where a package that a stage needs is not installed."""
+    def check_environment(self, jobs: Iterable[Any]) -> None:
+        """Raises UserError where a package that one of Snakemake's `jobs` needs is not installed."""
         from aps.detection import check_engine
 
-        for experiment in self.study.experiments.values():
-            if "detection" in experiment.stages:
-                check_engine(experiment.detection.engine)
+        for job in jobs:
+            if job.rule.name == JOB_RULES["detection"]:
+                check_engine(self.study.experiments[job.wildcards.experiment].detection.engine)
+
+    def warn_of_environment(self) -> None:
+        """The same sentence about the whole study, on standard error: a study is planned where its packages are not."""
+        from aps.detection import check_engine
+
+        engines = {e.detection.engine for e in self.study.experiments.values() if "detection" in e.stages}
+        for engine in sorted(engines):
+            try:
+                check_engine(engine)
+            except UserError as error:
+                print(f"warning: {error}", file=sys.stderr)
 
     # -- targets ----------------------------------------------------------------------------------
 

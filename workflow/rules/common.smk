@@ -14,6 +14,9 @@ try:
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
+if workflow.is_main_process:
+    PLAN.warn_of_environment()
+
 STUDY = PLAN.study.study
 RESULTS = PLAN.study.results
 REPORT = f"{RESULTS}/report/{STUDY}"
@@ -27,6 +30,14 @@ shell.prefix(launch.SHELL_PREFIX)
 # A target rule has no wildcards, so Snakemake cannot force the jobs behind it: `--forcerun finetune` means them.
 if workflow.dag_settings is not None:
     workflow.dag_settings.forcerun = PLAN.forced_rules(workflow.dag_settings.forcerun)
+
+
+# Before the first job of a real run; a dry run does not come here, and plans on any machine.
+onstart:
+    try:
+        PLAN.check_environment(workflow.dag.needrun_jobs())
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
 
 
 wildcard_constraints:
