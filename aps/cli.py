@@ -165,6 +165,7 @@ def _stage_options(p: argparse.ArgumentParser) -> None:
     rules.add_argument("--encoder", type=Path, help="weights to start from (.safetensors)")
     rules.add_argument("--out", type=Path, help="folder for the results")
     how = p.add_argument_group("how to run it (changes no result)")
+    how.add_argument("--again", action="store_true", help="start afresh, whatever is saved or finished")
     how.add_argument("--processes", type=int, default=1, help="processes over all nodes, one a GPU (torchrun)")
     how.add_argument("--nodes", type=int, default=1, help="nodes of this Slurm job (srun torchrun)")
     how.add_argument("--workers", type=int, default=0, help="image-decoding workers of each process")
@@ -186,7 +187,7 @@ def _stage(stage: str) -> Callable[[argparse.Namespace], None]:
     def run(args: argparse.Namespace) -> None:
         from aps import launch
         from aps.errors import Preempted
-        from aps.results import restore_finished
+        from aps.results import forget, restore_finished
         from aps.slurm import Claim
 
         job = _job(stage, args)
@@ -197,13 +198,13 @@ def _stage(stage: str) -> Callable[[argparse.Namespace], None]:
         for path in (job.manifest, job.encoder):
             if path is not None and not path.exists():
                 raise UserError(f"{path} is missing; run the stage that makes it (`snakemake {path}`)")
-        if restore_finished(job):
-            print(
-                f"{job.label}: finished before with these settings; its results are back in {job.out}", file=sys.stderr
-            )
-            return
         with Claim(job.checkpoints, stage):
-            if args.processes > 1 or args.nodes > 1:
+            if args.again:
+                forget(job.checkpoints)
+            if restore_finished(job):
+                message = "finished before with these settings; its results are back in"
+                print(f"{job.label}: {message} {job.out} (--again computes them again)", file=sys.stderr)
+            elif args.processes > 1 or args.nodes > 1:
                 launch.run(args.processes, args.nodes)
                 if not restore_finished(job):
                     raise Preempted(f"{job.label} on {args.processes} processes")

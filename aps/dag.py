@@ -8,6 +8,7 @@ Imports nothing heavy, for planning on a login node.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 from aps.config import STAGES, Study, load_study, read_value
 from aps.errors import UserError
 from aps.launch import check_resources, rule_resources, rule_threads, runs_here
-from aps.results import OUTPUTS, encoder_file, manifest_path, stage_folder
+from aps.results import OUTPUTS, checkpoint_folder, encoder_file, forget, manifest_path, stage_folder
 from aps.tracking import tracking_uri
 
 DEFAULT_STUDY = Path("config/config.yaml")
@@ -92,8 +93,31 @@ class Plan:
     def metrics(self) -> list[str]:
         return [str(stage_folder(self.study.results, *job) / "metrics.json") for job in self.study.jobs()]
 
-    def forced_rules(self, forced: Iterable[str]) -> frozenset[str]:
-        return frozenset(JOB_RULES.get(name, name) for name in forced)
+    # -- what the user forces ---------------------------------------------------------------------
+
+    def force_jobs_behind_targets(self, workflow: Any) -> None:
+        """`--forcerun finetune` means the jobs of that target: Snakemake would force the target alone, which does nothing.
+
+        Snakemake reads the rules first and learns what is forced afterwards, so this waits for it.
+        """
+
+        class Workflow(type(workflow)):  # type: ignore[misc]
+            def __setattr__(self, name: str, value: Any) -> None:
+                if name == "dag_settings" and value is not None:
+                    value.forcerun = frozenset(JOB_RULES.get(forced, forced) for forced in value.forcerun)
+                super().__setattr__(name, value)
+
+        workflow.__class__ = Workflow
+
+    def forget_forced(self, workflow: Any) -> None:
+        """Drop the saved state of runs that the user forces, so that they are computed and not found finished."""
+        settings = workflow.dag_settings
+        files = settings.forcerun | (settings.targets if settings.forcetargets else frozenset())
+        for job in workflow.dag.needrun_jobs():
+            forced = job.rule in workflow.dag.forcerules or not files.isdisjoint(job.output)
+            if forced and (stage := STAGE_OF.get(job.rule.name)):
+                own = self.study.stage_settings(job.wildcards.experiment, int(job.wildcards.seed), stage)
+                forget(checkpoint_folder(self.study.results, own))
 
     # -- one stage's rule -------------------------------------------------------------------------
 
@@ -106,7 +130,6 @@ class Plan:
             settings = self.study.stage_settings(wildcards.experiment, int(wildcards.seed), stage)
             files = {
                 "manifest": str(manifest_path(self.study.results, settings.dataset_name)),
-                "tracking": f"{self.study.results}/.tracking",
             }
             encoder = (
                 encoder_file(self.study, wildcards.experiment, int(wildcards.seed)) if stage != "pretrain" else None
@@ -151,6 +174,12 @@ class Plan:
     def resources(self, stage: str) -> dict[str, Any]:
         return rule_resources(self.study, stage)
 
+    def digest(self) -> str:
+        """Of everything that the report shows but the figures: it is made again when a run of it is another one."""
+        runs = [(*job, self.study.stage_settings(*job).digest) for job in self.study.jobs()]
+        words = [(name, e.description, e.published) for name, e in self.study.experiments.items()]
+        return hashlib.sha256(json.dumps([runs, words]).encode()).hexdigest()[:16]
+
     def source_options(self, dataset: str) -> str:
         source = self.study.sources.get(dataset)
         if source is None:
@@ -182,3 +211,4 @@ def _relative(path: Path) -> Path:
 
 
 assert set(JOB_RULES) == {"data", *STAGES}
+STAGE_OF = {rule: stage for stage, rule in JOB_RULES.items() if stage in STAGES}

@@ -94,8 +94,14 @@ def is_main_process() -> bool:
 
 
 def restore_finished(job: StageJob) -> bool:
-    """Link the outputs of an identical finished run back into place, if its checkpoint folder still has them."""
-    finished = job.checkpoints / "finished"
+    """Link the outputs of an identical finished run back into place, if its checkpoint folder still has them.
+
+    State that was computed from other images or another training of the encoder is dropped.
+    """
+    finished, begun, inputs = job.checkpoints / "finished", job.checkpoints / "run.json", _inputs(job)
+    if begun.exists() and read_json(begun).get("inputs", inputs) != inputs:
+        print(f"{job.label}: its dataset or encoder is another one than last time; starting afresh", file=sys.stderr)
+        forget(job.checkpoints)
     if not (finished / "metrics.json").exists():
         return False
     for file in _metrics_last(finished):
@@ -103,10 +109,29 @@ def restore_finished(job: StageJob) -> bool:
     return True
 
 
+def forget(checkpoints: Path) -> None:
+    """Drop a run's saved state, so that the same settings compute it again; a running attempt's mark stays."""
+    for path in checkpoints.glob("*"):
+        if path.name != "attempt.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def forget_finished(results: Path, metrics: dict[str, Any]) -> None:
-    """Drop the resumable state of a run whose results have been read, so that forcing it again computes it again."""
+    """Drop the saved state of a run whose results have been read."""
     settings = StageSettings.from_json(json.dumps(metrics["settings"]))
     shutil.rmtree(checkpoint_folder(results, settings), ignore_errors=True)
+
+
+def _inputs(job: StageJob) -> dict[str, Any]:
+    """What the results depend on beside the settings: the images and the pretraining that made the encoder."""
+    upstream = _upstream(job)
+    return {"dataset": read_json(job.manifest)["digest"], "encoder": upstream.get("finished")}
+
+
+def _upstream(job: StageJob) -> dict[str, Any]:
+    """metrics.json beside the encoder's file, where a stage of ours made it."""
+    beside = job.encoder.parent / "metrics.json" if job.encoder is not None else None
+    return dict(read_json(beside)) if beside is not None and beside.exists() else {}
 
 
 @dataclass
@@ -125,9 +150,10 @@ class StageRun:
         self.job.checkpoints.mkdir(parents=True, exist_ok=True)
         self._state_file = self.job.checkpoints / "run.json"
         self.journal = self.job.checkpoints / "history.jsonl"
-        self._state = read_json(self._state_file) if self._state_file.exists() else {"started": _now(), "seconds": 0.0}
+        fresh: dict[str, Any] = {"started": _now(), "seconds": 0.0, "inputs": _inputs(self.job)}
+        self._state = read_json(self._state_file) if self._state_file.exists() else fresh
         self._before = float(self._state["seconds"])
-        upstream = self._upstream()
+        upstream = _upstream(self.job)
         self.tracker = Tracker(
             folder=self.job.checkpoints,
             study=self.job.study,
@@ -214,17 +240,10 @@ class StageRun:
             self.save_clock() if kind is not None else None
             self.tracker.stop(failed=kind is not None)
 
-    def _upstream(self) -> dict[str, Any]:
-        """metrics.json beside the encoder's file, where a stage of ours made it."""
-        if self.job.encoder is None:
-            return {}
-        beside = self.job.encoder.parent / "metrics.json"
-        return dict(read_json(beside)) if beside.exists() else {}
-
     def _report(self, metrics: dict[str, Any], extra: dict[str, Any], tracked: bool) -> dict[str, Any]:
         settings = self.job.settings
         manifest = read_json(self.job.manifest)
-        upstream = self._upstream()
+        upstream = _upstream(self.job)
         return {
             "stage": settings.stage,
             "experiment": settings.experiment,

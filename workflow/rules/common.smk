@@ -1,6 +1,7 @@
 # What every rule file needs: the study, the paths, and nothing else. The package holds the logic.
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -27,9 +28,7 @@ os.environ["MLFLOW_TRACKING_URI"] = PLAN.tracking_uri
 launch.shield()
 shell.prefix(launch.SHELL_PREFIX)
 
-# A target rule has no wildcards, so Snakemake cannot force the jobs behind it: `--forcerun finetune` means them.
-if workflow.dag_settings is not None:
-    workflow.dag_settings.forcerun = PLAN.forced_rules(workflow.dag_settings.forcerun)
+PLAN.force_jobs_behind_targets(workflow)
 
 
 # Before the first job of a real run; a dry run does not come here, and plans on any machine.
@@ -38,9 +37,10 @@ onstart:
         PLAN.check_environment(workflow.dag.needrun_jobs())
     except UserError as error:
         raise WorkflowError(str(error)) from None
+    PLAN.forget_forced(workflow)
 
 
 wildcard_constraints:
-    experiment="|".join(PLAN.study.experiments),
+    experiment="|".join(map(re.escape, PLAN.study.experiments)),
     dataset="|".join(PLAN.study.datasets()),
     seed=r"\d+",

@@ -25,6 +25,7 @@ rule prepare_dataset:
         "{PYTHON:q} -m aps data {wildcards.dataset} --out {params.folder:q} {params.source} 2>&1 | tee {log:q}"
 
 
+# Stages need the store to exist and take it as `ancient`: another store is no reason to compute anything again.
 rule tracking:
     output:
         touch(f"{RESULTS}/.tracking"),

@@ -9,6 +9,7 @@ rule detection:
 rule detect_encoder:
     input:
         unpack(PLAN.inputs("detection")),
+        tracking=ancient(f"{RESULTS}/.tracking"),
     output:
         **PLAN.output("detection"),
     params:

@@ -9,6 +9,7 @@ rule pretrain:
 rule pretrain_encoder:
     input:
         unpack(PLAN.inputs("pretrain")),
+        tracking=ancient(f"{RESULTS}/.tracking"),
     output:
         **PLAN.output("pretrain"),
     params:

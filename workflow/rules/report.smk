@@ -8,6 +8,7 @@ rule report:
         html=report(f"{REPORT}/report.html", caption="../report/report.rst", category="Results"),
         csv=report(f"{REPORT}/results.csv", caption="../report/table.rst", category="Results"),
     params:
+        study=PLAN.digest(),
         config=lambda wildcards, resources: PLAN.config_options(),
         folder=REPORT,
     log:
