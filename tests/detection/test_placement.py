@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from aps.config import DetectionSettings, EncoderSettings
+from aps.detection.engine import Task
 from aps.detection.placement import backbone_tensors, place, table
 from aps.detection.vitdet import SimpleFeaturePyramid
 from aps.errors import UserError
@@ -51,6 +52,28 @@ def test_the_final_norm_never_reaches_a_pyramid_norm():
     before = {name: x.clone() for name, x in detector.state_dict().items() if "simfp" in name}
     place(detector, backbone_tensors(encoder).tensors, SETTINGS.image_size)
     assert all(torch.equal(detector.state_dict()[name], x) for name, x in before.items())
+
+
+@pytest.mark.detectron2
+def test_detectron2s_detector_takes_the_same_names_and_refuses_the_same_mismatches(task: Task):
+    pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    from aps.detection.engines import detectron2, torchvision
+
+    encoder = build_encoder(task.encoder)
+    found = backbone_tensors(encoder)
+    ours, theirs = (
+        place(module.Engine(task).model, found.tensors, task.settings.image_size)
+        for module in (torchvision, detectron2)
+    )
+    assert set(theirs.loaded) == set(ours.loaded) and theirs.interpolated == ours.interpolated
+    assert [name for name in theirs.new if name.startswith("backbone.net.")] == [
+        f"backbone.net.blocks.{i}.attn.rel_pos_{axis}" for i in range(2) for axis in "hw"
+    ]
+    model = detectron2.Engine(task).model
+    for different in ({"dim": 192}, {"depth": 3}, {"patch_size": 2}, {"qkv_bias": True}, {"image_size": 32}):
+        other = build_encoder(task.encoder.model_copy(update=different))
+        with pytest.raises(UserError):
+            place(model, backbone_tensors(other).tensors, task.settings.image_size)
 
 
 @pytest.mark.parametrize(

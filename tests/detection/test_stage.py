@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -12,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import ENCODER, stage_settings
 
 from aps.config import StageSettings
-from aps.detection.stage import normalization, run
+from aps.detection.engine import Task
+from aps.detection.stage import load_weights, normalization, run
 from aps.errors import UserError
 from aps.models.encoder import build_encoder
 from aps.models.weights import save_encoder
@@ -138,6 +142,32 @@ def test_an_encoder_that_does_not_fit_is_refused_before_training(
         UserError, match=r"wide\.safetensors: its encoder has dim 192, the settings ask for encoder\.dim 96"
     ):
         run(job(manifest, tmp_path, stage_settings(), tmp_path / "wide.safetensors"))
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["by name", "by file"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_timm_checkpoint_starts_the_backbone(
+    task: Task, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, named: bool
+):
+    if engine == "detectron2":
+        pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    size = {"embed_dim": 96, "depth": 2, "num_heads": 3, "img_size": 16, "patch_size": 4}
+    theirs = timm.create_model("vit_tiny_patch16_224", **size)
+    file = tmp_path / "theirs.safetensors"
+    save_file(theirs.state_dict(), file)
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: theirs)
+    weights = "timm:vit_x" if named else str(file)
+    encoder = ENCODER.model_copy(update={"weights": weights, "qkv_bias": True, "layer_norm_eps": 1e-6})
+    settings = stage_settings(engine=engine).model_copy(update={"encoder": encoder})
+    built = importlib.import_module(f"aps.detection.engines.{engine}").Engine(
+        dataclasses.replace(task, encoder=encoder)
+    )
+    placed, report = load_weights(built, job(manifest, tmp_path, settings, None if named else file))
+    assert placed.counts()["loaded"] == 26 and placed.counts()["interpolated"] == 1 and weights in report
+    own, expected = built.model.state_dict(), theirs.state_dict()
+    assert torch.equal(own["backbone.net.pos_embed"], expected["pos_embed"][:, 1:])  # less the class token's row
+    for name in (name for name in expected if name.startswith("blocks.")):
+        assert torch.equal(own[f"backbone.net.{name}"], expected[name]), name
 
 
 @pytest.mark.slow
