@@ -10,7 +10,6 @@ what they show changes neither time nor memory.
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
 import resource
@@ -23,6 +22,7 @@ import torch
 from aps.config import DetectionSettings, EncoderSettings, SourceSettings
 from aps.data.composites import RECIPES, Recipe
 from aps.data.prepare import prepare
+from aps.detection import load_engine
 from aps.detection.annotations import CocoSplit
 from aps.detection.engine import Task
 from aps.training.distributed import processes
@@ -52,7 +52,7 @@ def main() -> None:
         manifest = Path(folder) / "manifest.json"
         train, val = (CocoSplit(manifest, split, split == "train") for split in ("train", "val"))
         task = Task(settings, encoder, 0, train, val, (0.1, 0.1, 0.1), (0.2, 0.2, 0.2), 0, distributed)
-        engine = importlib.import_module(f"aps.detection.engines.{args.engine}").Engine(task)
+        engine = load_engine(args.engine)(task)
         marks: list[float] = []
 
         def after(done: int, losses: object) -> None:

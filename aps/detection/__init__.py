@@ -1,6 +1,8 @@
 """COCO transfer: object detection and instance segmentation on the encoder. Planning imports this file: no torch here."""
 
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from aps.errors import UserError
 
@@ -16,3 +18,18 @@ def check_engine(engine: str) -> None:
             f"detection.engine '{engine}': {module} is not installed; install it by `{install}` in the repository, "
             "or set detection.engine: torchvision (docs/detection.md)"
         )
+
+
+def load_engine(engine: str) -> Any:
+    """The class `Engine` of aps/detection/engines. Raises UserError where its library is missing or does not import."""
+    check_engine(engine)
+    try:
+        return import_module(f"aps.detection.engines.{engine}").Engine
+    except ImportError as error:
+        if engine not in NEEDED:
+            raise
+        module, install = NEEDED[engine]
+        raise UserError(
+            f"detection.engine '{engine}': {module} is installed but does not import ({error}); build it for the torch that "
+            f"is installed, by `{install}` in the repository, or set detection.engine: torchvision (docs/detection.md)"
+        ) from error

@@ -6,7 +6,6 @@ images and augmentations. It knows no engine: `aps.detection.engines` holds one 
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import re
@@ -18,7 +17,7 @@ import timm
 import torch
 
 from aps.data.manifest import RGB, Manifest
-from aps.detection import check_engine
+from aps.detection import check_engine, load_engine
 from aps.detection.annotations import CocoSplit
 from aps.detection.engine import Engine, Task, lr_factor
 from aps.detection.figure import predictions_figure
@@ -61,7 +60,7 @@ def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
         workers=job.workers,
         processes=distributed,
     )
-    engine: Engine = importlib.import_module(f"aps.detection.engines.{settings.engine}").Engine(task)
+    engine: Engine = load_engine(settings.engine)(task)
     placed, report = load_weights(engine, job)
     checkpoints = Checkpoints(job.checkpoints, job.checkpoint_minutes, writes=distributed.main)
     done = 0

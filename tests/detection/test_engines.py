@@ -11,7 +11,7 @@ import torch
 
 import aps.detection
 from aps.config import DetectionSettings, engine_names
-from aps.detection import check_engine
+from aps.detection import check_engine, load_engine
 from aps.detection.annotations import image_at
 from aps.detection.engine import Engine, Task, lr_factor
 from aps.errors import UserError
@@ -36,6 +36,14 @@ def test_a_missing_library_is_one_sentence_with_the_install_line(monkeypatch: py
     ):
         check_engine("detectron2")
     check_engine("torchvision")
+
+
+def test_a_library_built_for_another_torch_is_one_sentence_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(aps.detection, "find_spec", lambda name: object())
+    monkeypatch.delitem(sys.modules, "aps.detection.engines.detectron2", raising=False)
+    monkeypatch.setitem(sys.modules, "detectron2.config", None)
+    with pytest.raises(UserError, match=r"detectron2 is installed but does not import \(.*\); build it for the torch"):
+        load_engine("detectron2")
 
 
 def test_checking_an_engine_imports_neither_torch_nor_detectron2():
