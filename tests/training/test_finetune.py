@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import small
 import torch
@@ -14,8 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from aps.config import DatasetSettings, SourceSettings
-from aps.data import arrays
+from aps.config import DatasetSettings
 from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.errors import UserError
@@ -56,20 +54,6 @@ def trained(job: Any, classes: int = 10) -> Encoder:
     model.reset_classifier(classes)
     model.load_state_dict(load_file(job.out / "model.safetensors"))
     return model
-
-
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four classes of overlapping colours, which a few steps learn: 100 train, 359 test images."""
-    folder, generator = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
-    labels = np.arange(459) % 4
-    means = np.array([[60, 60, 60], [190, 80, 70], [80, 190, 70], [80, 90, 200]])[labels]
-    flat = (means + generator.normal(0, 40, means.shape)).clip(0, 255).astype(np.uint8)
-    images = flat[:, :, None, None].repeat(12, 2).repeat(12, 3)
-    splits = {"train": (images[:100], labels[:100]), "test": (images[100:], labels[100:])}
-    manifest = arrays.store(folder, "colours", splits, tuple("abcd"), "made up", SourceSettings())
-    manifest.write(folder / "manifest.json")
-    return folder / "manifest.json"
 
 
 def test_the_headline_is_the_test_accuracy_of_the_weights_left_behind(

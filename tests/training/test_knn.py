@@ -1,0 +1,108 @@
+"""kNN against a vote counted by hand, and where its images come from."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aps.config import KnnSettings
+from aps.data.load import load_split
+from aps.data.manifest import Manifest
+from aps.models.encoder import build_encoder
+from aps.training import knn
+from aps.training.features import features, normalize, resized
+from aps.training.knn import knn_accuracy, monitor
+from aps.training.precision import Precision
+
+
+def by_hand(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int, temperature: float) -> float:
+    right = 0
+    similarities = F.normalize(queries.double(), dim=1) @ F.normalize(bank.double(), dim=1).T
+    for row, label in zip(similarities.tolist(), labels.tolist(), strict=True):
+        votes: dict[int, float] = {}
+        for similarity, y in sorted(zip(row, bank_labels.tolist(), strict=True), reverse=True)[:k]:
+            votes[y] = votes.get(y, 0.0) + math.exp(similarity / temperature)
+        right += max(votes, key=lambda y: votes[y]) == label
+    return 100 * right / len(labels)
+
+
+def clouds(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Overlapping clouds of three classes, of very unequal lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (rows,), generator=generator)
+    x = torch.eye(3, 8)[labels] + 0.6 * torch.randn(rows, 8, generator=generator)
+    return x * torch.rand(rows, 1, generator=generator).mul(3).exp(), labels
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.07, 5.0])
+def test_every_k_is_the_vote_counted_by_hand(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "CHUNK", 50)  # 120 queries: the last chunk is smaller
+    (bank, bank_labels), (queries, labels) = clouds(150, 0), clouds(120, 1)
+    found = knn_accuracy(bank, bank_labels, queries, labels, (1, 5, 40, 150, 999), temperature)
+    for k, accuracy in found.items():
+        assert accuracy == pytest.approx(by_hand(bank, bank_labels, queries, labels, k, temperature)), k
+    assert found[150] == found[999]  # a k above the bank is all of it
+    assert len(set(found.values())) > 1
+
+
+def test_the_temperature_weighs_near_neighbours() -> None:
+    bank, bank_labels = torch.tensor([[1.0, 0.0], [0.9, 0.5], [0.9, -0.5]]), torch.tensor([0, 1, 1])
+    query, label = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
+    assert knn_accuracy(bank, bank_labels, query, label, (3,), 0.07) == {3: 100.0}
+    assert knn_accuracy(bank, bank_labels, query, label, (3,), 10.0) == {3: 0.0}
+
+
+def test_the_stage_classifies_the_test_split_by_the_train_split(digits: Path, tmp_path: Path) -> None:
+    job = small.job("knn", digits, tmp_path)
+    found = small.run(job)
+    torch.manual_seed(7)  # as small.job initializes the encoder
+    encoder = build_encoder(job.settings.encoder).eval()
+    normalization = Manifest.read(digits).normalization("measured")
+    train, test = load_split(digits, "train", 100), load_split(digits, "test")
+    with torch.no_grad():
+        bank, queries = (encoder(normalize(resized(s.images, 16), normalization)) for s in (train, test))
+    for k in (1, 5, 200):
+        expected = by_hand(bank, train.labels, queries, test.labels, k, 0.07)
+        assert found[f"knn_top1_k{k}"] == pytest.approx(expected, abs=0.6), k  # a near tie may fall either way
+    assert found["knn_top1_k5"] > 20
+    assert (found["temperature"], found["train_images"], found["test_images"]) == (0.07, 100, 359)
+
+
+def test_another_temperature_and_k_are_used_and_stand_with_the_numbers(digits: Path, tmp_path: Path) -> None:
+    assert KnnSettings().k == (10, 20, 100, 200) and KnnSettings().temperature == 0.07
+    found = small.run(small.job("knn", digits, tmp_path, temperature=0.5, k=(3,)))
+    assert found["temperature"] == 0.5 and [key for key in found if key.startswith("knn_top1")] == ["knn_top1_k3"]
+
+
+def test_the_monitor_holds_out_a_tenth_of_train_and_never_opens_test(
+    digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(knn, "knn_accuracy", lambda *given: (asked.append(given), {20: 50.0})[1])
+    monkeypatch.setattr(knn, "features", lambda encoder, split, *_, **__: split.images.flatten(1).float())
+    train = load_split(digits, "train", 300)
+    assert monitor(build_encoder(small.ENCODER), train, ((0.0,) * 3, (1.0,) * 3), small.ONE) == {"knn_train_top1": 50.0}
+    bank, bank_labels, queries, labels, ks, temperature = asked[0]
+    assert (len(bank), len(queries), ks, temperature) == (270, 30, (20,), 0.07)
+    rows = {tuple(x.tolist()): int(y) for x, y in zip(train.images.flatten(1).float(), train.labels, strict=True)}
+    mine = [(tuple(x.tolist()), int(y)) for x, y in (*zip(bank, bank_labels, strict=True), *zip(queries, labels, strict=True))]  # fmt: skip
+    assert len(set(mine)) == len(rows) and all(rows[x] == y for x, y in mine)
+
+
+def test_features_are_the_encoders_in_eval_mode_which_is_then_undone(digits: Path) -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder(small.ENCODER, drop_path=0.9).train()
+    split, normalization = load_split(digits, "train", 40), ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    found = features(encoder, split, normalization, small.ONE, Precision("fp32", small.ONE.device))
+    assert encoder.training and not found.requires_grad
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in normalization)
+    with torch.no_grad():
+        expected = encoder.eval()((resized(split.images, 16) - mean) / std)
+    assert torch.allclose(found, expected, atol=1e-5)
