@@ -9,6 +9,7 @@ It deliberately does not know what is timed. Run benchmarks from the repository'
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -27,6 +28,14 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "aps-vit")
 OURS, OTHER = "#1f6f8b", "#9aa5ab"  # colours of every plot
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Options of every benchmark; `description`: a module's docstring, whose first line is shown."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it runs; the figures mean nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the plot")
+    return parser
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -64,6 +73,11 @@ def compare(ours: Callable[[], Any], ordinary: Callable[[], Any], repeats: int =
         "seconds": times,
         "repeats": repeats,
     }
+
+
+def row(what: str, ratio: dict[str, float], unit: str = "x", target: float | None = None) -> dict[str, Any]:
+    """One line of the table that `python -m benchmarks` prints: what is compared, its figure's spread, the target."""
+    return {"what": what, "ratio": ratio, "unit": unit, "target": target}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -109,10 +123,12 @@ def label(found: dict[str, Any] | None = None) -> str:
     return found.get("gpu") or f"{found['cpu']}, {found['torch_threads']} threads"
 
 
-def write(name: str, result: dict[str, Any], settings: dict[str, Any]) -> Path:
-    """benchmarks/results/NAME-cpu.json or NAME-gpu.json, with everything needed to repeat it."""
-    kind = "gpu" if torch.cuda.is_available() else "cpu"
-    path = RESULTS / f"{name}-{kind}.json"
+def write(name: str, result: dict[str, Any], settings: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """FOLDER/NAME-cpu.json or NAME-gpu.json, with everything needed to repeat it.
+
+    Comparisons have `rows` for the table (see `row`).
+    """
+    path = _path(name, folder, "json")
     content = {
         "benchmark": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -122,10 +138,23 @@ def write(name: str, result: dict[str, Any], settings: dict[str, Any]) -> Path:
         "settings": settings,
         **result,
     }
-    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"  written: {path.relative_to(RESULTS.parent.parent)}")
+    for line in result.get("rows", ()):
+        print("  " + table_line(line))
+    print(f"  written: {path.name}")
     return path
+
+
+def table_line(found: dict[str, Any]) -> str:
+    """A row as text: what, median and quartiles, target."""
+    ratio, unit = found["ratio"], found["unit"]
+    text = f"{found['what']:<66} {ratio['median']:>7.3g}{unit} ({ratio['low']:.3g} to {ratio['high']:.3g})"
+    return text if found["target"] is None else f"{text}, target {found['target']:g}{unit}"
+
+
+def _path(name: str, folder: Path, suffix: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}-{'gpu' if torch.cuda.is_available() else 'cpu'}.{suffix}"
 
 
 def _commit() -> str | None:
@@ -136,14 +165,16 @@ def _commit() -> str | None:
         return None
 
 
-def plot(name: str, bars: dict[str, dict[str, float]], unit: str, title: str, ours: set[str]) -> Path:
+def plot(
+    name: str, bars: dict[str, dict[str, float]], unit: str, title: str, ours: set[str], folder: Path = RESULTS
+) -> Path:
     """Bars of medians with quartiles, beside the JSON file. bars: label -> spread; `ours` are drawn in colour."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.5 * len(bars)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.4 * len(bars)), layout="constrained")
     labels = list(bars)
     values = [bars[key]["median"] for key in labels]
     errors = [
@@ -158,8 +189,7 @@ def plot(name: str, bars: dict[str, dict[str, float]], unit: str, title: str, ou
     axes.set_xlabel(unit)
     axes.set_title(f"{title}\n{label()}", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    path = RESULTS / f"{name}-{'gpu' if torch.cuda.is_available() else 'cpu'}.png"
-    path.parent.mkdir(exist_ok=True)
+    path = _path(name, folder, "png")
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

@@ -1,0 +1,39 @@
+"""Every benchmark in turn, each in a process of its own, and a table of what they found: python -m benchmarks"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from benchmarks.common import arguments, label, table_line
+
+NAMES = ("views", "sampler", "step", "ceiling", "probe", "scaling")
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(NAMES)}; default: all")
+    args = parser.parse_args()
+    if unknown := sorted(set(args.names) - set(NAMES)):
+        parser.error(f"unknown benchmark {unknown[0]}; known: {', '.join(NAMES)}")
+    failed = []
+    for name in args.names or NAMES:
+        print(f"{name}:", flush=True)
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(args.out)]
+        if subprocess.run(command + ["--quick"] * args.quick).returncode:
+            failed.append(name)
+    print()
+    for file in sorted(args.out.glob("*.json")):
+        content = json.loads(file.read_text())
+        if rows := content.get("rows"):
+            print(f"{file.stem} ({content['date'][:10]}, {label(content['machine'])})")
+            for found in rows:
+                print("  " + table_line(found))
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

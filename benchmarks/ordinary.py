@@ -1,0 +1,90 @@
+"""The ordinary way, as a baseline: an image at a time through PIL, torchvision transforms and a NumPy sampler.
+
+Written for the comparison, with the care such code usually gets: a loader's worker makes both views and all T
+samplings of an image; the sampler loops over images and samplings, and the overlaps of two views' cells are one NumPy
+expression over all pairs of cells.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
+from torchvision.transforms import functional
+
+Box = tuple[int, int, int, int]  # top, left, height, width in source pixels
+
+
+def cell_corners(box: Box, flip: bool, grid: int) -> np.ndarray:
+    """(N, 4) top, left, bottom, right of a view's cells in source pixels, row-major as seen in the view."""
+    top, left, height, width = box
+    rows, columns = np.divmod(np.arange(grid * grid), grid)
+    if flip:
+        columns = grid - 1 - columns
+    y, x = top + rows * height / grid, left + columns * width / grid
+    return np.stack([y, x, y + height / grid, x + width / grid], 1)
+
+
+def sample_image(
+    box1: Box, flip1: bool, box2: Box, flip2: bool, grid: int, ratio: float, samplings: int, gamma: float,
+    random: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Kept cells of both views of one image, (T, n) each (method.md, Sampling)."""
+    cells, kept = grid * grid, int(grid * grid * ratio)
+    order = random.permutation(cells)
+    corners1, corners2 = cell_corners(box1, flip1, grid), cell_corners(box2, flip2, grid)
+    area = box2[2] * box2[3] / cells
+    chosen1, chosen2 = [], []
+    for t in range(samplings):
+        own = order[t * kept : (t + 1) * kept]
+        seen = corners1[own]
+        tall = np.minimum(corners2[:, None, 2], seen[:, 2]) - np.maximum(corners2[:, None, 0], seen[:, 0])
+        wide = np.minimum(corners2[:, None, 3], seen[:, 3]) - np.maximum(corners2[:, None, 1], seen[:, 1])
+        covered = (tall.clip(0) * wide.clip(0)).sum(1) / area
+        weights = (1 - covered).clip(0, 1) ** gamma
+        if (positive := np.count_nonzero(weights)) < kept:
+            first = np.flatnonzero(weights)
+            rest = random.choice(np.flatnonzero(weights == 0), kept - positive, replace=False)
+            drawn = np.concatenate([first, rest])
+        else:
+            drawn = random.choice(cells, kept, replace=False, p=weights / weights.sum())
+        chosen1.append(own)
+        chosen2.append(drawn)
+    return np.stack(chosen1), np.stack(chosen2)
+
+
+class OrdinaryPairs(Dataset):
+    """images: (M, H, W, 3) uint8 -> view1, view2 (3, S, S) normalized, kept1, kept2 (T, n)."""
+
+    def __init__(
+        self, images: np.ndarray, size: int, mean: tuple[float, ...], std: tuple[float, ...], grid: int, samplings: int
+    ) -> None:
+        self.images, self.size, self.grid, self.samplings = images, size, grid, samplings
+        self.colours = transforms.Compose(
+            [
+                transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+                transforms.RandomGrayscale(p=0.2),
+                transforms.ToTensor(),
+                transforms.Normalize(mean, std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def view(self, image: Image.Image) -> tuple[Tensor, Box, bool]:
+        box = transforms.RandomResizedCrop.get_params(image, (0.15, 1.0), (3 / 4, 4 / 3))
+        crop = functional.resized_crop(image, *box, [self.size, self.size])
+        if flip := bool(torch.rand(()) < 0.5):
+            crop = functional.hflip(crop)
+        return self.colours(crop), box, flip
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        image = Image.fromarray(self.images[i])
+        (view1, box1, flip1), (view2, box2, flip2) = self.view(image), self.view(image)
+        random = np.random.default_rng(int(torch.randint(2**31, ())))
+        kept = sample_image(box1, flip1, box2, flip2, self.grid, 0.25, self.samplings, 3.0, random)
+        return view1, view2, *map(torch.from_numpy, kept)

@@ -1,0 +1,109 @@
+"""6. One process against several: images a second of pretraining, and the efficiency, their ratio over the processes.
+
+    python -m benchmarks.scaling
+
+torchrun starts the processes, one GPU each (NCCL), or one core and one thread each (gloo). The batch is the same for any
+number of them, as in a study. Each measurement is a launch of its own; the numbers of processes take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from aps.config import EncoderSettings, ViewSettings
+from aps.data.load import ArraySplit
+from aps.sampling import sample
+from aps.training.distributed import processes
+from aps.training.order import SAMPLING, seeded
+from aps.training.pairs import Pairs
+from benchmarks.common import arguments, machine, plot, row, spread, synchronize, write
+from benchmarks.study import experiment, trainer
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--processes", type=int, nargs="+", help="default: 1, 2, 4 ... GPUs, or 1 and 2 cores")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)  # one of the processes: its settings as JSON
+    args = parser.parse_args()
+    if args.worker is not None:
+        worker(json.loads(args.worker))
+        return
+    gpus = torch.cuda.device_count()
+    counts = args.processes or [2**k for k in range(gpus.bit_length())] if gpus else args.processes or [1, 2]
+    settings = {"arch": "tiny", "depth": 1 if args.quick else None, "batch": 8 if args.quick else 512 if gpus else 64,
+                "steps": 2 if args.quick else 50 if gpus else 4}  # fmt: skip
+    rates: dict[int, list[float]] = {count: [] for count in counts}
+    repeats = 1 if args.quick else 5
+    for repeat in range(repeats):
+        for count in counts[:: 1 if repeat % 2 == 0 else -1]:
+            rates[count].append(launch(count, settings))
+    rows, efficiency = [], {}
+    for count in counts[1:]:
+        share = [100 * many / count / one for one, many in zip(rates[counts[0]], rates[count], strict=True)]
+        efficiency[count] = spread(share)
+        rows.append(row(f"{count} processes against 1: efficiency", efficiency[count], "%"))
+    images = {count: spread(values) for count, values in rates.items()}
+    result = {"rows": rows, "efficiency_percent": efficiency, "images_a_second": images, "all": rates}
+    settings |= {"processes": counts, "repeats": repeats, "ratio": 0.25, "backend": "nccl" if gpus else "gloo",
+                 "threads_a_process": 1 if not gpus else None, "cores": machine()["cores"]}  # fmt: skip
+    write("scaling", result, settings, args.out)
+    bars = {f"{count} process{'es' if count > 1 else ''}": images[count] for count in counts}
+    title = f"Pretraining ViT-tiny/2, r=0.25, global batch {settings['batch']}"
+    plot("scaling", bars, "images/s", title, set(bars), args.out)
+
+
+def launch(count: int, settings: dict[str, Any]) -> float:
+    """Images a second with `count` processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [*torchrun, "-m", "benchmarks.scaling", "--worker", json.dumps(settings)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return float(done.stdout.split()[-1])
+
+
+def worker(settings: dict[str, Any]) -> None:
+    """The pretraining loop: views, samplings, steps. Rank 0 prints images a second."""
+    batch, steps = settings["batch"], settings["steps"]
+    study = experiment(EncoderSettings(arch=settings["arch"], depth=settings["depth"]), 0.25, batch)
+    with processes() as distributed:
+        images = torch.randint(0, 256, (batch * 2, 3, 32, 32), dtype=torch.uint8)
+        split = ArraySplit(images, torch.zeros(len(images)).long(), ("a",))
+        pairs = Pairs(split, ViewSettings(), 32, batch, (MEAN, STD), 0, distributed)
+        one = trainer(study, distributed)
+        start, seen, epoch = 0.0, -1, 0
+        while seen < steps:
+            for pair in pairs.epoch(epoch):
+                generator = seeded(0, SAMPLING, epoch, seen + 1, device=distributed.device)
+                kept = sample(
+                    study.sampling, study.encoder.grid, pair.geometry1, pair.geometry2, generator, distributed.rank,
+                    distributed.world,
+                )  # fmt: skip
+                one.step(pair.view1, pair.view2, kept.view1[0], kept.view2[0], 1e-4)
+                seen += 1
+                if seen == 0:  # the first step allocates and connects
+                    synchronize()
+                    distributed.barrier()
+                    start = time.perf_counter()
+                if seen == steps:
+                    break
+            epoch += 1
+        synchronize()
+        distributed.barrier()
+        if distributed.main:
+            print(steps * batch / (time.perf_counter() - start))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""3. The training step on a share r of the tokens against all of them, at equal batch: time and peak memory.
+
+    python -m benchmarks.step --arch tiny
+
+The times of all ratios are taken in turn in one process; peak memory is that of a process for each ratio, above what it
+held before the model was built. Beside the time ratio stands the ratio of operations (aps.estimate): what the time
+ratio would be if every operation took as long as any other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aps.config import EncoderSettings
+from aps.estimate import pretraining_step_flops
+from aps.training.distributed import processes
+from benchmarks.common import OTHER, OURS, arguments, row, seconds, spread, synchronize, write
+from benchmarks.common import label as machine_label
+from benchmarks.study import experiment, inputs, trainer
+
+RATIOS = (0.125, 0.25, 0.5, 1.0)
+BATCHES = {"cpu": {"tiny": 32, "small": 16, "base": 8}, "gpu": {"tiny": 512, "small": 512, "base": 256}}
+REPEATS = {"tiny": 7, "small": 5, "base": 3}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--arch", nargs="+", default=list(REPEATS), choices=list(REPEATS))
+    parser.add_argument("--batch-size", type=int, help="default: " + json.dumps(BATCHES))
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--memory-of", type=float, help=argparse.SUPPRESS)  # child: the ratio whose memory to print
+    args = parser.parse_args()
+    if args.quick:
+        args.arch = args.arch[:1]
+    for arch in args.arch:
+        batch = args.batch_size or (
+            2 if args.quick else BATCHES["gpu" if torch.cuda.is_available() else "cpu"][arch]
+        )  # fmt: skip
+        encoder = EncoderSettings(arch=arch, depth=1 if args.quick else None)
+        if args.memory_of is not None:
+            print(peak_memory(encoder, args.memory_of, batch, args.precision))
+            return
+        measure(args, arch, encoder, batch)
+
+
+def measure(args: argparse.Namespace, arch: str, encoder: EncoderSettings, batch: int) -> None:
+    studies = {r: experiment(encoder, r, batch, precision=args.precision) for r in RATIOS}
+    times: dict[float, list[float]] = {r: [] for r in RATIOS}
+    with processes() as distributed:
+        one = trainer(studies[1.0], distributed)  # the ratio changes no parameter
+        tensors = {r: inputs(study, distributed.device) for r, study in studies.items()}
+        repeats = 2 if args.quick else REPEATS[arch]
+        for repeat in range(-1, repeats):
+            for r in RATIOS[:: 1 if repeat % 2 else -1]:
+                taken = seconds(lambda r=r: one.step(*tensors[r], 1e-4))  # type: ignore[misc]
+                if repeat >= 0:
+                    times[r].append(taken)
+        precision = one.precision.name
+    memory = {r: child(arch, r, batch, args) for r in RATIOS}
+    flops = {r: pretraining_step_flops(study) for r, study in studies.items()}
+    rows, ratios = [], {}
+    for r in RATIOS[:-1]:
+        time = spread([full / own for own, full in zip(times[r], times[1.0], strict=True)])
+        operations = flops[1.0] / flops[r]
+        ratios[r] = {
+            "time": time, "operations": operations, "memory": memory[1.0] / memory[r],
+            "time_over_operations": time["median"] / operations,
+        }  # fmt: skip
+        rows.append(
+            row(f"step of ViT-{arch}, B={batch}, r={r:g} against full ({operations:.3g}x operations, "
+                f"{memory[1.0] / memory[r]:.3g}x memory)", time)
+        )  # fmt: skip
+    result = {
+        "rows": rows, "ratios": ratios, "flops": flops, "memory_gib": {r: m / 2**30 for r, m in memory.items()},
+        "time": {r: spread(values) for r, values in times.items()}, "seconds": times,
+    }  # fmt: skip
+    settings = {"arch": arch, "patch_size": 2, "image_size": 32, "batch": batch, "ratios": RATIOS, "repeats": repeats,
+                "precision": precision}  # fmt: skip
+    write(f"step-{arch}", result, settings, args.out)
+    draw(f"step-{arch}", result, f"Training step of ViT-{arch}/2, 32 px, B={batch}, {precision}", args.out)
+
+
+def peak_memory(encoder: EncoderSettings, ratio: float, batch: int, precision: str) -> int:
+    """Bytes above the imports' at the peak of two steps (the second has the optimizer's state), in this process."""
+    study = experiment(encoder, ratio, batch, precision=precision)
+    with processes() as distributed:
+        before = resident("VmRSS")
+        one, tensors = trainer(study, distributed), inputs(study, distributed.device)
+        for _ in range(2):
+            one.step(*tensors, 1e-4)
+        synchronize()
+        if distributed.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resident("VmHWM") - before
+
+
+def resident(key: str) -> int:
+    """Bytes of resident memory: VmRSS now, VmHWM at the peak (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
+
+
+def child(arch: str, ratio: float, batch: int, args: argparse.Namespace) -> int:
+    command = [sys.executable, "-m", "benchmarks.step", "--arch", arch, "--memory-of", str(ratio), "--batch-size",
+               str(batch), "--precision", args.precision, *(["--quick"] if args.quick else [])]  # fmt: skip
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def draw(name: str, result: dict[str, Any], title: str, folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    full = result["time"][1.0]["median"]
+    names = [f"{r:g}" for r in RATIOS]
+    medians = [result["time"][r]["median"] / full for r in RATIOS]
+    errors = [
+        [(result["time"][r]["median"] - result["time"][r]["low"]) / full for r in RATIOS],
+        [(result["time"][r]["high"] - result["time"][r]["median"]) / full for r in RATIOS],
+    ]
+    left.bar(names, medians, yerr=errors, color=OURS, width=0.6)
+    left.plot(
+        names,
+        [result["flops"][r] / result["flops"][1.0] for r in RATIOS],
+        "_",
+        color="black",
+        ms=28,
+        label="operations",
+    )
+    left.set_ylabel(f"time of a step (full: {full:.3g} s)")
+    left.legend(frameon=False)
+    right.bar(names, [result["memory_gib"][r] for r in RATIOS], color=[OURS] * 3 + [OTHER], width=0.6)
+    right.set_ylabel("peak memory, GiB")
+    for axes in (left, right):
+        axes.set_xlabel("share of tokens r")
+        axes.spines[["top", "right"]].set_visible(False)
+    left.patches[-1].set_color(OTHER)
+    figure.suptitle(f"{title}\n{machine_label()}", fontsize=10, x=0.01, ha="left")
+    figure.savefig(folder / f"{name}-{'gpu' if torch.cuda.is_available() else 'cpu'}.png", dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

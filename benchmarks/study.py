@@ -1,0 +1,47 @@
+"""Settings and trainers that several benchmarks share: the CIFAR recipe with another architecture, ratio or batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aps.config import (
+    DatasetSettings,
+    EncoderSettings,
+    ExperimentSettings,
+    PretrainSettings,
+    SamplingSettings,
+    StageSettings,
+)
+from aps.results import StageJob
+from aps.training.distributed import Distributed
+from aps.training.pretrain import Trainer
+
+
+def experiment(encoder: EncoderSettings, ratio: float, batch: int, **pretrain: object) -> ExperimentSettings:
+    """Pretraining with `ratio` of the cells kept; 1: the strategy `full`, every cell of both views."""
+    sampling = SamplingSettings(strategy="full" if ratio == 1 else "asymmetric", ratio=ratio, samplings=1)
+    return ExperimentSettings(
+        dataset=DatasetSettings(name="cifar10"), encoder=encoder, sampling=sampling,
+        pretrain=PretrainSettings(batch_size=batch, **pretrain),  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def trainer(chosen: ExperimentSettings, distributed: Distributed) -> Trainer:
+    """What the stage builds: model, optimizer, precision."""
+    settings = StageSettings(
+        stage="pretrain", experiment="benchmark", seed=0, dataset=chosen.dataset, encoder=chosen.encoder,
+        sampling=chosen.sampling, pretrain=chosen.pretrain,
+    )  # fmt: skip
+    return Trainer(StageJob(settings, Path(), Path(), Path()), distributed)
+
+
+def inputs(chosen: ExperimentSettings, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Views (B, 3, S, S) and kept cells (B, n) for `Trainer.step`; what they show changes neither time nor memory."""
+    batch, side, cells = chosen.pretrain.batch_size, chosen.encoder.image_size, chosen.encoder.grid**2
+    kept = int(cells * chosen.sampling.ratio)
+    views = [torch.randn(batch, 3, side, side, device=device) for _ in range(2)]
+    order = [torch.rand(batch, cells, device=device).argsort(1)[:, :kept] for _ in range(2)]
+    return views[0], views[1], order[0], order[1]

@@ -1,0 +1,68 @@
+"""1. Two views and T samplings of every image: batched on tensors, against an image at a time in workers.
+
+    python -m benchmarks.views
+
+Both use all cores: ours by torch's threads, the ordinary way (benchmarks/ordinary.py) by as many DataLoader workers,
+which are running before the clock starts. On a GPU ours runs there and the ordinary way's batches are sent to it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from aps.config import SamplingSettings, ViewSettings
+from aps.data.load import ArraySplit
+from aps.sampling import sample
+from aps.training.distributed import processes
+from aps.training.order import SAMPLING, seeded
+from aps.training.pairs import Pairs
+from benchmarks.common import arguments, compare, machine, plot, row, write
+from benchmarks.ordinary import OrdinaryPairs
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+def main() -> None:
+    args = arguments(__doc__).parse_args()
+    size, grid, batch = 32, 16, 8 if args.quick else 512
+    images = 16 if args.quick else 4096
+    settings = SamplingSettings()
+    pixels = np.random.default_rng(0).integers(0, 256, (images, size, size, 3), np.uint8)
+    with processes() as distributed:
+        device = distributed.device
+        split = ArraySplit(
+            torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.zeros(images).long(), ("a",)
+        )
+        pairs = Pairs(split, ViewSettings(), size, batch, (MEAN, STD), 0, distributed)
+        workers = 1 if args.quick else machine()["cores"]
+        ordinary_pairs = OrdinaryPairs(pixels, size, MEAN, STD, grid, settings.samplings)
+        loader = DataLoader(
+            ordinary_pairs, batch, shuffle=True, num_workers=workers, persistent_workers=True,
+            pin_memory=device.type == "cuda",
+        )  # fmt: skip
+
+        def ours() -> None:
+            for number, pair in enumerate(pairs.epoch(0)):
+                sample(settings, grid, pair.geometry1, pair.geometry2, seeded(0, SAMPLING, number, device=device))
+
+        def ordinary() -> None:
+            for tensors in loader:
+                [x.to(device, non_blocking=True) for x in tensors]
+
+        found = compare(ours, ordinary, repeats=2 if args.quick else 7, warmup=1)
+    rows = [row(f"views and samplings, {size} px: images a second", found["ratio"], target=10)]
+    chosen = {"size": size, "grid": grid, "samplings": settings.samplings, "ratio": settings.ratio, "batch": batch,
+              "images": images, "workers": workers}  # fmt: skip
+    write("views", {"rows": rows, **found}, chosen, args.out)
+    milliseconds = {
+        f"{name}: {what}": {key: 1000 * value / images for key, value in found[name].items()}
+        for name, what in (("ours", "batched tensors"), ("ordinary", f"PIL in {workers} workers"))
+    }
+    title = f"Two views and {settings.samplings} samplings of an image, {size} px"
+    plot("views", milliseconds, "ms an image", title, {next(iter(milliseconds))}, args.out)
+
+
+if __name__ == "__main__":
+    main()

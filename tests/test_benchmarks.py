@@ -1,0 +1,73 @@
+"""Benchmarks run and leave a result that can be read and repeated; what they measure is not asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from benchmarks.__main__ import NAMES
+from benchmarks.ordinary import sample_image
+
+from aps.config import SamplingSettings, ViewSettings
+from aps.sampling import coverage
+from aps.views import draw_parameters
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_writes_its_figure_with_settings_and_machine_and_draws_it(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("*.json")
+    found = json.loads(file.read_text())
+    assert found["benchmark"].split("-")[0] == name
+    assert found["command"].startswith(f"python -m benchmarks.{name} --quick")
+    assert found["settings"] and {"cpu", "cores", "torch_threads", "python", "torch"} <= found["machine"].keys()
+    assert found["rows"]
+    for row in found["rows"]:
+        figure = row["ratio"]
+        assert 0 < figure["min"] <= figure["low"] <= figure["median"] <= figure["high"] <= figure["max"] < math.inf
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.stem == file.stem and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_baseline_sampler_keeps_what_the_method_says() -> None:
+    """Disjoint chunks of view 1; cells of view 2 that are free of them wherever enough are."""
+    settings, grid, images = SamplingSettings(), 8, 16
+    generator = torch.Generator().manual_seed(0)
+    one, two = (draw_parameters(view, images, 32, 32, ViewSettings(), generator) for view in (1, 2))
+    random = np.random.default_rng(0)
+    for i in range(images):
+        boxes = [tuple(p.boxes[i].tolist()) for p in (one, two)]
+        kept1, kept2 = sample_image(
+            boxes[0], bool(one.flips[i]), boxes[1], bool(two.flips[i]), grid, 0.25, 4, settings.gamma, random
+        )
+        assert sorted(kept1.flatten()) == list(range(grid * grid))
+        mask = torch.zeros(1, 4, grid * grid).scatter_(2, torch.from_numpy(kept1)[None], 1)
+        row = slice(i, i + 1)
+        covered = coverage(one.rows(row).geometry(), mask, two.rows(row).geometry(), grid)[0]
+        for t in range(4):
+            assert len(set(kept2[t])) == 16
+            if (covered[t] < 0.999).sum() >= 16:
+                assert (covered[t][kept2[t]] < 0.9999).all()
+
+
+def test_running_all_of_them_ends_with_a_table(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(tmp_path), "sampler"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "sampler-" in done.stdout.splitlines()[-2] and "target 20x" in done.stdout.splitlines()[-1]
+
+
+def test_an_unknown_benchmark_is_refused_with_the_known_ones() -> None:
+    refused = subprocess.run([sys.executable, "-m", "benchmarks", "no_such"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "unknown benchmark no_such; known: views" in refused.stderr
