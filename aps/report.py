@@ -32,6 +32,7 @@ Run = dict[str, Any]  # the content of a metrics.json
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+PANELS = 3  # in a row of a figure
 NOT_COMPARED = {"inherits", "description", "published", "seeds", "stages", "resources"}
 
 
@@ -50,12 +51,12 @@ SCORES = (
     Score("detection", "box_AP", "box AP"),
     Score("detection", "mask_AP", "mask AP"),
 )
-CURVES = (  # stage, key of history.jsonl, label, whether on a logarithmic axis
-    ("pretrain", "loss", "pretraining loss", False),
-    ("pretrain", "positive_cosine", "cosine of positive pairs", False),
-    ("pretrain", "knn_train_top1", "kNN on held-out train images, %", False),
-    ("finetune", "loss", "finetuning loss", False),
-    ("detection", "loss", "detection loss", True),
+CURVES = (  # stage, key of history.jsonl, label
+    ("pretrain", "loss", "pretraining loss"),
+    ("pretrain", "positive_cosine", "cosine of positive pairs"),
+    ("pretrain", "knn_train_top1", "kNN on held-out train images, %"),
+    ("finetune", "loss", "finetuning loss"),
+    ("detection", "loss", "detection loss"),
 )
 
 
@@ -353,13 +354,13 @@ def _scores_figure(table: Table) -> bytes | None:
     if not panels:
         return None
     tallest = max(len(present) for _, present in panels)
-    figure = Figure(figsize=(3.3 * len(panels), 0.9 + 0.34 * tallest), layout="constrained")
-    for axes, (score, present) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    figure, grid = _grid(len(panels), 0.9 + 0.34 * tallest)
+    for axes, (score, present) in zip(grid, panels, strict=True):
         for row, name in enumerate(present):
             sample = table.cells[name][score]
             axes.plot(sample.values, [row] * len(sample.values), "o", color=colours[name], markersize=4, alpha=0.6)
             axes.plot(sample.mean, row, "|", color=colours[name], markersize=13, markeredgewidth=2)
-            place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+            place: Any = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
             axes.annotate(f"{sample.mean:.1f}", (max(sample.values), row), **place)
         axes.set_yticks(range(len(present)), present, fontsize=8)
         axes.set_ylim(tallest - 0.5, -0.5)
@@ -379,26 +380,35 @@ def _curves(study: Study) -> bytes | None:
     for name, seed, stage in study.jobs():
         path = stage_folder(study.results, name, seed, stage) / "history.jsonl"
         history = read_history(path) if path.exists() else []
-        for panel, (own, key, _, _) in enumerate(CURVES):
+        for panel, (own, key, _) in enumerate(CURVES):
             points = [(line["step"], line[key]) for line in history if key in line] if own == stage else []
             if len(points) > 1:
                 lines[panel].append((name, [float(x) for x, _ in points], [float(y) for _, y in points]))
     if not lines:
         return None
-    figure = Figure(figsize=(4.2 * len(lines), 3.2), layout="constrained")
+    figure, grid = _grid(len(lines), 2.8)
     shown: dict[str, Any] = {}
-    for axes, panel in zip(figure.subplots(1, len(lines), squeeze=False)[0], sorted(lines), strict=True):
-        _, _, label, logarithmic = CURVES[panel]
+    for axes, panel in zip(grid, sorted(lines), strict=True):
         for name, steps, values in lines[panel]:
             (shown[name],) = axes.plot(steps, values, color=colours[name], linewidth=1.1, alpha=0.8)
-        axes.set_yscale("log" if logarithmic else "linear")
-        axes.set_title(label, fontsize=9)
+        axes.set_title(CURVES[panel][2], fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         _plain(axes)
     figure.legend(
         shown.values(), shown.keys(), loc="outside lower center", ncols=min(6, len(shown)), fontsize=8, frameon=False
     )
     return _png(figure)
+
+
+def _grid(panels: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of `panels` axes, at most PANELS in a row, each `height` inches high."""
+    columns = min(PANELS, panels)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(3.7 * columns, height * rows), layout="constrained")
+    axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[panels:]:
+        unused.remove()
+    return figure, axes[:panels]
 
 
 def _plain(axes: Axes) -> None:
