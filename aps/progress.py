@@ -1,6 +1,7 @@
-"""Progress of a long step: a bar on a terminal, a line every few seconds anywhere else (logs, Snakemake, Slurm).
+"""Progress of a long step: a bar that moves on a terminal, a line with a bar every few seconds anywhere else.
 
-Bars redraw themselves with carriage returns, which makes a log file unreadable and mixes up two jobs on one screen.
+Moving bars redraw themselves with carriage returns, which makes a log unreadable and mixes up two jobs on one screen;
+Snakemake and Slurm write to logs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0
+BAR = 20  # characters
 
 
 class Progress:
@@ -39,10 +41,17 @@ class Progress:
             self._bar.update(steps)
         elif time.monotonic() - self._last_line >= LINE_SECONDS or self.done >= self.total:
             self._last_line = time.monotonic()
-            share = 100 * self.done / max(1, self.total)
-            left = (self.total - self.done) * (time.monotonic() - self._start) / max(1, self.done - self._first)
-            parts = (f"{share:3.0f}%", f"{self.done}/{self.total} {self.unit}", rate, note, f"{_clock(left)} left")
-            print(f"{self.label}: " + "  ".join(x for x in parts if x), file=sys.stderr, flush=True)
+            print(self._line(rate, note), file=sys.stderr, flush=True)
+
+    def _line(self, rate: str, note: str) -> str:
+        share = self.done / self.total if self.total else 1.0
+        filled = int(BAR * share)
+        seconds = time.monotonic() - self._start
+        left = (self.total - self.done) * seconds / max(1, self.done - self._first)
+        clock = f"{_clock(left)} left" if self.done < self.total else f"{_clock(seconds)} in all"
+        bar = f"[{'#' * filled}{'-' * (BAR - filled)}] {int(100 * share):3d}%"
+        parts = (f"{self.label:<24}", bar, f"{self.done}/{self.total} {self.unit}", rate, note, clock)
+        return "  ".join(part for part in parts if part)
 
     @property
     def rate(self) -> float:

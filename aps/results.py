@@ -355,10 +355,10 @@ def _metrics_last(folder: Path) -> list[Path]:
 
 def _link(source: Path, target: Path) -> None:
     """A hard link where the file system has them, else a copy; never a half-written file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.new")
-    temporary.unlink(missing_ok=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
         try:
             os.link(source, temporary)
         except OSError:

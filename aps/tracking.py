@@ -7,12 +7,15 @@ sent by `python -m aps sync` or the next report. How far it got lies in tracking
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import sqlite3
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +37,21 @@ def tracking_uri(study: Study) -> str:
 
 
 def prepare_store(uri: str) -> None:
-    """Create a SQLite store before several stages open it at once: its schema migration does not stand a race."""
+    """Create a SQLite store, one process at a time: MLflow's schema migration does not stand a race."""
     if not uri.startswith("sqlite:///"):
         return
     file = Path(uri.removeprefix("sqlite:///"))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with sqlite3.connect(file, timeout=60) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
+        with file.with_name(f".{file.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.closing(sqlite3.connect(file, timeout=60)) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
+            _client(uri).search_experiments(max_results=1)
     except (OSError, sqlite3.Error) as error:
         raise UserError(
             f"{file}: MLflow's store cannot be created ({error}); set tracking_uri or MLFLOW_TRACKING_URI"
         ) from None
-    _client(uri).search_experiments(max_results=1)
 
 
 class Tracker:
@@ -68,6 +73,7 @@ class Tracker:
             "name": name,
             "params": params,
             "tags": tags,
+            "key": uuid.uuid4().hex,
             "run_id": None,
             "described": False,
             "sent": 0,
@@ -79,7 +85,8 @@ class Tracker:
         self._figures: list[Path] = []
         self._journal = folder / "history.jsonl"
         self._wake, self._end, self._complete = threading.Event(), threading.Event(), threading.Event()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of _state and _cut; never held while the server is talked to
+        self._cut: int | None = None  # lines the journal was cut to while the thread was sending
         self._thread = threading.Thread(target=self._loop, daemon=True, name="mlflow")
 
     @property
@@ -93,7 +100,9 @@ class Tracker:
 
     def rewind(self, lines: int) -> None:
         """The journal was cut to `lines` lines."""
-        self._state["sent"] = min(self._state["sent"], lines)
+        with self._lock:
+            self._state["sent"] = min(self._state["sent"], lines)
+            self._cut = lines
 
     def finish(self, metrics: dict[str, float], figures: list[Path]) -> bool:
         """Hand over the final figures and wait a bounded time. Returns whether MLflow has everything."""
@@ -123,21 +132,35 @@ class Tracker:
 
     def _loop(self) -> None:
         while True:
+            ending = self._end.is_set()
             try:
-                with self._lock:
-                    ending = self._end.is_set()
-                    send(self._state, self._journal, self._figures)
-                    self._save()
-                    if self._state["final"] is not None:
-                        self._complete.set()
+                complete = self._send()
                 pause = SEND_SECONDS
             except Exception as error:  # whatever a server or a locked database answers, training goes on
                 logging.getLogger(__name__).debug("MLflow: %s", error)
-                pause = min(RETRY_SECONDS, 2.0) if self._state["final"] is not None else RETRY_SECONDS
-            if ending or self._complete.is_set():
+                complete, pause = False, 2.0 if self._state["final"] is not None else RETRY_SECONDS
+            if complete:
+                self._complete.set()
+            if ending or complete:
                 return
             self._wake.wait(pause)
             self._wake.clear()
+
+    def _send(self) -> bool:
+        """Send what is new; returns whether that was the last of it. What got through is kept where the rest fails."""
+        with self._lock:
+            self._cut, state = None, dict(self._state)
+            failed = state["status"] == "FAILED"
+        try:
+            send(state, self._journal, self._figures)
+        finally:
+            with self._lock:
+                sent = state["sent"] if self._cut is None else min(state["sent"], self._cut)
+                self._state |= {"run_id": state["run_id"], "described": state["described"], "sent": sent}
+                if failed:
+                    self._state["status"] = state["status"]
+                self._save()
+        return state["final"] is not None
 
 
 def send(state: dict[str, Any], journal: Path, figures: list[Path]) -> None:
@@ -150,9 +173,14 @@ def send(state: dict[str, Any], journal: Path, figures: list[Path]) -> None:
 
     client = _client(state["uri"])
     if state["run_id"] is None:
+        prepare_store(state["uri"])
         experiment = client.get_experiment_by_name(state["study"])
         experiment_id = experiment.experiment_id if experiment else _create_experiment(client, state)
-        state["run_id"] = client.create_run(experiment_id, run_name=state["name"], tags=state["tags"]).info.run_id
+        # The answer to an earlier attempt may have been lost with the server or this process.
+        known = client.search_runs([experiment_id], f"tags.journal = '{state.get('key')}'", max_results=1)
+        tags = state["tags"] | {"journal": state.get("key", "")}
+        run = known[0] if known else client.create_run(experiment_id, run_name=state["name"], tags=tags)
+        state["run_id"] = run.info.run_id
     run_id = state["run_id"]
     if not state["described"]:
         params = [Param(key, str(value)) for key, value in state["params"].items()]
@@ -199,10 +227,12 @@ def sync(results: Path, uri: str) -> tuple[int, int]:
         metrics, state = read_json(metrics_file), read_json(state_file)
         if metrics["mlflow_complete"] and state["uri"] == uri:
             continue
-        if state["uri"] != uri:  # the stage ran without tracking, or its results moved to another server
-            state |= {"uri": uri, "run_id": None, "described": False, "sent": 0}
         state["final"] = {k: v for k, v in metrics["metrics"].items() if isinstance(v, int | float)}
         try:
+            if state["uri"] != uri:  # the stage ran without tracking, its results went to another server or were moved
+                state["uri"] = uri
+                if not _has_run(uri, state["run_id"]):
+                    state |= {"run_id": None, "described": False, "sent": 0}
             send(state, state_file.with_name("history.jsonl"), sorted(state_file.parent.glob("*.png")))
         except Exception as error:
             logging.getLogger(__name__).warning("MLflow at %s does not answer: %s", uri, error)
@@ -213,6 +243,19 @@ def sync(results: Path, uri: str) -> tuple[int, int]:
         write_json(metrics_file, metrics | {"mlflow_complete": True, "mlflow_run_id": state["run_id"]})
         sent += 1
     return sent, missing
+
+
+def _has_run(uri: str, run_id: str | None) -> bool:
+    """Raises what mlflow raises when the server does not answer."""
+    from mlflow.exceptions import MlflowException
+
+    prepare_store(uri)
+    try:
+        return run_id is not None and _client(uri).get_run(run_id) is not None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
 
 
 def log_report(uri: str, study: str, files: list[Path]) -> None:

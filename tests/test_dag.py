@@ -1,0 +1,264 @@
+"""The DAG on real Snakemake: targets, plans without data, and what a changed setting reruns.
+
+Plans run over outputs that are pretended to be finished: small files, and `--touch` for Snakemake's own records.
+test_end_to_end runs the same study for real.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_study import STUDY, checkout, put
+
+from aps.config import STAGES
+from aps.dag import JOB_RULES, Plan
+from aps.errors import UserError
+
+pytestmark = pytest.mark.end_to_end
+
+TARGETS = ("data", *STAGES, "report", "all")
+ORDER = ("input", "output", "params", "log", "benchmark", "threads", "resources", "shell")
+HEAVY = ("torch", "torchvision", "timm", "mlflow", "sklearn", "matplotlib")
+
+
+def snakemake(folder: Path, *arguments: str, check: bool = True, **environment: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-m", "snakemake", *arguments],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        timeout=120,
+        text=True,
+    )
+    assert not check or run.returncode == 0, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+def plan(folder: Path, *arguments: str, **changes: object) -> set[str]:
+    """`RULE EXPERIMENT` of every job that `snakemake -n` would run, without the targets' own; `changes` by dotted key."""
+    study = STUDY
+    for key, value in changes.items():
+        study = put(study, tuple(key.split("__")), value)
+    (folder / "changed.yaml").write_text(yaml.safe_dump(study))
+    text = snakemake(folder, *arguments, "--configfile", "changed.yaml", "-n")
+    jobs = re.findall(r"^(?:local)?rule (\w+):\n((?: +\S.*\n)+)", text, re.MULTILINE)
+    assert jobs or "Nothing to be done" in text, text
+    named = [(rule, re.search(r"wildcards: (?:experiment|dataset)=([\w-]+)", body)) for rule, body in jobs]
+    return {f"{rule} {found.group(1)}" if found else rule for rule, found in named} - {"all", *STAGES, "data"}
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which nothing has run."""
+    return checkout(tmp_path_factory.mktemp("empty"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which everything seems to have run."""
+    folder = checkout(tmp_path_factory.mktemp("finished"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        whole = Plan.load(["study.yaml"], {})
+    files = [
+        *whole.manifests(),
+        "results/.tracking",
+        "results/report/tiny/report.html",
+        "results/report/tiny/results.csv",
+    ]
+    for file in files + [file for stage in STAGES for file in whole.outputs(stage)]:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("{}\n")
+    snakemake(folder, "all", "--touch", "--forceall", "--configfile", "study.yaml")
+    return folder
+
+
+FINETUNINGS = {"finetune_encoder aps", "finetune_encoder floor"}
+ON_PRETRAINING = {f"{JOB_RULES[stage]} aps" for stage in STAGES}
+
+
+def test_nothing_is_done_where_all_is_finished(finished: Path) -> None:
+    assert plan(finished) == set()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("defaults__finetune__lr", 0.5, {*FINETUNINGS, "report"}),
+        ("experiments__floor__finetune", {"lr": 0.5}, {"finetune_encoder floor", "report"}),
+        ("defaults__pretrain__epochs", 3, {*ON_PRETRAINING, "report"}),
+        ("defaults__knn__k", [3], {"knn_encoder aps", "knn_encoder floor", "report"}),
+        ("experiments__aps__description", "the method", {"report"}),
+        ("resources", {"default": {"threads": 2, "mem_mb": 900, "runtime": 5}, "pretrain": {"gpus": 1}}, set()),
+        ("experiments__aps__resources", {"knn": {"workers": 2, "partition": "long"}}, set()),
+        ("sources", {"digits": {"path": "/elsewhere", "download": False}}, set()),
+        ("tracking_uri", "http://127.0.0.1:9", {"tracking"}),
+    ],
+)
+def test_a_changed_setting_reruns_what_depends_on_it_and_nothing_else(
+    finished: Path, key: str, value: object, expected: set[str]
+) -> None:
+    assert plan(finished, **{key: value}) == expected
+
+
+def test_another_tracking_server_in_the_environment_reruns_no_stage(finished: Path) -> None:
+    text = snakemake(finished, "-n", "--configfile", "study.yaml", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert set(re.findall(r"^(?:local)?rule (\w+):", text, re.MULTILINE)) == {"tracking"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("finetune", "--forcerun", "finetune"), FINETUNINGS),
+        (("all", "--forcerun", "finetune"), {*FINETUNINGS, "report"}),
+        (("--forcerun", "pretrain", "knn", "--", "knn"), {"pretrain_encoder aps", "knn_encoder aps", "knn_encoder floor"}),
+        (("report", "--forcerun", "report"), {"report"}),
+        (("results/aps/seed0/knn/metrics.json", "--force"), {"knn_encoder aps"}),
+    ],
+)  # fmt: skip
+def test_forcing_a_stage_reruns_its_jobs_and_what_was_asked_for(
+    finished: Path, arguments: tuple[str, ...], expected: set[str]
+) -> None:
+    """The report is made again where it is asked for (`all`, `report`), else it stays as it is."""
+    assert plan(finished, *arguments) == expected
+
+
+def test_a_stage_run_alone_with_new_settings_leaves_the_report_to_be_made_again(tmp_path: Path, finished: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy", symlinks=True)
+    changed = put(STUDY, ("defaults", "finetune", "lr"), 0.5)
+    (folder / "changed.yaml").write_text(yaml.safe_dump(changed))
+    snakemake(folder, "finetune", "--touch", "--forcerun", "finetune", "--configfile", "changed.yaml")
+    assert plan(folder, defaults__finetune__lr=0.5) == {"report"}
+
+
+def test_results_copied_to_another_place_are_not_computed_again(tmp_path: Path, finished: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "moved", symlinks=True, copy_function=shutil.copy)
+    for file in (folder / "results").rglob("*.json"):
+        os.utime(file, (1, 1))
+    assert plan(folder) <= {"tracking"}  # MLflow's store has another path
+
+
+def test_an_experiment_more_runs_that_experiment_and_the_report(finished: Path) -> None:
+    more = {"inherits": "aps", "stages": ["knn"], "encoder": {"weights": "experiment:aps"}, "knn": {"k": [7]}}
+    assert plan(finished, experiments__more=more) == {"knn_encoder more", "report"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Planning.
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_is_planned_without_data(empty: Path, target: str) -> None:
+    jobs = plan(empty, target)
+    rules = {job.split()[0] for job in jobs}
+    if target == "data":
+        assert jobs == {"prepare_dataset digits", "prepare_dataset digits_coco"}
+    elif target in STAGES:
+        upstream = {"prepare_dataset", "tracking", "pretrain_encoder", JOB_RULES[target]}
+        assert rules == upstream
+    else:
+        assert rules == {*JOB_RULES.values(), "tracking", "report"}
+
+
+def test_every_result_file_is_a_target(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(empty)
+    whole = Plan.load(["study.yaml"], {})
+    stages = [file for stage in STAGES for file in whole.outputs(stage)]
+    report = ["results/report/tiny/report.html", "results/report/tiny/results.csv"]
+    assert plan(empty, *whole.manifests(), *stages, *report) == plan(empty)
+    floor = plan(empty, "results/floor/seed0/knn/metrics.json")
+    assert floor == {"prepare_dataset digits", "tracking", "knn_encoder floor"}
+
+
+@pytest.mark.parametrize("option", ["--dag", "--rulegraph"])
+def test_the_graph_is_drawn_without_data(empty: Path, option: str) -> None:
+    text = snakemake(empty, option, "dot", "--configfile", "study.yaml")
+    assert "digraph" in text and all(rule in text for rule in JOB_RULES.values())
+
+
+def test_planning_imports_nothing_heavy(empty: Path) -> None:
+    code = (
+        "import sys; from snakemake.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        f"print('heavy:', [m for m in {HEAVY} if m in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, "-n", "--quiet", "--configfile", "study.yaml"],
+        cwd=empty, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "heavy: []" in run.stdout, run.stdout + run.stderr
+
+
+def test_every_study_of_the_project_is_planned(empty: Path) -> None:
+    studies = sorted(file.name for file in (empty / "config").glob("*.yaml") if file.name != "published.yaml")
+    assert "paper.yaml" in studies
+    text = snakemake(empty, "-n", "--quiet", "rules", "--configfile", "config/paper.yaml")
+    assert re.search(r"^all +1$", text, re.MULTILINE), text
+
+
+def test_config_given_to_snakemake_reaches_the_stages(empty: Path) -> None:
+    arguments = ("--config", "defaults={knn: {k: [11], temperature: 1e-2}}", "study=other")
+    text = snakemake(empty, "-n", "-p", "--configfile", "study.yaml", *arguments)
+    assert '"k":[11]' in text and '"temperature":0.01' in text
+    assert "results/report/other/report.html" in text
+    (report,) = re.findall(r"-m aps (report .*) --out", text)
+    assert """--set 'defaults={"knn": {"k": [11], "temperature": 0.01}}' 'study="other"'""" in report
+
+
+def test_a_wrong_setting_stops_before_the_first_job_with_its_sentence(empty: Path) -> None:
+    text = snakemake(empty, "-n", "--configfile", "study.yaml", "--config", "defaults={knn: {kk: 3}}", check=False)
+    assert "study.yaml: experiment 'aps': unknown key 'knn.kk'; did you mean 'knn.k'?" in text
+    assert "Traceback" not in text
+
+
+def test_every_rule_of_a_job_declares_all_of_it(empty: Path) -> None:
+    """Log, benchmark, threads, resources, params; the command is one verb."""
+    for file in sorted((empty / "workflow/rules").glob("*.smk")):
+        for name, body in re.findall(r"^rule (\w+):\n((?:    .*\n|\n)+)", file.read_text(), re.MULTILINE):
+            if "shell:" not in body:
+                continue  # a target
+            parts = re.findall(r"^    (\w+):", body, re.MULTILINE)
+            needed = {"output", "params", "log", "shell"}
+            if name != "tracking":  # seconds, and once
+                needed |= {"benchmark", "threads", "resources"}
+            assert needed <= set(parts), (name, needed - set(parts))
+            assert len(re.findall(r"-m aps \w+", body)) == 1 and "| tee {log:q}" in body, name
+            assert parts == [part for part in ORDER if part in parts], name
+
+
+def test_resources_and_threads_come_from_the_study(empty: Path) -> None:
+    resources = {"default": {"mem_mb": 700, "runtime": 7}, "knn": {"threads": 2, "mem_mb": 900}}
+    (empty / "resources.yaml").write_text(yaml.safe_dump(STUDY | {"resources": resources}))
+    text = snakemake(
+        empty, "results/floor/seed0/knn/metrics.json", "-n", "--cores", "2", "--configfile", "resources.yaml"
+    )
+    body = re.search(r"rule knn_encoder:\n((?: +\S.*\n)+)", text).group(1)  # type: ignore[union-attr]
+    assert "threads: 2" in body and "mem_mb=900" in body and "runtime=7" in body
+    assert "log: results/logs/floor/seed0/knn.log" in body
+    assert "benchmark: results/benchmarks/floor/seed0/knn.tsv" in body
+
+
+# --------------------------------------------------------------------------------------------------
+# The plan itself.
+
+
+def test_options_are_quoted_for_the_shell(tmp_path: Path) -> None:
+    study = tmp_path / "a study.yaml"
+    study.write_text(yaml.safe_dump(STUDY | {"sources": {"digits": {"path": "/my images", "download": False}}}))
+    whole = Plan.load([study], {"defaults": {"knn": {"k": [1]}}})
+    assert whole.source_options("digits") == "--source '/my images' --no-download"
+    assert whole.source_options("digits_coco") == ""
+    assert whole.config_options() == f"--configfile '{study}' --set 'defaults={{\"knn\": {{\"k\": [1]}}}}'"
+
+
+def test_text_that_is_no_yaml_in_config_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    with pytest.raises(UserError, match="--config defaults: not valid YAML"):
+        Plan.load([tmp_path / "study.yaml"], {"defaults": {"knn": "[1"}})

@@ -1,0 +1,92 @@
+"""Files that are whole or not there, and messages where the disk refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from aps.errors import UserError
+from aps.files import atomic_path, read_json, write_json
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    content = {"a": [1, 2.5, None], "ü": {"b": True}}
+    write_json(tmp_path / "new" / "folder" / "file.json", content)
+    assert read_json(tmp_path / "new" / "folder" / "file.json") == content
+
+
+def test_an_error_within_the_block_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(file) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_content_that_is_no_json_leaves_the_old_content(tmp_path: Path) -> None:
+    file = tmp_path / "file.json"
+    write_json(file, 1)
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert read_json(file) == 1 and list(tmp_path.iterdir()) == [file]
+
+
+def test_others_can_read_what_was_written(tmp_path: Path) -> None:
+    write_json(tmp_path / "file", 1)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
+    """A process rewrites a file as fast as it can and is killed, again and again; a reader never sees a part."""
+    file, size = tmp_path / "file.json", 20_000
+    write_json(file, [0] * size)
+    code = (
+        "import sys; from pathlib import Path; from aps.files import write_json; n = 1\n"
+        f"while True: write_json(Path(sys.argv[1]), [n] * {size}); n += 1"
+    )
+    for _ in range(3):
+        before = file.stat().st_mtime_ns
+        writer = subprocess.Popen([sys.executable, "-c", code, str(file)])
+        while file.stat().st_mtime_ns == before and writer.poll() is None:
+            time.sleep(0.01)
+        for _ in range(20):
+            values = json.loads(file.read_text())
+            assert len(values) == size and len(set(values)) == 1
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        values = read_json(file)
+        assert len(values) == size and values[0] > 0
+
+
+@pytest.mark.parametrize("act", [lambda file: write_json(file, 1), read_json])
+def test_a_path_through_a_file_is_one_sentence(tmp_path: Path, act: object) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/x.json: cannot be (written|read) \((Not a directory|File exists)\)"):
+        act(tmp_path / "file" / "x.json")  # type: ignore[operator]
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_old_content(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    said = r"file: cannot be written \(No space left on device\); free space or choose"
+    with pytest.raises(UserError, match=said), atomic_path(file) as temporary:
+        temporary.unlink()
+        os.symlink("/dev/full", temporary)
+        temporary.write_text("new")
+    assert file.read_text() == "old"
+
+
+def test_a_missing_and_a_broken_file_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone.json: cannot be read \(No such file or directory\); run the stage"):
+        read_json(tmp_path / "gone.json")
+    (tmp_path / "broken.json").write_text('{"a": ')
+    with pytest.raises(UserError, match=r"broken.json: not valid JSON; delete it and run the stage"):
+        read_json(tmp_path / "broken.json")

@@ -1,0 +1,301 @@
+"""What a stage leaves: complete or not at all, found again after a kill, and dropped when it is of other inputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_study import fake_job
+
+from aps import __version__, results
+from aps.errors import UserError
+from aps.files import read_json
+from aps.results import (
+    OUTPUTS,
+    StageJob,
+    StageRun,
+    flatten,
+    forget,
+    forget_finished,
+    provenance,
+    read_history,
+    restore_finished,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+
+
+def play(job: StageJob, steps: int = 3, top1: float = 50.0) -> dict[str, Any]:
+    """The whole stage -> metrics.json."""
+    with StageRun(job) as stage:
+        for step in range(1, steps + 1):
+            stage.log(step, loss=1.0 / step)
+        stage.finish({"top1": top1, "per_class": {"0": 1.0}}, precision="fp32")
+    return metrics(job)
+
+
+def metrics(job: StageJob) -> dict[str, Any]:
+    return dict(read_json(job.out / "metrics.json"))
+
+
+def begin(job: StageJob, steps: int) -> None:
+    """The stage, killed after `steps` lines."""
+    with pytest.raises(KeyboardInterrupt), StageRun(job) as stage:
+        for step in range(1, steps + 1):
+            stage.log(step, loss=1.0)
+        raise KeyboardInterrupt
+
+
+# --------------------------------------------------------------------------------------------------
+# finish.
+
+
+def test_metrics_say_what_was_computed_from_what_by_whom(tmp_path: Path) -> None:
+    job = fake_job(tmp_path)
+    found = play(job)
+    assert found["metrics"] == {"top1": 50.0, "per_class": {"0": 1.0}} and found["precision"] == "fp32"
+    assert (found["stage"], found["experiment"], found["seed"]) == ("knn", "aps", 0)
+    assert found["settings"] == job.settings.relevant() and found["settings_digest"] == job.settings.digest
+    assert found["dataset"] == {"name": "digits", "digest": "0123"}
+    assert found["version"] == __version__ and found["command"].startswith("python -m aps")
+    assert {"host", "cpu", "cores", "processes"} <= set(found["hardware"]) and "torch" in found["packages"]
+    assert found["started"] <= found["finished"] and found["wall_seconds"] >= 0
+    assert found["mlflow_complete"] is True and found["mlflow_run_id"] is None
+
+
+def test_the_commit_is_named_in_a_clone_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(results.__file__).parent.parent
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    if head.returncode == 0 and (root / ".git").exists():
+        assert head.stdout.startswith(str(provenance()["commit"]).removesuffix("-dirty"))
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "site-packages" / "aps" / "results.py"))
+    (tmp_path / "site-packages").mkdir()
+    assert provenance()["commit"] is None
+
+
+def test_every_declared_output_must_be_there(tmp_path: Path) -> None:
+    job = fake_job(tmp_path)
+    play(job)
+    assert {file.name for file in job.out.iterdir()} == {*OUTPUTS["knn"], "tracking.json"}
+    other = replace(job, settings=job.settings.model_copy(update={"stage": "finetune"}))
+    with pytest.raises(RuntimeError, match=r"finished without model.safetensors"):
+        play(replace(other, checkpoints=tmp_path / "other"))
+
+
+def test_metrics_come_last_so_that_they_mean_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    linked: list[str] = []
+    link = results._link
+    monkeypatch.setattr(results, "_link", lambda source, target: (linked.append(target.name), link(source, target)))
+    play(fake_job(tmp_path))
+    assert linked[-1] == "metrics.json" and set(linked) > set(OUTPUTS["knn"])
+
+
+def test_a_downstream_run_names_the_run_it_came_from(tmp_path: Path) -> None:
+    upstream = fake_job(tmp_path, "pretrained")
+    run = play(upstream)
+    run["mlflow_run_id"] = "abc"
+    (upstream.out / "metrics.json").write_text(json.dumps(run))
+    job = fake_job(tmp_path, encoder=upstream.out / "encoder.safetensors")
+    found = play(job)["encoder"]
+    assert found["source"] == str(job.encoder) and found["settings_digest"] == upstream.settings.digest
+    assert found["mlflow_run_id"] == "abc" and found["finished"] == run["finished"]
+    assert read_json(job.checkpoints / "tracking.json")["tags"]["encoder_run_id"] == "abc"
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = fake_job(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    with StageRun(job) as stage:
+        stage.log(1, loss=1.0)
+        stage.resume(1)
+        stage.finish({"top1": 1.0})
+    assert not job.checkpoints.exists() and not job.out.exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# The journal.
+
+
+def test_a_resumed_run_drops_the_lines_after_its_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    job = fake_job(tmp_path)
+    begin(job, 5)
+    with StageRun(job) as stage:
+        stage.resume(3)
+        for step in (4, 5, 6):
+            stage.log(step, loss=0.0)
+        stage.finish({"top1": 1.0})
+    lines = read_history(job.out / "history.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in lines] == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    job = fake_job(tmp_path)
+    begin(job, 2)
+    journal = job.checkpoints / "history.jsonl"
+    journal.write_text(journal.read_text() + '{"step": 3, "lo')
+    assert [line["step"] for line in read_history(journal)] == [1, 2]
+    with StageRun(job) as stage:
+        stage.resume(3)
+        stage.log(3, loss=9.0)
+    assert [line["step"] for line in read_history(journal)] == [1, 2, 3]
+
+
+def test_wall_time_counts_all_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(results.time, "monotonic", lambda: now[0])
+    job = fake_job(tmp_path)
+    for seconds in (10, 20):
+        with pytest.raises(KeyboardInterrupt), StageRun(job):
+            now[0] += seconds
+            raise KeyboardInterrupt
+    assert play(job)["wall_seconds"] == 30
+
+
+# --------------------------------------------------------------------------------------------------
+# Finished, and found again.
+
+
+def test_outputs_that_snakemake_deleted_come_back_without_computing(tmp_path: Path) -> None:
+    job = fake_job(tmp_path)
+    before = play(job)
+    shutil.rmtree(job.out)
+    os.utime(job.manifest)
+    assert restore_finished(job) and metrics(job) == before
+    for name in OUTPUTS["knn"]:  # outputs must be newer than inputs
+        assert (job.out / name).stat().st_mtime >= job.manifest.stat().st_mtime
+
+
+def test_nothing_comes_back_of_an_unfinished_run_or_of_other_settings(tmp_path: Path) -> None:
+    job = fake_job(tmp_path)
+    begin(job, 2)
+    assert not restore_finished(job) and not job.out.exists()
+    play(job)
+    assert not restore_finished(fake_job(tmp_path, k=7)) and not restore_finished(fake_job(tmp_path, seed=1))
+
+
+def test_checkpoints_stay_when_outputs_are_deleted_and_go_when_the_run_finished(tmp_path: Path) -> None:
+    job = fake_job(tmp_path)
+    begin(job, 2)
+    state = job.checkpoints / "state-000000002.pt"
+    state.write_text("")
+    shutil.rmtree(job.out, ignore_errors=True)
+    assert not restore_finished(job) and state.exists()
+    play(job)
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("change", ["dataset", "encoder"])
+@pytest.mark.parametrize("done", [False, True])
+def test_state_of_another_dataset_or_encoder_is_dropped(
+    tmp_path: Path, change: str, done: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upstream = fake_job(tmp_path, "pretrained")
+    play(upstream)
+    job = fake_job(tmp_path, encoder=upstream.out / "encoder.safetensors")
+    play(job) if done else begin(job, 2)
+    (job.checkpoints / "state-000000002.pt").write_text("")
+    assert restore_finished(job) is done and (job.checkpoints / "history.jsonl").exists()
+    file, key = {"dataset": (job.manifest, "digest"), "encoder": (upstream.out / "metrics.json", "finished")}[change]
+    file.write_text(json.dumps(read_json(file) | {key: "another"}))
+    assert not restore_finished(job) and list(job.checkpoints.iterdir()) == []
+    assert "starting afresh" in capsys.readouterr().err
+    play(job)
+    assert restore_finished(job)
+
+
+def test_what_the_report_has_read_is_forgotten(tmp_path: Path) -> None:
+    job, other = fake_job(tmp_path), fake_job(tmp_path, k=7)
+    found = play(job)
+    begin(other, 1)
+    forget_finished(tmp_path, found)
+    assert not job.checkpoints.exists() and other.checkpoints.exists()
+    assert not restore_finished(job) and metrics(job) == found
+
+
+def test_forgetting_leaves_the_mark_of_a_running_attempt(tmp_path: Path) -> None:
+    job = fake_job(tmp_path)
+    play(job)
+    (job.checkpoints / "attempt.json").write_text("{}")
+    forget(job.checkpoints)
+    assert [file.name for file in job.checkpoints.iterdir()] == ["attempt.json"]
+    forget(tmp_path / "gone")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from aps import results
+from tiny_study import fake_job
+count = 0
+def kill_after(name, module=os):
+    real = getattr(module, name)
+    def call(*a, **k):
+        global count
+        count += 1
+        if count > int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*a, **k)
+    setattr(module, name, call)
+kill_after("replace"), kill_after("link"), kill_after("unlink"), kill_after("utime")
+with results.StageRun(fake_job(Path(sys.argv[1]))) as stage:
+    stage.log(1, loss=1.0)
+    stage.finish({{"top1": 50.0}})
+"""
+
+
+def test_a_kill_between_two_writes_leaves_no_half_result_and_the_next_attempt_finishes(tmp_path: Path) -> None:
+    """The process dies before its n-th rename, link or removal, for every third n until it gets through."""
+    code = KILLED.format(tests=str(Path(__file__).parent))
+    for n in range(0, 60, 3):
+        folder = tmp_path / str(n)
+        job = fake_job(folder)
+        done = subprocess.run([sys.executable, "-c", code, str(folder), str(n)], env=os.environ, capture_output=True)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()
+        if (job.out / "metrics.json").exists():  # then it is complete
+            assert metrics(job)["metrics"] == {"top1": 50.0}
+            assert all((job.out / name).exists() for name in OUTPUTS["knn"])
+        if not restore_finished(job):
+            play(job)
+        assert metrics(job)["metrics"]["top1"] == 50.0
+        if done.returncode == 0:
+            return
+    pytest.fail("it never got through")
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_results_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    job = fake_job(tmp_path)
+    job.out.parent.mkdir(parents=True)
+    job.out.write_text("in the way")
+    with pytest.raises(UserError, match=r"knn/history.jsonl: cannot be written \(.*\); free space or choose another"):
+        play(job)
+
+
+def test_outputs_are_copied_where_the_file_system_has_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(results.os, "link", refuse)
+    job = fake_job(tmp_path)
+    play(job)
+    assert (job.out / "metrics.json").stat().st_nlink == 1
+    assert {file.name for file in job.out.iterdir()} == {*OUTPUTS["knn"], "tracking.json"}
+
+
+def test_nested_blocks_flatten_to_dotted_keys() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}

@@ -1,0 +1,84 @@
+"""A study of every stage, seconds each, and a checkout to run it in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aps.config import KnnSettings, StageSettings
+from aps.results import StageJob, checkpoint_folder, stage_folder
+
+ROOT = Path(__file__).parent.parent
+STUDY: dict[str, Any] = {
+    "study": "tiny",
+    "defaults": {
+        "dataset": {"name": "digits", "train_limit": 128},
+        "encoder": {"arch": "micro", "image_size": 16, "patch_size": 4, "dim": 24, "depth": 1, "heads": 3},
+        "pretrain": {
+            "epochs": 2,
+            "batch_size": 64,
+            "warmup_epochs": 1,
+            "projector": [16, 16, 8],
+            "predictor": [16, 16, 8],
+        },
+        "finetune": {"epochs": 1, "batch_size": 64, "warmup_epochs": 0},
+        "linear_probe": {"epochs": 1, "batch_size": 64, "lrs": [0.1, 1.0]},
+        "knn": {"k": [1, 5]},
+        "detection": {
+            "image_size": 32,
+            "iterations": 3,
+            "batch_size": 1,
+            "warmup_iterations": 1,
+            "lr_drops": [],
+            "window": 4,
+            "global_blocks": [0],
+            "pyramid_scales": [2.0, 1.0],
+            "pyramid_dim": 16,
+            "head_convs": 1,
+            "head_dim": 16,
+            "proposals": 10,
+            "rois": 8,
+        },
+    },
+    "experiments": {
+        "aps": {"stages": ["pretrain", "finetune", "linear_probe", "knn", "detection"]},
+        "floor": {"inherits": "aps", "encoder": {"weights": "random"}, "stages": ["finetune", "knn"]},
+    },
+}
+
+
+def checkout(folder: Path, study: dict[str, Any] = STUDY) -> Path:
+    """The repository as a folder of links and `study.yaml`, so that results and Snakemake's files stay out of it."""
+    for name in ("Snakefile", "workflow", "profiles", "slurm", "config", "aps"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    return folder
+
+
+def put(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy of `tree` with `value` at `path`; the last key is made where it is missing."""
+    if not path:
+        return value
+    copy = list(tree) if isinstance(tree, list) else dict(tree)
+    copy[path[0]] = put(copy.get(path[0], {}) if isinstance(copy, dict) else copy[path[0]], path[1:], value)
+    return copy
+
+
+def fake_job(results: Path, experiment: str = "aps", seed: int = 0, k: int = 5, **changes: Any) -> StageJob:
+    """A job whose stage a test plays itself; of kNN, because that has no other outputs than those every stage has."""
+    manifest = results / "data" / "digits" / "manifest.json"
+    if not manifest.exists():
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text(json.dumps({"name": "digits", "digest": "0123"}))
+    settings = StageSettings(stage="knn", experiment=experiment, seed=seed, knn=KnnSettings(k=(k,)))
+    return StageJob(
+        settings=settings,
+        manifest=manifest,
+        out=stage_folder(results, experiment, seed, "knn"),
+        checkpoints=checkpoint_folder(results, settings),
+        study="tiny",
+        **changes,
+    )
