@@ -60,6 +60,7 @@ def _draw(axes: Axes, image: np.ndarray, split: CocoSplit, rows: list[dict[str, 
             matplotlib.patches.Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=colours(label))
         )
         text = split.classes[label] + (f" {row['score']:.2f}" if "score" in row else "")
-        axes.text(left, top - 1.5, text, color="white", fontsize=6, bbox={"color": colours(label), "pad": 0.5, "lw": 0})
+        above = max(top - 1.5, 0.04 * len(image))  # not over the title
+        axes.text(left, above, text, color="white", fontsize=6, bbox={"color": colours(label), "pad": 0.5, "lw": 0})
     axes.set_xticks([])
     axes.set_yticks([])

@@ -16,6 +16,12 @@ from aps.detection.engine import Task
 from aps.training.distributed import Distributed
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """These networks are too small to share, and threads that wait for each other on a busy machine are slow."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """manifest.json of 24 + 8 canvases of 32x32 pixels."""
