@@ -8,8 +8,11 @@ Imports nothing heavy, for planning on a login node.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
+import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -64,6 +67,31 @@ class Plan:
         for job in jobs:
             if job.rule.name == JOB_RULES["detection"]:
                 check_engine(self.study.experiments[job.wildcards.experiment].detection.engine)
+
+    def hold_results(self) -> None:
+        """Keeps another snakemake out of the results folder for as long as this process lives.
+
+        In place of Snakemake's own lock, which stays behind when Snakemake is killed, so that the same command would not
+        go on, and which belongs to the working directory.
+
+        Raises:
+            UserError: another one is at work there.
+        """
+        path = Path(self.study.results, ".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = path.open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            raise UserError(
+                f"{path.parent}: another snakemake ({self._lock.read().strip()}) works in it; wait for it or stop it, "
+                "or set another `results` folder"
+            ) from None
+        except OSError as error:
+            print(f"warning: {path}: no lock to be had ({error.strerror}); start no second snakemake", file=sys.stderr)
+        self._lock.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", file=self._lock, flush=True)
 
     def warn_of_environment(self) -> None:
         """The same sentence about the whole study, on standard error: a study is planned where its packages are not."""

@@ -34,6 +34,7 @@ PLAN.force_jobs_behind_targets(workflow)
 # Before the first job of a real run; a dry run does not come here, and plans on any machine.
 onstart:
     try:
+        PLAN.hold_results()
         PLAN.check_environment(workflow.dag.needrun_jobs())
     except UserError as error:
         raise WorkflowError(str(error)) from None
