@@ -1,6 +1,6 @@
-"""A real Slurm on this machine: two nodes with four pretended GPUs each and one without, for the tests.
+"""A real Slurm on this machine: two nodes with four pretended GPUs each and two without, for the tests.
 
-Starts munged, slurmctld and three slurmd as children and stops them again. It writes /etc/slurm/slurm.conf and
+Starts munged, slurmctld and four slurmd as children and stops them again. It writes /etc/slurm/slurm.conf and
 gres.conf, because jobs lose a SLURM_CONF set in the shell; so it refuses a machine that has a Slurm of its own.
 The GPUs are character devices equal to /dev/null: Slurm counts and hands them out, nothing can compute on them.
 Nodes and CPUs are declared larger than the machine is (`config_overrides`), so that jobs run side by side.
@@ -27,7 +27,7 @@ ETC = Path("/etc/slurm")
 MARK = "# Written by the tests of aps-vit; removed when they end."
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 NAME = "apstest"
-GPUS = {"n1": 4, "n2": 4, "n3": 0}
+GPUS = {"n1": 4, "n2": 4, "n3": 0, "n4": 0}
 
 SLURM_CONF = """{mark}
 ClusterName={name}
@@ -61,8 +61,9 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
 PartitionName=normal Nodes=n1,n2 Default=YES MaxTime=60 PriorityTier=1 PreemptMode=OFF
-PartitionName=spot Nodes=n3 MaxTime=60 PriorityTier=1 GraceTime=20
-PartitionName=urgent Nodes=n1,n2,n3 MaxTime=60 PriorityTier=9 PreemptMode=OFF
+PartitionName=spot Nodes=n3 MaxTime=60 PriorityTier=1
+PartitionName=cheap Nodes=n4 MaxTime=60 PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n1,n2,n3,n4 MaxTime=60 PriorityTier=9 PreemptMode=OFF
 """
 
 

@@ -1,5 +1,5 @@
-"""`snakemake --profile slurm all` on a real Slurm, with a job cancelled, one at its time limit, one out of memory and one
-that loses its node, while others run on two processes and on two nodes.
+"""`snakemake --profile slurm all` on a real Slurm, with a job cancelled, one at its time limit, one preempted, one out of
+memory and one that loses its node, while others run on two processes and on two nodes.
 
 All experiments of tiny.yaml compute the same thing, so each must give the numbers of the undisturbed one. The study
 runs once, as a user would run it; the tests read what it left.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,8 +29,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slur
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-TARGETS = ("pretrain", "knn")
-PATIENCE = 420  # seconds for the whole study on a busy machine; a free one needs about 100
+PATIENCE = 1200  # seconds for the whole study on a busy machine
 
 # Snakemake as it is, but for the pauses between two looks at the queue: they grow by ten seconds each.
 SNAKEMAKE = """
@@ -50,6 +50,7 @@ class Study:
     jobs: dict[str, dict[str, dict[str, str]]] = field(
         default_factory=dict
     )  # experiment -> job id -> scontrol's fields
+    submitted: set[str] = field(default_factory=set)  # rules that were seen in the queue
     environment: dict[str, str] = field(default_factory=dict)  # of the undisturbed training process
 
     def log(self, job: str) -> str:
@@ -95,7 +96,7 @@ class Disturber:
         self.last = 0.0
 
     def look(self) -> None:
-        for name in ("calm", "cancelled", "limited", "lost"):
+        for name in ("calm", "cancelled", "limited", "lost", "preempted"):
             folder = self.study.folder / f"results/checkpoints/{name}/seed0/pretrain"
             if name not in self.held and list(folder.glob("*/state-*.pt")):
                 (mark,) = folder.glob("*/attempt.json")
@@ -111,6 +112,7 @@ class Disturber:
     def _look_at_queue(self) -> None:
         for line in run("squeue", "-h", "-a", "-t", "all", "-o", "%i|%T|%k").splitlines():
             job, state, comment = line.split("|")
+            self.study.submitted.add(comment.removeprefix("rule_").split("_wildcards")[0])
             if found := re.fullmatch(r"rule_(\w+?)_encoder_wildcards_(\w+)_0", comment):
                 stage, experiment = found.groups()
                 name = experiment if stage == "pretrain" else f"{experiment}.{stage}"
@@ -118,7 +120,7 @@ class Disturber:
                 self.study.jobs.setdefault(name, {}).setdefault(job, {}).update(fields)
                 if state == "PENDING" and fields["Reason"] == "BeginTime":
                     # Slurm lets two minutes pass before a requeued job; the tests have no time for that.
-                    run("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=5")
+                    run("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=15")
                 elif state == "RUNNING" and name in self.held and name not in self.done:
                     getattr(self, f"_{name}", lambda job: None)(job)
 
@@ -134,10 +136,14 @@ class Disturber:
         self.cluster.crash("n3")
         self.done.add("lost")
 
+    def _preempted(self, job: str) -> None:
+        run("sbatch", "--partition=urgent", "--nodelist=n4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        self.done.add("preempted")
+
     def _limited(self, job: str) -> None:
         """Brings the time limit near; Slurm looks every 30 s whom to warn."""
         if "limit" not in self.done:
-            soon = datetime.now() + timedelta(seconds=60)
+            soon = datetime.now() + timedelta(seconds=120)
             run("scontrol", "update", f"JobId={job}", f"EndTime={soon:%Y-%m-%dT%H:%M:%S}")
             self.done.add("limit")
         elif _pending(self.held["limited"], signal.SIGUSR1):
@@ -168,7 +174,7 @@ def conduct(study: Study, arguments: list[str], watch: Callable[[], None] = lamb
 @pytest.fixture(scope="module")
 def study(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
     study = Study(checkout(tmp_path_factory.mktemp("tiny")))
-    conduct(study, command("tiny.yaml", *TARGETS), Disturber(study, cluster).look)
+    conduct(study, command("tiny.yaml", "all"), Disturber(study, cluster).look)
     assert study.status == 0, study.output[-6000:]
     yield study
 
@@ -195,9 +201,16 @@ def test_a_job_sees_the_gpu_that_slurm_gave_it_and_no_other(study: Study) -> Non
     assert study.environment["CUDA_VISIBLE_DEVICES"] == index.group(1)
 
 
+def test_all_stages_are_jobs_but_data_and_report(study: Study) -> None:
+    assert study.submitted >= {f"{name}_encoder" for name in ("pretrain", "finetune", "probe", "knn", "detect")}
+    assert not {name for name in study.submitted if "dataset" in name or "report" in name or "tracking" in name}
+    assert (study.folder / "results/report/tiny/report.html").exists()
+    assert study.metrics("calm", "detection")["settings_digest"]
+
+
 def test_settings_of_the_cluster_reach_slurm(study: Study) -> None:
     (calm,), lost = study.jobs["calm"].values(), next(iter(study.jobs["lost"].values()))
-    assert (calm["Partition"], calm["TimeLimit"], study.memory("calm")) == ("normal", "00:05:00", [4000])
+    assert (calm["Partition"], calm["TimeLimit"], study.memory("calm")) == ("normal", "00:15:00", [4000])
     assert calm["CpusPerTres"] == "gres:gpu:1"
     assert (lost["Partition"], lost["Features"]) == ("spot", "cpu")
 
@@ -236,6 +249,14 @@ def test_a_job_at_its_time_limit_requeues_itself_with_the_same_result(study: Stu
     assert same(study.encoder("limited"), study.encoder("calm"))
 
 
+def test_a_preempted_job_makes_room_and_comes_back_with_the_same_result(study: Study) -> None:
+    ((job, fields),) = study.jobs["preempted"].items()
+    assert fields["Restarts"] == "1"
+    assert f"Slurm job {job} goes back to the queue to make room for another" in study.log(job)
+    assert f"Slurm job {job} is back from the queue" in study.log(job)
+    assert same(study.encoder("preempted"), study.encoder("calm"))
+
+
 def test_a_job_that_loses_its_node_comes_back_with_the_same_result(study: Study) -> None:
     ((job, fields),) = study.jobs["lost"].items()
     assert fields["Restarts"] == "1"
@@ -251,19 +272,22 @@ def test_a_job_killed_for_its_memory_is_retried_with_more(study: Study) -> None:
     assert f"the attempt before this one, Slurm job {first} on n" in study.log(second)
 
 
-def test_a_finished_study_has_nothing_to_do_here_or_on_another_machine(study: Study) -> None:
+def test_a_finished_study_has_nothing_to_do_here_or_on_another_machine(study: Study, tmp_path: Path) -> None:
     for file in (study.folder / "results").glob("*/seed0/*/metrics.json"):
         os.utime(file, (1, 1))
-    for where in ([], ["--workflow-profile", "none"]):
-        arguments = [*command("tiny.yaml", *TARGETS, "-n"), *where]
-        done = subprocess.run(arguments, cwd=study.folder, capture_output=True, text=True)
+    elsewhere = checkout(tmp_path)
+    shutil.copytree(
+        study.folder / "results", elsewhere / "results"
+    )  # times are new, Snakemake's own records are missing
+    for folder in (study.folder, elsewhere):
+        done = subprocess.run(command("tiny.yaml", "all", "-n"), cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 def test_a_failed_job_shows_its_message_log_and_job_id_and_stops_only_what_needs_it(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    study = conduct(Study(checkout(tmp_path)), command("broken.yaml", "--retries", "0", *TARGETS))
+    study = conduct(Study(checkout(tmp_path)), command("broken.yaml", "--retries", "0", "pretrain", "knn"))
     assert study.status == 1
     assert "the pretraining loss became nan; lower pretrain.lr" in study.output
     assert "results/logs/wrong/seed0/pretrain.log" in study.output
