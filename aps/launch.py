@@ -31,7 +31,12 @@ from aps.training.interrupt import note
 
 STOP_SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
 WARNING_SECONDS = 300  # before the time limit; Slurm may be a minute early
-SHELL_PREFIX = "trap '' USR1 TERM INT; set -euo pipefail; "  # inherited by tee and by Python, which undoes it
+# The ignored signals are inherited by tee and by Python, which undoes it. 137 is SIGKILL, of which a stage can't tell.
+SHELL_PREFIX = (
+    "trap '' USR1 TERM INT; "
+    "trap 'test $? != 137 || echo \"killed by SIGKILL, most often for its memory: raise mem_mb\" >&2' EXIT; "
+    "set -euo pipefail; "
+)
 MEMORY_GROWTH = 0.5  # of mem_mb for each attempt after the first: retries happen after a kill for memory, too
 
 

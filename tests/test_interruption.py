@@ -135,6 +135,7 @@ def test_ctrl_c_and_kills_of_the_stage_and_of_snakemake_lose_nothing_but_time(
         os.kill(wait_for_progress(folder, process), signal.SIGKILL)
         output = process.communicate(timeout=PATIENCE)[0]
         assert process.returncode != 0
+        assert "killed by SIGKILL, most often for its memory" in output
         assert "results/logs/one/seed0/pretrain.log" in output
 
     with snakemake(folder) as process:  # everything at once, as a power cut does
