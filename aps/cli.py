@@ -8,6 +8,7 @@ them, so that `--help` and planning stay quick.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -28,6 +29,7 @@ STAGE_MODULES = {
     "knn": "aps.training.knn",
     "detection": "aps.detection.stage",
 }
+TRACED = ("pretrain", "finetune", "linear_probe")  # stages with a training loop of ours: they take --profile
 STAGE_HELP = {
     "pretrain": "pretrain an encoder by asymmetric patch sampling",
     "finetune": "finetune an encoder on the labels of its dataset",
@@ -57,6 +59,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except OSError as error:
+        from aps.data.prepare import DISK_ERRORS
+
+        if error.errno not in {*DISK_ERRORS, errno.EEXIST} or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; free space or choose another folder", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -159,19 +168,22 @@ def _stage_options(p: argparse.ArgumentParser) -> None:
     people.add_argument("--seed", type=int, help="one of the experiment's seeds (default: its first)")
     rules = p.add_argument_group("which run (rules give all of it)")
     rules.add_argument("--settings", metavar="JSON", help="resolved settings of the stage, instead of a study")
-    rules.add_argument("--study", default="study", help="name under which MLflow groups the runs")
-    rules.add_argument("--results", type=Path, default=Path("results"), help="folder of all results")
+    rules.add_argument("--study", default="study", help="name under which MLflow groups the runs (default: study)")
+    rules.add_argument("--results", type=Path, default=Path("results"), help="folder of all results (default: results)")
     rules.add_argument("--manifest", type=Path, help="manifest.json of the dataset")
     rules.add_argument("--encoder", type=Path, help="weights to start from (.safetensors)")
     rules.add_argument("--out", type=Path, help="folder for the results")
     how = p.add_argument_group("how to run it (changes no result)")
     how.add_argument("--again", action="store_true", help="start afresh, whatever is saved or finished")
-    how.add_argument("--processes", type=int, default=1, help="processes over all nodes, one a GPU (torchrun)")
-    how.add_argument("--nodes", type=int, default=1, help="nodes of this Slurm job (srun torchrun)")
-    how.add_argument("--workers", type=int, default=0, help="image-decoding workers of each process")
-    how.add_argument("--checkpoint-minutes", type=float, default=10.0, help="minutes between checkpoints")
+    how.add_argument("--processes", type=int, default=1, help="over all nodes, one a GPU, by torchrun (default: 1)")
+    how.add_argument("--nodes", type=int, default=1, help="of this Slurm job, by srun (default: 1)")
+    how.add_argument("--workers", type=int, default=0, help="image-decoding workers of each process (default: 0)")
+    how.add_argument("--checkpoint-minutes", type=float, default=10.0, help="between checkpoints (default: 10)")
     how.add_argument(
-        "--profile", type=Path, metavar="JSON", help="save a profiler trace of a few steps (open it in Perfetto)"
+        "--profile",
+        type=Path,
+        metavar="JSON",
+        help="save a profiler trace of two batches, for ui.perfetto.dev (pretrain, finetune, linear_probe)",
     )
 
 
@@ -217,6 +229,8 @@ def _stage(stage: str) -> Callable[[argparse.Namespace], None]:
 def _job(stage: str, args: argparse.Namespace):  # type: ignore[no-untyped-def]  # StageJob, imported late
     from aps.results import StageJob, checkpoint_folder, encoder_file, manifest_path, stage_folder
 
+    if args.profile is not None and stage not in TRACED:
+        raise UserError(f"--profile traces {', '.join(TRACED)}, not {stage}; leave it out")
     if args.settings is not None:
         settings, study_name, results, encoder = (
             StageSettings.from_json(args.settings),

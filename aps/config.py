@@ -208,6 +208,14 @@ class PretrainSettings(Section):
     compile: bool = False
     knn_every: Natural = 0  # epochs between kNN readings on held-out train images; 0: never
 
+    @model_validator(mode="after")
+    def _check(self) -> PretrainSettings:
+        if self.projector[-1] != self.predictor[-1]:
+            raise ValueError(
+                f"predictor ends in width {self.predictor[-1]}, the projector in {self.projector[-1]}; make them equal"
+            )
+        return self
+
 
 class FinetuneSettings(Section):
     """Finetuning (method.md, Finetuning recipe)."""

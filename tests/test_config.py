@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 import subprocess
 import sys
@@ -19,8 +20,11 @@ from aps.config import (
     STAGES,
     ExperimentSettings,
     ResourceSettings,
+    Section,
+    SourceSettings,
     StageSettings,
     Study,
+    StudySettings,
     load_study,
     parse_overrides,
 )
@@ -44,7 +48,7 @@ WHOLE: dict[str, Any] = {
             "encoder": {"arch": "micro", "image_size": 16, "patch_size": 4, "dim": 24, "depth": 3, "heads": 3},
             "views": {"crop_scale": [0.2, 0.9], "color_jitter": [0.1, 0.2, 0.3, 0.4], "blur": [1.0, 0.1]},
             "sampling": {"strategy": "random", "ratio": 0.5, "samplings": 2, "gamma": 2, "flip_aware": False},
-            "pretrain": {"lr": 2e-3, "betas": [0.8, 0.99], "projector": [16, 16, 8], "precision": "fp32"},
+            "pretrain": {"lr": 2e-3, "betas": [0.8, 0.99], "projector": [16, 16, 128], "precision": "fp32"},
             "finetune": {"rand_augment": None, "ema": 0.0, "crop": "resized"},
             "linear_probe": {"lrs": [0.1, 1.0], "holdout": 0.2},
             "knn": {"k": [1, 5], "temperature": 0.1},
@@ -330,6 +334,7 @@ CROSS: dict[str, tuple[dict[str, Any], str]] = {
     "crop_ratio": (one(views={"crop_ratio": [2.0, 1.0]}), "views: crop_ratio must be [low, high] with low <= high"),
     "crop area": (one(views={"crop_scale": [0.5, 1.5]}), "views: crop_scale is a share of the image's area: 1.5 is above 1"),
     "probe's crop": (one(linear_probe={"crop_scale": [1.0, 0.1]}), "linear_probe: crop_scale must be [low, high]"),
+    "heads' widths": (one(pretrain={"predictor": [16, 8, 4]}), "pretrain: predictor ends in width 4, the projector in 128"),
     "rand_augment": (one(finetune={"rand_augment": "m9"}), 'finetune.rand_augment = "m9": should match pattern'),
     "strategy": (one(sampling={"strategy": "randon"}), "sampling.strategy: strategy 'randon' is unknown; did you mean 'random'?"),
     "keeps none": (one(**MICRO, sampling={"ratio": 0.01}), "sampling.ratio 0.01 of 16 cells keeps none; raise it"),
@@ -568,3 +573,83 @@ def test_settings_cannot_be_changed_after_loading() -> None:
     study = load_study([], one())
     with pytest.raises(ValueError, match="frozen"):
         study.experiment("e").pretrain.epochs = 3  # type: ignore[misc]
+
+
+# --------------------------------------------------------------------------------------------------
+# config/README.md.
+
+SECTIONS = ("dataset", "encoder", "views", "sampling", "pretrain", "finetune", "linear_probe", "knn", "detection")
+
+
+def reference() -> dict[str, list[tuple[str, str, str]]]:
+    """(key, allowed, default) of every setting, by the heading under which config/README.md has it."""
+    tables = {
+        "A study": [*_rows(StudySettings, ""), *_rows(SourceSettings, "sources.NAME.")],
+        "An experiment": [row for row in _rows(ExperimentSettings, "") if row[0] not in (*SECTIONS, "resources")],
+    }
+    for section in SECTIONS:
+        tables[f"{section}:"] = _rows(type_of(section), f"{section}.")
+    tables["resources:"] = _rows(ResourceSettings, "resources.")
+    return tables
+
+
+def type_of(section: str) -> type[Section]:
+    annotation = ExperimentSettings.model_fields[section].annotation
+    assert isinstance(annotation, type) and issubclass(annotation, Section)
+    return annotation
+
+
+def _rows(model: type[Section], prefix: str) -> list[tuple[str, str, str]]:
+    schema = model.model_json_schema()
+    return [
+        (
+            prefix + key,
+            _allowed(schema["properties"][key]),
+            "required" if field.is_required() else _yaml(field.get_default(call_default_factory=True)),
+        )
+        for key, field in model.model_fields.items()
+    ]
+
+
+def _yaml(value: Any) -> str:
+    value = [round(v, 4) if isinstance(v, float) else v for v in value] if isinstance(value, tuple) else value
+    return "{}" if isinstance(value, Section) else json.dumps(value)
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    """What a JSON schema allows, in words."""
+    if "anyOf" in schema:
+        return " or ".join(_allowed(option) for option in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(schema["enum"])
+    kind = schema.get("type", "object")
+    if kind == "array":
+        items = schema.get("prefixItems")
+        return f"{len(items)} x {_allowed(items[0])}" if items else f"list of {_allowed(schema['items'])}"
+    words = {
+        "integer": "whole number",
+        "number": "number",
+        "string": "text",
+        "boolean": "true, false",
+        "object": "block",
+    }
+    limits = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in limits.items() if key in schema]
+    return " ".join([words.get(kind, kind), ", ".join(bounds)]).strip()
+
+
+def test_the_reference_for_users_has_every_setting_with_what_is_allowed_and_its_default() -> None:
+    text = (Path(__file__).parent.parent / "config" / "README.md").read_text()
+    for title, rows in reference().items():
+        section = text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+        found = [
+            tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in section.splitlines()[3:] if line
+        ]
+        assert [row[:3] for row in found] == rows, title
+        assert all(len(row) == 4 and row[3] for row in found), title
+
+
+def test_the_example_for_users_loads(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "config" / "README.md").read_text()
+    study = load(tmp_path, text.split("```yaml\n")[1].split("```")[0])
+    assert study.experiment("random").sampling.strategy == "random" and study.study == "mine"

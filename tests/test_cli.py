@@ -1,0 +1,279 @@
+"""The command line: its help, its exit statuses, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from tiny_study import STUDY, fake_job
+
+from aps import cli
+from aps.config import STAGES, load_study
+from aps.errors import Preempted, UserError
+from aps.results import StageJob, StageRun, manifest_path
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with config/config.yaml."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/config.yaml").write_text(yaml.safe_dump(STUDY))
+    return tmp_path
+
+
+@pytest.fixture
+def played(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[StageJob]:
+    """kNN is a stage that only writes its results; the jobs it was called with."""
+    jobs: list[StageJob] = []
+
+    def run(job: StageJob) -> None:
+        jobs.append(job)
+        with StageRun(job) as stage:
+            stage.finish({"top1": 1.0})
+
+    module = ModuleType("played_knn")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "played_knn", module)
+    monkeypatch.setitem(cli.STAGE_MODULES, "knn", "played_knn")
+    fake_job(folder / "results")  # writes a manifest
+    return jobs
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
+    """The one sentence of a command that ends with `status`."""
+    assert cli.main(list(arguments)) == status
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    *_, sentence = shown.err.splitlines()
+    return sentence
+
+
+# --------------------------------------------------------------------------------------------------
+# Help.
+
+
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    (action,) = [a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    return dict(action.choices)
+
+
+def options() -> Iterator[tuple[str, argparse.Action]]:
+    for verb, parser in verbs().items():
+        for action in parser._actions:
+            yield verb, action
+
+
+def test_there_is_a_verb_for_each_stage_and_tool() -> None:
+    tools = {"data", "report", "results", "check", "estimate", "sync", "export", "import-weights", "show-views", "init-tracking"}  # fmt: skip
+    assert set(STAGES) | tools <= set(verbs())
+
+
+def test_the_top_help_lists_every_verb_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and "snakemake all" in text
+    for verb in verbs():
+        assert re.search(rf"^ +{verb}\s+\w", text, re.MULTILINE), verb
+
+
+@pytest.mark.parametrize("verb", verbs())
+def test_the_help_of_a_verb_reads_well(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([verb, "--help"])
+    text = capsys.readouterr().out
+    description = verbs()[verb].description or ""
+    assert ended.value.code == 0 and text.startswith(f"usage: python -m aps {verb}")
+    assert description[0].isupper() and description.endswith(".") and "None" not in text
+
+
+def test_every_option_says_what_it_is() -> None:
+    for verb, action in options():
+        assert action.help, f"{verb} {action.dest}"
+        assert not action.help.endswith("."), f"{verb} {action.dest}"
+
+
+def test_defaults_in_the_help_are_true() -> None:
+    for verb, action in options():
+        default = re.search(r"\(default: ([\w/.]+)\)", action.help or "")
+        if action.default not in (None, False, argparse.SUPPRESS, []):
+            given = action.default[0] if isinstance(action.default, list) else action.default
+            assert default is not None, f"{verb} --{action.dest} does not say its default {given}"
+            assert default.group(1) in (str(given), f"{given:g}" if isinstance(given, float) else ""), verb
+
+
+def test_no_verb_and_an_unknown_one_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["pretrian"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 2 and "usage: python -m aps" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------
+# Exit statuses.
+
+
+def test_a_stage_run_by_hand_writes_where_snakemake_would(folder: Path, played: list[StageJob]) -> None:
+    assert cli.main(["knn", "--experiment", "floor"]) == 0
+    (job,) = played
+    study = load_study(["config/config.yaml"])
+    assert job.settings == study.stage_settings("floor", 0, "knn") and job.study == "tiny"
+    assert job.out == Path("results/floor/seed0/knn") and (job.out / "metrics.json").exists()
+    assert job.manifest == manifest_path("results", "digits") and job.encoder is None
+
+
+def test_a_rule_gives_all_of_it_and_needs_no_study(folder: Path, played: list[StageJob], tmp_path: Path) -> None:
+    settings = load_study(["config/config.yaml"]).stage_settings("floor", 0, "knn")
+    (folder / "config/config.yaml").unlink()
+    arguments = ["--settings", settings.to_json(), "--manifest", "results/data/digits/manifest.json"]
+    arguments += ["--results", "results", "--out", "elsewhere", "--study", "s", "--workers", "2"]
+    assert cli.main(["knn", *arguments]) == 0
+    (job,) = played
+    assert job.settings == settings and (job.study, job.workers, job.out) == ("s", 2, Path("elsewhere"))
+
+
+def test_the_same_command_again_restores_and_with_again_computes(
+    folder: Path, played: list[StageJob], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["knn", "--experiment", "floor"]
+    assert cli.main(command) == cli.main(command) == 0
+    assert len(played) == 1 and "finished before with these settings" in capsys.readouterr().err
+    assert cli.main([*command, "--again"]) == 0
+    assert len(played) == 2
+
+
+def test_set_reaches_the_stage(folder: Path, played: list[StageJob]) -> None:
+    assert (
+        cli.main(["knn", "--experiment", "floor", "--set", "defaults.knn.k=[3]", "results=other"]) == 2
+    )  # no data there
+    assert (
+        cli.main(["knn", "--experiment", "floor", "--set", "defaults.knn.k=[3]", "defaults.knn.temperature=1e-2"]) == 0
+    )
+    assert (played[0].settings.knn.k, played[0].settings.knn.temperature) == ((3,), 0.01)
+
+
+def test_preempted_is_status_75_and_a_crash_is_a_traceback(
+    folder: Path, played: list[StageJob], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(job: StageJob) -> None:
+        raise Preempted(f"{job.label} after 3 of 8 batches")
+
+    def broken(job: StageJob) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys.modules["played_knn"], "run", stopped)
+    sentence = fails(capsys, "knn", "--experiment", "floor", status=75)
+    assert sentence == "stopped: knn floor/seed0 after 3 of 8 batches"
+    monkeypatch.setattr(sys.modules["played_knn"], "run", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["knn", "--experiment", "floor"])
+
+
+def test_the_keyboard_ends_with_130_and_says_how_to_go_on(
+    folder: Path, played: list[StageJob], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(job: StageJob) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["played_knn"], "run", interrupted)
+    sentence = fails(capsys, "knn", "--experiment", "floor", status=130)
+    assert "the same command goes on from the last checkpoint" in sentence
+
+
+def test_the_process_itself_ends_with_the_status_and_one_line(folder: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "aps", "check", "--set", "defaults.knn.kk=3"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "error: config/config.yaml: experiment 'aps': unknown key 'knn.kk'; did you mean 'knn.k'?\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes.
+
+SETTINGS = '{"stage":"knn","experiment":"e","seed":0,"dataset":{"name":"digits"},"encoder":{"weights":"random"}}'
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no study": (["check", "--configfile", "gone.yaml"], r"gone.yaml: cannot be read \(No such file or directory\)"),
+    "experiment": (["knn", "--experiment", "flor"], "study 'tiny' has no experiment 'flor'; did you mean 'floor'?"),
+    "seed": (["knn", "--seed", "3"], r"experiment 'aps' has no seed 3; its seeds are \[0\]"),
+    "stage of the experiment": (["pretrain", "--experiment", "floor"], "experiment 'floor' has no stage pretrain"),
+    "dataset": (["data", "digts"], "dataset 'digts' is unknown; known: cifar10"),
+    "manifest": (["pretrain"], r"results/data/digits/manifest.json is missing; run the stage that makes it \(`snakemake"),
+    "JSON": (["knn", "--settings", "{"], "--settings: "),
+    "JSON's key": (["knn", "--settings", SETTINGS[:-1] + ',"knn":{"kk":1}}'], "unknown key 'knn.kk'; did you mean 'knn.k'"),
+    "JSON of another stage": (["finetune", "--settings", SETTINGS], "--settings are for stage knn, but the verb is finetune"),
+    "set": (["check", "--set", "epochs"], "--set epochs: write KEY=VALUE"),
+    "show-views' experiment": (["show-views", "--out", "x.png", "--experiment", "x"], "has no experiment 'x'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_and_status_2(mistake: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, said = MISTAKES[mistake]
+    sentence = fails(capsys, *arguments)
+    assert sentence.startswith("error: ") and re.search(said, sentence), sentence
+
+
+def test_a_missing_encoder_says_which_stage_makes_it(
+    folder: Path, played: list[StageJob], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentence = fails(capsys, "knn")
+    assert "results/aps/seed0/pretrain/encoder.safetensors is missing; run the stage that makes it" in sentence
+
+
+@pytest.mark.parametrize("verb", ["knn", "init-tracking"])
+def test_a_results_folder_that_cannot_be_written_is_one_sentence(
+    verb: str, folder: Path, played: list[StageJob], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (folder / "file").write_text("")
+    arguments = ["--manifest", "results/data/digits/manifest.json", "--experiment", "floor"] if verb == "knn" else []
+    sentence = fails(capsys, verb, *arguments, "--set", "results=file")
+    assert "file" in sentence and re.search(r"Not a directory|File exists", sentence)
+
+
+def test_only_the_first_rank_speaks(
+    folder: Path, played: list[StageJob], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(job: StageJob) -> None:
+        raise UserError("wrong")
+
+    monkeypatch.setattr(sys.modules["played_knn"], "run", wrong)
+    for rank, said in (("0", "error: wrong\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["knn", "--experiment", "floor"]) == 2
+        assert capsys.readouterr().err == said
+
+
+def test_check_lists_what_would_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "study 'tiny': 2 experiments, 7 runs, results in results/"
+    assert [line.split()[:2] for line in lines[1:]] == [["aps", "digits"], ["floor", "digits"]]
+    assert lines[1].endswith("pretrain, finetune, linear_probe, knn, detection")
+
+
+def test_planning_and_help_import_nothing_heavy(folder: Path) -> None:
+    code = (
+        "import sys; from aps.cli import main\n"
+        "main(['check'])\n"
+        "try: main(['pretrain', '--help'])\nexcept SystemExit: pass\n"
+        "print('heavy:', [m for m in ('torch', 'mlflow', 'timm', 'sklearn', 'matplotlib') if m in sys.modules])"
+    )
+    environment: dict[str, Any] = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "heavy: []" in run.stdout, run.stdout + run.stderr
