@@ -284,16 +284,24 @@ def test_a_finished_study_has_nothing_to_do_here_or_on_another_machine(study: St
         assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr, done.stdout + done.stderr
 
 
-def test_a_failed_job_shows_its_message_log_and_job_id_and_stops_only_what_needs_it(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    study = conduct(Study(checkout(tmp_path)), command("broken.yaml", "--retries", "0", "pretrain", "knn"))
-    assert study.status == 1
-    assert "the pretraining loss became nan; lower pretrain.lr" in study.output
-    assert "results/logs/wrong/seed0/pretrain.log" in study.output
-    assert re.search(r"external_jobid: \d+", study.output)
-    assert (tmp_path / "results/right/seed0/pretrain/metrics.json").exists()
-    assert "rule knn_encoder" not in study.output
+@pytest.fixture(scope="module")
+def broken(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    study = Study(checkout(tmp_path_factory.mktemp("broken")))
+    return conduct(study, command("broken.yaml", "--retries", "0", "pretrain", "knn"))
+
+
+def test_a_failed_job_shows_its_message_log_and_job_id_and_stops_only_what_needs_it(broken: Study) -> None:
+    assert broken.status == 1
+    assert "the pretraining loss became nan; lower pretrain.lr" in broken.output
+    assert "results/logs/wrong/seed0/pretrain.log" in broken.output
+    assert re.search(r"external_jobid: \d+", broken.output)
+    assert (broken.folder / "results/right/seed0/pretrain/metrics.json").exists()
+    assert "rule knn_encoder" not in broken.output
+
+
+def test_data_is_a_job_where_the_study_says_so(broken: Study) -> None:
+    (log,) = (broken.folder / ".snakemake/slurm_logs/rule_prepare_dataset").rglob("*.log")
+    assert "digits: prepared" in log.read_text()
 
 
 def _first_batch(log: str) -> int:
