@@ -18,7 +18,6 @@ from benchmarks.common import arguments, plot, row, seconds, spread, write
 from benchmarks.study import experiment, inputs, trainer
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STEPS_PER_REPEAT = 2
 
 
 def main() -> None:
@@ -30,24 +29,22 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     batch = args.batch_size or (2 if args.quick else 512 if gpu else 128)
     side = 64 if args.quick else 8192 if gpu else 2048
-    repeats = 2 if args.quick else 7
+    repeats = 2 if args.quick else 5
     encoder = EncoderSettings(arch="tiny", depth=1 if args.quick else None)
     rows, bars, result = [], {}, {}
     with processes() as distributed:
         for precision in args.precision:
             study = experiment(encoder, 0.25, batch, precision=precision, compile=args.compile)
+            flops = pretraining_step_flops(study)
             one, tensors = trainer(study, distributed), inputs(study, distributed.device)
             a, b = (torch.randn(side, side, device=distributed.device, dtype=TYPES[precision]) for _ in range(2))
             for _ in range(2):
                 one.step(*tensors, 1e-4)
                 a @ b
             own, ceiling = [], []
-            products = max(
-                1, round(pretraining_step_flops(study) / (2 * side**3))
-            )  # as long as a step without overhead
+            products = max(1, round(flops / (2 * side**3)))  # as long as a step without overhead
             for _ in range(repeats):
-                taken = seconds(lambda o=one, t=tensors: [o.step(*t, 1e-4) for _ in range(STEPS_PER_REPEAT)])  # type: ignore[misc]
-                own.append(STEPS_PER_REPEAT * pretraining_step_flops(study) / taken)
+                own.append(flops / seconds(lambda o=one, t=tensors: o.step(*t, 1e-4)))  # type: ignore[misc]
                 taken = seconds(lambda n=products, a=a, b=b: [a @ b for _ in range(n)])  # type: ignore[misc]
                 ceiling.append(products * 2 * side**3 / taken)
             shares = [100 * x / y for x, y in zip(own, ceiling, strict=True)]
@@ -56,7 +53,7 @@ def main() -> None:
                             spread(shares), "%", target))  # fmt: skip
             result[precision] = {"step_flops_a_second": spread(own), "product_flops_a_second": spread(ceiling),
                                  "share_percent": spread(shares), "images_a_second": spread(
-                                     [batch * x / pretraining_step_flops(study) for x in own])}  # fmt: skip
+                                     [batch * x / flops for x in own])}  # fmt: skip
             bars[f"step, {precision}"] = spread([x / 1e9 for x in own])
             bars[f"product {side}x{side}, {precision}"] = spread([x / 1e9 for x in ceiling])
     settings = {"arch": "tiny", "patch_size": 2, "image_size": 32, "ratio": 0.25, "batch": batch, "side": side,

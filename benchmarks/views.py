@@ -2,8 +2,8 @@
 
     python -m benchmarks.views
 
-Both use all cores: ours by torch's threads, the ordinary way (benchmarks/ordinary.py) by as many DataLoader workers,
-which are running before the clock starts. On a GPU ours runs there and the ordinary way's batches are sent to it.
+Both use the same cores: ours by torch's threads, the ordinary way (benchmarks/ordinary.py) by as many DataLoader
+workers, which are running before the clock starts. On a GPU ours runs there and the ordinary way's batches are sent to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from aps.sampling import sample
 from aps.training.distributed import processes
 from aps.training.order import SAMPLING, seeded
 from aps.training.pairs import Pairs
-from benchmarks.common import arguments, compare, machine, plot, row, write
+from benchmarks.common import arguments, compare, plot, row, write
 from benchmarks.ordinary import OrdinaryPairs
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -27,7 +27,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 def main() -> None:
     args = arguments(__doc__).parse_args()
     size, grid, batch = 32, 16, 8 if args.quick else 512
-    images = 16 if args.quick else 4096
+    images = 16 if args.quick else 2048
     settings = SamplingSettings()
     pixels = np.random.default_rng(0).integers(0, 256, (images, size, size, 3), np.uint8)
     with processes() as distributed:
@@ -36,7 +36,7 @@ def main() -> None:
             torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.zeros(images).long(), ("a",)
         )
         pairs = Pairs(split, ViewSettings(), size, batch, (MEAN, STD), 0, distributed)
-        workers = 1 if args.quick else machine()["cores"]
+        workers = 1 if args.quick else torch.get_num_threads()
         ordinary_pairs = OrdinaryPairs(pixels, size, MEAN, STD, grid, settings.samplings)
         loader = DataLoader(
             ordinary_pairs, batch, shuffle=True, num_workers=workers, persistent_workers=True,

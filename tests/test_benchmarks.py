@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks.__main__ import NAMES
-from benchmarks.ordinary import sample_image
 
 from aps.config import SamplingSettings, ViewSettings
 from aps.sampling import coverage
 from aps.views import draw_parameters
+from benchmarks.__main__ import NAMES
+from benchmarks.ordinary import sample_image
 
 ROOT = Path(__file__).parents[1]
 

@@ -40,6 +40,7 @@ from aps.training.interrupt import stop_requested
 from aps.training.order import IMAGE, KeyedLoader, Order, held_out
 from aps.training.precision import Precision
 from aps.training.schedule import finetuning_lr
+from aps.training.trace import Trace
 
 
 def run(job: StageJob) -> None:
@@ -77,7 +78,10 @@ def _finetune(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
         checkpoints.save(done, {"tuner": tuner.state_dict(), "sums": sums, "loss": loss, "best": best})
         stage.save_clock()
 
-    with Progress(job.label, total, "batches", done, shown=distributed.main) as progress:
+    with (
+        Progress(job.label, total, "batches", done, shown=distributed.main) as progress,
+        Trace(job.profile, distributed.device, distributed.main) as trace,
+    ):
         while done < total:
             epoch, first = divmod(done, order.batches)
             lr = finetuning_lr(settings, epoch)
@@ -100,6 +104,7 @@ def _finetune(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
                             best = {"epoch": epoch + 1, "accuracy": line["holdout_top1"]}
                             tuner.remember()
                     stage.log(done, **line)
+                trace.batch_done()
                 if stop_requested(distributed):
                     save()
                     raise Preempted(f"{job.label} after {done} of {total} batches; run it again to go on")

@@ -32,6 +32,7 @@ from aps.training.interrupt import stop_requested
 from aps.training.order import IMAGE, VIEWS, KeyedLoader, Order, held_out, seeded
 from aps.training.precision import Precision
 from aps.training.schedule import cosine, scaled_lr
+from aps.training.trace import Trace
 from aps.views import crop_resize, draw_boxes
 
 
@@ -82,7 +83,10 @@ def _probe(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
         checkpoints.save(done, {"heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses})
         stage.save_clock()
 
-    with Progress(job.label, total, "batches", done, shown=distributed.main) as progress:
+    with (
+        Progress(job.label, total, "batches", done, shown=distributed.main) as progress,
+        Trace(job.profile, distributed.device, distributed.main) as trace,
+    ):
         while done < total:
             epoch, first = divmod(done, order.batches)
             for images, labels in crops.epoch(epoch, order.epoch(epoch), first):
@@ -108,6 +112,7 @@ def _probe(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
                         if math.isfinite(value)
                     }
                     stage.log(done, epoch=epoch + 1, **named)
+                trace.batch_done()
                 if stop_requested(distributed):
                     save()
                     raise Preempted(f"{job.label} after {done} of {total} batches; run it again to go on")

@@ -37,6 +37,7 @@ from aps.training.order import SAMPLING, seeded
 from aps.training.pairs import Pairs
 from aps.training.precision import Precision
 from aps.training.schedule import pretraining_lr
+from aps.training.trace import Trace
 
 LOG_BATCHES = 50  # batches between two log lines, within an epoch
 
@@ -75,7 +76,10 @@ def _pretrain(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
         checkpoints.save(done, {"trainer": trainer.state_dict(), "meter": meter.state_dict()})
         stage.save_clock()
 
-    with Progress(job.label, total, "batches", done, shown=distributed.main) as progress:
+    with (
+        Progress(job.label, total, "batches", done, shown=distributed.main) as progress,
+        Trace(job.profile, distributed.device, distributed.main) as trace,
+    ):
         while done < total:
             epoch, first = divmod(done, pairs.batches)
             batches = pairs.epoch(epoch, first)
@@ -93,8 +97,7 @@ def _pretrain(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
                     stage.log(done * samplings, epoch=done / pairs.batches, lr=lr, **meter.read(settings.batch_size))
                 if settings.knn_every and done % (settings.knn_every * pairs.batches) == 0:
                     stage.log(done * samplings, **monitor(trainer.model.encoder, split, normalization, distributed))
-                if job.profile is not None:
-                    trainer.profile_step()
+                trace.batch_done()
                 if stop_requested(distributed):
                     save()
                     raise Preempted(f"{job.label} after {done} of {total} batches; run it again to go on")
@@ -129,7 +132,6 @@ class Trainer:
             self._forward = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         if self.settings.compile:
             self._forward = torch.compile(self._forward)  # type: ignore[assignment]
-        self._profiler = profiler(job) if job.profile is not None and distributed.main else None
 
     def step(self, view1: Tensor, view2: Tensor, kept1: Tensor, kept2: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step on one sampling. Views (B, 3, S, S), kept (B, n) -> loss, mean positive cosine, on the device.
@@ -159,10 +161,6 @@ class Trainer:
 
         forward = getattr(self._forward, "_orig_mod", self._forward)
         return forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else nullcontext()
-
-    def profile_step(self) -> None:
-        if self._profiler is not None:
-            self._profiler.step()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -242,24 +240,6 @@ class Meter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums.copy_(state["sums"])
         self.steps, self.last = state["steps"], state["last"]
-
-
-def profiler(job: StageJob) -> torch.profiler.profile:
-    """Traces two batches after three of warm-up into `job.profile`, for ui.perfetto.dev."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    path = job.profile
-    assert path is not None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = torch.profiler.profile(
-        activities=activities,
-        schedule=torch.profiler.schedule(wait=2, warmup=1, active=2, repeat=1),
-        on_trace_ready=lambda p: p.export_chrome_trace(str(path)),
-        record_shapes=True,
-    )
-    result.start()
-    return result
 
 
 def _finish(

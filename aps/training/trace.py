@@ -1,0 +1,63 @@
+"""A profiler trace of a few batches of a training loop (`--profile FILE`), for ui.perfetto.dev. It changes no result.
+
+Two batches are recorded, after two that are let pass and one that the profiler itself warms up on.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+PASSED, WARM_UP, RECORDED = 2, 1, 2  # batches
+
+
+class Trace:
+    """Records inside `with`; call `batch_done` after every batch. With no file it does nothing.
+
+    Args:
+        file: where the trace goes, in Chrome's trace format; None: no trace.
+        device: of the training; a GPU's kernels are recorded too.
+        writes: false on all ranks but the first.
+    """
+
+    def __init__(self, file: Path | None, device: torch.device, writes: bool = True) -> None:
+        self.file, self._profile, self._batches = file, None, 0
+        if file is None or not writes:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        plan = schedule(wait=PASSED, warmup=WARM_UP, active=RECORDED, repeat=1)
+        self._profile = profile(
+            activities=activities,
+            schedule=plan,
+            on_trace_ready=lambda p: p.export_chrome_trace(str(file)),
+            record_shapes=True,
+        )
+
+    def batch_done(self) -> None:
+        if self._profile is not None:
+            self._profile.step()
+            self._batches += 1
+
+    def __enter__(self) -> Trace:
+        if self._profile is not None:
+            self._profile.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._profile is None:
+            return
+        if (needed := PASSED + WARM_UP + RECORDED) > self._batches:
+            print(
+                f"{self.file}: no trace, {self._batches} batches were left to train and it takes {needed}; "
+                "profile a longer run",
+                file=sys.stderr,
+            )
+            self._profile.on_trace_ready = lambda p: None  # stop() would write what it has
+        self._profile.stop()
