@@ -1,0 +1,169 @@
+"""A tiny study run by Snakemake as a user runs it, every stage and the report, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from tiny_study import STUDY, checkout, put
+
+from aps import tracking
+from aps.config import STAGES, load_study
+from aps.results import OUTPUTS, read_history, stage_folder
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("end_to_end")]
+
+STUDY_OBJECT = load_study([], STUDY)
+JOBS = STUDY_OBJECT.jobs()
+FIELDS = {
+    "stage", "experiment", "seed", "metrics", "settings", "settings_digest", "dataset", "encoder", "started", "finished",
+    "wall_seconds", "mlflow_run_id", "mlflow_complete", "version", "commit", "command", "hardware", "packages",
+}  # fmt: skip
+
+
+def snakemake(folder: Path, *arguments: str, status: int = 0) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    run = subprocess.run(
+        [sys.executable, "-m", "snakemake", *arguments, "--cores", "2"],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200,
+    )  # fmt: skip
+    assert run.returncode == status, run.stdout[-6000:]
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkout in which the study has run; its output is in out.txt."""
+    folder = checkout(tmp_path_factory.mktemp("tiny"))
+    (folder / "out.txt").write_text(snakemake(folder, "all", "--configfile", "study.yaml"))
+    return folder
+
+
+def of(study: Path, experiment: str, seed: int, stage: str) -> Path:
+    return stage_folder(study / "results", experiment, seed, stage)
+
+
+def metrics(study: Path, *job: Any) -> dict[str, Any]:
+    return dict(json.loads((of(study, *job) / "metrics.json").read_text()))
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_a_stage_leaves_its_files_and_metrics_that_say_how_they_came_about(
+    study: Path, job: tuple[str, int, str]
+) -> None:
+    assert {file.name for file in of(study, *job).iterdir()} == {*OUTPUTS[job[2]], "tracking.json"}
+    found = metrics(study, *job)
+    settings = STUDY_OBJECT.stage_settings(*job)
+    assert set(found) >= FIELDS
+    assert (found["experiment"], found["seed"], found["stage"]) == job
+    assert found["settings"] == settings.relevant() and found["settings_digest"] == settings.digest
+    manifest = json.loads((study / f"results/data/{settings.dataset_name}/manifest.json").read_text())
+    assert found["dataset"] == {"name": settings.dataset_name, "digest": manifest["digest"]}
+    assert found["metrics"] and found["wall_seconds"] > 0 and found["hardware"]["processes"] == 1
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_the_journal_has_steps_in_order_and_times(study: Path, job: tuple[str, int, str]) -> None:
+    lines = read_history(of(study, *job) / "history.jsonl")
+    steps = [line["step"] for line in lines]
+    assert lines and steps == sorted(steps) and all(line["time"] > 1.7e9 and len(line) > 2 for line in lines)
+
+
+def test_weights_are_safetensors_under_timms_names(study: Path) -> None:
+    encoder = load_file(of(study, "aps", 0, "pretrain") / "encoder.safetensors")
+    assert encoder["cls_token"].shape == (1, 1, 24) and "blocks.0.attn.qkv.weight" in encoder
+    for job in JOBS:
+        for name in OUTPUTS[job[2]]:
+            if name.endswith(".safetensors"):
+                assert all(tensor.isfinite().all() for tensor in load_file(of(study, *job) / name).values())
+
+
+def test_downstream_stages_name_the_pretraining_they_came_from(study: Path) -> None:
+    source = metrics(study, "aps", 0, "pretrain")
+    for experiment, seed, stage in JOBS:
+        if stage != "pretrain":
+            encoder = metrics(study, experiment, seed, stage)["encoder"]
+            expected = source["settings_digest"] if experiment == "aps" else None
+            assert encoder["settings_digest"] == expected, (experiment, stage)
+
+
+def test_mlflow_has_a_run_of_each_stage_with_params_curves_final_metrics_and_figures(study: Path) -> None:
+    client = tracking._client(f"sqlite:///{study}/results/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {f"{name}/seed{seed}/{stage}" for name, seed, stage in JOBS} | {"report"}
+    for job in JOBS:
+        name, seed, stage = job
+        run, found = runs[f"{name}/seed{seed}/{stage}"], metrics(study, *job)
+        assert run.info.status == "FINISHED" and run.info.run_id == found["mlflow_run_id"] and found["mlflow_complete"]
+        assert run.data.params["seed"] == "0" and f"{stage}.precision" in run.data.params
+        final = {k: v for k, v in found["metrics"].items() if isinstance(v, int | float)}
+        sent = {k.removeprefix("final/"): v for k, v in run.data.metrics.items() if k.startswith("final/")}
+        assert sent == pytest.approx(final)
+        first = read_history(of(study, *job) / "history.jsonl")[0]
+        key = next(key for key in first if key not in ("step", "time"))
+        assert client.get_metric_history(run.info.run_id, key)[0].value == pytest.approx(first[key])
+        tag = run.data.tags.get("encoder_run_id")
+        expected = runs["aps/seed0/pretrain"].info.run_id if name == "aps" and stage != "pretrain" else None
+        assert tag == expected
+        assert run.data.tags["dataset"] == ("digits_coco" if stage == "detection" else "digits")
+    detection = runs["aps/seed0/detection"].info.run_id
+    assert [file.path for file in client.list_artifacts(detection, "figures")] == ["figures/predictions.png"]
+
+
+def test_the_report_shows_every_run(study: Path) -> None:
+    page = (study / "results/report/tiny/report.html").read_text()
+    assert "<html" in page and "aps" in page and "floor" in page
+    assert len((study / "results/report/tiny/results.csv").read_text().splitlines()) > 1
+
+
+def test_each_job_left_a_log_and_a_benchmark(study: Path) -> None:
+    for name, seed, stage in JOBS:
+        log = (study / f"results/logs/{name}/seed{seed}/{stage}.log").read_text()
+        assert "Traceback" not in log and (stage == "detection" or "[####################] 100%" in log), log
+        assert (study / f"results/benchmarks/{name}/seed{seed}/{stage}.tsv").exists()
+
+
+def test_the_user_sees_progress_and_no_warning(study: Path) -> None:
+    text = (study / "out.txt").read_text()
+    assert re.search(r"^pretrain aps/seed0 +\[#{20}\] 100%  4/4 batches +[\d,]+ images/s", text, re.MULTILINE)
+    assert not [line for line in text.splitlines() if "warning" in line.lower()]
+
+
+def test_run_again_it_does_nothing_and_says_so(study: Path) -> None:
+    assert "Nothing to be done" in snakemake(study, "all", "--configfile", "study.yaml")
+
+
+def test_a_failing_stage_stops_only_what_needs_it_and_shows_its_sentence(study: Path) -> None:
+    more = put(STUDY, ("experiments", "wrong"), {"inherits": "aps", "stages": ["pretrain", "knn"], "pretrain": {"accumulate": 3}})  # fmt: skip
+    more = put(more, ("experiments", "right"), {"inherits": "floor", "stages": ["knn"], "knn": {"k": [2]}})
+    (study / "more.yaml").write_text(yaml.safe_dump(more))
+    text = snakemake(study, "knn", "--configfile", "more.yaml", status=1)
+    assert "error: pretrain.accumulate 3 does not divide the 64 images of a process" in text
+    assert "Traceback" not in text
+    assert metrics(study, "right", 0, "knn")["metrics"] and not of(study, "wrong", 0, "knn").exists()
+    assert metrics(study, "aps", 0, "pretrain")
+
+
+def test_a_forced_stage_is_computed_again_and_nothing_else(study: Path) -> None:
+    before = {job: metrics(study, *job)["finished"] for job in JOBS}
+    text = snakemake(study, "knn", "--forcerun", "knn", "--configfile", "study.yaml")
+    assert "finished before with these settings" not in text
+    after = {job: metrics(study, *job)["finished"] for job in JOBS}
+    assert {job for job in JOBS if before[job] != after[job]} == {job for job in JOBS if job[2] == "knn"}
+    # And once more, though no report has read what was just finished.
+    text = snakemake(study, "knn", "--forcerun", "knn", "--configfile", "study.yaml")
+    assert "finished before with these settings" not in text
+    assert {job for job in JOBS if after[job] != metrics(study, *job)["finished"]} == {j for j in JOBS if j[2] == "knn"}
+
+
+def test_every_stage_is_in_the_study() -> None:
+    assert {stage for _, _, stage in JOBS} == set(STAGES)
