@@ -378,6 +378,12 @@ def test_all_free_cells_are_kept_and_the_rest_filled_up_uniformly():
     assert goodness(fill.nonzero()[:, 1].view(-1, 2), expected) > 1e-3
 
 
+def test_covered_cells_come_last_however_weak_the_preference():
+    covered = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.5, 1.0, 1.0]).expand(5000, 1, -1)
+    draws = selective(covered, 2, 0.01, uniform(5000, 4))[:, 0].sort(1).values
+    assert torch.equal(draws, torch.tensor([1, 4]).expand(5000, -1))
+
+
 def test_identical_boxes_give_complementary_cells():
     settings = SamplingSettings(ratio=0.25, samplings=4)
     boxes = [[3, 5, 21, 17]] * 50
