@@ -75,11 +75,14 @@ class Plan:
         go on, and which belongs to the working directory.
 
         Raises:
-            UserError: another one is at work there.
+            UserError: another one is at work there, or the folder cannot be written.
         """
         path = Path(self.study.results, ".lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = path.open("a+")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = path.open("a+")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); set another `results` folder") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

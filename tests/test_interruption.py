@@ -186,3 +186,14 @@ def test_two_snakemakes_do_not_share_a_results_folder_and_a_kill_leaves_no_lock(
             Plan.load(["interrupted.yaml"], {}).hold_results()
         other.kill()
     Plan.load(["interrupted.yaml"], {}).hold_results()
+
+
+def test_results_that_cannot_be_written_are_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkout(tmp_path))
+    (tmp_path / "results").write_text("a file where the folder should be")
+    with pytest.raises(
+        UserError, match=r"results/.lock: cannot be written \(File exists\); set another `results` folder"
+    ):
+        Plan.load(["interrupted.yaml"], {}).hold_results()
