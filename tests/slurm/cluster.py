@@ -27,6 +27,7 @@ ETC = Path("/etc/slurm")
 MARK = "# Written by the tests of aps-vit; removed when they end."
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 NAME = "apstest"
+PATIENCE = 120  # seconds for one command of Slurm; a machine with other things to do takes more than a moment
 GPUS = {"n1": 4, "n2": 4, "n3": 0, "n4": 0}
 
 SLURM_CONF = """{mark}
@@ -86,7 +87,7 @@ class Cluster:
         state: folder for logs, spool, sockets and devices; short, because a socket's path has at most 107 characters.
 
     Raises:
-        RuntimeError: a daemon ended or no node became idle within half a minute; the message holds its log.
+        RuntimeError: a daemon ended or no node became idle in time; the message holds its log.
     """
 
     def __init__(self, state: Path) -> None:
@@ -111,8 +112,8 @@ class Cluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.daemons:
-            subprocess.run(["scancel", "--user=root"], capture_output=True, timeout=20)
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
+                subprocess.run(["scancel", "--user=root"], capture_output=True, timeout=PATIENCE)
                 self._wait_until(lambda: not run("squeue", "-h"), 25)
         for daemon in reversed(self.daemons):
             daemon.terminate()
@@ -159,12 +160,12 @@ class Cluster:
         }
         munge = [f"--{kind}={file}" for kind, file in files.items()]
         self._spawn("munged", "--foreground", "--force", f"--key-file={self.state}/munge.key", *munge)
-        self._wait_until(lambda: (self.state / "munge.socket").exists(), 10)
+        self._wait_until(lambda: (self.state / "munge.socket").exists(), PATIENCE)
         self._spawn("slurmctld", "-D", "-c")
         for node in GPUS:
             self.nodes[node] = self._spawn("slurmd", "-D", "-c", "-N", node)
         if not self._wait_until(
-            lambda: set(run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == set(GPUS), 30
+            lambda: set(run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == set(GPUS), PATIENCE
         ):
             raise RuntimeError(f"Slurm did not come up: {run('sinfo', '-R')}\n{self.logs()}")
 
@@ -209,7 +210,7 @@ class Cluster:
 
 def run(*command: str) -> str:
     """Standard output of a Slurm command, or its standard error where it failed."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     return (done.stdout if done.returncode == 0 else done.stderr).strip()
 
 
