@@ -8,6 +8,8 @@ the data order.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -152,7 +154,8 @@ class Engine(engine.Engine):
         label_of = {category: label for label, category in enumerate(val.categories)}
         rows = [{**row, "category_id": label_of[row["category_id"]]} for row in results]
         evaluator.process([{"rows": rows}], [{}])
-        found = evaluator.evaluate()
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints tables
+            found = evaluator.evaluate()
         metrics = {**found["bbox"], **found["segm"]}
         return {**metrics, "per_class": evaluator.per_class}
 
