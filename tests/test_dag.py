@@ -118,7 +118,7 @@ def test_another_tracking_server_in_the_environment_reruns_no_stage(finished: Pa
     [
         (("finetune", "--forcerun", "finetune"), FINETUNINGS),
         (("all", "--forcerun", "finetune"), {*FINETUNINGS, "report"}),
-        (("--forcerun", "pretrain", "knn", "--", "knn"), {"pretrain_encoder aps", "knn_encoder aps", "knn_encoder floor"}),
+        (("knn", "--forcerun", "pretrain", "knn"), {"pretrain_encoder aps", "knn_encoder aps", "knn_encoder floor"}),
         (("report", "--forcerun", "report"), {"report"}),
         (("results/aps/seed0/knn/metrics.json", "--force"), {"knn_encoder aps"}),
     ],
