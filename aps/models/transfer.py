@@ -80,6 +80,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
+    with path.open("rb") as file:
+        if not file.read(2).startswith((b"PK", b"\x80")):  # a zip archive, or a pickle of older versions
+            raise UserError(f"checkpoint {path} is not a PyTorch file; give a state dict (.pt, .pth)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -195,6 +195,12 @@ def test_other_files_are_one_sentence(tmp_path: Path, content: Any, message: str
         import_weights(tmp_path / "x.pth", tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         import_weights(tmp_path / "none.pth", tmp_path)
+    (tmp_path / "x.pth").write_bytes(b"\x89PNG, say")  # nothing to be trusted and opened all the same
+    with pytest.raises(UserError, match=r"not a PyTorch file; give a state dict"):
+        import_weights(tmp_path / "x.pth", tmp_path)
+    torch.save({"weight": torch.ones(3)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="'weight' is not a name of the APS release"):
+        import_weights(tmp_path / "x.pth", tmp_path)
 
 
 def test_a_width_that_does_not_tell_its_heads_needs_them_said(tmp_path: Path) -> None:
