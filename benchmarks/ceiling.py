@@ -31,9 +31,10 @@ def main() -> None:
     side = 64 if args.quick else 8192 if gpu else 2048
     repeats = 2 if args.quick else 5
     encoder = EncoderSettings(arch="tiny", depth=1 if args.quick else None)
-    rows, bars, result = [], {}, {}
+    settings = {"arch": "tiny", "patch_size": 2, "image_size": 32, "ratio": 0.25, "batch": batch, "side": side,
+                "compile": args.compile, "repeats": repeats}  # fmt: skip
     with processes() as distributed:
-        for precision in args.precision:
+        for precision in args.precision[: 1 if args.quick else None]:
             study = experiment(encoder, 0.25, batch, precision=precision, compile=args.compile)
             flops = pretraining_step_flops(study)
             one, tensors = trainer(study, distributed), inputs(study, distributed.device)
@@ -47,21 +48,22 @@ def main() -> None:
                 own.append(flops / seconds(lambda o=one, t=tensors: o.step(*t, 1e-4)))  # type: ignore[misc]
                 taken = seconds(lambda n=products, a=a, b=b: [a @ b for _ in range(n)])  # type: ignore[misc]
                 ceiling.append(products * 2 * side**3 / taken)
-            shares = [100 * x / y for x, y in zip(own, ceiling, strict=True)]
+            share = spread([100 * x / y for x, y in zip(own, ceiling, strict=True)])
+            what = f"step of ViT-tiny/2, B={batch}, {precision}: share of a matrix product's FLOP/s"
             target = 55 if precision == "fp32" and not gpu else None
-            rows.append(row(f"step of ViT-tiny/2, B={batch}, {precision}: share of a matrix product's FLOP/s",
-                            spread(shares), "%", target))  # fmt: skip
-            result[precision] = {"step_flops_a_second": spread(own), "product_flops_a_second": spread(ceiling),
-                                 "share_percent": spread(shares), "images_a_second": spread(
-                                     [batch * x / flops for x in own])}  # fmt: skip
-            bars[f"step, {precision}"] = spread([x / 1e9 for x in own])
-            bars[f"product {side}x{side}, {precision}"] = spread([x / 1e9 for x in ceiling])
-    settings = {"arch": "tiny", "patch_size": 2, "image_size": 32, "ratio": 0.25, "batch": batch, "side": side,
-                "compile": args.compile, "repeats": repeats}  # fmt: skip
-    name = "ceiling-compile" if args.compile else "ceiling"
-    write(name, {"rows": rows, **result}, settings, args.out)
-    title = f"Training step of ViT-tiny/2, r=0.25, B={batch}" + (", compiled" if args.compile else "")
-    plot(name, bars, "GFLOP/s", title, {key for key in bars if key.startswith("step")}, args.out)
+            result = {
+                "rows": [row(what, share, "%", target)], "step_flops_a_second": spread(own),
+                "product_flops_a_second": spread(ceiling), "images_a_second": spread([batch * x / flops for x in own]),
+                "all": {"step": own, "product": ceiling},
+            }  # fmt: skip
+            name = f"ceiling-{precision}" + ("-compile" if args.compile else "")
+            write(name, result, settings | {"precision": precision}, args.out)
+            bars = {
+                "step": spread([x / 1e9 for x in own]),
+                f"product {side}x{side}": spread([x / 1e9 for x in ceiling]),
+            }
+            title = f"Training step of ViT-tiny/2, r=0.25, B={batch}, {precision}" + ", compiled" * args.compile
+            plot(name, bars, "GFLOP/s", title, {"step"}, args.out)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,8 @@ def machine() -> dict[str, Any]:
 def label(found: dict[str, Any] | None = None) -> str:
     """The machine in a few words, for titles and file names: the GPU's name, or the number of CPU cores."""
     found = found or machine()
-    return found.get("gpu") or f"{found['cpu']}, {found['torch_threads']} threads"
+    threads = found["torch_threads"]
+    return found.get("gpu") or f"{found['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def write(name: str, result: dict[str, Any], settings: dict[str, Any], folder: Path = RESULTS) -> Path:

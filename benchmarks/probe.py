@@ -29,7 +29,7 @@ def main() -> None:
     os.environ["MLFLOW_TRACKING_URI"] = "none"
     encoder = EncoderSettings(arch="micro", depth=1 if args.quick else None, image_size=16, patch_size=2)
     lrs = LinearProbeSettings().lrs[: 2 if args.quick else None]
-    images, epochs = (300, 1) if args.quick else (1438, 5)
+    images, epochs = (300, 1) if args.quick else (1438, 3)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
@@ -55,7 +55,7 @@ def main() -> None:
             for lr in lrs:
                 probe(lr)
 
-        found = compare(lambda: probe(*lrs), one_after_the_other, repeats=2 if args.quick else 5, warmup=1)
+        found = compare(lambda: probe(*lrs), one_after_the_other, repeats=2 if args.quick else 3, warmup=1)
     rows = [row(f"linear probe, {len(lrs)} learning rates at once", found["ratio"])]
     settings = {"heads": len(lrs), "encoder": encoder.model_dump(), "images": images, "epochs": epochs, "batch": 256}
     write("probe", {"rows": rows, **found}, settings, args.out)

@@ -137,7 +137,7 @@ def draw(name: str, result: dict[str, Any], title: str, folder: Path) -> None:
         label="operations",
     )
     left.set_ylabel(f"time of a step (full: {full:.3g} s)")
-    left.legend(frameon=False)
+    left.legend(frameon=False, loc="upper left")
     right.bar(names, [result["memory_gib"][r] for r in RATIOS], color=[OURS] * 3 + [OTHER], width=0.6)
     right.set_ylabel("peak memory, GiB")
     for axes in (left, right):

@@ -58,7 +58,10 @@ def main() -> None:
     write("views", {"rows": rows, **found}, chosen, args.out)
     milliseconds = {
         f"{name}: {what}": {key: 1000 * value / images for key, value in found[name].items()}
-        for name, what in (("ours", "batched tensors"), ("ordinary", f"PIL in {workers} workers"))
+        for name, what in (
+            ("ours", "batched tensors"),
+            ("ordinary", f"PIL, {workers} worker{'s' if workers > 1 else ''}"),
+        )
     }
     title = f"Two views and {settings.samplings} samplings of an image, {size} px"
     plot("views", milliseconds, "ms an image", title, {next(iter(milliseconds))}, args.out)

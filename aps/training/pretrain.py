@@ -33,6 +33,7 @@ from aps.training.distributed import Distributed, processes
 from aps.training.interrupt import stop_requested
 from aps.training.knn import monitor
 from aps.training.loss import contrastive_loss
+from aps.training.memory import keep_memory
 from aps.training.order import SAMPLING, seeded
 from aps.training.pairs import Pairs
 from aps.training.precision import Precision
@@ -118,6 +119,8 @@ class Trainer:
                 f"pretrain.accumulate {self.settings.accumulate} does not divide the {own} images of a process "
                 "(pretrain.batch_size over the processes); change either"
             )
+        if distributed.device.type == "cpu":
+            keep_memory()
         torch.manual_seed(job.settings.seed)
         encoder = build_encoder(job.settings.encoder)
         encoder.set_grad_checkpointing(self.settings.activation_checkpointing)

@@ -1,0 +1,52 @@
+"""pretrain.compile: the same step, up to rounding, and the same checkpoint.
+
+Whole runs are not compared with plain ones: the encoder's last bias has no gradient but rounding (BatchNorm follows), of
+which AdamW makes steps of full size, so that any other rounding gives another run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import small
+import torch
+
+from aps.training.pretrain import Trainer
+
+pytestmark = pytest.mark.slow  # the compiler takes most of a minute
+
+
+def step(digits: Path, folder: Path, compiled: bool) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Loss, positive cosine and what AdamW has seen of the gradient (its first moment) after one step."""
+    job = small.job("pretrain", digits, folder, compile=compiled)
+    trainer = Trainer(job, small.ONE)
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.randn(32, 3, 16, 16, generator=generator) for _ in range(2)]
+    kept = [torch.rand(32, 16, generator=generator).argsort(1)[:, :4] for _ in range(2)]
+    loss, cosine = trainer.step(*views, *kept, lr=1e-3)
+    names = [name for name, _ in trainer.model.named_parameters()]
+    moments = trainer.optimizer.state_dict()["state"]
+    return float(loss), float(cosine), {name: moments[i]["exp_avg"] for i, name in enumerate(names)}
+
+
+def test_a_compiled_step_is_the_plain_step(digits: Path, tmp_path: Path) -> None:
+    plain, compiled = (step(digits, tmp_path / str(on), on) for on in (False, True))
+    assert compiled[:2] == pytest.approx(plain[:2], rel=1e-5, abs=1e-6)
+    for name, gradient in plain[2].items():  # the encoder's last bias has none but rounding
+        assert (compiled[2][name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5, name
+
+
+def test_a_compiled_run_resumes_where_it_stopped_and_its_state_loads_into_a_plain_one(
+    digits: Path, tmp_path: Path
+) -> None:
+    whole = small.job("pretrain", digits, tmp_path / "whole", compile=True)
+    stopped = small.job("pretrain", digits, tmp_path / "stopped", compile=True)
+    expected = small.run(whole)
+    small.run(stopped, stop_after=2)
+    plain = small.job("pretrain", digits, tmp_path / "plain")
+    plain.checkpoints.mkdir(parents=True)
+    (state,) = stopped.checkpoints.glob("state-*.pt")
+    (plain.checkpoints / state.name).write_bytes(state.read_bytes())
+    assert small.run(stopped) == expected
+    assert small.run(plain)["epochs"] == 2
