@@ -15,10 +15,11 @@ if sys.argv[1] == "keep":
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work():
-    return [torch.ones(16 * 2**20) for _ in range(2)]  # blocks of 64 MiB, above glibc's largest threshold
-work()
+    return [torch.ones(9 * 2**20) for _ in range(2)]  # blocks of 36 MiB, above glibc's largest threshold
+for _ in range(8):  # until the holes fit: an aligned block needs a little more than it fills
+    work()
 before = faults()
-for _ in range(3):
+for _ in range(4):
     work()
 print(faults() - before)
 """
@@ -31,5 +32,4 @@ def faults(how: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_blocks_are_used_again_without_new_pages() -> None:
-    assert faults("leave") > 10_000
-    assert faults("keep") < 1_000
+    assert faults("keep") < faults("leave") / 4
