@@ -133,7 +133,7 @@ def write(name: str, result: dict[str, Any], settings: dict[str, Any], folder: P
     content = {
         "benchmark": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": _command(),
         "commit": _commit(),
         "machine": machine(),
         "settings": settings,
@@ -156,6 +156,14 @@ def table_line(found: dict[str, Any]) -> str:
 def _path(name: str, folder: Path, suffix: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{name}-{'gpu' if torch.cuda.is_available() else 'cpu'}.{suffix}"
+
+
+def _command() -> str:
+    """Without --out: where the result goes is not how it was made."""
+    given = list(sys.argv[1:])
+    if "--out" in given:
+        del given[given.index("--out") : given.index("--out") + 2]
+    return " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *given])
 
 
 def _commit() -> str | None:
