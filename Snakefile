@@ -30,7 +30,6 @@ localrules:
     linear_probe,
     knn,
     detection,
-    tracking,
 
 
 rule all:

@@ -142,10 +142,6 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("sync", _sync, "send MLflow what it missed of finished runs")
     _study_options(p)
-
-    p = verb("init-tracking", _init_tracking, "create MLflow's SQLite store, before several stages write to it")
-    p.add_argument("--uri", help="the store (default: the study's, or MLFLOW_TRACKING_URI)")
-    _study_options(p)
     return top
 
 
@@ -345,9 +341,3 @@ def _sync(args: argparse.Namespace) -> None:
         raise UserError(
             f"MLflow at {tracking_uri(study)} did not take {missing} runs; start it and run `python -m aps sync` again"
         )
-
-
-def _init_tracking(args: argparse.Namespace) -> None:
-    from aps.tracking import prepare_store, tracking_uri
-
-    prepare_store(args.uri or tracking_uri(_load(args)))

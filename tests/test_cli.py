@@ -77,7 +77,7 @@ def options() -> Iterator[tuple[str, argparse.Action]]:
 
 
 def test_there_is_a_verb_for_each_stage_and_tool() -> None:
-    tools = {"data", "report", "results", "check", "estimate", "sync", "export", "import-weights", "show-views", "init-tracking"}  # fmt: skip
+    tools = {"data", "report", "results", "check", "estimate", "sync", "export", "import-weights", "show-views"}  # fmt: skip
     assert set(STAGES) | tools <= set(verbs())
 
 
@@ -235,13 +235,15 @@ def test_a_missing_encoder_says_which_stage_makes_it(
     assert "results/aps/seed0/pretrain/encoder.safetensors is missing; run the stage that makes it" in sentence
 
 
-@pytest.mark.parametrize("verb", ["knn", "init-tracking"])
+@pytest.mark.parametrize("verb", ["knn", "data"])
 def test_a_results_folder_that_cannot_be_written_is_one_sentence(
     verb: str, folder: Path, played: list[StageJob], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     (folder / "file").write_text("")
-    arguments = ["--manifest", "results/data/digits/manifest.json", "--experiment", "floor"] if verb == "knn" else []
+    arguments = (
+        ["--manifest", "results/data/digits/manifest.json", "--experiment", "floor"] if verb == "knn" else ["digits"]
+    )
     sentence = fails(capsys, verb, *arguments, "--set", "results=file")
     assert "file" in sentence and re.search(r"Not a directory|File exists", sentence)
 

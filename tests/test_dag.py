@@ -69,7 +69,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         whole = Plan.load(["study.yaml"], {})
     files = [
         *whole.manifests(),
-        "results/.tracking",
         "results/report/tiny/report.html",
         "results/report/tiny/results.csv",
     ]
@@ -99,7 +98,7 @@ def test_nothing_is_done_where_all_is_finished(finished: Path) -> None:
         ("resources", {"default": {"threads": 2, "mem_mb": 900, "runtime": 5}, "pretrain": {"gpus": 1}}, set()),
         ("experiments__aps__resources", {"knn": {"workers": 2, "partition": "long"}}, set()),
         ("sources", {"digits": {"path": "/elsewhere", "download": False}}, set()),
-        ("tracking_uri", "http://127.0.0.1:9", {"tracking"}),
+        ("tracking_uri", "http://127.0.0.1:9", set()),
     ],
 )
 def test_a_changed_setting_reruns_what_depends_on_it_and_nothing_else(
@@ -110,7 +109,7 @@ def test_a_changed_setting_reruns_what_depends_on_it_and_nothing_else(
 
 def test_another_tracking_server_in_the_environment_reruns_no_stage(finished: Path) -> None:
     text = snakemake(finished, "-n", "--configfile", "study.yaml", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
-    assert set(re.findall(r"^(?:local)?rule (\w+):", text, re.MULTILINE)) == {"tracking"}
+    assert "Nothing to be done" in text
 
 
 @pytest.mark.parametrize(
@@ -142,7 +141,7 @@ def test_results_copied_to_another_place_are_not_computed_again(tmp_path: Path, 
     folder = shutil.copytree(finished, tmp_path / "moved", symlinks=True, copy_function=shutil.copy)
     for file in (folder / "results").rglob("*.json"):
         os.utime(file, (1, 1))
-    assert plan(folder) <= {"tracking"}  # MLflow's store has another path
+    assert plan(folder) == set()
 
 
 def test_an_experiment_more_runs_that_experiment_and_the_report(finished: Path) -> None:
@@ -161,10 +160,10 @@ def test_every_target_is_planned_without_data(empty: Path, target: str) -> None:
     if target == "data":
         assert jobs == {"prepare_dataset digits", "prepare_dataset digits_coco"}
     elif target in STAGES:
-        upstream = {"prepare_dataset", "tracking", "pretrain_encoder", JOB_RULES[target]}
+        upstream = {"prepare_dataset", "pretrain_encoder", JOB_RULES[target]}
         assert rules == upstream
     else:
-        assert rules == {*JOB_RULES.values(), "tracking", "report"}
+        assert rules == {*JOB_RULES.values(), "report"}
 
 
 def test_every_result_file_is_a_target(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +173,7 @@ def test_every_result_file_is_a_target(empty: Path, monkeypatch: pytest.MonkeyPa
     report = ["results/report/tiny/report.html", "results/report/tiny/results.csv"]
     assert plan(empty, *whole.manifests(), *stages, *report) == plan(empty)
     floor = plan(empty, "results/floor/seed0/knn/metrics.json")
-    assert floor == {"prepare_dataset digits", "tracking", "knn_encoder floor"}
+    assert floor == {"prepare_dataset digits", "knn_encoder floor"}
 
 
 @pytest.mark.parametrize("option", ["--dag", "--rulegraph"])
@@ -225,9 +224,7 @@ def test_every_rule_of_a_job_declares_all_of_it(empty: Path) -> None:
             if "shell:" not in body:
                 continue  # a target
             parts = re.findall(r"^    (\w+):", body, re.MULTILINE)
-            needed = {"output", "params", "log", "shell"}
-            if name != "tracking":  # seconds, and once
-                needed |= {"benchmark", "threads", "resources"}
+            needed = {"output", "params", "log", "benchmark", "threads", "resources", "shell"}
             assert needed <= set(parts), (name, needed - set(parts))
             assert len(re.findall(r"-m aps \w+", body)) == 1 and "| tee {log:q}" in body, name
             assert parts == [part for part in ORDER if part in parts], name

@@ -222,9 +222,12 @@ def test_a_run_has_params_tags_curves_final_metrics_and_figures(tmp_path: Path, 
     assert_whole(store, job)
     (run,) = runs(store)
     assert run.info.run_name == "aps/seed0/knn"
-    assert {"stage": "knn", "experiment": "aps", "dataset": "", "settings_digest": job.settings.digest}.items() <= (
-        run.data.tags.items()
-    )
+    assert {
+        "stage": "knn",
+        "experiment": "aps",
+        "dataset": "digits",
+        "settings_digest": job.settings.digest,
+    }.items() <= (run.data.tags.items())
     artifacts = tracking._client(store).list_artifacts(run.info.run_id, "figures")
     assert [file.path for file in artifacts] == ["figures/picture.png"]
     assert sync(tmp_path / "results", store) == (0, 0)  # nothing to do

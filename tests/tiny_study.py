@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from aps.config import KnnSettings, StageSettings
+from aps.config import DatasetSettings, KnnSettings, StageSettings
 from aps.results import StageJob, checkpoint_folder, stage_folder
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +73,9 @@ def fake_job(results: Path, experiment: str = "aps", seed: int = 0, k: int = 5, 
     if not manifest.exists():
         manifest.parent.mkdir(parents=True)
         manifest.write_text(json.dumps({"name": "digits", "digest": "0123"}))
-    settings = StageSettings(stage="knn", experiment=experiment, seed=seed, knn=KnnSettings(k=(k,)))
+    settings = StageSettings(
+        stage="knn", experiment=experiment, seed=seed, dataset=DatasetSettings(name="digits"), knn=KnnSettings(k=(k,))
+    )
     return StageJob(
         settings=settings,
         manifest=manifest,

@@ -1,4 +1,4 @@
-# Datasets and MLflow's store: what has to exist before anything trains.
+# Datasets: what has to exist before anything trains.
 
 
 rule data:
@@ -23,15 +23,3 @@ rule prepare_dataset:
         **PLAN.resources("data"),
     shell:
         "{PYTHON:q} -m aps data {wildcards.dataset} --out {params.folder:q} {params.source} 2>&1 | tee {log:q}"
-
-
-# Stages need the store to exist and take it as `ancient`: another store is no reason to compute anything again.
-rule tracking:
-    output:
-        touch(f"{RESULTS}/.tracking"),
-    params:
-        uri=PLAN.tracking_uri,
-    log:
-        f"{RESULTS}/logs/tracking.log",
-    shell:
-        "{PYTHON:q} -m aps init-tracking --uri {params.uri:q} 2>&1 | tee {log:q}"

@@ -9,7 +9,6 @@ rule detection:
 rule detect_encoder:
     input:
         unpack(PLAN.inputs("detection")),
-        tracking=ancient(f"{RESULTS}/.tracking"),
     output:
         **PLAN.output("detection"),
     params:

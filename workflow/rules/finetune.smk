@@ -9,7 +9,6 @@ rule finetune:
 rule finetune_encoder:
     input:
         unpack(PLAN.inputs("finetune")),
-        tracking=ancient(f"{RESULTS}/.tracking"),
     output:
         **PLAN.output("finetune"),
     params:

@@ -9,7 +9,6 @@ rule knn:
 rule knn_encoder:
     input:
         unpack(PLAN.inputs("knn")),
-        tracking=ancient(f"{RESULTS}/.tracking"),
     output:
         **PLAN.output("knn"),
     params:

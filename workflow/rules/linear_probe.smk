@@ -9,7 +9,6 @@ rule linear_probe:
 rule probe_encoder:
     input:
         unpack(PLAN.inputs("linear_probe")),
-        tracking=ancient(f"{RESULTS}/.tracking"),
     output:
         **PLAN.output("linear_probe"),
     params:

@@ -9,7 +9,6 @@ rule pretrain:
 rule pretrain_encoder:
     input:
         unpack(PLAN.inputs("pretrain")),
-        tracking=ancient(f"{RESULTS}/.tracking"),
     output:
         **PLAN.output("pretrain"),
     params:
