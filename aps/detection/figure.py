@@ -14,12 +14,11 @@ from pycocotools import mask as rle
 from aps.detection.annotations import CocoSplit
 
 SHOWN = 6  # images
-MIN_SCORE = 0.5
 ALPHA = 0.45  # of a mask's colour
 
 
 def predictions_figure(path: Path, split: CocoSplit, results: list[dict[str, Any]]) -> None:
-    """Writes a PNG: images spread over the split, the truth above, detections of at least MIN_SCORE below.
+    """Writes a PNG: images spread over the split, the truth above, below it as many detections, the best ones.
 
     Args:
         results: detections in COCO's result format.
@@ -27,7 +26,7 @@ def predictions_figure(path: Path, split: CocoSplit, results: list[dict[str, Any
     indices = np.linspace(0, len(split) - 1, min(SHOWN, len(split))).round().astype(int)
     by_image: dict[int, list[dict[str, Any]]] = {split.ids[i]: [] for i in indices}
     for row in results:
-        if row["image_id"] in by_image and row["score"] >= MIN_SCORE:
+        if row["image_id"] in by_image:
             by_image[row["image_id"]].append(row)
     figure = Figure(figsize=(2.6 * len(indices), 5.6), layout="constrained")
     axes = figure.subplots(2, len(indices), squeeze=False)
@@ -35,10 +34,11 @@ def predictions_figure(path: Path, split: CocoSplit, results: list[dict[str, Any
         image = split.read(int(index)).permute(1, 2, 0).numpy()
         truth = [a for a in split.coco.imgToAnns[split.ids[index]] if not a.get("iscrowd", 0)]
         _draw(axes[0, column], image, split, truth)
-        _draw(axes[1, column], image, split, by_image[split.ids[index]])
+        found = sorted(by_image[split.ids[index]], key=lambda row: -row["score"])
+        _draw(axes[1, column], image, split, found[: len(truth)])
         axes[0, column].set_title(f"image {split.ids[index]}", fontsize=9)
     axes[0, 0].set_ylabel("truth")
-    axes[1, 0].set_ylabel(f"detections, score ≥ {MIN_SCORE}")
+    axes[1, 0].set_ylabel("as many best detections")
     figure.savefig(path, dpi=110, format="png")
 
 
