@@ -99,8 +99,8 @@ class Noise(Protocol):
 
 def sparse(grid: int, kept: int, samplings: int, noise: Noise) -> Tensor:
     """Chunks of one random permutation of the cells for each image -> (B, T, n), disjoint over T."""
-    permutation = _bits(noise(grid * grid)).argsort(dim=1)
-    return permutation[:, : samplings * kept].unflatten(1, (samplings, kept))
+    permutation = first(noise(grid * grid), samplings * kept)
+    return permutation.unflatten(1, (samplings, kept))
 
 
 def selective(covered: Tensor, kept: int, gamma: float, noise: Noise) -> Tensor:
@@ -116,13 +116,22 @@ def selective(covered: Tensor, kept: int, gamma: float, noise: Noise) -> Tensor:
     if gamma > 0:
         uncovered = 1 - covered
         finish.sub_(uncovered.clamp(min=ROUNDING).log_(), alpha=gamma)
-        finish.addcmul_((uncovered <= ROUNDING).float(), exponential, value=1e30)
-    return _bits(finish).topk(kept, dim=2, largest=False, sorted=False).indices
+        finish.addcmul_(uncovered.le_(ROUNDING), exponential, value=1e30)
+    return first(finish, kept)
 
 
-def _bits(positive: Tensor) -> Tensor:
-    """Positive float32 as int32 in the same order: whole numbers sort and select 1.6 times faster on CPU."""
-    return positive.view(torch.int32)
+def first(values: Tensor, kept: int) -> Tensor:
+    """Places of the `kept` least values along the last axis, ascending, the earlier of equals first.
+
+    values: (..., N) float32, positive, so that their bits are whole numbers in the same order -> (..., kept) int64.
+    On a CPU, bits and place go into one whole number each, which NumPy sorts several times faster than torch does.
+    """
+    bits = values.view(torch.int32)
+    if bits.device.type != "cpu":
+        return bits.sort(dim=-1, stable=True).indices[..., :kept]
+    keys = bits.long().bitwise_left_shift_(32).bitwise_or_(torch.arange(bits.shape[-1]))
+    keys.numpy().sort(axis=-1)
+    return keys[..., :kept].bitwise_and(0xFFFFFFFF)
 
 
 # --------------------------------------------------------------------------------------------------

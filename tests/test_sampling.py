@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aps.config import SamplingSettings, ViewSettings, strategy_names
 from aps.errors import UserError
-from aps.sampling import ROUNDING, STRATEGIES, Geometry, coverage, kept_cells, sample, selective, sparse
+from aps.sampling import ROUNDING, STRATEGIES, Geometry, coverage, first, kept_cells, sample, selective, sparse
 from aps.views import apply_view, draw_parameters
 
 # --------------------------------------------------------------------------------------------------
@@ -519,3 +519,10 @@ def test_a_gpu_draws_what_the_cpu_draws_from_the_same_noise_without_synchronizin
 
 def test_configuration_knows_the_registered_strategies():
     assert strategy_names() == sorted(STRATEGIES)
+
+
+@pytest.mark.parametrize("levels", [3, 2**24])
+def test_the_first_cells_are_the_least_in_order_and_of_equals_the_earlier(levels: int) -> None:
+    values = torch.randint(1, levels, (7, 3, 50), generator=torch.Generator().manual_seed(0)).float() * 1e-3
+    values[0, 0, 10] = 1e30  # as a covered cell's
+    assert torch.equal(first(values, 20), values.sort(dim=-1, stable=True).indices[..., :20])
