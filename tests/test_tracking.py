@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -41,7 +42,8 @@ def store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Under tmp_path/results, as by default; on a busy machine it is waited for."""
     file = tmp_path / "results" / "mlflow.db"
     file.parent.mkdir()
-    shutil.copy(empty_store, file)
+    with contextlib.closing(sqlite3.connect(empty_store)) as whole, contextlib.closing(sqlite3.connect(file)) as copy:
+        whole.backup(copy)  # a copied file would lack what is still in the write-ahead log
     uri = f"sqlite:///{file}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setattr(tracking, "FINISH_SECONDS", 300)
