@@ -273,12 +273,10 @@ def test_a_job_killed_for_its_memory_is_retried_with_more(study: Study) -> None:
 
 
 def test_a_finished_study_has_nothing_to_do_here_or_on_another_machine(study: Study, tmp_path: Path) -> None:
+    elsewhere = checkout(tmp_path)
+    shutil.copytree(study.folder / "results", elsewhere / "results")  # keeps times; Snakemake's own records are missing
     for file in (study.folder / "results").glob("*/seed0/*/metrics.json"):
         os.utime(file, (1, 1))
-    elsewhere = checkout(tmp_path)
-    shutil.copytree(
-        study.folder / "results", elsewhere / "results"
-    )  # times are new, Snakemake's own records are missing
     for folder in (study.folder, elsewhere):
         done = subprocess.run(command("tiny.yaml", "all", "-n"), cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr, done.stdout + done.stderr
