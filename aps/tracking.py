@@ -29,6 +29,8 @@ RETRY_SECONDS = 30.0  # after the server did not answer
 FINISH_SECONDS = 30.0  # how long the end of a stage waits for the server
 BATCH = 900  # metrics a request; MLflow takes 1000
 
+_prepared: set[str] = set()  # SQLite stores that this process has seen whole
+
 
 def tracking_uri(study: Study) -> str:
     """MLFLOW_TRACKING_URI, else the study's `tracking_uri`, else SQLite under its results folder."""
@@ -37,17 +39,17 @@ def tracking_uri(study: Study) -> str:
 
 
 def prepare_store(uri: str) -> None:
-    """Create a SQLite store, one process at a time: MLflow's schema migration does not stand a race."""
-    if not uri.startswith("sqlite:///"):
-        return
-    file = Path(uri.removeprefix("sqlite:///"))
+    """Create a SQLite store, one process at a time: a race in MLflow's schema migration leaves it broken for good."""
+    from mlflow.tracking import MlflowClient
+
+    file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.with_name(f".{file.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with contextlib.closing(sqlite3.connect(file, timeout=60)) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
-            _client(uri).search_experiments(max_results=1)
+            MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     except (OSError, sqlite3.Error) as error:
         raise UserError(
             f"{file}: MLflow's store cannot be created ({error}); set tracking_uri or MLFLOW_TRACKING_URI"
@@ -173,7 +175,6 @@ def send(state: dict[str, Any], journal: Path, figures: list[Path]) -> None:
 
     client = _client(state["uri"])
     if state["run_id"] is None:
-        prepare_store(state["uri"])
         experiment = client.get_experiment_by_name(state["study"])
         experiment_id = experiment.experiment_id if experiment else _create_experiment(client, state)
         # The answer to an earlier attempt may have been lost with the server or this process.
@@ -249,7 +250,6 @@ def _has_run(uri: str, run_id: str | None) -> bool:
     """Raises what mlflow raises when the server does not answer."""
     from mlflow.exceptions import MlflowException
 
-    prepare_store(uri)
     try:
         return run_id is not None and _client(uri).get_run(run_id) is not None
     except MlflowException as error:
@@ -301,6 +301,9 @@ def _client(uri: str) -> Any:
     logging.getLogger("alembic").setLevel(logging.ERROR)
     from mlflow.tracking import MlflowClient
 
-    if uri.startswith("sqlite:///") and "?" not in uri:
-        uri += "?timeout=60"  # seconds to wait for another writer's lock
+    if uri.startswith("sqlite:///"):
+        uri += "" if "?" in uri else "?timeout=60"  # seconds to wait for another writer's lock
+        if uri not in _prepared:  # a client that meets an empty store migrates it at once
+            prepare_store(uri)
+            _prepared.add(uri)
     return MlflowClient(tracking_uri=uri)
