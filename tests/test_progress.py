@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pty
 import re
+import select
 import sys
+import termios
 
 import pytest
 
@@ -95,12 +97,15 @@ def test_a_log_has_no_control_characters(clock: list[float], capsys: pytest.Capt
 
 def test_a_terminal_gets_a_bar_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
     with open(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         with Progress("pretrain aps/seed0", 4, "batches") as progress:
             for _ in range(4):
                 progress.update(1, 128, "loss 1.234")
         terminal.flush()
-        shown = os.read(ours, 100_000).decode()
+        shown = ""
+        while "100%" not in shown and select.select([ours], [], [], 5)[0]:  # a terminal hands it over in pieces
+            shown += os.read(ours, 100_000).decode()
     os.close(ours)
     assert "pretrain aps/seed0" in shown and "\r" in shown and "100%" in shown
