@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aps.config import EncoderSettings
-from aps.errors import UserError
 from aps.models.archs import dimensions
 
 
@@ -85,13 +84,8 @@ def build_encoder(settings: EncoderSettings, drop_path: float = 0.0) -> Encoder:
     Args:
         settings: architecture, image and patch size.
         drop_path: stochastic depth rate of the last block, rising linearly from 0 at the first.
-
-    Raises:
-        UserError: the width is not a multiple of the number of heads.
     """
     dim, depth, heads = dimensions(settings)
-    if dim % heads:
-        raise UserError(f"encoder.dim {dim} is not a multiple of encoder.heads {heads}; change one of them")
     encoder = Encoder(
         img_size=settings.image_size,
         patch_size=settings.patch_size,

@@ -58,7 +58,7 @@ def test_a_dry_run_says_the_same_as_a_warning_and_plans_on(checkout: Path) -> No
 
 
 def test_what_needs_no_detectron2_runs_in_the_same_study(checkout: Path) -> None:
-    done = snakemake(checkout, "detectron2", "results/data/digits/manifest.json")
+    done = snakemake(checkout, "detectron2", "results/data/digits_coco/manifest.json")
     assert done.returncode == 0, done.stderr
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from aps.config import EncoderSettings
-from aps.errors import UserError
 from aps.models.archs import ARCHS
 from aps.models.encoder import Encoder, build_encoder, gather_cells, patchify
 
@@ -185,8 +184,3 @@ def test_a_classifier_head_reads_the_class_token(encoder: Encoder, images: Tenso
 def test_images_of_another_size_are_refused(encoder: Encoder) -> None:
     with pytest.raises(ValueError, match="32x32"):
         encoder(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
-
-
-def test_a_width_that_heads_do_not_divide_is_refused() -> None:
-    with pytest.raises(UserError, match=r"encoder\.dim 100 is not a multiple of encoder\.heads 3"):
-        build_encoder(EncoderSettings(arch="micro", dim=100))
