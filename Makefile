@@ -13,7 +13,7 @@ help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.installed  ## install, run the whole DAG on embedded data, print the results
-	$(BIN)/snakemake all --cores $(CORES)
+	$(BIN)/snakemake all --cores $(CORES) --quiet rules host reason
 	@$(BIN)/python -m aps results
 
 test: $(VENV)/.dev lint  ## install, check style and types, run every test but the slow ones
@@ -37,8 +37,9 @@ format: $(VENV)/.dev  ## let ruff lay out the code
 bench: $(VENV)/.dev  ## every benchmark (benchmarks/README.md)
 	$(BIN)/python -m benchmarks
 
-docs: $(VENV)/.dev  ## redraw the pictures of README and docs from the code and from the demo's results
-	$(BIN)/python docs/images/draw.py
+docs: demo  ## redraw the README's pictures of the DAG and of the demo (needs graphviz)
+	$(BIN)/snakemake --rulegraph 2>/dev/null | dot -Tpng -Gdpi=80 -o docs/images/dag.png
+	cp results/report/demo/scores.png docs/images/scores.png
 
 install: $(VENV)/.installed  ## the environment alone, in .venv
 
