@@ -598,11 +598,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *name`, which flatten_mapping resolves
+            continue
         key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
         if not isinstance(key, str):
             problem = f"key {key!r} is not text; quote it if it is a name"
             raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-        if key in seen and key != "<<":
+        if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
         seen.add(key)
     loader.flatten_mapping(node)

@@ -241,6 +241,18 @@ def test_loading_imports_nothing_heavy(tmp_path: Path) -> None:
     assert run.stdout == "[]\n", run.stderr
 
 
+def test_a_merge_key_lays_another_block_under_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "defaults: {dataset: digits}\n"
+        "experiments:\n"
+        "  a: {pretrain: &short {epochs: 3, batch_size: 64}}\n"
+        "  b: {pretrain: {<<: *short, epochs: 5}}\n"
+    )
+    study = load_study([file])
+    assert (study.experiments["b"].pretrain.epochs, study.experiments["b"].pretrain.batch_size) == (5, 64)
+
+
 # --------------------------------------------------------------------------------------------------
 # What a mistake is told.
 
