@@ -21,6 +21,7 @@ from aps.errors import Preempted, UserError
 from aps.files import read_json, write_json
 from aps.training.interrupt import received
 
+KILL_SECONDS = 3.0  # how long a killed process may take to be gone
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "RESIZING", "STOPPED"}
 ENDINGS = {
     "OUT_OF_MEMORY": "was killed for its memory; this one may use more, set resources.{stage}.mem_mb to save the detour",
@@ -122,7 +123,7 @@ class Claim:
     def _look_back(self, mark: dict[str, object]) -> None:
         job, host = mark.get("slurm_job"), mark.get("host")
         if job is None:
-            if host == _host() and _lives(mark):
+            if host == _host() and _outlives(mark, KILL_SECONDS):
                 raise UserError(
                     f"process {mark['pid']} is already at work in {self._file.parent}; wait for it, or stop it first"
                 )
@@ -148,12 +149,19 @@ def _host() -> str:
     return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
-def _lives(mark: dict[str, object]) -> bool:
+def _outlives(mark: dict[str, object], seconds: float) -> bool:
+    """Whether the process that left the mark is still at work after so long; a killed one needs a moment to go."""
+    until = time.monotonic() + seconds
     try:
         process = psutil.Process(int(str(mark["pid"])))
-        return abs(process.create_time() - float(str(mark["born"]))) < 1
+        # A number may be another program's by now, and where nobody reaps the dead (containers) they stay as zombies.
+        while abs(process.create_time() - float(str(mark["born"]))) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > until:
+                return True
+            time.sleep(0.05)
     except psutil.Error:
-        return False
+        pass
+    return False
 
 
 def _ask(*command: str) -> str:

@@ -10,6 +10,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -192,9 +194,22 @@ def test_a_living_process_of_this_machine_keeps_others_out_and_a_dead_one_does_n
         with pytest.raises(UserError, match=f"process {other.pid} is already at work in"):
             slurm.Claim(folder, "knn").__enter__()
         other.kill()
+        while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:  # dead, and nobody has asked how it ended
+            time.sleep(0.01)
+        with slurm.Claim(folder, "knn"):
+            assert f"the attempt before this one, on {host}, was ended from outside" in capsys.readouterr().err
+        mark(folder, host=host, pid=other.pid, born=born)
     with slurm.Claim(folder, "knn"):
         assert f"the attempt before this one, on {host}, was ended from outside" in capsys.readouterr().err
     # its number may have been given to another program since
     mark(folder, host=host, pid=os.getpid(), born=born)
     with slurm.Claim(folder, "knn"):
         pass
+
+
+def test_a_killed_process_is_given_a_moment_to_go(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        mark(tmp_path, host=slurm._host(), pid=other.pid, born=psutil.Process(other.pid).create_time())
+        threading.Timer(0.5, other.kill).start()
+        with slurm.Claim(tmp_path, "knn"):
+            assert other.wait() == -signal.SIGKILL

@@ -115,6 +115,8 @@ def test_a_server_that_hangs_holds_up_nothing_but_the_end_for_a_bounded_time(
     assert 1.0 <= time.monotonic() - start < 5.0
     assert read_json(own.state_file)["final"] == {"top1": 1.0}
     never.set()
+    own._thread.join(10)  # else it would call the next test's `send`
+    assert not own._thread.is_alive()
 
 
 def test_lines_logged_after_a_cut_are_sent_even_if_the_thread_was_sending(
