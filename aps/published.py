@@ -75,20 +75,6 @@ def load(path: Path = TABLE) -> dict[str, Entry]:
     return entries
 
 
-def match(experiment: ExperimentSettings, entries: dict[str, Entry]) -> Entry | None:
-    """The entry that the experiment names, if the experiment is what was published; None where it names none or differs.
-
-    Raises:
-        UserError: it names an entry that does not exist.
-    """
-    if experiment.published is None:
-        return None
-    if experiment.published not in entries:
-        raise UserError(f"published: '{experiment.published}' is no entry of {TABLE}; known: {', '.join(entries)}")
-    entry = entries[experiment.published]
-    return None if differences(experiment, entry) else entry
-
-
 def differences(experiment: ExperimentSettings, entry: Entry) -> list[str]:
     """In what the experiment is not the published one, for people; empty where they agree."""
     detects = all(name.startswith("detection.") for name in entry.metrics)
