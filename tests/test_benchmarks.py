@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from aps.config import SamplingSettings, ViewSettings
+from aps.config import EncoderSettings, SamplingSettings, ViewSettings
 from aps.sampling import coverage
+from aps.training.distributed import processes
 from aps.views import draw_parameters
 from benchmarks.__main__ import NAMES
+from benchmarks.choices import CHOICES, step
 from benchmarks.ordinary import sample_image
+from benchmarks.study import experiment, inputs, trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,6 +62,18 @@ def test_the_baseline_sampler_keeps_what_the_method_says() -> None:
             assert len(set(kept2[t])) == 16
             if (covered[t] < 0.999).sum() >= 16:
                 assert (covered[t][kept2[t]] < 0.9999).all()
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_taken_back_is_the_same_step(name: str) -> None:
+    study = experiment(EncoderSettings(arch="micro", depth=2), 0.25, 8)
+    with processes() as distributed:
+        tensors = inputs(study, distributed.device)
+        own, other = trainer(study, distributed), trainer(study, distributed)
+        run = CHOICES[name](other)
+        for _ in range(2):  # the second sees what the optimizer did
+            ours, theirs = step(own, tensors), run(other, tensors)
+            torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
 def test_running_all_of_them_ends_with_a_table(tmp_path: Path) -> None:
