@@ -1,4 +1,4 @@
-"""pretrain.compile: the same step, up to rounding, and the same checkpoint.
+"""`compile` of pretrain and finetune: the same step, up to rounding, and the same checkpoint.
 
 Whole runs are not compared with plain ones: the encoder's last bias has no gradient but rounding (BatchNorm follows), of
 which AdamW makes steps of full size, so that any other rounding gives another run.
@@ -6,15 +6,27 @@ which AdamW makes steps of full size, so that any other rounding gives another r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import small
 import torch
 
+from aps.training.classify import seed_everything
+from aps.training.finetune import Finetuner
 from aps.training.pretrain import Trainer
 
 pytestmark = pytest.mark.slow  # the compiler takes most of a minute
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Several threads add up the compiled gradient of the position embedding in no fixed order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def step(digits: Path, folder: Path, compiled: bool) -> tuple[float, float, dict[str, torch.Tensor]]:
@@ -38,7 +50,7 @@ def test_a_compiled_step_is_the_plain_step(digits: Path, tmp_path: Path) -> None
 
 
 def test_a_compiled_run_resumes_where_it_stopped_and_its_state_loads_into_a_plain_one(
-    digits: Path, tmp_path: Path
+    digits: Path, tmp_path: Path, one_thread: None
 ) -> None:
     whole = small.job("pretrain", digits, tmp_path / "whole", compile=True)
     stopped = small.job("pretrain", digits, tmp_path / "stopped", compile=True)
@@ -50,3 +62,24 @@ def test_a_compiled_run_resumes_where_it_stopped_and_its_state_loads_into_a_plai
     (plain.checkpoints / state.name).write_bytes(state.read_bytes())
     assert small.run(stopped) == expected
     assert small.run(plain)["epochs"] == 2
+
+
+def test_a_compiled_finetuning_step_is_the_plain_step(digits: Path, tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    results = []
+    for compiled in (False, True):
+        job = small.job(
+            "finetune", digits, tmp_path / str(compiled), compile=compiled, drop_path=0.0
+        )  # drawn otherwise
+        tuner = Finetuner(job, 10, ((0.5,) * 3, (0.25,) * 3), small.ONE)
+        seed_everything(0)  # mixup and erasing, which are not compiled
+        loss, _ = tuner.step(images, torch.arange(32) % 10, lr=1e-3)
+        results.append((loss, tuner.model.head.weight.detach()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_finetuning_resumes_where_it_stopped(digits: Path, tmp_path: Path) -> None:
+    expected = small.run(small.job("finetune", digits, tmp_path / "whole", compile=True))
+    stopped = small.job("finetune", digits, tmp_path / "stopped", compile=True)
+    small.run(stopped, stop_after=4)  # within the second epoch
+    assert small.run(stopped) == expected
