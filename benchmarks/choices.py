@@ -137,7 +137,7 @@ def main() -> None:
                 "precision": precision}  # fmt: skip
     name = "choices" if args.arch == "tiny" else f"choices-{args.arch}"
     write(name, result, settings, args.out)
-    title = f"Step of ViT-{args.arch}/2, r=0.25, B={batch}, {precision}: one choice taken back"
+    title = f"Step of ViT-{args.arch}/2 with one choice taken back, r=0.25, B={batch}, {precision}"
     plot(name, {"ours": spread([1.0])} | ratios, "time, ours = 1", title, {"ours"}, args.out)
 
 

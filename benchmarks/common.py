@@ -196,7 +196,7 @@ def plot(
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlabel(unit)
-    axes.set_title(f"{title}\n{label()}", fontsize=10, loc="left")
+    figure.suptitle(f"{title}\n{label()}", fontsize=10, x=0.01, ha="left")
     axes.spines[["top", "right"]].set_visible(False)
     path = _path(name, folder, "png")
     figure.savefig(path, dpi=150)
