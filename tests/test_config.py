@@ -281,6 +281,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "misspelt block": (one(smapling={}), "unknown key 'smapling'; did you mean 'sampling'?"),
     "misspelt top key": ({**one(), "defualts": {}}, "study.yaml: unknown key 'defualts'; did you mean 'defaults'?"),
+    "a block of every experiment at the top": ({**one(), "pretrain": {"lr": 1.0}}, "unknown key 'pretrain'; did you mean 'defaults.pretrain'?"),
     "wrong place": (one(gamma=2), "unknown key 'gamma'; did you mean 'sampling.gamma'?"),
     "misspelt dataset key": (one(dataset={"nmae": "digits"}), "unknown key 'dataset.nmae'; did you mean 'dataset.name'?"),
     "like nothing": (one(knn={"zzz": 1}), "unknown key 'knn.zzz'; known keys: k, temperature, precision"),

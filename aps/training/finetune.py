@@ -34,6 +34,7 @@ from aps.progress import Progress
 from aps.results import StageJob, StageRun
 from aps.training.checkpoint import Checkpoints
 from aps.training.classify import accuracy, seed_everything
+from aps.training.compiling import compile_module
 from aps.training.distributed import Distributed, processes
 from aps.training.features import Normalization
 from aps.training.interrupt import stop_requested
@@ -171,7 +172,7 @@ class Finetuner:
         if distributed.world > 1:
             self._forward = DistributedDataParallel(self.model)
         if self.settings.compile:
-            self._forward = torch.compile(self._forward)  # type: ignore[assignment]
+            self._forward = compile_module(self._forward, "finetune.compile", distributed.device)
         self._best: dict[str, Tensor] = {}
 
     def step(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:

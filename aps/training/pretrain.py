@@ -29,6 +29,7 @@ from aps.progress import Progress
 from aps.results import StageJob, StageRun
 from aps.sampling import sample
 from aps.training.checkpoint import Checkpoints
+from aps.training.compiling import compile_module
 from aps.training.distributed import Distributed, processes
 from aps.training.interrupt import stop_requested
 from aps.training.knn import monitor
@@ -134,7 +135,7 @@ class Trainer:
             synchronize_batch_norm(self.model)
             self._forward = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         if self.settings.compile:
-            self._forward = torch.compile(self._forward)  # type: ignore[assignment]
+            self._forward = compile_module(self._forward, "pretrain.compile", distributed.device)
 
     def step(self, view1: Tensor, view2: Tensor, kept1: Tensor, kept2: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step on one sampling. Views (B, 3, S, S), kept (B, n) -> loss, mean positive cosine, on the device.

@@ -6,18 +6,26 @@ which AdamW makes steps of full size, so that any other rounding gives another r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import small
 import torch
 
+from aps.errors import UserError
 from aps.training.classify import seed_everything
 from aps.training.finetune import Finetuner
 from aps.training.pretrain import Trainer
 
-pytestmark = pytest.mark.slow  # the compiler takes most of a minute
+MISSING = shutil.which(os.environ.get("CXX", "g++")) is None
+
+
+def compiles(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that compiles, which takes up to a minute."""
+    return pytest.mark.slow(pytest.mark.skipif(MISSING, reason="no C++ compiler")(test))
 
 
 @pytest.fixture
@@ -42,6 +50,7 @@ def step(digits: Path, folder: Path, compiled: bool) -> tuple[float, float, dict
     return float(loss), float(cosine), {name: moments[i]["exp_avg"] for i, name in enumerate(names)}
 
 
+@compiles
 def test_a_compiled_step_is_the_plain_step(digits: Path, tmp_path: Path) -> None:
     plain, compiled = (step(digits, tmp_path / str(on), on) for on in (False, True))
     assert compiled[:2] == pytest.approx(plain[:2], rel=1e-5, abs=1e-6)
@@ -49,6 +58,7 @@ def test_a_compiled_step_is_the_plain_step(digits: Path, tmp_path: Path) -> None
         assert (compiled[2][name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5, name
 
 
+@compiles
 def test_a_compiled_run_resumes_where_it_stopped_and_its_state_loads_into_a_plain_one(
     digits: Path, tmp_path: Path, one_thread: None
 ) -> None:
@@ -64,6 +74,7 @@ def test_a_compiled_run_resumes_where_it_stopped_and_its_state_loads_into_a_plai
     assert small.run(plain)["epochs"] == 2
 
 
+@compiles
 def test_a_compiled_finetuning_step_is_the_plain_step(digits: Path, tmp_path: Path) -> None:
     images = torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     results = []
@@ -78,8 +89,18 @@ def test_a_compiled_finetuning_step_is_the_plain_step(digits: Path, tmp_path: Pa
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
+@compiles
 def test_a_compiled_finetuning_resumes_where_it_stopped(digits: Path, tmp_path: Path) -> None:
     expected = small.run(small.job("finetune", digits, tmp_path / "whole", compile=True))
     stopped = small.job("finetune", digits, tmp_path / "stopped", compile=True)
     small.run(stopped, stop_after=4)  # within the second epoch
     assert small.run(stopped) == expected
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_without_a_compiler_the_setting_is_refused(
+    stage: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=f"^{stage}.compile: true needs a compiler, and there is no no-such-compiler"):
+        small.run(small.job(stage, digits, tmp_path, compile=True))

@@ -1,0 +1,31 @@
+"""torch.compile, refused by a sentence where the compiler that it calls is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+from torch import nn
+
+from aps.errors import UserError
+
+
+def compile_module(module: nn.Module, key: str, device: torch.device) -> nn.Module:
+    """`module`, compiled at its first call.
+
+    Args:
+        key: the setting that asks for it, for the message.
+        device: Inductor makes C++ for a CPU; for a GPU Triton builds its launchers with a C compiler.
+
+    Raises:
+        UserError: there is no such compiler.
+    """
+    variable, usual = ("CXX", ("g++",)) if device.type == "cpu" else ("CC", ("gcc", "clang"))
+    names = (os.environ[variable],) if os.environ.get(variable) else usual
+    if not any(shutil.which(name) for name in names):
+        raise UserError(
+            f"{key}: true needs a compiler, and there is no {' or '.join(names)}; install one, name yours in {variable}, "
+            f"or set {key}: false"
+        )
+    return torch.compile(module)  # type: ignore[return-value]
