@@ -79,6 +79,8 @@ class Tracker:
             "run_id": None,
             "described": False,
             "sent": 0,
+            "started": _now(),  # of the stage: it may be long until the server hears of it
+            "ended": None,
             "final": None,
             "status": "RUNNING",
         }
@@ -109,7 +111,7 @@ class Tracker:
     def finish(self, metrics: dict[str, float], figures: list[Path]) -> bool:
         """Hand over the final figures and wait a bounded time. Returns whether MLflow has everything."""
         with self._lock:
-            self._state |= {"final": metrics, "status": "FINISHED"}
+            self._state |= {"final": metrics, "status": "FINISHED", "ended": _now()}
             self._figures = figures
             self._save()
         if self._uri == OFF:
@@ -180,7 +182,11 @@ def send(state: dict[str, Any], journal: Path, figures: list[Path]) -> None:
         # The answer to an earlier attempt may have been lost with the server or this process.
         known = client.search_runs([experiment_id], f"tags.journal = '{state.get('key')}'", max_results=1)
         tags = state["tags"] | {"journal": state.get("key", "")}
-        run = known[0] if known else client.create_run(experiment_id, run_name=state["name"], tags=tags)
+        run = (
+            known[0]
+            if known
+            else client.create_run(experiment_id, start_time=state.get("started"), run_name=state["name"], tags=tags)
+        )
         state["run_id"] = run.info.run_id
     run_id = state["run_id"]
     if not state["described"]:
@@ -208,11 +214,11 @@ def send(state: dict[str, Any], journal: Path, figures: list[Path]) -> None:
         state["sent"] += some
         lines = lines[some:]
     if state["final"] is not None:
-        now = int(time.time() * 1000)
-        client.log_batch(run_id, metrics=[Metric(f"final/{k}", float(v), now, 0) for k, v in state["final"].items()])
+        ended = state.get("ended") or _now()
+        client.log_batch(run_id, metrics=[Metric(f"final/{k}", float(v), ended, 0) for k, v in state["final"].items()])
         for figure in figures:
             client.log_artifact(run_id, str(figure), "figures")
-        client.set_terminated(run_id, "FINISHED")
+        client.set_terminated(run_id, "FINISHED", ended)
     elif state["status"] == "FAILED":
         client.set_terminated(run_id, "FAILED")
         state |= {"status": "RUNNING", "described": False}  # a resumed run is set running again
@@ -290,6 +296,11 @@ def _create_experiment(client: Any, state: dict[str, Any]) -> str:
         if experiment is None:
             raise
         return str(experiment.experiment_id)
+
+
+def _now() -> int:
+    """Milliseconds, as MLflow counts."""
+    return int(time.time() * 1000)
 
 
 def _client(uri: str) -> Any:

@@ -77,9 +77,13 @@ def assert_whole(uri: str, job: StageJob) -> None:
     """MLflow has one run of the job with all that the journal and metrics.json say."""
     (run,) = [run for run in runs(uri) if run.data.tags["results"] == str(job.out)]
     assert run.info.status == "FINISHED" and run.data.metrics["final/top1"] == 50.0
+    lines = read_history(job.out / "history.jsonl")
+    written = (job.out / "metrics.json").stat().st_mtime
+    assert run.info.start_time / 1000 <= lines[0]["time"] <= lines[-1]["time"] < run.info.end_time / 1000 + 0.001
+    assert run.info.end_time / 1000 <= written + 1  # of a coarse file system's clock
     assert run.data.params["knn.k"] == "[5]" and run.data.params["seed"] == str(job.settings.seed)
     history = {m.step: m.value for m in tracking._client(uri).get_metric_history(run.info.run_id, "loss")}
-    assert history == {line["step"]: line["loss"] for line in read_history(job.out / "history.jsonl")}
+    assert history == {line["step"]: line["loss"] for line in lines}
     assert read_json(job.out / "metrics.json")["mlflow_run_id"] == run.info.run_id
 
 
