@@ -819,8 +819,8 @@ def _nearest_key(path: list[str], model: type[BaseModel]) -> str:
         return f"did you mean '{'.'.join([*path[:-1], close[0]])}'?"
     for name, block in _blocks(model).items():
         if path[-1] in block.model_fields:
-            name = {"experiments": "defaults"}.get(name, name)  # where a setting of every experiment belongs
-            return f"did you mean '{name}.{path[-1]}'?"
+            place = "defaults" if name == "experiments" else name  # where a setting of every experiment belongs
+            return f"did you mean '{place}.{path[-1]}'?"
     return f"known keys: {', '.join(fields)}"
 
 

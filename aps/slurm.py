@@ -123,7 +123,7 @@ class Claim:
     def _look_back(self, mark: dict[str, object]) -> None:
         job, host = mark.get("slurm_job"), mark.get("host")
         if job is None:
-            if host == _host() and _outlives(mark, KILL_SECONDS):
+            if host == _host() and _outlives(mark):
                 raise UserError(
                     f"process {mark['pid']} is already at work in {self._file.parent}; wait for it, or stop it first"
                 )
@@ -149,9 +149,9 @@ def _host() -> str:
     return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
-def _outlives(mark: dict[str, object], seconds: float) -> bool:
-    """Whether the process that left the mark is still at work after so long; a killed one needs a moment to go."""
-    until = time.monotonic() + seconds
+def _outlives(mark: dict[str, object]) -> bool:
+    """Whether the process that left the mark stays at work; a killed one needs a moment to go."""
+    until = time.monotonic() + KILL_SECONDS
     try:
         process = psutil.Process(int(str(mark["pid"])))
         # A number may be another program's by now, and where nobody reaps the dead (containers) they stay as zombies.

@@ -9,7 +9,7 @@ that is off by default: its figure is the compiled step against ours, and the ti
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -19,74 +19,68 @@ from torch import Tensor
 
 from aps.config import EncoderSettings
 from aps.errors import UserError
-from aps.models.encoder import Encoder, gather_cells
-from aps.models.model import APS
+from aps.models.encoder import gather_cells
 from aps.training.distributed import processes
 from aps.training.pretrain import Trainer
 from benchmarks.common import arguments, plot, row, seconds, spread, write
 from benchmarks.study import experiment, inputs, trainer
 
-Step = Callable[[Trainer, tuple[Tensor, ...]], Any]
 
-
-def step(own: Trainer, tensors: tuple[Tensor, ...]) -> Any:
-    return own.step(*tensors, 1e-4)
-
-
-def separate_attention(own: Trainer) -> Step:
+def separate_attention(own: Trainer) -> None:
     for block in own.model.encoder.blocks:
         block.attn.fused_attn = False
-    return step
 
 
-def copied_heads(own: Trainer) -> Step:
-    fused = F.scaled_dot_product_attention
+def copied_heads(own: Trainer) -> None:
+    fused, forward = F.scaled_dot_product_attention, own.model.forward
 
     def contiguous(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         return fused(q.contiguous(), k.contiguous(), v.contiguous(), **options)
 
-    def run(own: Trainer, tensors: tuple[Tensor, ...]) -> Any:
+    def patched(*tensors: Tensor) -> tuple[Tensor, ...]:
         with patch.object(F, "scaled_dot_product_attention", contiguous):
-            return step(own, tensors)
+            return forward(*tensors)
 
-    return run
-
-
-def channels_last(own: Trainer) -> Step:
-    def run(own: Trainer, tensors: tuple[Tensor, ...]) -> Any:
-        views = (x.contiguous(memory_format=torch.channels_last) for x in tensors[:2])
-        return own.step(*views, *tensors[2:], 1e-4)
-
-    return run
+    own.model.forward = patched  # type: ignore[method-assign,assignment]
 
 
-def projected_then_gathered(own: Trainer) -> Step:
-    def embed(self: Encoder, images: Tensor, kept: Tensor) -> Tensor:
-        x = self.patch_embed.proj(images).flatten(2).mT + self.pos_embed
-        return torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), gather_cells(x, kept)], dim=1)
+def channels_last(own: Trainer) -> None:
+    forward = own.model.forward
 
-    own.model.encoder.embed = MethodType(embed, own.model.encoder)  # type: ignore[method-assign]
-    return step
+    def converted(view1: Tensor, view2: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        return forward(*(x.contiguous(memory_format=torch.channels_last) for x in (view1, view2)), *kept)
 
-
-def two_passes(own: Trainer) -> Step:
-    def forward(self: APS, view1: Tensor, view2: Tensor, kept1: Tensor, kept2: Tensor) -> tuple[Tensor, ...]:
-        z1, z2 = self.projector(self.encoder(view1, kept1)), self.projector(self.encoder(view2, kept2))
-        return self.predictor(z1), z1, self.predictor(z2), z2
-
-    own.model.forward = MethodType(forward, own.model)  # type: ignore[method-assign]
-    return step
+    own.model.forward = converted  # type: ignore[method-assign,assignment]
 
 
-def unfused_optimizer(own: Trainer) -> Step:
+def projected_then_gathered(own: Trainer) -> None:
+    encoder = own.model.encoder
+
+    def embed(images: Tensor, kept: Tensor) -> Tensor:
+        x = encoder.patch_embed.proj(images).flatten(2).mT + encoder.pos_embed
+        return torch.cat([encoder.cls_token.to(x.dtype).expand(len(x), -1, -1), gather_cells(x, kept)], dim=1)
+
+    encoder.embed = embed  # type: ignore[method-assign,assignment]
+
+
+def two_passes(own: Trainer) -> None:
+    model = own.model
+
+    def forward(view1: Tensor, view2: Tensor, kept1: Tensor, kept2: Tensor) -> tuple[Tensor, ...]:
+        z1, z2 = model.projector(model.encoder(view1, kept1)), model.projector(model.encoder(view2, kept2))
+        return model.predictor(z1), z1, model.predictor(z2), z2
+
+    model.forward = forward  # type: ignore[method-assign,assignment]
+
+
+def unfused_optimizer(own: Trainer) -> None:
     settings = own.settings
     own.optimizer = torch.optim.AdamW(
         own.model.parameters(), betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
     )
-    return step
 
 
-CHOICES: dict[str, Callable[[Trainer], Step]] = {
+CHOICES: dict[str, Callable[[Trainer], None]] = {  # each changes a trainer in place
     "attention in separate products": separate_attention,
     "queries, keys, values copied to one block each": copied_heads,
     "views with channels last": channels_last,
@@ -110,24 +104,20 @@ def main() -> None:
     )
     with processes() as distributed:
         tensors = inputs(plain, distributed.device)
-        steps: dict[str, Callable[[], Any]] = {}
-
-        def add(name: str, own: Trainer, run: Step) -> None:
-            steps[name] = lambda: run(own, tensors)
-
-        add("ours", trainer(plain, distributed), step)
+        trainers = {name: trainer(plain, distributed) for name in ("ours", *CHOICES)}
         for name, take_back in CHOICES.items():
-            add(name, own := trainer(plain, distributed), take_back(own))
+            take_back(trainers[name])
         try:
-            add("compiled", trainer(compiled, distributed), step)
+            trainers["compiled"] = trainer(compiled, distributed)
         except UserError as error:
             print(f"  left out: {error}")
+        steps = {name: partial(own.step, *tensors, 1e-4) for name, own in trainers.items()}
         first = {name: seconds(run) for name, run in steps.items()}
         times: dict[str, list[float]] = {name: [] for name in steps}
         for repeat in range(repeats):
             for name in list(steps)[:: -1 if repeat % 2 else 1]:
                 times[name].append(seconds(steps[name]))
-        precision = own.precision.name
+        precision = trainers["ours"].precision.name
     ratios = {
         name: spread([other / ours for ours, other in zip(times["ours"], taken, strict=True)])
         for name, taken in times.items()

@@ -79,9 +79,8 @@ def test_a_compiled_finetuning_step_is_the_plain_step(digits: Path, tmp_path: Pa
     images = torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     results = []
     for compiled in (False, True):
-        job = small.job(
-            "finetune", digits, tmp_path / str(compiled), compile=compiled, drop_path=0.0
-        )  # drawn otherwise
+        # no drop path: compiled, it is drawn otherwise
+        job = small.job("finetune", digits, tmp_path / str(compiled), compile=compiled, drop_path=0.0)
         tuner = Finetuner(job, 10, ((0.5,) * 3, (0.25,) * 3), small.ONE)
         seed_everything(0)  # mixup and erasing, which are not compiled
         loss, _ = tuner.step(images, torch.arange(32) % 10, lr=1e-3)
