@@ -288,6 +288,9 @@ class DetectionSettings(Section):
     drop_path: Probability = 0.1
     window: Natural = 14  # cells; 0: global attention in every block
     global_blocks: tuple[Natural, ...] = (2, 5, 8, 11)
+    # The pretraining grid's position embedding: stretched over the image as in ViTDet, or repeated in every window, as
+    # "Window Attention is Bugged" (arXiv 2311.05613) has it.
+    positions: Literal["interpolate", "repeat"] = "interpolate"
     relative_position: bool = True
     pyramid_scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (4.0, 2.0, 1.0, 0.5)
     pyramid_dim: Positive = 256  # channels of the pyramid and of the heads' convolutions
@@ -316,6 +319,10 @@ class DetectionSettings(Section):
             )
         return tuple(int(stride) for stride in strides)
 
+    def positions_grid(self, encoder: EncoderSettings) -> int:
+        """Cells along a side of the grid that the backbone has position embeddings for."""
+        return encoder.grid if self.positions == "interpolate" else self.image_size // encoder.patch_size
+
     def check(self, encoder: EncoderSettings) -> None:
         """Raises ValueError where the stage can't be built on this encoder."""
         coarsest = self.strides(encoder.patch_size)[-1]
@@ -328,6 +335,11 @@ class DetectionSettings(Section):
         if self.window and (beyond := [block for block in self.global_blocks if block >= depth]):
             raise ValueError(
                 f"detection.global_blocks names block {beyond[0]} of an encoder of {depth} blocks (from 0); list existing ones"
+            )
+        if self.positions == "repeat" and self.window != encoder.grid:
+            raise ValueError(
+                f"detection.positions: repeat repeats the pretraining grid of {encoder.grid} x {encoder.grid} cells in every "
+                f"window, and detection.window is {self.window}; set detection.window to {encoder.grid}"
             )
         _check_range("detection.jitter_scale", self.jitter_scale)
         if self.warmup_iterations > self.iterations:

@@ -383,6 +383,11 @@ CROSS: dict[str, tuple[dict[str, Any], str]] = {
         }},
         "experiment 'b': encoder.depth differs from that of 'a', whose weights it takes; set them alike",
     ),
+    "positions without their window": (
+        one(**MICRO, stages=["pretrain", "detection"], detection=DETECTION | {"positions": "repeat", "window": 2}),
+        "detection.positions: repeat repeats the pretraining grid of 4 x 4 cells in every window, and detection.window is 2; "
+        "set detection.window to 4",
+    ),
     **{
         f"detection {key}": (
             one(**MICRO, stages=["pretrain", "detection"], detection=DETECTION | {key: value}), said

@@ -123,7 +123,7 @@ def load_weights(engine: Engine, job: StageJob) -> tuple[Placed, str]:
     torch.manual_seed(job.settings.seed)  # of a random encoder
     encoder = load_encoder(job.encoder_spec, job.settings.encoder)
     found = backbone_tensors(encoder)
-    placed = place(engine.model, found.tensors, job.settings.detection.image_size)
+    placed = place(engine.model, found.tensors, job.settings.detection)
     return placed, table(placed, found.dropped, str(job.encoder_spec))
 
 

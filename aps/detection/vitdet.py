@@ -5,8 +5,8 @@ arXiv 2112.01526 (section 3.1, decomposed).
 
 Peculiar: there is no class token and no final norm, as in ViTDet: a feature map is what the last block gives for the
 patches. Parameters have the names of timm's encoder and of detectron2's ViTDet, so that weights go either way by name
-(tests/detection/test_vitdet.py compares the outputs too). The position embedding stays at its pretraining grid and is
-interpolated at each forward.
+(tests/detection/test_vitdet.py compares the outputs too). The position embedding stays at the grid it was made for, by
+default that of pretraining, and is interpolated at each forward.
 
 It does not know where weights come from (`aps.detection.placement`) nor what sits on the pyramid.
 
@@ -136,7 +136,7 @@ class ViT(nn.Module):
         super().__init__()
         dim, depth, heads = dimensions(encoder)
         self.patch_embed = PatchEmbed(encoder.patch_size, dim)
-        self.pos_embed = nn.Parameter(torch.zeros(1, encoder.grid**2, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, settings.positions_grid(encoder) ** 2, dim))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.blocks = nn.ModuleList()
         for number in range(depth):

@@ -47,7 +47,7 @@ def patch_tokens(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def test_at_the_pretraining_size_the_feature_map_is_our_encoders_patch_tokens(qkv_bias):
     settings = ENCODER.model_copy(update={"qkv_bias": qkv_bias})
     encoder, vit = noisy(build_encoder(settings)), ViT(settings, GLOBAL).eval()
-    place(vit, backbone_tensors(encoder).tensors, GLOBAL.image_size, prefix="")
+    place(vit, backbone_tensors(encoder).tensors, GLOBAL, prefix="")
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(vit(images), patch_tokens(encoder, images), atol=1e-5, rtol=1e-5)
@@ -58,12 +58,31 @@ def test_at_the_pretraining_size_the_feature_map_is_our_encoders_patch_tokens(qk
 def test_at_the_pretraining_size_detectron2s_feature_map_is_our_encoders_patch_tokens(qkv_bias):
     settings = ENCODER.model_copy(update={"qkv_bias": qkv_bias})
     encoder, pyramid = noisy(build_encoder(settings)), detectron2_pyramid(settings, GLOBAL).eval()
-    place(pyramid, backbone_tensors(encoder).tensors, GLOBAL.image_size, prefix="net.")
+    place(pyramid, backbone_tensors(encoder).tensors, GLOBAL, prefix="net.")
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(
             pyramid.net(images)["last_feat"], patch_tokens(encoder, images), atol=1e-5, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("engine", ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)])
+def test_with_repeated_positions_a_window_is_our_encoders_patch_tokens_of_it(engine):
+    settings = GLOBAL.model_copy(
+        update={"image_size": 128, "window": ENCODER.grid, "global_blocks": (), "positions": "repeat"}
+    )
+    encoder = noisy(build_encoder(ENCODER))
+    pyramid = (SimpleFeaturePyramid if engine == "torchvision" else detectron2_pyramid)(ENCODER, settings).eval()
+    place(pyramid, backbone_tensors(encoder).tensors, settings, prefix="net.")
+    images = torch.randn(2, 3, 128, 128)
+    with torch.no_grad():
+        found = pyramid.net(images)
+        found = found if engine == "torchvision" else found["last_feat"]
+        for y in (0, 1):
+            for x in (0, 1):
+                tokens = patch_tokens(encoder, images[:, :, 64 * y : 64 * (y + 1), 64 * x : 64 * (x + 1)])
+                window = found[:, :, 16 * y : 16 * (y + 1), 16 * x : 16 * (x + 1)]
+                torch.testing.assert_close(window, tokens, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.detectron2

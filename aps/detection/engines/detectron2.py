@@ -183,7 +183,7 @@ def backbone_config(encoder: EncoderSettings, settings: DetectionSettings) -> An
             window_size=settings.window,
             window_block_indexes=windowed,
             use_rel_pos=settings.relative_position,
-            pretrain_img_size=encoder.image_size,
+            pretrain_img_size=settings.positions_grid(encoder) * encoder.patch_size,
             pretrain_use_cls_token=False,  # our position embedding has no row for the class token
             out_feature="last_feat",
         ),
