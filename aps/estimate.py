@@ -62,6 +62,7 @@ DATASETS = {
     "imagenet1k": Counts(1_281_167, 50_000, 1000, 155),
     "digits_coco": Counts(1200, 200, 10, 0.01),
     "fashion_coco": Counts(4000, 500, 10, 0.1),
+    "cifar_coco": Counts(4000, 500, 10, 0.27),
     "coco2017": Counts(118_287, 5_000, 80, 41),
 }
 

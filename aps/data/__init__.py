@@ -29,5 +29,6 @@ REGISTRY = {
     "folder": Entry("folder", "classification"),
     "digits_coco": Entry("composites", "detection"),
     "fashion_coco": Entry("composites", "detection"),
+    "cifar_coco": Entry("composites", "detection"),
     "coco2017": Entry("coco", "detection"),
 }

@@ -1,8 +1,9 @@
-"""Detection datasets made of real scans: instances composited on canvases with exact masks, in COCO's format.
+"""Detection datasets made of real images: instances composited on canvases with exact masks, in COCO's format.
 
 `digits_coco` lays handwritten digits (scikit-learn's) side by side, easily told apart; `fashion_coco` piles up garments
-of Fashion-MNIST over and under each other, among fragments of others that are no instance. Train canvases are made of
-the source's train images and val canvases of its test images.
+of Fashion-MNIST over and under each other, among fragments of others that are no instance; `cifar_coco` does so with
+ovals cut from the photographs of CIFAR-10, whose classes the pixels alone hardly tell. Train canvases are made of the
+source's train images and val canvases of its test images.
 
 Peculiar: everything is drawn from a fixed seed, each canvas from its own, in integer arithmetic, so the same dataset
 comes out on every machine. A mask is what is seen: the pixels whose topmost object is the instance; an object that would
@@ -47,21 +48,29 @@ class Recipe:
     val: int
     objects: tuple[int, int]  # fewest and most
     sizes: tuple[int, int]  # side of an object's square
-    opaque: int  # an object is where its scan is at least this bright, of 255
+    opaque: (
+        int | None
+    )  # an object is where its scan is at least this bright, of 255; None: an oval cut from a photograph
     visible: float  # share of each object that must stay in sight
     fragments: tuple[int, int] = (0, 0)  # pieces of other objects
-    background: tuple[int, int] = (0, 0)  # gray levels between which a canvas shades
-    noise: int = 0  # gray levels
+    background: tuple[int, int] = (0, 0)  # levels between which a canvas shades
+    noise: int = 0  # levels
+
+    @property
+    def channels(self) -> int:
+        """Of a canvas: scans are gray, photographs are not."""
+        return 3 if self.opaque is None else 1
 
 
 RECIPES = {
     "digits_coco": Recipe("digits", 48, 1200, 200, (2, 5), (14, 20), 80, 0.9, noise=16),
     "fashion_coco": Recipe("fashion_mnist", 128, 4000, 500, (3, 8), (28, 64), 24, 0.35, (2, 6), (0, 120), 24),
+    "cifar_coco": Recipe("cifar10", 96, 4000, 500, (2, 5), (24, 40), None, 0.6, (2, 6), (0, 255), 24),
 }
 
 
 def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
-    """Canvases as gray PNG files, and instances_{train,val}.json with run-length masks.
+    """Canvases as PNG files, and instances_{train,val}.json with run-length masks.
 
     Args:
         folder: the dataset's folder under results/data.
@@ -90,13 +99,13 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
         for index in range(count):
             canvas, annotations = compose(recipe, objects[split], np.random.default_rng([SEED, number, index]))
             file = f"{index:06d}.png"
-            Image.fromarray(canvas).save(images / file)
+            Image.fromarray(canvas.transpose(1, 2, 0).squeeze()).save(images / file)
             coco["images"].append({"id": index + 1, "file_name": file, "height": recipe.side, "width": recipe.side})
             for annotation in annotations:
                 coco["annotations"].append({"id": len(coco["annotations"]) + 1, "image_id": index + 1, **annotation})
             contents.append(canvas.tobytes())
             if split == "train":
-                statistics.add(torch.from_numpy(canvas)[None, None])
+                statistics.add(torch.from_numpy(canvas)[None])
         annotations_file = f"instances_{split}.json"
         write_atomic(folder / annotations_file, json.dumps(coco).encode())
         splits[split] = Split(count=count, images=split, annotations=annotations_file)
@@ -122,7 +131,7 @@ def compose(
     """One canvas.
 
     Returns:
-        uint8 (side, side), and the annotations of its instances in COCO's format without ids: box as left, top, width,
+        uint8 (1 or 3, side, side), and the annotations of its instances in COCO's format without ids: box as left, top, width,
         height; the visible mask run-length encoded; categories numbered from 1.
     """
     side = recipe.side
@@ -135,16 +144,17 @@ def compose(
     for is_instance in generator.permutation(kinds):
         scan = int(generator.integers(len(scans)))
         size = int(generator.integers(recipe.sizes[0], recipe.sizes[1] + 1))
-        pixels = resize(scans.read(scan)[0].numpy(), size)
+        pixels = np.stack([resize(channel, size) for channel in scans.read(scan)[: recipe.channels].numpy()])
         if not is_instance:
             pixels = _fragment(pixels, generator)
-        solid = pixels >= recipe.opaque
+        height, width = pixels.shape[1:]
+        solid = _oval(height, width, generator) if recipe.opaque is None else pixels[0] >= recipe.opaque
         if not solid.any():
             continue
         gain = int(generator.integers(160, 257))
         for _ in range(TRIES):
-            y, x = (int(generator.integers(0, side - extent + 1)) for extent in pixels.shape)
-            area = (slice(y, y + pixels.shape[0]), slice(x, x + pixels.shape[1]))
+            y, x = (int(generator.integers(0, side - extent + 1)) for extent in (height, width))
+            area = (slice(y, y + height), slice(x, x + width))
             number = len(labels) if is_instance else -1
             trial = top.copy()
             trial[area][solid] = number
@@ -154,7 +164,7 @@ def compose(
         else:
             continue
         top = trial
-        canvas[area][solid] = (pixels[solid].astype(np.int64) * gain) >> 8
+        canvas[:, *area][:, solid] = (pixels[:, solid].astype(np.int64) * gain) >> 8
         if is_instance:
             labels.append(int(scans.labels[scan]))
             whole.append(int(solid.sum()))
@@ -181,18 +191,27 @@ def _weights(h: int, size: int) -> np.ndarray:
 
 
 def _fragment(pixels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """A random third of an object, (h, w) -> (h', w')."""
-    h, w = pixels.shape
+    """A random third of an object's sides, (C, h, w) -> (C, h', w')."""
+    h, w = pixels.shape[1:]
     height, width = max(4, h // 3), max(4, w // 3)
     y, x = int(generator.integers(0, h - height + 1)), int(generator.integers(0, w - width + 1))
-    return pixels[y : y + height, x : x + width]
+    return pixels[:, y : y + height, x : x + width]
+
+
+def _oval(height: int, width: int, generator: np.random.Generator) -> np.ndarray:
+    """An upright oval about the middle, three quarters of the sides long or more: an ellipse or, half of the time, a
+    superellipse of degree 4. bool (height, width), in integers."""
+    a, b = (int(generator.integers(3 * extent // 4, extent + 1)) for extent in (height, width))
+    degree = 2 * int(generator.integers(1, 3))
+    y, x = (2 * np.arange(extent, dtype=np.int64) + 1 - extent for extent in (height, width))
+    return (y[:, None] * b) ** degree + (x[None, :] * a) ** degree <= (a * b) ** degree
 
 
 def _background(recipe: Recipe, generator: np.random.Generator) -> np.ndarray:
-    """A plane of gray between two random levels, with noise: uint8 (side, side)."""
+    """Each channel shades between four random corners, with noise: uint8 (channels, side, side)."""
     low, high = recipe.background
-    corners = generator.integers(low, high + 1, size=(2, 2)).astype(np.uint8)
-    shade = resize(corners, recipe.side).astype(np.int64)
+    corners = generator.integers(low, high + 1, size=(recipe.channels, 2, 2)).astype(np.uint8)
+    shade = np.stack([resize(channel, recipe.side) for channel in corners]).astype(np.int64)
     return np.clip(shade + generator.integers(0, recipe.noise + 1, size=shade.shape), 0, 255).astype(np.uint8)
 
 

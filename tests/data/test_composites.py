@@ -40,10 +40,11 @@ def test_a_mask_is_exactly_what_is_seen_of_an_object():
     for seed in range(20):
         canvas, annotations = compose(recipe, blocks(), np.random.default_rng(seed))
         masks = np.stack([rle.decode(a["segmentation"]) for a in annotations]).astype(bool)
+        assert canvas.shape == (1, 40, 40)
         assert (masks.sum(axis=0) <= 1).all()  # nothing is in two places, nothing behind is kept
-        assert np.array_equal(masks.any(axis=0), canvas > 0)  # everything painted is annotated
+        assert np.array_equal(masks.any(axis=0), canvas[0] > 0)  # everything painted is annotated
         for mask, annotation in zip(masks, annotations, strict=True):
-            assert len(np.unique(canvas[mask])) == 1 and annotation["area"] == mask.sum()
+            assert len(np.unique(canvas[0, mask])) == 1 and annotation["area"] == mask.sum()
             ys, xs = np.nonzero(mask)
             assert annotation["bbox"] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
             assert mask.sum() >= 0.2 * 12 * 12  # `visible`
@@ -55,6 +56,37 @@ def test_fragments_hide_objects_but_are_no_instances():
     mask = rle.decode(annotations[0]["segmentation"]).astype(bool)
     assert len(annotations) == 1
     assert (canvas > 0).sum() > mask.sum() and mask.sum() < 30 * 30
+
+
+def test_photographs_keep_their_colours_and_are_cut_to_ovals():
+    recipe = Recipe("cifar10", 40, 1, 1, (1, 1), (20, 20), None, 0.1)
+    scans = blocks()
+    scans.images[:, 1] //= 2  # red and blue as they are, green half
+    degrees = set()
+    for seed in range(20):
+        canvas, (annotation,) = compose(recipe, scans, np.random.default_rng(seed))
+        mask = rle.decode(annotation["segmentation"]).astype(bool)
+        red, green, blue = canvas[:, mask]
+        assert canvas.shape == (3, 40, 40) and (canvas[:, ~mask] == 0).all()
+        assert np.array_equal(red, blue) and len(np.unique(red)) == 1 and 0 <= red[0] - 2 * green[0] <= 2
+        left, top, width, height = annotation["bbox"]
+        assert 14 <= width <= 20 and 14 <= height <= 20  # three quarters and more of the square
+        cut = mask[top : top + height, left : left + width]
+        assert not cut[0, 0] and cut[height // 2].all() and cut[:, width // 2].all()
+        assert np.array_equal(cut, cut[::-1, ::-1])
+        degrees.add(round(4 * cut.sum() / (width * height)))  # pi for an ellipse, 3.7 for degree 4
+    assert degrees == {3, 4}
+
+
+def test_a_dataset_of_photographs_is_written_in_colour(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setitem(
+        RECIPES, "digits_coco", Recipe("digits", 40, 3, 2, (2, 3), (14, 22), None, 0.5, (1, 2), (0, 255))
+    )
+    manifest = prepare("digits_coco", tmp_path, SourceSettings())
+    pixels = [np.array(Image.open(file)) for file in sorted((tmp_path / "train").iterdir())]
+    assert all(image.shape == (40, 40, 3) for image in pixels) and (pixels[0][..., 0] != pixels[0][..., 1]).any()
+    expected = np.stack(pixels).reshape(-1, 3).mean(0) / 255
+    assert manifest.normalization()[0] == pytest.approx(tuple(expected), abs=1e-9)
 
 
 def test_the_files_are_coco_and_agree_with_the_images(small: tuple[Path, Manifest]):
