@@ -138,6 +138,19 @@ def test_fashion_mnist_compares_four_encoders_at_equal_steps() -> None:
         assert experiment.linear_probe == experiments["aps"].linear_probe and experiment.knn == experiments["aps"].knn
 
 
+def test_cifar_on_two_cores_compares_at_equal_steps_and_detects_in_windows_of_the_pretraining_grid() -> None:
+    experiments = study("cifar_cpu.yaml").experiments
+    trained = [e for e in experiments.values() if "pretrain" in e.stages]
+    assert {e.sampling.strategy for e in trained} == {"asymmetric", "random"}
+    assert len({steps_per_batch(e) for e in trained}) == 1
+    assert steps_per_batch(trained[0])[0] * (50_000 // 128) == 9_360  # what the file says
+    detecting = {name: e for name, e in experiments.items() if "detection" in e.stages}
+    assert {e.encoder.weights for e in detecting.values()} == {"experiment:aps", "random"}
+    assert len({e.detection for e in detecting.values()}) == 1
+    for experiment in detecting.values():
+        assert experiment.detection.positions == "repeat" and experiment.detection.window == experiment.encoder.grid
+
+
 def test_imagenet_stages_fit_their_batches_and_patches() -> None:
     for experiment in study("imagenet.yaml").experiments.values():
         cells = experiment.encoder.grid**2
