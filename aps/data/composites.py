@@ -48,9 +48,8 @@ class Recipe:
     val: int
     objects: tuple[int, int]  # fewest and most
     sizes: tuple[int, int]  # side of an object's square
-    opaque: (
-        int | None
-    )  # an object is where its scan is at least this bright, of 255; None: an oval cut from a photograph
+    # An object is where its scan is at least this bright, of 255; None: an oval cut from a photograph.
+    opaque: int | None
     visible: float  # share of each object that must stay in sight
     fragments: tuple[int, int] = (0, 0)  # pieces of other objects
     background: tuple[int, int] = (0, 0)  # levels between which a canvas shades
