@@ -34,16 +34,21 @@ def jitter(
         image, masks = T.horizontal_flip(image), T.horizontal_flip(masks)
     low, high = settings.jitter_scale
     H, W = image.shape[-2:]
-    factor = (low + scale * (high - low)) * settings.image_size / max(H, W)
-    size = [max(1, round(H * factor)), max(1, round(W * factor))]
+    size = scaled_size(H, W, (low + scale * (high - low)) * settings.image_size)
     if size != [H, W]:
         image = T.resize(image, size, antialias=True)
-        masks = T.resize(masks, size, interpolation=T.InterpolationMode.NEAREST)
+        masks = T.resize(masks, size, interpolation=T.InterpolationMode.NEAREST_EXACT)  # NEAREST is half a pixel off
     height, width = (min(side, settings.image_size) for side in size)
     top, left = round(down * (size[0] - height)), round(right * (size[1] - width))
     image, masks = (T.crop(x, top, left, height, width) for x in (image, masks))
     kept = masks.flatten(1).any(dim=1).bool()
     return image, Target(mask_boxes(masks[kept]), target.labels[kept], masks[kept])
+
+
+def scaled_size(height: int, width: int, longer: float) -> list[int]:
+    """[height, width] with a longer side of `longer` pixels, the aspect ratio kept."""
+    factor = longer / max(height, width)
+    return [max(1, round(height * factor)), max(1, round(width * factor))]
 
 
 def mask_boxes(masks: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 import aps.detection
 from aps.config import DetectionSettings, engine_names
 from aps.detection import check_engine, load_engine
-from aps.detection.annotations import image_at
+from aps.detection.annotations import Target, image_at
+from aps.detection.augment import jitter
 from aps.detection.engine import Engine, Task, lr_factor
 from aps.errors import UserError
 
@@ -212,6 +213,37 @@ def test_at_the_start_both_engines_predict_from_the_same_backbone_features(task:
     expected = torch.zeros(1, 3, 32, 32)
     expected[0, :, :24] = (image.float() / 255 - 0.2) / 0.3
     torch.testing.assert_close(seen[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_images_are_scaled_in_evaluation_as_in_training(task: Task, name: str):
+    engine = build(name, task)
+    image = torch.randint(0, 256, (3, 64, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    still = task.settings.model_copy(update={"jitter_scale": (1.0, 1.0), "flip": 0.0})
+    nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 64, 40, dtype=torch.uint8))
+    trained_on, _ = jitter(image, nothing, still, torch.Generator())
+    seen = []
+    engine.model.backbone.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0]))
+    engine.predict([image])
+    levels = (seen[0] * 0.3 + 0.2) * 255
+    assert trained_on.shape == (3, 32, 20)
+    assert (levels[:, :, :20] - trained_on).abs().max() <= 1.01  # detectron2 scales by Pillow
+
+
+def test_detections_are_in_pixels_of_the_image_as_given(task: Task, monkeypatch: pytest.MonkeyPatch):
+    engine = build("torchvision", task)
+    inside = {
+        "boxes": torch.tensor([[2.0, 4.0, 12.0, 30.0]]),  # of 32 x 20 pixels
+        "scores": torch.ones(1),
+        "labels": torch.tensor([3]),
+        "crops": torch.ones(1, 1, 28, 28),
+    }
+    monkeypatch.setattr(engine.model.roi_heads, "forward", lambda *_: ([inside], {}))
+    (found,) = engine.predict([torch.zeros(3, 64, 40, dtype=torch.uint8)])
+    assert found.boxes.tolist() == [[4, 8, 24, 60]] and found.labels.tolist() == [2]
+    expected = torch.zeros(1, 64, 40, dtype=torch.bool)
+    expected[:, 8:60, 4:24] = True
+    assert torch.equal(found.masks, expected)
 
 
 @pytest.mark.detectron2

@@ -1,30 +1,35 @@
 """Engine torchvision: its Mask R-CNN on the ViTDet backbone of `aps.detection.vitdet`. Runs wherever torch does.
 
 Heads as ViTDet has them: two convolutions in the proposal network, four and a hidden layer for boxes, four for masks, with
-LayerNorm. Where torchvision's defaults differ from detectron2's in what the network computes (region pooling, initial
-weights of the predictors), detectron2's are taken, so that the same settings mean the same thing.
+LayerNorm. Where torchvision differs from detectron2 in what the network computes (region pooling, initial weights of the
+predictors, mask targets, pasting of masks), detectron2's way is taken, so that the same settings mean the same thing.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as T
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection import roi_heads
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from aps.config import DetectionSettings
 from aps.detection import engine
 from aps.detection.annotations import Positions, image_at, seed_of
-from aps.detection.augment import jitter
+from aps.detection.augment import jitter, scaled_size
 from aps.detection.engine import After, Prediction, Task
 from aps.detection.score import coco_metrics
 from aps.detection.vitdet import SimpleFeaturePyramid
@@ -107,13 +112,21 @@ class Engine(engine.Engine):
     def predict(self, images: list[Tensor]) -> list[Prediction]:
         training = self.model.training
         self.model.eval()
-        with self.precision.autocast():
-            found = self.model([image.to(self.device).float() / 255 for image in images])
-        self.model.train(training)
-        return [
-            Prediction(x["boxes"].cpu(), x["scores"].cpu(), x["labels"].cpu() - 1, (x["masks"][:, 0] >= 0.5).cpu())
-            for x in found
+        # As the jitter scales them; torchvision's own transform, which then has nothing to do, would not antialias.
+        sizes = [scaled_size(image.shape[1], image.shape[2], self.task.settings.image_size) for image in images]
+        scaled = [
+            T.resize(image, size, antialias=True).to(self.device) for image, size in zip(images, sizes, strict=True)
         ]
+        with self.precision.autocast():
+            found = self.model([image.float() / 255 for image in scaled])
+        self.model.train(training)
+        predictions = []
+        for image, (h, w), x in zip(images, sizes, found, strict=True):
+            H, W = image.shape[1:]
+            boxes = x["boxes"].float() * torch.tensor([W / w, H / h, W / w, H / h], device=self.device)
+            masks = paste(x["crops"].float(), boxes, H, W)
+            predictions.append(Prediction(boxes.cpu(), x["scores"].cpu(), x["labels"].cpu() - 1, masks.cpu()))
+        return predictions
 
     def score(self, results: list[dict[str, Any]]) -> dict[str, Any]:
         return coco_metrics(self.task.val, results)
@@ -133,9 +146,10 @@ class _Samples(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return image, {"boxes": target.boxes, "labels": target.labels + 1, "masks": target.masks}
 
 
-def build_model(task: Task) -> MaskRCNN:
-    """Mask R-CNN for the classes of `task`, its backbone with fresh weights."""
-    settings = task.settings
+def build_model(task: Task) -> GeneralizedRCNN:
+    """Mask R-CNN for the classes of `task`, its backbone with fresh weights. Numbers that are no setting are those that
+    torchvision's and detectron2's Mask R-CNN share."""
+    settings, S = task.settings, task.settings.image_size
     torch.manual_seed(task.seed)
     backbone = SimpleFeaturePyramid(task.encoder, settings)
     strides = settings.strides(task.encoder.patch_size)
@@ -143,6 +157,17 @@ def build_model(task: Task) -> MaskRCNN:
     anchors = AnchorGenerator(
         sizes=tuple((engine.ANCHOR_STRIDES * stride,) for stride in (*strides, 2 * strides[-1])),
         aspect_ratios=((0.5, 1.0, 2.0),) * len(backbone.names),
+    )
+    proposals = RegionProposalNetwork(
+        anchors,
+        RPNHead(C, anchors.num_anchors_per_location()[0], conv_depth=2),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=256,
+        positive_fraction=0.5,
+        pre_nms_top_n={"training": 2 * settings.proposals, "testing": settings.proposals},
+        post_nms_top_n={"training": settings.proposals, "testing": settings.proposals},
+        nms_thresh=0.7,
     )
     box_head = FastRCNNConvFCHead((C, 7, 7), [C] * settings.head_convs, [settings.head_dim], norm_layer=LayerNorm2d)
     box_predictor = FastRCNNPredictor(settings.head_dim, classes)
@@ -152,28 +177,109 @@ def build_model(task: Task) -> MaskRCNN:
     nn.init.normal_(mask_predictor.mask_fcn_logits.weight, std=0.001)
     for layer in (box_predictor.cls_score, box_predictor.bbox_pred):
         nn.init.zeros_(layer.bias)
-    return MaskRCNN(
-        backbone,
-        min_size=settings.image_size,
-        max_size=settings.image_size,
-        image_mean=list(task.mean),
-        image_std=list(task.std),
-        size_divisible=settings.image_size,  # pad to the square
-        _skip_resize=True,  # in training: the jitter did it
-        rpn_anchor_generator=anchors,
-        rpn_head=RPNHead(C, anchors.num_anchors_per_location()[0], conv_depth=2),
-        rpn_pre_nms_top_n_train=2 * settings.proposals,
-        rpn_pre_nms_top_n_test=settings.proposals,
-        rpn_post_nms_top_n_train=settings.proposals,
-        rpn_post_nms_top_n_test=settings.proposals,
-        box_roi_pool=AlignedPooler(backbone.names[:-1], strides, 7),
-        box_head=box_head,
-        box_predictor=box_predictor,
-        box_batch_size_per_image=settings.rois,
+    heads = RoIHeads(
+        AlignedPooler(backbone.names[:-1], strides, 7),
+        box_head,
+        box_predictor,
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        batch_size_per_image=settings.rois,
+        positive_fraction=0.25,
+        bbox_reg_weights=(10.0, 10.0, 5.0, 5.0),
+        score_thresh=0.05,
+        nms_thresh=0.5,
+        detections_per_img=100,
         mask_roi_pool=AlignedPooler(backbone.names[:-1], strides, 14),
         mask_head=MaskRCNNHeads(C, [C] * settings.head_convs, 1, norm_layer=LayerNorm2d),
         mask_predictor=mask_predictor,
     )
+    transform = GeneralizedRCNNTransform(
+        S,
+        S,
+        list(task.mean),
+        list(task.std),
+        size_divisible=S,  # pad to the square
+        _skip_resize=True,  # in training: the jitter did it
+    )
+    return GeneralizedRCNN(backbone, proposals, heads, transform)
+
+
+class RoIHeads(roi_heads.RoIHeads):
+    """torchvision's, but for masks. It cuts their targets half a pixel off the regions that `AlignedPooler` pools, and pastes
+    them into boxes rounded to whole pixels: on objects of 16 pixels that costs 14 points of mask AP (docs/detection.md)."""
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """As torchvision's: (detections, losses), of which one is empty. A detection has its mask as `crops`, probabilities
+        (K, 1, m, m) over its box, for `paste`."""
+        if self.training:
+            proposals, matched, labels, regression = self.select_training_samples(proposals, targets)
+        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
+        if not self.training:
+            boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
+            crops = roi_heads.maskrcnn_inference(self._mask_logits(features, boxes, image_shapes), labels)
+            keys = ("boxes", "scores", "labels", "crops")
+            return [dict(zip(keys, found, strict=True)) for found in zip(boxes, scores, labels, crops, strict=True)], {}
+        assert targets is not None
+        loss_class, loss_box = roi_heads.fastrcnn_loss(logits, deltas, labels, regression)
+        objects = [torch.nonzero(own > 0).squeeze(1) for own in labels]
+        boxes = [own[i] for own, i in zip(proposals, objects, strict=True)]
+        masks = self._mask_logits(features, boxes, image_shapes)
+        wanted = [
+            mask_targets(target["masks"], own, index[i], masks.shape[-1])
+            for target, own, index, i in zip(targets, boxes, matched, objects, strict=True)
+        ]
+        classes = torch.cat([own[i] for own, i in zip(labels, objects, strict=True)])
+        masks = masks[torch.arange(len(masks), device=masks.device), classes]
+        # A mean over nothing is not a number.
+        loss_mask = F.binary_cross_entropy_with_logits(masks, torch.cat(wanted)) if len(masks) else masks.sum()
+        return [], {"loss_classifier": loss_class, "loss_box_reg": loss_box, "loss_mask": loss_mask}
+
+    def _mask_logits(self, features: dict[str, Tensor], boxes: list[Tensor], shapes: list[tuple[int, int]]) -> Tensor:
+        """(sum K, classes + 1, m, m)."""
+        return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, shapes)))
+
+
+def mask_targets(masks: Tensor, boxes: Tensor, index: Tensor, side: int) -> Tensor:
+    """What a mask should be within each box.
+
+    Args:
+        masks: (I, H, W), of an image's instances.
+        boxes: (K, 4), left, top, right, bottom in its pixels.
+        index: (K,), the instance of each box.
+
+    Returns:
+        (K, side, side), 1 where at least half of a cell is the instance's, else 0.
+    """
+    rois = torch.cat([index[:, None].to(boxes), boxes], dim=1)
+    covered = roi_align(masks[:, None].to(boxes), rois, (side, side), aligned=True)
+    return (covered[:, 0] >= 0.5).to(boxes)
+
+
+def paste(crops: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+    """Masks of an image from those over their boxes: an inverse of `mask_targets`.
+
+    Args:
+        crops: (K, 1, m, m), probabilities.
+        boxes: (K, 4), left, top, right, bottom in pixels of the image.
+
+    Returns:
+        bool (K, height, width): pixels at whose centre the probability is at least a half.
+    """
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=crops.device)
+    rows, columns = (torch.arange(side, device=crops.device) + 0.5 for side in (height, width))  # centres of pixels
+    for mask, crop, (left, top, right, bottom) in zip(masks, crops, boxes.tolist(), strict=True):
+        y, x = (slice(max(0, math.floor(low)), math.ceil(high)) for low, high in ((top, bottom), (left, right)))
+        across = (columns[x] - left) / (right - left) * 2 - 1  # the crop's from -1 to 1
+        down = (rows[y] - top) / (bottom - top) * 2 - 1
+        grid = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)  # (rows, columns, 2)
+        mask[y, x] = F.grid_sample(crop[None], grid[None], align_corners=False)[0, 0] >= 0.5
+    return masks
 
 
 class AlignedPooler(MultiScaleRoIAlign):
