@@ -206,7 +206,7 @@ def build_model(task: Task) -> GeneralizedRCNN:
 
 class RoIHeads(roi_heads.RoIHeads):
     """torchvision's, but for masks. It cuts their targets half a pixel off the regions that `AlignedPooler` pools, and pastes
-    them into boxes rounded to whole pixels: on objects of 16 pixels that costs 14 points of mask AP (docs/detection.md)."""
+    them into boxes rounded to whole pixels: on objects of 16 pixels that costs 26 points of mask AP (docs/log.md)."""
 
     def forward(
         self,
