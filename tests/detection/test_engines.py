@@ -246,6 +246,19 @@ def test_detections_are_in_pixels_of_the_image_as_given(task: Task, monkeypatch:
     assert torch.equal(found.masks, expected)
 
 
+def test_images_without_an_instance_train_and_have_no_mask_loss(task: Task):
+    model = build("torchvision", task).model.train()
+    nothing = {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "masks": torch.zeros(0, 32, 32, dtype=torch.uint8),
+    }
+    losses = model([torch.rand(3, 32, 32)] * 2, [nothing, dict(nothing)])
+    sum(losses.values()).backward()
+    assert losses["loss_mask"] == 0 and all(torch.isfinite(loss) for loss in losses.values())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.detectron2
 def test_reduced_precision_on_a_cpu_is_refused_by_detectron2(task: Task):
     reduced = dataclasses.replace(task, settings=task.settings.model_copy(update={"precision": "bf16"}))
