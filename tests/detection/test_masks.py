@@ -41,13 +41,10 @@ def test_each_box_gets_the_mask_of_its_own_instance():
 
 
 def test_nothing_to_cut_or_paste_is_no_mask():
-    assert mask_targets(torch.zeros(0, 8, 8), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 4).shape == (
-        0,
-        4,
-        4,
-    )
-    assert mask_targets(torch.ones(2, 8, 8), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 4).shape == (0, 4, 4)
-    assert paste(torch.zeros(0, 1, 4, 4), torch.zeros(0, 4), 8, 6).shape == (0, 8, 6)
+    no_boxes, no_index = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    for instances in (0, 2):
+        assert mask_targets(torch.ones(instances, 8, 8), no_boxes, no_index, 4).shape == (0, 4, 4)
+    assert paste(torch.zeros(0, 1, 4, 4), no_boxes, 8, 6).shape == (0, 8, 6)
 
 
 def test_a_box_a_hair_beyond_the_image_is_pasted_as_far_as_it_goes():

@@ -115,7 +115,7 @@ class Engine(engine.Engine):
         # As the jitter scales them; torchvision's own transform, which then has nothing to do, would not antialias.
         sizes = [scaled_size(image.shape[1], image.shape[2], self.task.settings.image_size) for image in images]
         scaled = [
-            T.resize(image, size, antialias=True).to(self.device) for image, size in zip(images, sizes, strict=True)
+            T.resize(image.to(self.device), size, antialias=True) for image, size in zip(images, sizes, strict=True)
         ]
         with self.precision.autocast():
             found = self.model([image.float() / 255 for image in scaled])
