@@ -3,7 +3,7 @@
 import sys
 
 from aps.cli import main
-from aps.training.interrupt import listen
+from aps.runtime.signals import listen
 
 if __name__ == "__main__":
     listen()

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aps import __version__
-from aps.config import STAGES, StageSettings, Study, load_study, parse_overrides
 from aps.errors import UserError
+from aps.settings import STAGES, StageSettings, Study, load_study, parse_overrides
 
 DEFAULT_STUDY = "config/config.yaml"
 PREEMPTED = 75  # EX_TEMPFAIL: the work is saved, start the same command again
@@ -193,10 +193,10 @@ def _load(args: argparse.Namespace) -> Study:
 
 def _stage(stage: str) -> Callable[[argparse.Namespace], None]:
     def run(args: argparse.Namespace) -> None:
-        from aps import launch
         from aps.errors import Preempted
         from aps.results import forget, restore_finished
-        from aps.slurm import Claim
+        from aps.runtime import launch
+        from aps.runtime.slurm import Claim
 
         job = _job(stage, args)
         module = STAGE_MODULES[stage]
@@ -260,9 +260,9 @@ def _job(stage: str, args: argparse.Namespace):  # type: ignore[no-untyped-def] 
 
 
 def _data(args: argparse.Namespace) -> None:
-    from aps.config import SourceSettings
     from aps.data.prepare import prepare
     from aps.results import manifest_path
+    from aps.settings import SourceSettings
 
     if args.source is None and args.out is not None and not Path(args.configfile[0]).exists():
         source, folder = SourceSettings(), args.out

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from aps.config import DetectionSettings, EncoderSettings, ExperimentSettings, Stage, Study
 from aps.errors import UserError
 from aps.models.archs import dimensions
+from aps.settings import DetectionSettings, EncoderSettings, ExperimentSettings, Stage, Study
 
 
 class Gpu(NamedTuple):

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from aps.config import STAGES, ExperimentSettings, arch_names
 from aps.errors import UserError
+from aps.settings import STAGES, ExperimentSettings, arch_names
 
 TABLE = Path("config/published.yaml")
 

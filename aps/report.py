@@ -23,9 +23,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aps import published
-from aps.config import ExperimentSettings, Study
 from aps.files import atomic_path
 from aps.results import flatten, forget_finished, read_history, read_results, stage_folder
+from aps.settings import ExperimentSettings, Study
 from aps.tracking import OFF, log_report, sync, tracking_uri
 
 Run = dict[str, Any]  # the content of a metrics.json

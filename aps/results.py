@@ -26,9 +26,9 @@ from types import TracebackType
 from typing import Any
 
 from aps import __version__
-from aps.config import StageSettings, Study
 from aps.errors import UserError
 from aps.files import read_json, write_json
+from aps.settings import StageSettings, Study
 from aps.tracking import Tracker
 
 # The files a stage's rule declares; all of them lie in stage_folder().

@@ -22,8 +22,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from aps.config import SamplingSettings
 from aps.errors import UserError
+from aps.settings import SamplingSettings
 
 # A cell less uncovered than this share of its area is covered: above the rounding of float32, below what gamma can see.
 ROUNDING = 1e-5
@@ -135,7 +135,7 @@ def first(values: Tensor, kept: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# Strategies. A new one is one function here; aps.config reads the registered names from this file's text.
+# Strategies. A new one is one function here; aps.settings reads the registered names from this file's text.
 
 Cells = tuple[Tensor, Tensor]  # of view 1, of view 2, both (B, T, n)
 Strategy = Callable[[SamplingSettings, int, Geometry, Geometry, Noise], Cells]

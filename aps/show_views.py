@@ -18,12 +18,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from aps.config import ExperimentSettings
 from aps.data.load import ArraySplit, FileSplit, load_split
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.files import atomic_path
 from aps.sampling import coverage, sample
+from aps.settings import ExperimentSettings
 from aps.views import apply_view, draw_parameters
 
 COLORS = ("#1f6feb", "#f0640c")  # of view 1 and view 2 in every panel

@@ -19,9 +19,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from aps.config import Study
 from aps.errors import UserError
 from aps.files import read_json, write_json
+from aps.settings import Study
 
 OFF = "none"  # tracking_uri that turns MLflow off
 SEND_SECONDS = 5.0  # between two looks at the journal

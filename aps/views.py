@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from aps.config import ViewSettings
 from aps.sampling import Geometry
+from aps.settings import ViewSettings
 
 TRIES = 10  # random boxes tried for an image before the centred one (torchvision's RandomResizedCrop)
 SIGMA = (0.1, 2.0)  # of the blur, in pixels of the view (SimCLR, MoCo v3)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import torch
 
-from aps.config import EncoderSettings
 from aps.estimate import pretraining_step_flops
-from aps.training.distributed import processes
+from aps.runtime.processes import processes
+from aps.settings import EncoderSettings
 from benchmarks.common import arguments, plot, row, seconds, spread, write
 from benchmarks.study import experiment, inputs, trainer
 

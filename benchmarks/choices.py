@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aps.config import EncoderSettings
 from aps.errors import UserError
 from aps.models.encoder import gather_cells
-from aps.training.distributed import processes
+from aps.runtime.processes import processes
+from aps.settings import EncoderSettings
 from aps.training.pretrain import Trainer
 from benchmarks.common import arguments, plot, row, seconds, spread, write
 from benchmarks.study import experiment, inputs, trainer

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from aps.config import DetectionSettings, EncoderSettings, SourceSettings
 from aps.data.composites import RECIPES, Recipe
 from aps.data.prepare import prepare
 from aps.detection import load_engine
 from aps.detection.annotations import CocoSplit
 from aps.detection.engine import Task
-from aps.training.distributed import processes
+from aps.runtime.processes import processes
+from aps.settings import DetectionSettings, EncoderSettings, SourceSettings
 from benchmarks.common import write
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from aps.config import DatasetSettings, EncoderSettings, LinearProbeSettings, SourceSettings, StageSettings
 from aps.data.prepare import prepare
 from aps.models.encoder import build_encoder
 from aps.models.weights import save_encoder
 from aps.results import StageJob
+from aps.settings import DatasetSettings, EncoderSettings, LinearProbeSettings, SourceSettings, StageSettings
 from aps.training import linear_probe
 from benchmarks.common import arguments, compare, plot, row, write
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from aps.config import SamplingSettings, ViewSettings
+from aps.runtime.processes import processes
 from aps.sampling import sample
-from aps.training.distributed import processes
+from aps.settings import SamplingSettings, ViewSettings
 from aps.views import draw_parameters
 from benchmarks.common import arguments, compare, plot, row, write
 from benchmarks.ordinary import sample_image

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from aps.config import EncoderSettings, ViewSettings
 from aps.data.load import ArraySplit
+from aps.runtime.processes import processes
 from aps.sampling import sample
-from aps.training.distributed import processes
+from aps.settings import EncoderSettings, ViewSettings
 from aps.training.order import SAMPLING, seeded
 from aps.training.pairs import Pairs
 from benchmarks.common import arguments, machine, plot, row, spread, synchronize, write

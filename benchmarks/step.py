@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from aps.config import EncoderSettings
 from aps.estimate import pretraining_step_flops
-from aps.training.distributed import processes
+from aps.runtime.processes import processes
+from aps.settings import EncoderSettings
 from benchmarks.common import OTHER, OURS, arguments, row, seconds, spread, synchronize, write
 from benchmarks.common import label as machine_label
 from benchmarks.study import experiment, inputs, trainer

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aps.config import (
+from aps.results import StageJob
+from aps.runtime.processes import Distributed
+from aps.settings import (
     DatasetSettings,
     EncoderSettings,
     ExperimentSettings,
@@ -15,8 +17,6 @@ from aps.config import (
     SamplingSettings,
     StageSettings,
 )
-from aps.results import StageJob
-from aps.training.distributed import Distributed
 from aps.training.pretrain import Trainer
 
 

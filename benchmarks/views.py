@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from aps.config import SamplingSettings, ViewSettings
 from aps.data.load import ArraySplit
+from aps.runtime.processes import processes
 from aps.sampling import sample
-from aps.training.distributed import processes
+from aps.settings import SamplingSettings, ViewSettings
 from aps.training.order import SAMPLING, seeded
 from aps.training.pairs import Pairs
 from benchmarks.common import arguments, compare, plot, row, write

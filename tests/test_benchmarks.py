@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from aps.config import EncoderSettings, SamplingSettings, ViewSettings
+from aps.runtime.processes import processes
 from aps.sampling import coverage
-from aps.training.distributed import processes
+from aps.settings import EncoderSettings, SamplingSettings, ViewSettings
 from aps.views import draw_parameters
 from benchmarks.__main__ import NAMES
 from benchmarks.choices import CHOICES

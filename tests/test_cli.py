@@ -17,9 +17,9 @@ import yaml
 from tiny_study import STUDY, fake_job
 
 from aps import cli
-from aps.config import STAGES, load_study
 from aps.errors import Preempted, UserError
 from aps.results import StageJob, StageRun, manifest_path
+from aps.settings import STAGES, load_study
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from tiny_study import STUDY, checkout, put
 
 from aps import tracking
-from aps.config import STAGES, load_study
 from aps.results import OUTPUTS, read_history, stage_folder
+from aps.settings import STAGES, load_study
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("end_to_end")]
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from aps.config import DetectionSettings, EncoderSettings, ExperimentSettings, load_study
 from aps.data import REGISTRY
 from aps.errors import UserError
 from aps.estimate import (
@@ -34,6 +33,7 @@ from aps.estimate import (
 from aps.models.archs import dimensions
 from aps.models.encoder import build_encoder
 from aps.models.model import APS, build_heads
+from aps.settings import DetectionSettings, EncoderSettings, ExperimentSettings, load_study
 from aps.training.loss import contrastive_loss
 
 

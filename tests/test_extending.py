@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from aps import config, sampling
-from aps.config import EncoderSettings, SamplingSettings, ViewSettings
+from aps import sampling
+from aps.settings import study as config
 from aps.models import archs
 from aps.models.encoder import build_encoder
 from aps.sampling import coverage, sample
+from aps.settings import EncoderSettings, SamplingSettings, ViewSettings
 from aps.views import draw_parameters
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()

@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aps.dag import Plan
 from aps.errors import UserError
+from aps.workflow.plan import Plan
 
 pytestmark = [pytest.mark.end_to_end]
 
@@ -167,7 +167,7 @@ def test_a_stage_that_outlived_its_snakemake_is_not_started_twice(tmp_path: Path
 
 HOLD = """
 import sys
-from aps.dag import Plan
+from aps.workflow.plan import Plan
 plan = Plan.load(["interrupted.yaml"], {})
 plan.hold_results()
 print("held", flush=True)

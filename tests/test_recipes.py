@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from aps.config import ExperimentSettings, Study, load_study
 from aps.models.archs import dimensions
+from aps.settings import ExperimentSettings, Study, load_study
 from aps.training.schedule import finetuning_lr, pretraining_lr
 
 CONFIG = Path(__file__).parents[1] / "config"

@@ -11,10 +11,10 @@ import pytest
 
 from aps import published, report
 from aps.cli import main
-from aps.config import Study, load_study
 from aps.errors import UserError
 from aps.report import Table, terminal, write_report
 from aps.results import checkpoint_folder, stage_folder
+from aps.settings import Study, load_study
 
 STUDY = """
 study: small

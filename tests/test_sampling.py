@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from aps.config import SamplingSettings, ViewSettings, strategy_names
 from aps.errors import UserError
 from aps.sampling import ROUNDING, STRATEGIES, Geometry, coverage, first, kept_cells, sample, selective, sparse
+from aps.settings import SamplingSettings, ViewSettings, strategy_names
 from aps.views import apply_view, draw_parameters
 
 # --------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ from matplotlib.colors import to_rgba
 from matplotlib.image import imread
 
 from aps.cli import main
-from aps.config import (
+from aps.data.load import ArraySplit
+from aps.data.prepare import prepare
+from aps.settings import (
     DatasetSettings,
     EncoderSettings,
     ExperimentSettings,
@@ -17,8 +19,6 @@ from aps.config import (
     SourceSettings,
     ViewSettings,
 )
-from aps.data.load import ArraySplit
-from aps.data.prepare import prepare
 from aps.show_views import COLORS, COLUMNS, Example, draw, examples
 
 GRID = 4

@@ -29,13 +29,15 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     assert not imported(code) & HEAVY
 
 
-@pytest.mark.parametrize("module", ["aps.config", "aps.dag", "aps.launch", "aps.estimate", "aps.results"])
+@pytest.mark.parametrize(
+    "module", ["aps.settings", "aps.workflow.plan", "aps.runtime.launch", "aps.estimate", "aps.results"]
+)
 def test_what_planning_reads_imports_nothing_heavy(module: str) -> None:
     assert not imported(f"import {module}") & (HEAVY - {"snakemake"})
 
 
 def test_validating_a_study_imports_nothing_heavy() -> None:
-    code = "from aps.config import load_study; load_study(['config/config.yaml']).jobs()"
+    code = "from aps.settings import load_study; load_study(['config/config.yaml']).jobs()"
     assert not imported(code) & HEAVY
 
 

@@ -21,10 +21,10 @@ import pytest
 from tiny_study import fake_job
 
 from aps import tracking
-from aps.config import load_study
 from aps.errors import UserError
 from aps.files import read_json
 from aps.results import StageJob, StageRun, read_history
+from aps.settings import load_study
 from aps.tracking import Tracker, log_report, prepare_store, sync, tracking_uri
 
 LINES = 30

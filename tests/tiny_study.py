@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from aps.config import DatasetSettings, KnnSettings, StageSettings
 from aps.results import StageJob, checkpoint_folder, stage_folder
+from aps.settings import DatasetSettings, KnnSettings, StageSettings
 
 ROOT = Path(__file__).parent.parent
 STUDY: dict[str, Any] = {

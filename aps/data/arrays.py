@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from aps.config import SourceSettings
 from aps.data.manifest import (
     ChannelStatistics,
     Manifest,
@@ -23,6 +22,7 @@ from aps.data.manifest import (
     write_atomic,
 )
 from aps.data.statistics import Accumulator
+from aps.settings import SourceSettings
 
 
 def store(

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from aps.config import SourceSettings
 from aps.data import arrays, fetch
 from aps.data.manifest import ChannelStatistics, Manifest
 from aps.errors import UserError
+from aps.settings import SourceSettings
 
 
 class Release(NamedTuple):

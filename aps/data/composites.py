@@ -27,11 +27,11 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle
 
-from aps.config import SourceSettings
 from aps.data import REGISTRY
 from aps.data.load import ArraySplit, FileSplit, load_split
 from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes, write_atomic
 from aps.data.statistics import Accumulator
+from aps.settings import SourceSettings
 
 SEED = 20230605
 TRIES = 20  # placements tried for an object before it is left out

@@ -9,9 +9,9 @@ import sklearn
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from aps.config import SourceSettings
 from aps.data import arrays
 from aps.data.manifest import Manifest
+from aps.settings import SourceSettings
 
 TEST_IMAGES = 359  # a fifth; the publisher gives no split
 SPLIT_SEED = 0

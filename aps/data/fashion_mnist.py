@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import FashionMNIST
 
-from aps.config import SourceSettings
 from aps.data import arrays, fetch
 from aps.data.manifest import Manifest
 from aps.errors import UserError
+from aps.settings import SourceSettings
 
 # Where Debian's package dataset-fashion-mnist installs the files.
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")

@@ -26,9 +26,9 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from aps.config import SourceSettings
 from aps.data.manifest import write_atomic
 from aps.errors import UserError
+from aps.settings import SourceSettings
 
 DOWNLOADS = "download"  # a dataset's subfolder, removed once it is prepared
 ATTEMPTS = 5

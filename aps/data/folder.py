@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from aps.config import SourceSettings
 from aps.data import fetch, trees
 from aps.data.manifest import Manifest
 from aps.errors import UserError
+from aps.settings import SourceSettings
 
 HOLDOUT = 0.2  # of each class, rounded, at least one image
 SPLIT_SEED = 0

@@ -12,11 +12,11 @@ import importlib
 import shutil
 from pathlib import Path
 
-from aps.config import SourceSettings
 from aps.data import REGISTRY
 from aps.data.fetch import DOWNLOADS
 from aps.data.manifest import Manifest
 from aps.errors import UserError
+from aps.settings import SourceSettings
 
 COPY = "prepared.json"
 # What the user's disk can do to us, as opposed to our own bugs.

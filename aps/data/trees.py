@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-from aps.config import SourceSettings
 from aps.data.fetch import parallel
 from aps.data.load import limited, read_image
 from aps.data.manifest import (
@@ -28,6 +27,7 @@ from aps.data.manifest import (
 )
 from aps.data.statistics import Accumulator
 from aps.errors import UserError
+from aps.settings import SourceSettings
 
 READABLE = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 UNREADABLE = (".bmp", ".ppm", ".pgm", ".tif", ".tiff")  # images that torchvision's decoder does not read

@@ -10,8 +10,8 @@ import torchvision.transforms.v2.functional as T
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
-from aps.config import DetectionSettings
 from aps.detection.annotations import Target
+from aps.settings import DetectionSettings
 
 
 def jitter(

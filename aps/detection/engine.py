@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from aps.config import DetectionSettings, EncoderSettings
 from aps.data.manifest import RGB
 from aps.detection.annotations import CocoSplit, result_rows
-from aps.training.distributed import Distributed
+from aps.runtime.processes import Distributed
+from aps.settings import DetectionSettings, EncoderSettings
 
 WARMUP_FACTOR = 0.001  # ViTDet's start of warmup, as a share of the learning rate
 ANCHOR_STRIDES = 8  # side of a pyramid level's anchors in its cells: 32 pixels at 4 pixels a cell

@@ -26,9 +26,9 @@ from aps.errors import Preempted, UserError
 from aps.models.weights import load_encoder, read_info, save_tensors
 from aps.progress import Progress
 from aps.results import StageJob, StageRun
-from aps.training.checkpoint import Checkpoints
-from aps.training.distributed import Distributed, processes
-from aps.training.interrupt import stop_requested
+from aps.runtime.checkpoint import Checkpoints
+from aps.runtime.processes import Distributed, processes
+from aps.runtime.signals import stop_requested
 
 IMAGENET: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, Mlp
 from torch import Tensor, nn
 
-from aps.config import DetectionSettings, EncoderSettings
 from aps.models.archs import dimensions
+from aps.settings import DetectionSettings, EncoderSettings
 
 
 class Attention(nn.Module):

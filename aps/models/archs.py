@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from aps.config import EncoderSettings
+    from aps.settings import EncoderSettings
 
 
 class Arch(NamedTuple):

@@ -19,8 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aps.config import EncoderSettings
 from aps.models.archs import dimensions
+from aps.settings import EncoderSettings
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from aps.config import PretrainSettings
 from aps.models.encoder import Encoder
 from aps.models.heads import projection_head
+from aps.settings import PretrainSettings
 
 
 class APS(nn.Module):

@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from aps.config import EncoderSettings
 from aps.errors import UserError
 from aps.files import atomic_path
 from aps.models.archs import dimensions
 from aps.models.encoder import Encoder, build_encoder
+from aps.settings import EncoderSettings
 
 log = logging.getLogger(__name__)
 

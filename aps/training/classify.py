@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aps.data.load import ArraySplit, FileSplit
-from aps.training.distributed import Distributed
+from aps.runtime.precision import Precision
+from aps.runtime.processes import Distributed
 from aps.training.features import Normalization, images_of, normalize
 from aps.training.order import STEP, number
-from aps.training.precision import Precision
 
 
 def seed_everything(seed: int, *position: int) -> None:

@@ -13,8 +13,8 @@ from torchvision.transforms.v2 import functional
 from aps.data.load import ArraySplit, FileSplit
 from aps.models.encoder import Encoder
 from aps.progress import Progress
-from aps.training.distributed import Distributed
-from aps.training.precision import Precision
+from aps.runtime.precision import Precision
+from aps.runtime.processes import Distributed
 
 BATCH = 256
 CENTRE = (

@@ -24,7 +24,6 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from aps.config import FinetuneSettings
 from aps.data.load import ArraySplit, FileSplit, load_split
 from aps.data.manifest import Manifest
 from aps.errors import Preempted, UserError
@@ -32,16 +31,17 @@ from aps.models.encoder import Encoder
 from aps.models.weights import load_encoder, save_encoder
 from aps.progress import Progress
 from aps.results import StageJob, StageRun
-from aps.training.checkpoint import Checkpoints
+from aps.runtime.checkpoint import Checkpoints
+from aps.runtime.compiling import compile_module
+from aps.runtime.precision import Precision
+from aps.runtime.processes import Distributed, processes
+from aps.runtime.signals import stop_requested
+from aps.runtime.trace import Trace
+from aps.settings import FinetuneSettings
 from aps.training.classify import accuracy, seed_everything
-from aps.training.compiling import compile_module
-from aps.training.distributed import Distributed, processes
 from aps.training.features import Normalization
-from aps.training.interrupt import stop_requested
 from aps.training.order import IMAGE, KeyedLoader, Order, held_out
-from aps.training.precision import Precision
 from aps.training.schedule import finetuning_lr
-from aps.training.trace import Trace
 
 
 def run(job: StageJob) -> None:

@@ -15,10 +15,10 @@ from aps.data.manifest import Manifest
 from aps.models.encoder import Encoder
 from aps.models.weights import load_encoder
 from aps.results import StageJob, StageRun
-from aps.training.distributed import Distributed, processes
+from aps.runtime.precision import Precision
+from aps.runtime.processes import Distributed, processes
 from aps.training.features import Normalization, features
 from aps.training.order import HOLDOUT, seeded
-from aps.training.precision import Precision
 
 CHUNK = 1024  # test images compared at once
 MONITOR_K, MONITOR_TEMPERATURE, MONITOR_IMAGES = 20, 0.07, 10_000

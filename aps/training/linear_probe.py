@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional
 
-from aps.config import LinearProbeSettings, ViewSettings
 from aps.data.load import ArraySplit, FileSplit, load_split
 from aps.data.manifest import Manifest
 from aps.errors import Preempted
@@ -24,15 +23,16 @@ from aps.models.heads import synchronize_batch_norm
 from aps.models.weights import load_encoder, save_tensors
 from aps.progress import Progress
 from aps.results import StageJob, StageRun
-from aps.training.checkpoint import Checkpoints
+from aps.runtime.checkpoint import Checkpoints
+from aps.runtime.precision import Precision
+from aps.runtime.processes import Distributed, processes
+from aps.runtime.signals import stop_requested
+from aps.runtime.trace import Trace
+from aps.settings import LinearProbeSettings, ViewSettings
 from aps.training.classify import accuracy
-from aps.training.distributed import Distributed, processes
 from aps.training.features import normalize
-from aps.training.interrupt import stop_requested
 from aps.training.order import IMAGE, VIEWS, KeyedLoader, Order, held_out, seeded
-from aps.training.precision import Precision
 from aps.training.schedule import cosine, scaled_lr
-from aps.training.trace import Trace
 from aps.views import crop_resize, draw_boxes
 
 

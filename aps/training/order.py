@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from aps.errors import UserError
-from aps.training.distributed import Distributed
+from aps.runtime.processes import Distributed
 
 # Independent streams of random numbers of one seed.
 ORDER, VIEWS, SAMPLING, STEP, IMAGE, HOLDOUT = range(6)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aps.config import ViewSettings
 from aps.data.load import ArraySplit, FileSplit
+from aps.runtime.processes import Distributed
 from aps.sampling import Geometry
-from aps.training.distributed import Distributed
+from aps.settings import ViewSettings
 from aps.training.order import VIEWS, KeyedLoader, Order, seeded
 from aps.views import apply_crops, apply_view, crop_pair, draw_parameters
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from aps.config import PretrainSettings
 from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.errors import Preempted, UserError
@@ -27,19 +26,20 @@ from aps.models.model import APS, build_heads
 from aps.models.weights import save_encoder, save_tensors
 from aps.progress import Progress
 from aps.results import StageJob, StageRun
+from aps.runtime.checkpoint import Checkpoints
+from aps.runtime.compiling import compile_module
+from aps.runtime.memory import keep_memory
+from aps.runtime.precision import Precision
+from aps.runtime.processes import Distributed, processes
+from aps.runtime.signals import stop_requested
+from aps.runtime.trace import Trace
 from aps.sampling import sample
-from aps.training.checkpoint import Checkpoints
-from aps.training.compiling import compile_module
-from aps.training.distributed import Distributed, processes
-from aps.training.interrupt import stop_requested
+from aps.settings import PretrainSettings
 from aps.training.knn import monitor
 from aps.training.loss import contrastive_loss
-from aps.training.memory import keep_memory
 from aps.training.order import SAMPLING, seeded
 from aps.training.pairs import Pairs
-from aps.training.precision import Precision
 from aps.training.schedule import pretraining_lr
-from aps.training.trace import Trace
 
 LOG_BATCHES = 50  # batches between two log lines, within an epoch
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from miniatures import cifar_batches, md5, python2_pickle, tar
 
-from aps.config import SourceSettings
 from aps.data import cifar, fetch
 from aps.data.load import load_split
 from aps.data.prepare import prepare
 from aps.errors import UserError
+from aps.settings import SourceSettings
 
 NAMES = ("cifar10", "cifar100")
 

@@ -7,12 +7,12 @@ import pytest
 from miniatures import coco as miniature
 from miniatures import coco_annotations, jpeg, md5, zipped
 
-from aps.config import SourceSettings
 from aps.data import coco
 from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.data.prepare import prepare
 from aps.errors import UserError
+from aps.settings import SourceSettings
 
 TRAIN, VAL, INSTANCES, CLASSES = 5, 3, 2, 4
 

@@ -12,12 +12,12 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from aps.config import SourceSettings
 from aps.data import composites
 from aps.data.composites import RECIPES, Recipe, compose, resize
 from aps.data.load import ArraySplit
 from aps.data.manifest import Manifest
 from aps.data.prepare import prepare
+from aps.settings import SourceSettings
 
 SMALL = Recipe("digits", 40, 12, 6, (2, 4), (14, 22), 80, 0.5, (1, 3), (0, 60), 16)
 

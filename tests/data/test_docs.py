@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import aps.data
-from aps.config import SourceSettings, dataset_names
 from aps.data import REGISTRY, coco, imagenet
 from aps.data.load import load_split
 from aps.data.prepare import prepare
+from aps.settings import SourceSettings, dataset_names
 
 PAGE = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text()
 

@@ -7,11 +7,11 @@ import torch
 from miniatures import fashion_mnist as miniature
 from miniatures import idx, md5
 
-from aps.config import SourceSettings
 from aps.data import fashion_mnist, fetch
 from aps.data.load import load_split
 from aps.data.prepare import prepare
 from aps.errors import UserError
+from aps.settings import SourceSettings
 
 
 @pytest.fixture(autouse=True)

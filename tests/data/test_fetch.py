@@ -11,9 +11,9 @@ from typing import ClassVar
 import pytest
 from miniatures import md5, tar
 
-from aps.config import SourceSettings
 from aps.data import fetch
 from aps.errors import UserError
+from aps.settings import SourceSettings
 
 CONTENT = os.urandom(3_000_000)
 

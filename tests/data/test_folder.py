@@ -5,10 +5,10 @@ import pytest
 import torch
 from miniatures import image, jpeg, png, tree
 
-from aps.config import SourceSettings
 from aps.data.load import load_split
 from aps.data.prepare import prepare
 from aps.errors import UserError
+from aps.settings import SourceSettings
 
 
 def run(tmp_path: Path, root: str = "mine", out: str = "folder"):  # type: ignore[no-untyped-def]

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from miniatures import image, jpeg, png
 
-from aps.config import SourceSettings
 from aps.data.load import ArraySplit, FileSplit, limited, load_split, read_image
 from aps.data.prepare import prepare
 from aps.errors import UserError
+from aps.settings import SourceSettings
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aps.config import SourceSettings
 from aps.data import arrays
 from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.data.prepare import prepare
 from aps.errors import UserError
+from aps.settings import SourceSettings
 
 HERE = SourceSettings()
 

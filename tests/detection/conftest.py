@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny import ENCODER, SETTINGS
 
-from aps.config import SourceSettings
 from aps.data.composites import RECIPES, Recipe
 from aps.data.prepare import prepare
 from aps.detection.annotations import CocoSplit
 from aps.detection.engine import Task
-from aps.training.distributed import Distributed
+from aps.runtime.processes import Distributed
+from aps.settings import SourceSettings
 
 
 @pytest.fixture(scope="session", autouse=True)

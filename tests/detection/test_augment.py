@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from aps.config import DetectionSettings
 from aps.detection.annotations import Target
 from aps.detection.augment import jitter
+from aps.settings import DetectionSettings
 
 
 def square() -> tuple[torch.Tensor, Target]:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import aps.detection
-from aps.config import DetectionSettings, engine_names
 from aps.detection import check_engine, load_engine
 from aps.detection.annotations import Target, image_at
 from aps.detection.augment import jitter
 from aps.detection.engine import Engine, Task, lr_factor
 from aps.errors import UserError
+from aps.settings import DetectionSettings, engine_names
 
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
 

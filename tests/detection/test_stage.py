@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import ENCODER, stage_settings
 
-from aps.config import StageSettings
 from aps.detection.engine import Task
 from aps.detection.stage import load_weights, normalization, run
 from aps.errors import UserError
 from aps.models.encoder import build_encoder
 from aps.models.weights import save_encoder
 from aps.results import OUTPUTS, StageJob, checkpoint_folder
+from aps.settings import StageSettings
 
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aps.config import DatasetSettings, DetectionSettings, EncoderSettings, StageSettings
+from aps.settings import DatasetSettings, DetectionSettings, EncoderSettings, StageSettings
 
 ENCODER = EncoderSettings(arch="micro", depth=2, image_size=16, patch_size=4, weights="random")
 SETTINGS = DetectionSettings(

@@ -10,9 +10,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from aps.config import EncoderSettings
 from aps.models.archs import ARCHS
 from aps.models.encoder import Encoder, build_encoder, gather_cells, patchify
+from aps.settings import EncoderSettings
 
 SMALL = EncoderSettings(arch="micro", image_size=16, patch_size=4)  # N = 16
 

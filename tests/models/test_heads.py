@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aps.config import EncoderSettings, PretrainSettings
 from aps.models.encoder import build_encoder
 from aps.models.heads import CrossProcessBatchNorm, projection_head, synchronize_batch_norm
 from aps.models.model import APS, build_heads
+from aps.settings import EncoderSettings, PretrainSettings
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aps.config import EncoderSettings, PretrainSettings
 from aps.errors import UserError
 from aps.models.encoder import Encoder, build_encoder
 from aps.models.model import APS, build_heads
 from aps.models.transfer import export_timm, import_weights
 from aps.models.weights import load_encoder, read_info, save_encoder, save_tensors
+from aps.settings import EncoderSettings, PretrainSettings
 
 # The release's encoder in little: width 128 of two heads of 64, as every width of the release divides by 64.
 SETTINGS = EncoderSettings(image_size=32, patch_size=8, dim=128, depth=2, heads=2)

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aps.config import EncoderSettings
 from aps.errors import UserError
 from aps.models import weights
 from aps.models.encoder import Encoder, build_encoder
 from aps.models.weights import load_encoder, read_info, save_encoder, save_tensors
+from aps.settings import EncoderSettings
 
 SETTINGS = EncoderSettings(arch="micro", image_size=16, patch_size=4, depth=2)
 

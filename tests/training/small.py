@@ -11,7 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from aps.config import (
+from aps.errors import Preempted
+from aps.models.encoder import build_encoder
+from aps.models.weights import save_encoder
+from aps.results import StageJob, checkpoint_folder
+from aps.runtime.processes import Distributed
+from aps.settings import (
     DatasetSettings,
     EncoderSettings,
     FinetuneSettings,
@@ -20,11 +25,6 @@ from aps.config import (
     PretrainSettings,
     StageSettings,
 )
-from aps.errors import Preempted
-from aps.models.encoder import build_encoder
-from aps.models.weights import save_encoder
-from aps.results import StageJob, checkpoint_folder
-from aps.training.distributed import Distributed
 
 ONE = Distributed(0, 1, torch.device("cpu"))
 ENCODER = EncoderSettings(arch="micro", dim=24, depth=2, image_size=16, patch_size=4)  # N = 16

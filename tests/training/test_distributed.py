@@ -17,7 +17,7 @@ import small
 import torch
 
 from aps.results import StageJob
-from aps.training.distributed import Distributed
+from aps.runtime.processes import Distributed
 
 # One batch an epoch, four steps. Rounding, which differs with the number of processes, grows tenfold every few steps
 # of training; another batch, view, sampling or learning rate would show at once.

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from aps.config import DatasetSettings
 from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.models.encoder import Encoder, build_encoder
+from aps.settings import DatasetSettings
 from aps.training import features, finetune
 from aps.training.finetune import Augmented, Finetuner
 from aps.training.order import held_out

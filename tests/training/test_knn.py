@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aps.config import KnnSettings
 from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.models.encoder import build_encoder
+from aps.runtime.precision import Precision
+from aps.settings import KnnSettings
 from aps.training import knn
 from aps.training.features import features, normalize, resized
 from aps.training.knn import knn_accuracy, monitor
-from aps.training.precision import Precision
 
 
 def by_hand(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int, temperature: float) -> float:

@@ -16,10 +16,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from aps.config import EncoderSettings, PretrainSettings
 from aps.models.encoder import build_encoder
 from aps.models.heads import synchronize_batch_norm
 from aps.models.model import APS, build_heads
+from aps.settings import EncoderSettings, PretrainSettings
 from aps.training import loss as loss_module
 from aps.training.loss import contrastive_loss
 

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from aps.config import SourceSettings, ViewSettings
 from aps.data.load import ArraySplit, FileSplit, load_split
 from aps.data.prepare import prepare
 from aps.errors import UserError
 from aps.models.encoder import build_encoder
 from aps.models.model import APS, build_heads
 from aps.sampling import Geometry
+from aps.settings import SourceSettings, ViewSettings
 from aps.training import pretrain
 from aps.training.order import Order
 from aps.training.pairs import Pairs

@@ -8,7 +8,7 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from aps.config import FinetuneSettings, PretrainSettings
+from aps.settings import FinetuneSettings, PretrainSettings
 from aps.training.schedule import cosine, finetuning_lr, pretraining_lr, scaled_lr
 
 

@@ -5,8 +5,8 @@ import re
 import sys
 from pathlib import Path
 
-from aps import launch
-from aps.dag import Plan
+from aps.runtime import launch
+from aps.workflow.plan import Plan
 from aps.errors import UserError
 from snakemake.exceptions import WorkflowError
 

@@ -53,14 +53,14 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from aps.config import DetectionSettings, EncoderSettings
 from aps.detection import engine
 from aps.detection.annotations import CocoSplit, Positions, image_at, seed_of
 from aps.detection.engine import After, Prediction, Task
 from aps.detection.score import class_precision, coco_metrics, named
 from aps.errors import UserError
 from aps.models.archs import dimensions
-from aps.training.precision import Precision
+from aps.runtime.precision import Precision
+from aps.settings import DetectionSettings, EncoderSettings
 
 # detectron2's names of the losses -> ours.
 LOSSES = {

@@ -26,7 +26,6 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from aps.config import DetectionSettings
 from aps.detection import engine
 from aps.detection.annotations import Positions, image_at, seed_of
 from aps.detection.augment import jitter, scaled_size
@@ -34,7 +33,8 @@ from aps.detection.engine import After, Prediction, Task
 from aps.detection.score import coco_metrics
 from aps.detection.vitdet import SimpleFeaturePyramid
 from aps.models.archs import dimensions
-from aps.training.precision import Precision
+from aps.runtime.precision import Precision
+from aps.settings import DetectionSettings
 
 # torchvision's names of the losses -> ours.
 LOSSES = {

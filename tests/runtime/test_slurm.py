@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from aps import slurm
 from aps.errors import Preempted, UserError
+from aps.runtime import slurm
 
 Say = Callable[..., None]
 RUNNING = "JobId=7 JobState=RUNNING Reason=None PreemptTime=None Requeue=1 BatchFlag=1 Restarts=0"

@@ -17,9 +17,9 @@ import pytest
 import yaml
 from tiny_study import STUDY, checkout, put
 
-from aps.config import STAGES
-from aps.dag import JOB_RULES, Plan
 from aps.errors import UserError
+from aps.settings import STAGES
+from aps.workflow.plan import JOB_RULES, Plan
 
 pytestmark = pytest.mark.end_to_end
 

@@ -19,7 +19,7 @@ import psutil
 
 from aps.errors import Preempted, UserError
 from aps.files import read_json, write_json
-from aps.training.interrupt import received
+from aps.runtime.signals import received
 
 KILL_SECONDS = 3.0  # how long a killed process may take to be gone
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "RESIZING", "STOPPED"}

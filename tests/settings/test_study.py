@@ -15,7 +15,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aps.config import (
+from aps.data import REGISTRY
+from aps.errors import UserError
+from aps.settings import (
     STAGE_SECTIONS,
     STAGES,
     ExperimentSettings,
@@ -28,8 +30,6 @@ from aps.config import (
     load_study,
     parse_overrides,
 )
-from aps.data import REGISTRY
-from aps.errors import UserError
 
 # Every key of a study in use, with values that are all allowed and none of them a default.
 WHOLE: dict[str, Any] = {
@@ -235,7 +235,7 @@ def test_resources_are_laid_from_default_over_stage_to_experiment(tmp_path: Path
 
 
 def test_loading_imports_nothing_heavy(tmp_path: Path) -> None:
-    code = "import sys; from aps.config import load_study; load_study([sys.argv[1]]); " \
+    code = "import sys; from aps.settings import load_study; load_study([sys.argv[1]]); " \
         "print([m for m in ('torch', 'torchvision', 'timm', 'mlflow', 'sklearn', 'matplotlib') if m in sys.modules])"  # fmt: skip
     run = subprocess.run([sys.executable, "-c", code, write(tmp_path, WHOLE)], capture_output=True, text=True)
     assert run.stdout == "[]\n", run.stderr
@@ -657,7 +657,7 @@ def _allowed(schema: dict[str, Any]) -> str:
 
 
 def test_the_reference_for_users_has_every_setting_with_what_is_allowed_and_its_default() -> None:
-    text = (Path(__file__).parent.parent / "config" / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "config" / "README.md").read_text()
     for title, rows in reference().items():
         section = text.split(f"\n## {title}\n")[1].split("\n## ")[0]
         found = [
@@ -668,6 +668,6 @@ def test_the_reference_for_users_has_every_setting_with_what_is_allowed_and_its_
 
 
 def test_the_example_for_users_loads(tmp_path: Path) -> None:
-    text = (Path(__file__).parent.parent / "config" / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "config" / "README.md").read_text()
     study = load(tmp_path, text.split("```yaml\n")[1].split("```")[0])
     assert study.experiment("random").sampling.strategy == "random" and study.study == "mine"

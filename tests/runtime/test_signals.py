@@ -16,7 +16,7 @@ import pytest
 START = """
 import signal, sys, time
 from types import SimpleNamespace
-from aps.training import interrupt
+from aps.runtime import signals as interrupt
 interrupt.listen()
 ONE = SimpleNamespace(world=1)
 def here(word=""):
@@ -81,7 +81,7 @@ def test_a_warning_before_the_first_poll_is_not_lost(start: Callable[..., Stage]
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stage_that_never_polls_ends_like_any_program(number: signal.Signals, start: Callable[..., Stage]) -> None:
     # under the rules' shell, which ignores both for itself
-    from aps.launch import SHELL_PREFIX
+    from aps.runtime.launch import SHELL_PREFIX
 
     stage = start("here('loading')", shell=SHELL_PREFIX + 'exec "$@"')
     assert heard(stage) == "loading"
@@ -123,8 +123,8 @@ def test_decoding_workers_started_afresh_survive_the_warning(start: Callable[...
 AGREE = """
 import os, sys, time
 import torch
-from aps.training import interrupt
-from aps.training.distributed import processes
+from aps.runtime import signals as interrupt
+from aps.runtime.processes import processes
 interrupt.listen()
 interrupt.EXCHANGE_SECONDS = 0.05
 with processes() as distributed:

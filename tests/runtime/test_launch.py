@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from aps import launch
-from aps.config import STAGES, Study, load_study
 from aps.errors import UserError
+from aps.runtime import launch
+from aps.settings import STAGES, Study, load_study
 
 STUDY = """
 study: asked
@@ -155,7 +155,7 @@ def test_resources_that_cannot_be_had_are_refused_in_one_sentence(text: str, mes
 
 def test_one_node_runs_one_torchrun() -> None:
     command = launch._agents(4, 1)
-    assert command == [sys.executable, "-m", "aps.launch", "--nproc-per-node=4", "--standalone"]
+    assert command == [sys.executable, "-m", "aps.runtime.launch", "--nproc-per-node=4", "--standalone"]
 
 
 def test_two_nodes_run_one_torchrun_each_that_meet_on_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """The processes of one stage: rank, world and device, decided here and passed on.
 
-torchrun starts them (`aps.launch`); without it there is one. CUDA talks NCCL, CPUs gloo.
+torchrun starts them (`aps.runtime.launch`); without it there is one. CUDA talks NCCL, CPUs gloo.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from aps.errors import UserError
 from aps.models.archs import ARCHS, dimensions
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent
 STAGES = ("pretrain", "finetune", "linear_probe", "knn", "detection")
 Stage = Literal["pretrain", "finetune", "linear_probe", "knn", "detection"]
 

@@ -1,6 +1,6 @@
 """Asked to stop: the training loops poll `stop_requested`, save their state and raise `Preempted`.
 
-Who asks: Slurm before the time limit (SIGUSR1, see `aps.launch`), Slurm on preemption and scancel (SIGTERM), Ctrl-C
+Who asks: Slurm before the time limit (SIGUSR1, see `aps.runtime.launch`), Slurm on preemption and scancel (SIGTERM), Ctrl-C
 (SIGINT; a second one stops at once).
 
 SIGUSR1 is blocked and looked up among the pending signals instead of handled: its default action kills, a handler is
@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aps.training.distributed import Distributed
+    from aps.runtime.processes import Distributed
 
 WARNING = signal.SIGUSR1
 EXCHANGE_SECONDS = 2.0  # between two exchanges of all processes; Slurm warns minutes ahead

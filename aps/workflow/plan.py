@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from aps.config import STAGES, Study, load_study, read_value
 from aps.errors import UserError
-from aps.launch import check_resources, rule_resources, rule_threads, runs_here
 from aps.results import OUTPUTS, checkpoint_folder, encoder_file, forget, manifest_path, stage_folder
+from aps.runtime.launch import check_resources, rule_resources, rule_threads, runs_here
+from aps.settings import STAGES, Study, load_study, read_value
 from aps.tracking import tracking_uri
 
 DEFAULT_STUDY = Path("config/config.yaml")

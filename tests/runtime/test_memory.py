@@ -8,7 +8,7 @@ import pytest
 
 CODE = """
 import resource, sys, torch
-from aps.training.memory import keep_memory
+from aps.runtime.memory import keep_memory
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
     assert keep_memory()

@@ -24,10 +24,10 @@ from typing import Any
 
 import psutil
 
-from aps.config import STAGES, ResourceSettings, Study
 from aps.errors import UserError
-from aps.slurm import place
-from aps.training.interrupt import note
+from aps.runtime.signals import note
+from aps.runtime.slurm import place
+from aps.settings import STAGES, ResourceSettings, Study
 
 STOP_SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
 WARNING_SECONDS = 300  # before the time limit; Slurm may be a minute early
@@ -201,7 +201,7 @@ def _agents(processes: int, nodes: int) -> list[str]:
         raise UserError(
             f"--processes {processes} over --nodes {nodes}: not the same number on each node; make it a multiple"
         )
-    torchrun = [sys.executable, "-m", "aps.launch", f"--nproc-per-node={processes // nodes}"]
+    torchrun = [sys.executable, "-m", "aps.runtime.launch", f"--nproc-per-node={processes // nodes}"]
     if nodes == 1:
         return [*torchrun, "--standalone"]
     if "SLURM_JOB_ID" not in os.environ:

@@ -1,0 +1,3 @@
+"""Settings."""
+
+from aps.settings.study import *  # noqa
