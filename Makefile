@@ -7,7 +7,7 @@ CORES ?= 2
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slow lint format bench docs install clean
+.PHONY: help demo test test-fast test-slow lint format reference bench docs install clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ lint: $(VENV)/.dev  ## style (ruff) and types (mypy)
 format: $(VENV)/.dev  ## let ruff lay out the code
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+reference: $(VENV)/.dev  ## make the tables of settings and their schema again
+	$(BIN)/python -m aps.settings.reference
 
 bench: $(VENV)/.dev  ## every benchmark (benchmarks/README.md)
 	$(BIN)/python -m benchmarks

@@ -22,23 +22,9 @@ include: "workflow/rules/detection.smk"
 include: "workflow/rules/report.smk"
 
 
-localrules:
-    all,
-    data,
-    pretrain,
-    finetune,
-    linear_probe,
-    knn,
-    detection,
-
-
 rule all:
     default_target: True
     input:
-        rules.data.input,
-        rules.pretrain.input,
-        rules.finetune.input,
-        rules.linear_probe.input,
-        rules.knn.input,
-        rules.detection.input,
+        PLAN.manifests(),
+        PLAN.everything(),
         rules.report.output,

@@ -16,52 +16,37 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aps import __version__
-from aps.errors import UserError
-from aps.settings import STAGES, StageSettings, Study, load_study, parse_overrides
+from aps.errors import Preempted, UserError
+from aps.files import DISK_ERRORS
+from aps.runtime.ranks import ranks, started_by_torchrun
+from aps.settings.blocks import SourceSettings
+from aps.settings.reading import load_study, parse_overrides
+from aps.settings.study import StageSettings, Study
+from aps.stages import STAGES, Stage
 
 DEFAULT_STUDY = "config/config.yaml"
 PREEMPTED = 75  # EX_TEMPFAIL: the work is saved, start the same command again
-
-STAGE_MODULES = {
-    "pretrain": "aps.training.pretrain",
-    "finetune": "aps.training.finetune",
-    "linear_probe": "aps.training.linear_probe",
-    "knn": "aps.training.knn",
-    "detection": "aps.detection.stage",
-}
-TRACED = ("pretrain", "finetune", "linear_probe")  # stages with a training loop of ours: they take --profile
-STAGE_HELP = {
-    "pretrain": "pretrain an encoder by asymmetric patch sampling",
-    "finetune": "finetune an encoder on the labels of its dataset",
-    "linear_probe": "train linear classifiers on a frozen encoder",
-    "knn": "classify by the nearest neighbours of a frozen encoder's features",
-    "detection": "train and score Mask R-CNN on an encoder (COCO transfer)",
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0 done, 2 a mistake the user can fix, 75 preempted (run it again to go on)."""
     args = parser().parse_args(arguments)
-    from aps.errors import Preempted
-
     try:
         args.run(args)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if ranks().rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except Preempted as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if ranks().rank == 0:
             print(f"stopped: {error}", file=sys.stderr)
-        return 0 if "RANK" in os.environ else PREEMPTED  # torchrun would take another status for a failure
+        return 0 if started_by_torchrun() else PREEMPTED  # torchrun would take another status for a failure
     except KeyboardInterrupt:
         print("stopped by the keyboard; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1
     except OSError as error:
-        from aps.data.prepare import DISK_ERRORS
-
         if error.errno not in {*DISK_ERRORS, errno.EEXIST} or error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}; free space or choose another folder", file=sys.stderr)
@@ -92,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-download", action="store_true", help="fail rather than download")
     _study_options(p)
 
-    for stage in STAGES:
-        _stage_options(verb(stage, _stage(stage), STAGE_HELP[stage]))
+    for stage in STAGES.values():
+        _stage_options(verb(stage.name, _run_stage(stage), stage.help), stage)
 
     p = verb(
         "import-weights", _import_weights, "turn a checkpoint of the authors' release into weights of this project"
@@ -146,9 +131,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 # --------------------------------------------------------------------------------------------------
+# Options that several verbs have.
 
 
-def _study_options(p: argparse.ArgumentParser) -> None:
+def _study_options(p: argparse._ActionsContainer) -> None:
     p.add_argument(
         "--configfile", nargs="+", default=[DEFAULT_STUDY], metavar="YAML", help=f"study (default: {DEFAULT_STUDY})"
     )
@@ -157,15 +143,16 @@ def _study_options(p: argparse.ArgumentParser) -> None:
     )
 
 
-def _stage_options(p: argparse.ArgumentParser) -> None:
+def _stage_options(p: argparse.ArgumentParser, stage: Stage) -> None:
     people = p.add_argument_group("which run (people)")
-    _study_options(people)  # type: ignore[arg-type]
+    _study_options(people)
     people.add_argument("--experiment", help="an experiment of the study (default: its first)")
     people.add_argument("--seed", type=int, help="one of the experiment's seeds (default: its first)")
     rules = p.add_argument_group("which run (rules give all of it)")
     rules.add_argument("--settings", metavar="JSON", help="resolved settings of the stage, instead of a study")
     rules.add_argument("--study", default="study", help="name under which MLflow groups the runs (default: study)")
     rules.add_argument("--results", type=Path, default=Path("results"), help="folder of all results (default: results)")
+    rules.add_argument("--tracking", metavar="ADDRESS", help="MLflow's server or store, or none (default: the study's)")
     rules.add_argument("--manifest", type=Path, help="manifest.json of the dataset")
     rules.add_argument("--encoder", type=Path, help="weights to start from (.safetensors)")
     rules.add_argument("--out", type=Path, help="folder for the results")
@@ -175,38 +162,41 @@ def _stage_options(p: argparse.ArgumentParser) -> None:
     how.add_argument("--nodes", type=int, default=1, help="of this Slurm job, by srun (default: 1)")
     how.add_argument("--workers", type=int, default=0, help="image-decoding workers of each process (default: 0)")
     how.add_argument("--checkpoint-minutes", type=float, default=10.0, help="between checkpoints (default: 10)")
-    how.add_argument(
-        "--profile",
-        type=Path,
-        metavar="JSON",
-        help="save a profiler trace of two batches, for ui.perfetto.dev (pretrain, finetune, linear_probe)",
-    )
+    p.set_defaults(profile=None)
+    if stage.traced:
+        how.add_argument(
+            "--profile", type=Path, metavar="JSON", help="save a profiler trace of two batches, for ui.perfetto.dev"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Verbs.
 
 
 def _load(args: argparse.Namespace) -> Study:
-    study = load_study(args.configfile, parse_overrides(args.overrides))
-    from aps.tracking import tracking_uri
-
-    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri(study)
-    return study
+    return load_study(args.configfile, parse_overrides(args.overrides))
 
 
-def _stage(stage: str) -> Callable[[argparse.Namespace], None]:
+def _address(study: Study) -> str:
+    from aps.tracking import tracking_address
+
+    return tracking_address(study.tracking_uri, study.results)
+
+
+def _run_stage(stage: Stage) -> Callable[[argparse.Namespace], None]:
     def run(args: argparse.Namespace) -> None:
-        from aps.errors import Preempted
         from aps.results import forget, restore_finished
         from aps.runtime import launch
         from aps.runtime.slurm import Claim
 
         job = _job(stage, args)
-        module = STAGE_MODULES[stage]
-        if launch.inside():
-            importlib.import_module(module).run(job)
+        if started_by_torchrun():
+            importlib.import_module(stage.module).run(job)
             return
         for path in (job.manifest, job.encoder):
             if path is not None and not path.exists():
                 raise UserError(f"{path} is missing; run the stage that makes it (`snakemake {path}`)")
-        with Claim(job.checkpoints, stage):
+        with Claim(job.checkpoints, stage.name):
             if args.again:
                 forget(job.checkpoints)
             if restore_finished(job):
@@ -217,41 +207,38 @@ def _stage(stage: str) -> Callable[[argparse.Namespace], None]:
                 if not restore_finished(job):
                     raise Preempted(f"{job.label} on {args.processes} processes")
             else:
-                importlib.import_module(module).run(job)
+                importlib.import_module(stage.module).run(job)
 
     return run
 
 
-def _job(stage: str, args: argparse.Namespace):  # type: ignore[no-untyped-def]  # StageJob, imported late
-    from aps.results import StageJob, checkpoint_folder, encoder_file, manifest_path, stage_folder
+def _job(stage: Stage, args: argparse.Namespace):  # type: ignore[no-untyped-def]  # StageJob, imported late
+    from aps.layout import checkpoint_folder, encoder_file, manifest_path, stage_folder
+    from aps.results import StageJob
+    from aps.tracking import OFF
 
-    if args.profile is not None and stage not in TRACED:
-        raise UserError(f"--profile traces {', '.join(TRACED)}, not {stage}; leave it out")
     if args.settings is not None:
-        settings, study_name, results, encoder = (
-            StageSettings.from_json(args.settings),
-            args.study,
-            args.results,
-            args.encoder,
-        )
-        if settings.stage != stage:
+        settings, study_name, results = StageSettings.from_json(args.settings), args.study, args.results
+        encoder, tracking = args.encoder, args.tracking or os.environ.get("MLFLOW_TRACKING_URI", OFF)
+        if settings.stage != stage.name:
             raise UserError(
-                f"--settings are for stage {settings.stage}, but the verb is {stage}; use the same stage for both"
+                f"--settings are for stage {settings.stage}, but the verb is {stage.name}; use the same stage for both"
             )
     else:
         study = _load(args)
         name = args.experiment or next(iter(study.experiments))
         seed = args.seed if args.seed is not None else study.experiment(name).seeds[0]
-        settings, study_name, results = study.stage_settings(name, seed, stage), study.study, Path(study.results)
-        encoder = args.encoder
-        if encoder is None and stage != "pretrain":
+        settings, study_name, results = study.stage_settings(name, seed, stage.name), study.study, Path(study.results)
+        encoder, tracking = args.encoder, args.tracking or _address(study)
+        if encoder is None and stage.encoder:
             encoder = encoder_file(study, name, seed)
     return StageJob(
         settings=settings,
         study=study_name,
+        tracking=tracking,
         manifest=args.manifest or manifest_path(results, settings.dataset_name),
         encoder=encoder,
-        out=args.out or stage_folder(results, settings.experiment, settings.seed, stage),
+        out=args.out or stage_folder(results, settings.experiment, settings.seed, stage.name),
         checkpoints=checkpoint_folder(results, settings),
         workers=args.workers,
         checkpoint_minutes=args.checkpoint_minutes,
@@ -261,8 +248,7 @@ def _job(stage: str, args: argparse.Namespace):  # type: ignore[no-untyped-def] 
 
 def _data(args: argparse.Namespace) -> None:
     from aps.data.prepare import prepare
-    from aps.results import manifest_path
-    from aps.settings import SourceSettings
+    from aps.layout import manifest_path
 
     if args.source is None and args.out is not None and not Path(args.configfile[0]).exists():
         source, folder = SourceSettings(), args.out
@@ -278,17 +264,27 @@ def _data(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    """Brings MLflow up to date, writes the report, and drops the saved state of the runs that it shows."""
     study = _load(args)
+    from aps.layout import report_folder
     from aps.report import write_report
+    from aps.results import forget_finished
+    from aps.tracking import log_report, sync
 
-    write_report(study, args.out or Path(study.results) / "report" / study.study)
+    address = _address(study)
+    sync(Path(study.results), address)
+    files, runs = write_report(study, args.out or report_folder(study), address)
+    log_report(address, study.study, files)
+    for run in runs:
+        forget_finished(Path(study.results), run)
+    print(f"report on {len(runs)} of {len(study.jobs())} runs: {files[0]}, {files[1]}")
 
 
 def _results(args: argparse.Namespace) -> None:
     study = _load(args)
     from aps.report import terminal
 
-    print(terminal(study))
+    print(terminal(study, _address(study)))
 
 
 def _import_weights(args: argparse.Namespace) -> None:
@@ -305,9 +301,9 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _show_views(args: argparse.Namespace) -> None:
-    study = load_study(args.configfile, parse_overrides(args.overrides))
+    study = _load(args)
     settings = study.experiment(args.experiment or next(iter(study.experiments)))
-    from aps.results import manifest_path
+    from aps.layout import manifest_path
     from aps.show_views import show_views
 
     show_views(
@@ -333,11 +329,10 @@ def _estimate(args: argparse.Namespace) -> None:
 
 def _sync(args: argparse.Namespace) -> None:
     study = _load(args)
-    from aps.tracking import sync, tracking_uri
+    from aps.tracking import sync
 
-    sent, missing = sync(Path(study.results), tracking_uri(study))
+    address = _address(study)
+    sent, missing = sync(Path(study.results), address)
     print(f"MLflow: {sent} runs brought up to date, {missing} could not be sent")
     if missing:
-        raise UserError(
-            f"MLflow at {tracking_uri(study)} did not take {missing} runs; start it and run `python -m aps sync` again"
-        )
+        raise UserError(f"MLflow at {address} did not take {missing} runs; start it and run `python -m aps sync` again")

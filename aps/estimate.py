@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from aps.errors import UserError
 from aps.models.archs import dimensions
-from aps.settings import DetectionSettings, EncoderSettings, ExperimentSettings, Stage, Study
+from aps.settings.blocks import DetectionSettings, EncoderSettings
+from aps.settings.study import ExperimentSettings, Stage, Study
 
 
 class Gpu(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -11,6 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from aps.errors import UserError
+
+# What the user's disk can do to us, as opposed to our own bugs.
+DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.EFBIG,
+}
 
 
 @contextmanager

@@ -12,7 +12,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from aps.errors import UserError
-from aps.settings import STAGES, ExperimentSettings, arch_names
+from aps.registry import ARCHS, nearest
+from aps.settings.study import ExperimentSettings
+from aps.stages import STAGES
 
 TABLE = Path("config/published.yaml")
 
@@ -34,8 +36,8 @@ class Entry(BaseModel):
     @field_validator("arch")
     @classmethod
     def _arch(cls, value: str) -> str:
-        if value not in (known := arch_names()):
-            raise ValueError(f"'{value}' is unknown; known: {', '.join(known)}")
+        if value not in ARCHS:
+            raise ValueError(f"'{value}' is unknown; known: {', '.join(ARCHS.names())}")
         return value
 
     @field_validator("metrics")
@@ -75,10 +77,16 @@ def load(path: Path = TABLE) -> dict[str, Entry]:
     return entries
 
 
+def check(experiment: ExperimentSettings) -> None:
+    """Raises ValueError where the experiment names an entry that is not there, UserError where the table is broken."""
+    if experiment.published is not None and experiment.published not in (entries := load()):
+        raise ValueError(f"published '{experiment.published}' is no entry; {nearest(experiment.published, entries)}")
+
+
 def differences(experiment: ExperimentSettings, entry: Entry) -> list[str]:
     """In what the experiment is not the published one, for people; empty where they agree."""
     detects = all(name.startswith("detection.") for name in entry.metrics)
-    dataset = experiment.detection.dataset if detects else experiment.dataset.name
+    dataset = experiment.dataset_of("detection") if detects else experiment.dataset.name
     pairs: list[tuple[str, Any, Any]] = [
         ("dataset", dataset, entry.dataset),
         ("arch", experiment.encoder.arch, entry.arch),

@@ -24,9 +24,12 @@ from matplotlib.figure import Figure
 
 from aps import published
 from aps.files import atomic_path
-from aps.results import flatten, forget_finished, read_history, read_results, stage_folder
-from aps.settings import ExperimentSettings, Study
-from aps.tracking import OFF, log_report, sync, tracking_uri
+from aps.journal import read_history
+from aps.layout import report_folder, stage_folder
+from aps.results import flatten, read_results
+from aps.settings.study import ExperimentSettings, Study
+from aps.stages import STAGES
+from aps.tracking import OFF
 
 Run = dict[str, Any]  # the content of a metrics.json
 
@@ -36,28 +39,12 @@ PANELS = 3  # in a row of a figure
 NOT_COMPARED = {"inherits", "description", "published", "seeds", "stages", "resources"}
 
 
-class Score(NamedTuple):
-    """A headline figure of a stage: a column of the tables. Percent, higher is better."""
+class Column(NamedTuple):
+    """A headline figure of a stage as this study has it."""
 
     stage: str
     metric: str
     label: str
-
-
-SCORES = (
-    Score("finetune", "test_top1", "finetuned top-1"),
-    Score("linear_probe", "test_top1", "linear probe top-1"),
-    Score("knn", "knn_top1_k20", "kNN top-1, k = 20"),
-    Score("detection", "box_AP", "box AP"),
-    Score("detection", "mask_AP", "mask AP"),
-)
-CURVES = (  # stage, key of history.jsonl, label
-    ("pretrain", "loss", "pretraining loss"),
-    ("pretrain", "positive_cosine", "cosine of positive pairs"),
-    ("pretrain", "knn_train_top1", "kNN on held-out train images, %"),
-    ("finetune", "loss", "finetuning loss"),
-    ("detection", "loss", "detection loss"),
-)
 
 
 class Sample(NamedTuple):
@@ -84,9 +71,8 @@ class Table:
 
     def __init__(self, study: Study, runs: Sequence[Run]) -> None:
         self.study = study
-        planned = {stage for experiment in study.experiments.values() for stage in experiment.stages}
-        self.scores = [score for score in _scores(study) if score.stage in planned]
-        found: dict[str, dict[Score, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self.scores = columns(study)
+        found: dict[str, dict[Column, list[float]]] = defaultdict(lambda: defaultdict(list))
         for run in runs:
             for score in self.scores:
                 if score.stage == run["stage"] and score.metric in run["metrics"]:
@@ -100,7 +86,7 @@ class Table:
         stages = {score.stage for score in self.scores}
         return [name for name, e in self.study.experiments.items() if stages & set(e.stages)]
 
-    def text(self, name: str, score: Score) -> str:
+    def text(self, name: str, score: Column) -> str:
         if score in self.cells[name]:
             return str(self.cells[name][score])
         return "not run" if score.stage in self.study.experiments[name].stages else ""
@@ -160,16 +146,15 @@ class Table:
         return rows
 
 
-def write_report(study: Study, folder: Path) -> None:
-    """Writes report.html, results.csv, scores.png and curves.png into `folder`, and brings MLflow up to date.
+def write_report(study: Study, folder: Path, address: str) -> tuple[list[Path], list[Run]]:
+    """Writes report.html, results.csv, scores.png and curves.png into `folder`; returns these files and the runs shown.
 
-    Afterwards the resumable state of the runs it has read is dropped: what they left is safe in the result folder.
+    Args:
+        address: of MLflow's server or store, for the page to name.
 
     Raises:
         UserError: a metrics.json is broken, a published entry is unknown, or the folder can't be written.
     """
-    uri = tracking_uri(study)
-    sync(Path(study.results), uri)
     runs = list(read_results(study))
     table = Table(study, runs)
     pictures = {
@@ -182,14 +167,11 @@ def write_report(study: Study, folder: Path) -> None:
     with atomic_path(folder / "results.csv") as temporary:
         temporary.write_text(_csv(table, runs))
     with atomic_path(folder / "report.html") as temporary:
-        temporary.write_text(_page(table, runs, pictures))
-    log_report(uri, study.study, files)
-    for run in runs:
-        forget_finished(Path(study.results), run)
-    print(f"report on {len(runs)} of {len(study.jobs())} runs: {folder / 'report.html'}, {folder / 'results.csv'}")
+        temporary.write_text(_page(table, runs, pictures, address))
+    return files, runs
 
 
-def terminal(study: Study) -> str:
+def terminal(study: Study, address: str) -> str:
     """The table of results, where everything lies and how to browse it in MLflow, for the terminal."""
     runs = list(read_results(study))
     table = Table(study, runs)
@@ -202,8 +184,7 @@ def terminal(study: Study) -> str:
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     seeds = max((len(e.seeds) for e in study.experiments.values()), default=1)
-    uri = tracking_uri(study)
-    report = Path(study.results) / "report" / study.study
+    report = report_folder(study)
     return "\n".join(
         [
             "",
@@ -215,7 +196,7 @@ def terminal(study: Study) -> str:
             f"Report   {report / 'report.html'}" + ("" if (report / "report.html").exists() else " (not yet made)"),
             f"Table    {report / 'results.csv'}",
             f"Results  {study.results}/EXPERIMENT/seedN/STAGE/",
-            f"MLflow   {_browse(uri)}",
+            f"MLflow   {_browse(address)}",
         ]
     )
 
@@ -236,19 +217,23 @@ def _browse(uri: str) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def _scores(study: Study) -> list[Score]:
-    """SCORES, with a k of kNN that the study has where that is not 20."""
-    ks = next((e.knn.k for e in study.experiments.values() if "knn" in e.stages), (20,))
-    if 20 in ks:
-        return list(SCORES)
-    return [Score("knn", f"knn_top1_k{ks[0]}", f"kNN top-1, k = {ks[0]}") if s.stage == "knn" else s for s in SCORES]
+def columns(study: Study) -> list[Column]:
+    """The scores of every stage that some experiment runs (`aps.stages`)."""
+    found = []
+    for stage in STAGES.values():
+        ran = [e for e in study.experiments.values() if stage.name in e.stages]
+        for score in stage.scores if ran else ():
+            values = getattr(getattr(ran[0], stage.name), "k", None) or (score.prefer,)
+            k = score.prefer if score.prefer in values else values[0]
+            found.append(Column(stage.name, score.metric.format(k=k), score.label.format(k=k)))
+    return found
 
 
 def _same_evaluation(a: ExperimentSettings, b: ExperimentSettings, stage: str) -> bool:
     """Whether a stage of two experiments differs in the encoder's weights alone."""
     if stage not in a.stages or stage not in b.stages or getattr(a, stage) != getattr(b, stage):
         return False
-    if stage != "detection" and a.dataset != b.dataset:
+    if not STAGES[stage].detects and a.dataset != b.dataset:
         return False
     return a.encoder.model_copy(update={"weights": ""}) == b.encoder.model_copy(update={"weights": ""})
 
@@ -289,7 +274,7 @@ def _machine(run: Run) -> str:
     )
 
 
-def _page(table: Table, runs: Sequence[Run], pictures: Mapping[str, bytes]) -> str:
+def _page(table: Table, runs: Sequence[Run], pictures: Mapping[str, bytes], address: str) -> str:
     study = table.study
     keys, values = _differing(study)
     detections = {}
@@ -313,11 +298,11 @@ def _page(table: Table, runs: Sequence[Run], pictures: Mapping[str, bytes]) -> s
         values=values,
         runs=[run | {"machine": _machine(run), "scores": _run_scores(table, run)} for run in runs],
         planned=len(study.jobs()),
-        uri=tracking_uri(study),
+        uri=address,
     )
 
 
-def _best(table: Table, score: Score) -> float:
+def _best(table: Table, score: Column) -> float:
     return max((cells[score].mean for cells in table.cells.values() if score in cells), default=float("nan"))
 
 
@@ -356,8 +341,8 @@ def _scores_figure(table: Table) -> bytes | None:
             sample = table.cells[name][score]
             axes.plot(sample.values, [row] * len(sample.values), "o", color=colours[name], markersize=4, alpha=0.6)
             axes.plot(sample.mean, row, "|", color=colours[name], markersize=13, markeredgewidth=2)
-            place: Any = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-            axes.annotate(f"{sample.mean:.1f}", (max(sample.values), row), **place)
+            offset: Any = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(f"{sample.mean:.1f}", (max(sample.values), row), **offset)
         axes.set_yticks(range(len(present)), present, fontsize=8)
         axes.set_ylim(tallest - 0.5, -0.5)
         values = [value for name in present for value in table.cells[name][score].values]
@@ -372,11 +357,12 @@ def _scores_figure(table: Table) -> bytes | None:
 def _curves(study: Study) -> bytes | None:
     """Curves of history.jsonl over the share of training done: one thin line a seed, a panel for each kind."""
     colours = _colours(study.experiments)
+    curves = [(stage.name, *curve) for stage in STAGES.values() for curve in stage.curves]
     lines: dict[int, list[tuple[str, list[float], list[float]]]] = defaultdict(list)
     for name, seed, stage in study.jobs():
         path = stage_folder(study.results, name, seed, stage) / "history.jsonl"
-        history = read_history(path) if path.exists() else []
-        for panel, (own, key, _) in enumerate(CURVES):
+        history = read_history(path)
+        for panel, (own, key, _) in enumerate(curves):
             points = [(line["step"], line[key]) for line in history if key in line] if own == stage else []
             if len(points) > 1:
                 lines[panel].append((name, [float(x) for x, _ in points], [float(y) for _, y in points]))
@@ -387,7 +373,7 @@ def _curves(study: Study) -> bytes | None:
     for axes, panel in zip(grid, sorted(lines), strict=True):
         for name, steps, values in lines[panel]:
             (shown[name],) = axes.plot(steps, values, color=colours[name], linewidth=1.1, alpha=0.8)
-        axes.set_title(CURVES[panel][2], fontsize=9)
+        axes.set_title(curves[panel][2], fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         _plain(axes)
     figure.legend(

@@ -5,7 +5,7 @@ know. At the end the outputs are linked into the result folder and a copy stays 
 them: if Snakemake itself was killed meanwhile it deletes the outputs of jobs it did not see end, and running the stage
 again then only links them back.
 
-This module knows no stage and no torch.
+It knows no stage and no torch.
 """
 
 from __future__ import annotations
@@ -28,40 +28,12 @@ from typing import Any
 from aps import __version__
 from aps.errors import UserError
 from aps.files import read_json, write_json
-from aps.settings import StageSettings, Study
-from aps.tracking import Tracker
-
-# The files a stage's rule declares; all of them lie in stage_folder().
-OUTPUTS = {
-    "pretrain": ("encoder.safetensors", "heads.safetensors", "history.jsonl", "metrics.json"),
-    "finetune": ("model.safetensors", "history.jsonl", "metrics.json"),
-    "linear_probe": ("heads.safetensors", "history.jsonl", "metrics.json"),
-    "knn": ("history.jsonl", "metrics.json"),
-    "detection": ("model.safetensors", "predictions.json", "predictions.png", "history.jsonl", "metrics.json"),
-}
-
-
-def stage_folder(results: str | Path, experiment: str, seed: int, stage: str) -> Path:
-    return Path(results) / experiment / f"seed{seed}" / stage
-
-
-def checkpoint_folder(results: str | Path, settings: StageSettings) -> Path:
-    """Keyed by the settings' digest: the same settings resume, others start afresh."""
-    stage = stage_folder(Path(results) / "checkpoints", settings.experiment, settings.seed, settings.stage)
-    return stage / settings.digest
-
-
-def manifest_path(results: str | Path, dataset: str) -> Path:
-    return Path(results) / "data" / dataset / "manifest.json"
-
-
-def encoder_file(study: Study, experiment: str, seed: int) -> Path | None:
-    """The file an experiment's stages take their encoder from; None: random weights or timm's."""
-    source = study.pretrain_source(experiment)
-    if source is not None:
-        return stage_folder(study.results, source, seed, "pretrain") / "encoder.safetensors"
-    weights = study.experiments[experiment].encoder.weights
-    return Path(weights) if weights.endswith(".safetensors") else None
+from aps.journal import read_history
+from aps.layout import checkpoint_folder, stage_folder
+from aps.runtime.ranks import ranks
+from aps.settings.study import StageSettings, Study
+from aps.stages import STAGES
+from aps.tracking import OFF, Tracker
 
 
 @dataclass(frozen=True)
@@ -74,6 +46,7 @@ class StageJob:
     checkpoints: Path
     encoder: Path | None = None
     study: str = "study"
+    tracking: str = OFF  # address of MLflow's server or store
     workers: int = 0  # decoding processes of each training process
     checkpoint_minutes: float = 10.0
     profile: Path | None = None  # where to save a profiler trace of the first steps
@@ -86,11 +59,6 @@ class StageJob:
     def encoder_spec(self) -> str | Path:
         """What `aps.models.weights.load_encoder` takes: a file, `random` or `timm:NAME`."""
         return self.encoder if self.encoder is not None else self.settings.encoder.weights
-
-
-def is_main_process() -> bool:
-    """Whether this is rank 0 of torchrun, or no torchrun is there."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def restore_finished(job: StageJob) -> bool:
@@ -143,7 +111,7 @@ class StageRun:
     _figures: list[Path] = field(default_factory=list)
 
     def __enter__(self) -> StageRun:
-        self.writes = is_main_process()
+        self.writes = ranks().rank == 0
         self._start = time.monotonic()
         if not self.writes:
             return self
@@ -155,6 +123,7 @@ class StageRun:
         self._before = float(self._state["seconds"])
         upstream = _upstream(self.job)
         self.tracker = Tracker(
+            address=self.job.tracking,
             folder=self.job.checkpoints,
             study=self.job.study,
             name=f"{self.job.settings.experiment}/seed{self.job.settings.seed}/{self.job.settings.stage}",
@@ -224,7 +193,7 @@ class StageRun:
             _link(file, self.job.out / file.name)
         for state in self.job.checkpoints.glob("state-*.pt"):
             state.unlink()
-        missing = [name for name in OUTPUTS[self.job.settings.stage] if not (self.job.out / name).exists()]
+        missing = [name for name in STAGES[self.job.settings.stage].files if not (self.job.out / name).exists()]
         if missing:
             raise RuntimeError(f"{self.job.label} finished without {', '.join(missing)}")
         if not tracked:
@@ -276,17 +245,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """The lines of a history.jsonl; a last line cut off by a kill is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
-
-
 def read_results(study: Study) -> Iterator[dict[str, Any]]:
     """metrics.json of every finished stage of the study."""
     for experiment, seed, stage in study.jobs():
@@ -323,7 +281,7 @@ def hardware() -> dict[str, Any]:
         "host": platform.node(),
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": ranks().world,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
     torch = sys.modules.get("torch")  # only where the stage uses it: the report should not pay for the import

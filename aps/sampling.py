@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from aps.errors import UserError
-from aps.settings import SamplingSettings
+from aps.settings.blocks import SamplingSettings
 
 # A cell less uncovered than this share of its area is covered: above the rounding of float32, below what gamma can see.
 ROUNDING = 1e-5

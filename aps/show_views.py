@@ -23,7 +23,7 @@ from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.files import atomic_path
 from aps.sampling import coverage, sample
-from aps.settings import ExperimentSettings
+from aps.settings.study import ExperimentSettings
 from aps.views import apply_view, draw_parameters
 
 COLORS = ("#1f6feb", "#f0640c")  # of view 1 and view 2 in every panel

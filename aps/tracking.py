@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import sqlite3
@@ -21,7 +20,7 @@ from typing import Any
 
 from aps.errors import UserError
 from aps.files import read_json, write_json
-from aps.settings import Study
+from aps.journal import read_history
 
 OFF = "none"  # tracking_uri that turns MLflow off
 SEND_SECONDS = 5.0  # between two looks at the journal
@@ -32,10 +31,10 @@ BATCH = 900  # metrics a request; MLflow takes 1000
 _prepared: set[str] = set()  # SQLite stores that this process has seen whole
 
 
-def tracking_uri(study: Study) -> str:
-    """MLFLOW_TRACKING_URI, else the study's `tracking_uri`, else SQLite under its results folder."""
-    default = f"sqlite:///{Path(study.results).resolve() / 'mlflow.db'}"
-    return os.environ.get("MLFLOW_TRACKING_URI") or study.tracking_uri or default
+def tracking_address(wanted: str | None, results: str | Path) -> str:
+    """MLFLOW_TRACKING_URI, else the address `wanted` by the study, else SQLite in its results folder."""
+    default = f"sqlite:///{Path(results).resolve() / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or wanted or default
 
 
 def prepare_store(uri: str) -> None:
@@ -60,15 +59,18 @@ class Tracker:
     """Sends one stage's journal to one MLflow run from a thread of its own.
 
     Args:
+        address: of the server or store, or OFF.
         folder: where history.jsonl grows and tracking.json is kept; a folder that has a tracking.json goes on with its run.
         study: name of the MLflow experiment.
         name: of the run.
         params, tags: of the run.
     """
 
-    def __init__(self, folder: Path, study: str, name: str, params: dict[str, Any], tags: dict[str, str]) -> None:
+    def __init__(
+        self, address: str, folder: Path, study: str, name: str, params: dict[str, Any], tags: dict[str, str]
+    ) -> None:
         self.state_file = folder / "tracking.json"
-        self._uri = os.environ.get("MLFLOW_TRACKING_URI", OFF)
+        self._uri = address
         fresh = {
             "uri": self._uri,
             "study": study,
@@ -194,13 +196,7 @@ def send(state: dict[str, Any], journal: Path, figures: list[Path]) -> None:
         client.log_batch(run_id, params=params, tags=[RunTag("mlflow.source.name", "python -m aps")])
         client.update_run(run_id, status="RUNNING")
         state["described"] = True
-    lines = []
-    if journal.exists():
-        for text in journal.read_text().splitlines()[state["sent"] :]:
-            try:
-                lines.append(json.loads(text))
-            except ValueError:  # a line still being written
-                break
+    lines = read_history(journal, state["sent"])
     while lines:
         some = 0
         metrics: list[Metric] = []

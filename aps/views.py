@@ -36,7 +36,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from aps.sampling import Geometry
-from aps.settings import ViewSettings
+from aps.settings.blocks import ViewSettings
 
 TRIES = 10  # random boxes tried for an image before the centred one (torchvision's RandomResizedCrop)
 SIGMA = (0.1, 2.0)  # of the blur, in pixels of the view (SimCLR, MoCo v3)

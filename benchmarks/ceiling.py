@@ -13,7 +13,7 @@ import torch
 
 from aps.estimate import pretraining_step_flops
 from aps.runtime.processes import processes
-from aps.settings import EncoderSettings
+from aps.settings.blocks import EncoderSettings
 from benchmarks.common import arguments, plot, row, seconds, spread, write
 from benchmarks.study import experiment, inputs, trainer
 

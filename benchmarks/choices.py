@@ -20,7 +20,7 @@ from torch import Tensor
 from aps.errors import UserError
 from aps.models.encoder import gather_cells
 from aps.runtime.processes import processes
-from aps.settings import EncoderSettings
+from aps.settings.blocks import EncoderSettings
 from aps.training.pretrain import Trainer
 from benchmarks.common import arguments, plot, row, seconds, spread, write
 from benchmarks.study import experiment, inputs, trainer

@@ -25,7 +25,7 @@ from aps.detection import load_engine
 from aps.detection.annotations import CocoSplit
 from aps.detection.engine import Task
 from aps.runtime.processes import processes
-from aps.settings import DetectionSettings, EncoderSettings, SourceSettings
+from aps.settings.blocks import DetectionSettings, EncoderSettings, SourceSettings
 from benchmarks.common import write
 
 

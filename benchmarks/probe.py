@@ -19,7 +19,8 @@ from aps.data.prepare import prepare
 from aps.models.encoder import build_encoder
 from aps.models.weights import save_encoder
 from aps.results import StageJob
-from aps.settings import DatasetSettings, EncoderSettings, LinearProbeSettings, SourceSettings, StageSettings
+from aps.settings.blocks import DatasetSettings, EncoderSettings, LinearProbeSettings, SourceSettings
+from aps.settings.study import StageSettings
 from aps.training import linear_probe
 from benchmarks.common import arguments, compare, plot, row, write
 

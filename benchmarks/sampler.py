@@ -12,7 +12,7 @@ import torch
 
 from aps.runtime.processes import processes
 from aps.sampling import sample
-from aps.settings import SamplingSettings, ViewSettings
+from aps.settings.blocks import SamplingSettings, ViewSettings
 from aps.views import draw_parameters
 from benchmarks.common import arguments, compare, plot, row, write
 from benchmarks.ordinary import sample_image

@@ -21,7 +21,7 @@ import torch
 from aps.data.load import ArraySplit
 from aps.runtime.processes import processes
 from aps.sampling import sample
-from aps.settings import EncoderSettings, ViewSettings
+from aps.settings.blocks import EncoderSettings, ViewSettings
 from aps.training.order import SAMPLING, seeded
 from aps.training.pairs import Pairs
 from benchmarks.common import arguments, machine, plot, row, spread, synchronize, write

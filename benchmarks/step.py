@@ -20,7 +20,7 @@ import torch
 
 from aps.estimate import pretraining_step_flops
 from aps.runtime.processes import processes
-from aps.settings import EncoderSettings
+from aps.settings.blocks import EncoderSettings
 from benchmarks.common import OTHER, OURS, arguments, row, seconds, spread, synchronize, write
 from benchmarks.common import label as machine_label
 from benchmarks.study import experiment, inputs, trainer

@@ -7,16 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aps.methods.aps import APS as METHOD
 from aps.results import StageJob
 from aps.runtime.processes import Distributed
-from aps.settings import (
-    DatasetSettings,
-    EncoderSettings,
-    ExperimentSettings,
-    PretrainSettings,
-    SamplingSettings,
-    StageSettings,
-)
+from aps.settings.blocks import DatasetSettings, EncoderSettings, SamplingSettings
+from aps.settings.study import ExperimentSettings, StageSettings
 from aps.training.pretrain import Trainer
 
 
@@ -25,7 +20,7 @@ def experiment(encoder: EncoderSettings, ratio: float, batch: int, **pretrain: o
     sampling = SamplingSettings(strategy="full" if ratio == 1 else "asymmetric", ratio=ratio, samplings=1)
     return ExperimentSettings(
         dataset=DatasetSettings(name="cifar10"), encoder=encoder, sampling=sampling,
-        pretrain=PretrainSettings(batch_size=batch, **pretrain),  # type: ignore[arg-type]
+        pretrain=METHOD.Settings(batch_size=batch, **pretrain),  # type: ignore[arg-type]
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from aps.data.load import ArraySplit
 from aps.runtime.processes import processes
 from aps.sampling import sample
-from aps.settings import SamplingSettings, ViewSettings
+from aps.settings.blocks import SamplingSettings, ViewSettings
 from aps.training.order import SAMPLING, seeded
 from aps.training.pairs import Pairs
 from benchmarks.common import arguments, compare, plot, row, write

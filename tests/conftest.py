@@ -9,7 +9,7 @@ import pytest
 
 from aps.data import arrays
 from aps.data.prepare import prepare
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import torch
 
 from aps.runtime.processes import processes
 from aps.sampling import coverage
-from aps.settings import EncoderSettings, SamplingSettings, ViewSettings
+from aps.settings.blocks import EncoderSettings, SamplingSettings, ViewSettings
 from aps.views import draw_parameters
 from benchmarks.__main__ import NAMES
 from benchmarks.choices import CHOICES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import subprocess
@@ -18,8 +19,10 @@ from tiny_study import STUDY, fake_job
 
 from aps import cli
 from aps.errors import Preempted, UserError
-from aps.results import StageJob, StageRun, manifest_path
-from aps.settings import STAGES, load_study
+from aps.layout import manifest_path
+from aps.results import StageJob, StageRun
+from aps.settings.reading import load_study
+from aps.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,7 +50,7 @@ def played(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[StageJob]:
     module = ModuleType("played_knn")
     module.run = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "played_knn", module)
-    monkeypatch.setitem(cli.STAGE_MODULES, "knn", "played_knn")
+    monkeypatch.setitem(STAGES, "knn", dataclasses.replace(STAGES["knn"], module="played_knn"))
     fake_job(folder / "results")  # writes a manifest
     return jobs
 
@@ -256,9 +259,19 @@ def test_only_the_first_rank_speaks(
 
     monkeypatch.setattr(sys.modules["played_knn"], "run", wrong)
     for rank, said in (("0", "error: wrong\n"), ("1", "")):
-        monkeypatch.setenv("RANK", rank)
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2"), ("TORCHELASTIC_RUN_ID", "x")):
+            monkeypatch.setenv(name, value)
         assert cli.main(["knn", "--experiment", "floor"]) == 2
         assert capsys.readouterr().err == said
+
+
+def test_a_rank_left_over_in_the_shell_changes_nothing(
+    folder: Path, played: list[StageJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert cli.main(["knn", "--experiment", "floor"]) == 0
+    assert (played[0].out / "metrics.json").exists()
 
 
 def test_check_lists_what_would_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

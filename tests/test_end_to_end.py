@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from tiny_study import STUDY, checkout, put
 
 from aps import tracking
-from aps.results import OUTPUTS, read_history, stage_folder
-from aps.settings import STAGES, load_study
+from aps.journal import read_history
+from aps.layout import stage_folder
+from aps.settings.reading import load_study
+from aps.stages import STAGES
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("end_to_end")]
 
@@ -59,7 +61,7 @@ def metrics(study: Path, *job: Any) -> dict[str, Any]:
 def test_a_stage_leaves_its_files_and_metrics_that_say_how_they_came_about(
     study: Path, job: tuple[str, int, str]
 ) -> None:
-    assert {file.name for file in of(study, *job).iterdir()} == {*OUTPUTS[job[2]], "tracking.json"}
+    assert {file.name for file in of(study, *job).iterdir()} == {*STAGES[job[2].files], "tracking.json"}
     found = metrics(study, *job)
     settings = STUDY_OBJECT.stage_settings(*job)
     assert set(found) >= FIELDS
@@ -81,7 +83,7 @@ def test_weights_are_safetensors_under_timms_names(study: Path) -> None:
     encoder = load_file(of(study, "aps", 0, "pretrain") / "encoder.safetensors")
     assert encoder["cls_token"].shape == (1, 1, 24) and "blocks.0.attn.qkv.weight" in encoder
     for job in JOBS:
-        for name in OUTPUTS[job[2]]:
+        for name in STAGES[job[2].files]:
             if name.endswith(".safetensors"):
                 assert all(tensor.isfinite().all() for tensor in load_file(of(study, *job) / name).values())
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from aps.data import REGISTRY
 from aps.errors import UserError
 from aps.estimate import (
     DATASETS,
@@ -33,7 +32,11 @@ from aps.estimate import (
 from aps.models.archs import dimensions
 from aps.models.encoder import build_encoder
 from aps.models.model import APS, build_heads
-from aps.settings import DetectionSettings, EncoderSettings, ExperimentSettings, load_study
+from aps.registry import DATASETS as REGISTERED
+from aps.registry import DETECTION_DATASETS
+from aps.settings.blocks import DetectionSettings, EncoderSettings
+from aps.settings.reading import load_study
+from aps.settings.study import ExperimentSettings
 from aps.training.loss import contrastive_loss
 
 
@@ -199,7 +202,7 @@ def test_gpus_share_activations_but_not_weights() -> None:
 
 
 def test_every_dataset_but_the_users_own_has_its_size() -> None:
-    assert set(DATASETS) == set(REGISTRY) - {"folder"}
+    assert set(DATASETS) == {*REGISTERED.names(), *DETECTION_DATASETS.names()} - {"folder"}
 
 
 def test_sizes_stated_are_those_of_the_recipes() -> None:

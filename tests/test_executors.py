@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from aps.settings import load_study
+from aps.settings.reading import load_study
 from aps.workflow.plan import Plan
 
 ROOT = Path(__file__).parent.parent
@@ -143,7 +143,7 @@ def test_the_example_of_a_site_lies_over_every_study(study: str) -> None:
 
 
 def test_the_example_of_a_site_explains_every_resource() -> None:
-    from aps.settings import ResourceSettings
+    from aps.settings.blocks import ResourceSettings
 
     text = SITE.read_text()
     missing = [key for key in ResourceSettings.model_fields if key != "processes" and f"{key}:" not in text]

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from aps import sampling
-from aps.settings import study as config
+from aps import registry, sampling
 from aps.models import archs
 from aps.models.encoder import build_encoder
 from aps.sampling import coverage, sample
-from aps.settings import EncoderSettings, SamplingSettings, ViewSettings
+from aps.settings.blocks import EncoderSettings, SamplingSettings, ViewSettings
 from aps.views import draw_parameters
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
@@ -26,8 +25,7 @@ def test_examples_are_at_most_ten_lines() -> None:
 def test_the_documented_function_adds_a_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="strategy 'least' is unknown"):
         SamplingSettings(strategy="least")
-    (tmp_path / "sampling.py").write_text((config.PACKAGE / "sampling.py").read_text() + "\n\n" + STRATEGY)
-    monkeypatch.setattr(config, "PACKAGE", tmp_path)  # settings read the names from the file
+    monkeypatch.setattr(registry.STRATEGIES, "_rows", registry.STRATEGIES._rows | {"least": "aps.sampling:least"})
     monkeypatch.setattr(sampling, "STRATEGIES", dict(sampling.STRATEGIES))
     exec(STRATEGY, vars(sampling))
     del sampling.least  # type: ignore[attr-defined]
@@ -45,8 +43,9 @@ def test_the_documented_function_adds_a_strategy(tmp_path: Path, monkeypatch: py
 def test_the_documented_row_adds_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="arch 'mini' is unknown"):
         EncoderSettings(arch="mini")
-    monkeypatch.setitem(archs.ARCHS, "mini", archs.Arch(1, 1, 1))  # taken out again after the test
+    monkeypatch.setattr(archs, "MINI", None, raising=False)  # taken out again after the test
     exec(ARCH, vars(archs))
+    monkeypatch.setattr(registry.ARCHS, "_rows", registry.ARCHS._rows | {"mini": "aps.models.archs:MINI"})
     encoder = build_encoder(EncoderSettings(arch="mini", image_size=16, patch_size=4))
     assert (encoder.embed_dim, len(encoder.blocks), encoder.blocks[0].attn.num_heads) == (128, 6, 2)
     assert encoder(torch.zeros(2, 3, 16, 16), torch.arange(4).expand(2, -1)).shape == (2, 128)

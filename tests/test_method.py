@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from aps.models.archs import ARCHS
+from aps.registry import ARCHS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "method.md").read_text()
@@ -58,6 +58,6 @@ def test_its_numbers_are_those_of_the_code() -> None:
             int(x.replace(",", "")) for x in re.search(rf"^\| {row} \| (.+) \|$", PAGE, re.MULTILINE)[1].split(" | ")
         ]  # type: ignore[index]
         for arch, count in zip(("tiny", "small", "base"), counts, strict=True):
-            d, depth, _ = ARCHS[arch]
+            d, depth, _ = ARCHS.load(arch)
             block = 12 * d * d + 10 * d  # weights of qkv, proj, fc1, fc2; norms and biases but qkv's
             assert count == d * (2 + (size // patch) ** 2) + 3 * patch * patch * d + depth * block + 2 * d

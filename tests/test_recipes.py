@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from aps.models.archs import dimensions
-from aps.settings import ExperimentSettings, Study, load_study
+from aps.settings.reading import load_study
+from aps.settings.study import ExperimentSettings, Study
 from aps.training.schedule import finetuning_lr, pretraining_lr
 
 CONFIG = Path(__file__).parents[1] / "config"

@@ -12,9 +12,10 @@ import pytest
 from aps import published, report
 from aps.cli import main
 from aps.errors import UserError
+from aps.layout import checkpoint_folder, stage_folder
 from aps.report import Table, terminal, write_report
-from aps.results import checkpoint_folder, stage_folder
-from aps.settings import Study, load_study
+from aps.settings.reading import load_study
+from aps.settings.study import Study
 
 STUDY = """
 study: small
@@ -85,7 +86,7 @@ def test_what_has_not_run_is_said_and_what_is_not_planned_is_empty(study: Study)
     assert table(study).text("aps", scores["finetune"]) == "not run"
     assert table(study).text("longer", scores["knn"]) == ""
     assert "detection" not in scores
-    assert "0 of 14 runs finished" in terminal(study)  # aps 2 x 3, untrained 2 x 2, longer 2 x 2
+    assert "0 of 14 runs finished" in terminal(study, "none")  # aps 2 x 3, untrained 2 x 2, longer 2 x 2
 
 
 def test_the_floor_is_the_same_evaluation_of_random_weights(study: Study) -> None:
@@ -107,7 +108,7 @@ def test_a_report_has_a_row_a_run_escapes_what_it_shows_and_needs_no_other_file(
     for seed in (0, 1):
         finish(study, "aps", seed, "pretrain", loss=1.0)
         finish(study, "aps", seed, "knn", knn_top1_k10=79.0, knn_top1_k20=80.0, per_class={"a": 1.0})
-    write_report(study, tmp_path / "report")
+    write_report(study, tmp_path / "report", "none")
     rows = list(csv.DictReader((tmp_path / "report/results.csv").open()))
     assert [(row["experiment"], row["seed"], row["stage"]) for row in rows] == [
         ("aps", "0", "pretrain"), ("aps", "0", "knn"), ("aps", "1", "pretrain"), ("aps", "1", "knn"),
@@ -123,7 +124,7 @@ def test_a_report_has_a_row_a_run_escapes_what_it_shows_and_needs_no_other_file(
 
 
 def test_a_report_on_nothing_says_so(study: Study, tmp_path: Path) -> None:
-    write_report(study, tmp_path / "report")
+    write_report(study, tmp_path / "report", "none")
     assert "0 of 14 runs finished" in (tmp_path / "report/report.html").read_text()
     assert len((tmp_path / "report/results.csv").read_text().splitlines()) == 1
 
@@ -134,13 +135,13 @@ def test_a_report_lets_go_of_the_resumable_state_it_has_read_and_of_no_other(stu
     for folder in folders:
         folder.mkdir(parents=True)
         (folder / "state-000000001.pt").touch()
-    write_report(study, tmp_path / "report")
+    assert main(["report", "--configfile", str(tmp_path / "study.yaml")]) == 0
     assert [folder.exists() for folder in folders] == [False, True]
 
 
 def test_the_terminal_table_says_where_everything_lies(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     finish(study, "aps", 0, "finetune", test_top1=91.23)
-    shown = terminal(study)
+    shown = terminal(study, "none")
     assert "1 of 14 runs finished" in shown and "91.2" in shown
     assert f"{study.results}/report/small/report.html (not yet made)" in shown
     assert "MLflow   off" in shown
@@ -178,7 +179,7 @@ def test_published_numbers_stand_beside_ours_and_are_compared_only_where_the_exp
     assert knn["difference"] == (pytest.approx(difference) if difference is not None else None)
     assert ("pretrain.epochs 100 instead of 1600" in knn["remark"]) == (difference is None)
     assert finetune["ours"] is None and finetune["difference"] is None
-    write_report(study, tmp_path / "report")
+    write_report(study, tmp_path / "report", "none")
     page = (tmp_path / "report/report.html").read_text()
     assert "not run" in page and ("+4.6" in page) == (difference is not None)
 
@@ -186,4 +187,4 @@ def test_published_numbers_stand_beside_ours_and_are_compared_only_where_the_exp
 def test_a_broken_result_is_one_sentence(study: Study, tmp_path: Path) -> None:
     (finish(study, "aps", 0, "knn", knn_top1_k20=80.0) / "metrics.json").write_text("{")
     with pytest.raises(UserError, match=r"metrics\.json: not valid JSON; delete it and run the stage"):
-        write_report(study, tmp_path / "report")
+        write_report(study, tmp_path / "report", "none")

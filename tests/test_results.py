@@ -18,17 +18,9 @@ from tiny_study import fake_job
 from aps import __version__, results
 from aps.errors import UserError
 from aps.files import read_json
-from aps.results import (
-    OUTPUTS,
-    StageJob,
-    StageRun,
-    flatten,
-    forget,
-    forget_finished,
-    provenance,
-    read_history,
-    restore_finished,
-)
+from aps.journal import read_history
+from aps.results import StageJob, StageRun, flatten, forget, forget_finished, provenance, restore_finished
+from aps.stages import STAGES
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +79,7 @@ def test_the_commit_is_named_in_a_clone_and_nowhere_else(tmp_path: Path, monkeyp
 def test_every_declared_output_must_be_there(tmp_path: Path) -> None:
     job = fake_job(tmp_path)
     play(job)
-    assert {file.name for file in job.out.iterdir()} == {*OUTPUTS["knn"], "tracking.json"}
+    assert {file.name for file in job.out.iterdir()} == {*STAGES["knn"].files, "tracking.json"}
     other = replace(job, settings=job.settings.model_copy(update={"stage": "finetune"}))
     with pytest.raises(RuntimeError, match=r"finished without model.safetensors"):
         play(replace(other, checkpoints=tmp_path / "other"))
@@ -98,7 +90,7 @@ def test_metrics_come_last_so_that_they_mean_complete(tmp_path: Path, monkeypatc
     link = results._link
     monkeypatch.setattr(results, "_link", lambda source, target: (linked.append(target.name), link(source, target)))
     play(fake_job(tmp_path))
-    assert linked[-1] == "metrics.json" and set(linked) > set(OUTPUTS["knn"])
+    assert linked[-1] == "metrics.json" and set(linked) > set(STAGES["knn"].files)
 
 
 def test_a_downstream_run_names_the_run_it_came_from(tmp_path: Path) -> None:
@@ -115,7 +107,8 @@ def test_a_downstream_run_names_the_run_it_came_from(tmp_path: Path) -> None:
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = fake_job(tmp_path)
-    monkeypatch.setenv("RANK", "1")
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"), ("TORCHELASTIC_RUN_ID", "x")):
+        monkeypatch.setenv(name, value)
     with StageRun(job) as stage:
         stage.log(1, loss=1.0)
         stage.resume(1)
@@ -173,7 +166,7 @@ def test_outputs_that_snakemake_deleted_come_back_without_computing(tmp_path: Pa
     shutil.rmtree(job.out)
     os.utime(job.manifest)
     assert restore_finished(job) and metrics(job) == before
-    for name in OUTPUTS["knn"]:  # outputs must be newer than inputs
+    for name in STAGES["knn"].files:  # outputs must be newer than inputs
         assert (job.out / name).stat().st_mtime >= job.manifest.stat().st_mtime
 
 
@@ -266,7 +259,7 @@ def test_a_kill_between_two_writes_leaves_no_half_result_and_the_next_attempt_fi
         assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()
         if (job.out / "metrics.json").exists():  # then it is complete
             assert metrics(job)["metrics"] == {"top1": 50.0}
-            assert all((job.out / name).exists() for name in OUTPUTS["knn"])
+            assert all((job.out / name).exists() for name in STAGES["knn"].files)
         if not restore_finished(job):
             play(job)
         assert metrics(job)["metrics"]["top1"] == 50.0
@@ -294,7 +287,7 @@ def test_outputs_are_copied_where_the_file_system_has_no_links(tmp_path: Path, m
     job = fake_job(tmp_path)
     play(job)
     assert (job.out / "metrics.json").stat().st_nlink == 1
-    assert {file.name for file in job.out.iterdir()} == {*OUTPUTS["knn"], "tracking.json"}
+    assert {file.name for file in job.out.iterdir()} == {*STAGES["knn"].files, "tracking.json"}
 
 
 def test_nested_blocks_flatten_to_dotted_keys() -> None:

@@ -11,8 +11,9 @@ from scipy import stats
 from torch import Tensor
 
 from aps.errors import UserError
+from aps.registry import STRATEGIES as NAMES
 from aps.sampling import ROUNDING, STRATEGIES, Geometry, coverage, first, kept_cells, sample, selective, sparse
-from aps.settings import SamplingSettings, ViewSettings, strategy_names
+from aps.settings.blocks import SamplingSettings, ViewSettings
 from aps.views import apply_view, draw_parameters
 
 # --------------------------------------------------------------------------------------------------
@@ -518,7 +519,7 @@ def test_a_gpu_draws_what_the_cpu_draws_from_the_same_noise_without_synchronizin
 
 
 def test_configuration_knows_the_registered_strategies():
-    assert strategy_names() == sorted(STRATEGIES)
+    assert NAMES.names() == sorted(STRATEGIES)
 
 
 @pytest.mark.parametrize("levels", [3, 2**24])

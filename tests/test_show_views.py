@@ -11,14 +11,8 @@ from matplotlib.image import imread
 from aps.cli import main
 from aps.data.load import ArraySplit
 from aps.data.prepare import prepare
-from aps.settings import (
-    DatasetSettings,
-    EncoderSettings,
-    ExperimentSettings,
-    SamplingSettings,
-    SourceSettings,
-    ViewSettings,
-)
+from aps.settings.blocks import DatasetSettings, EncoderSettings, SamplingSettings, SourceSettings, ViewSettings
+from aps.settings.study import ExperimentSettings
 from aps.show_views import COLORS, COLUMNS, Example, draw, examples
 
 GRID = 4

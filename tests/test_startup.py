@@ -37,7 +37,7 @@ def test_what_planning_reads_imports_nothing_heavy(module: str) -> None:
 
 
 def test_validating_a_study_imports_nothing_heavy() -> None:
-    code = "from aps.settings import load_study; load_study(['config/config.yaml']).jobs()"
+    code = "from aps.settings.reading import load_study; load_study(['config/config.yaml']).jobs()"
     assert not imported(code) & HEAVY
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from aps import published
 from aps.errors import UserError
-from aps.settings import ExperimentSettings, load_study
+from aps.settings.reading import load_study
+from aps.settings.study import ExperimentSettings
 
 CONFIG = Path(__file__).parents[1] / "config"
 STUDIES = sorted(path.name for path in CONFIG.glob("*.yaml") if path.name != "published.yaml")
@@ -40,7 +41,7 @@ def test_every_study_opens_with_its_source_cost_expectation_and_command(name: st
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_is_planned_without_importing_torch(name: str) -> None:
     code = (
-        "import sys; from aps.settings import load_study; from aps import published; "
+        "import sys; from aps.settings.reading import load_study; from aps import published; "
         f"load_study([{str(CONFIG / name)!r}]).jobs(); published.load; "
         "sys.exit(', '.join({'torch', 'timm', 'mlflow', 'torchvision'} & set(sys.modules)) or 0)"
     )

@@ -23,9 +23,10 @@ from tiny_study import fake_job
 from aps import tracking
 from aps.errors import UserError
 from aps.files import read_json
-from aps.results import StageJob, StageRun, read_history
-from aps.settings import load_study
-from aps.tracking import Tracker, log_report, prepare_store, sync, tracking_uri
+from aps.journal import read_history
+from aps.results import StageJob, StageRun
+from aps.settings.reading import load_study
+from aps.tracking import Tracker, log_report, prepare_store, sync, tracking_address
 
 LINES = 30
 
@@ -212,11 +213,11 @@ def test_the_environment_wins_over_the_study_over_the_results_folder(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     plain: dict[str, Any] = {"results": "out", "experiments": {"e": {"dataset": "digits"}}}
     study = load_study([], plain)
-    assert tracking_uri(study) == f"sqlite:///{tmp_path}/out/mlflow.db"
+    assert tracking_address(study.tracking_uri, study.results) == f"sqlite:///{tmp_path}/out/mlflow.db"
     study = load_study([], plain | {"tracking_uri": "http://study"})
-    assert tracking_uri(study) == "http://study"
+    assert tracking_address(study.tracking_uri, study.results) == "http://study"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment")
-    assert tracking_uri(study) == "http://environment"
+    assert tracking_address(study.tracking_uri, study.results) == "http://environment"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional
 
 from aps import views
-from aps.settings import ViewSettings
+from aps.settings.blocks import ViewSettings
 from aps.views import (
     BRIGHTNESS,
     CONTRAST,

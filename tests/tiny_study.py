@@ -8,8 +8,10 @@ from typing import Any
 
 import yaml
 
-from aps.results import StageJob, checkpoint_folder, stage_folder
-from aps.settings import DatasetSettings, KnnSettings, StageSettings
+from aps.layout import checkpoint_folder, stage_folder
+from aps.results import StageJob
+from aps.settings.blocks import DatasetSettings, KnnSettings
+from aps.settings.study import StageSettings
 
 ROOT = Path(__file__).parent.parent
 STUDY: dict[str, Any] = {

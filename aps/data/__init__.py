@@ -1,4 +1,4 @@
-"""Datasets by name. A new dataset is one file here and one row of REGISTRY (docs/datasets.md shows one).
+"""Datasets by name. A new dataset is one file here and one row of `aps.registry` (docs/datasets.md shows one).
 
 The contract of a dataset's module is one function:
 
@@ -8,27 +8,4 @@ It gets the images (from `source.path`, else by download where `source.download`
 loaders need under `folder` and returns the manifest, which `aps.data.prepare` writes last: a manifest that exists is a
 prepared dataset. It must be safe to kill and call again, finding its own finished work by itself. Helpers:
 `arrays.store` for small images held in memory, `trees.describe` for folders of image files, `fetch` for archives.
-
-This file imports nothing heavy: planning reads the registry.
 """
-
-from typing import Literal, NamedTuple
-
-
-class Entry(NamedTuple):
-    module: str  # a module of aps.data
-    kind: Literal["classification", "detection"]
-
-
-REGISTRY = {
-    "digits": Entry("digits", "classification"),
-    "fashion_mnist": Entry("fashion_mnist", "classification"),
-    "cifar10": Entry("cifar", "classification"),
-    "cifar100": Entry("cifar", "classification"),
-    "imagenet1k": Entry("imagenet", "classification"),
-    "folder": Entry("folder", "classification"),
-    "digits_coco": Entry("composites", "detection"),
-    "fashion_coco": Entry("composites", "detection"),
-    "cifar_coco": Entry("composites", "detection"),
-    "coco2017": Entry("coco", "detection"),
-}

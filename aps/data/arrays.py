@@ -22,7 +22,7 @@ from aps.data.manifest import (
     write_atomic,
 )
 from aps.data.statistics import Accumulator
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 
 def store(

@@ -19,7 +19,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from aps.data import arrays, fetch
 from aps.data.manifest import ChannelStatistics, Manifest
 from aps.errors import UserError
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 
 class Release(NamedTuple):

@@ -15,7 +15,7 @@ from pathlib import Path
 from aps.data import fetch
 from aps.data.manifest import Manifest, Split, Statistics, content_digest, file_digest, with_sizes
 from aps.errors import UserError
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 HOST = "http://images.cocodataset.org"
 # The publisher lists no checksums; these md5 are the ones in common use (PaddleDetection, FiftyOne and others).

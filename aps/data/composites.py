@@ -14,7 +14,6 @@ It deliberately does not know how the source is obtained, nor anything about det
 
 from __future__ import annotations
 
-import importlib
 import json
 import tempfile
 from dataclasses import dataclass
@@ -27,11 +26,11 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle
 
-from aps.data import REGISTRY
 from aps.data.load import ArraySplit, FileSplit, load_split
 from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes, write_atomic
 from aps.data.statistics import Accumulator
-from aps.settings import SourceSettings
+from aps.registry import DATASETS
+from aps.settings.blocks import SourceSettings
 
 SEED = 20230605
 TRIES = 20  # placements tried for an object before it is left out
@@ -42,7 +41,7 @@ FIXED = 1 << 10  # denominator of interpolation weights
 class Recipe:
     """How canvases are made. Lengths in pixels."""
 
-    source: str  # a classification dataset of REGISTRY
+    source: str  # a name of `aps.registry.DATASETS`
     side: int
     train: int  # canvases
     val: int
@@ -80,10 +79,9 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
         UserError: the source is missing or broken.
     """
     recipe = RECIPES[name]
-    module = importlib.import_module(f"aps.data.{REGISTRY[recipe.source].module}")
     with tempfile.TemporaryDirectory(dir=folder, prefix="source-") as temporary:
         scans = Path(temporary)
-        origin = module.prepare(scans, source, recipe.source)
+        origin = DATASETS.load(recipe.source)(scans, source, recipe.source)
         origin.write(scans / "manifest.json")
         objects = {
             "train": load_split(scans / "manifest.json", "train"),

@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 
 from aps.data import arrays
 from aps.data.manifest import Manifest
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 TEST_IMAGES = 359  # a fifth; the publisher gives no split
 SPLIT_SEED = 0

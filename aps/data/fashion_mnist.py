@@ -12,7 +12,7 @@ from torchvision.datasets import FashionMNIST
 from aps.data import arrays, fetch
 from aps.data.manifest import Manifest
 from aps.errors import UserError
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 # Where Debian's package dataset-fashion-mnist installs the files.
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")

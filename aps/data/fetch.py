@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from aps.data.manifest import write_atomic
 from aps.errors import UserError
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 DOWNLOADS = "download"  # a dataset's subfolder, removed once it is prepared
 ATTEMPTS = 5

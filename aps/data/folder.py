@@ -13,7 +13,7 @@ import numpy as np
 from aps.data import fetch, trees
 from aps.data.manifest import Manifest
 from aps.errors import UserError
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 HOLDOUT = 0.2  # of each class, rounded, at least one image
 SPLIT_SEED = 0

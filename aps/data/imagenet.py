@@ -20,7 +20,7 @@ import scipy.io
 from aps.data import fetch, trees
 from aps.data.manifest import ChannelStatistics, Manifest
 from aps.errors import UserError
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 # The publisher's files (behind a login) and md5, as torchvision lists them.
 TRAIN = fetch.Published("ILSVRC2012_img_train.tar", None, "1d675b47d978889d74fa0da5fadfb00e")

@@ -2,55 +2,44 @@
 
 Peculiar: a copy of the manifest, `prepared.json`, stays beside it. Snakemake deletes a rule's outputs before it reruns
 the rule; with the copy, a rerun is a quick verification and not a second download or a second look at every image.
-It deliberately does not know any dataset; their modules are found through REGISTRY.
+It deliberately does not know any dataset; they are found through `aps.registry`.
 """
 
 from __future__ import annotations
 
-import errno
-import importlib
 import shutil
 from pathlib import Path
 
-from aps.data import REGISTRY
 from aps.data.fetch import DOWNLOADS
 from aps.data.manifest import Manifest
 from aps.errors import UserError
-from aps.settings import SourceSettings
+from aps.files import DISK_ERRORS
+from aps.registry import DATASETS, DETECTION_DATASETS
+from aps.settings.blocks import SourceSettings
 
 COPY = "prepared.json"
-# What the user's disk can do to us, as opposed to our own bugs.
-DISK_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.ENOTDIR,
-    errno.EFBIG,
-}
 
 
 def prepare(name: str, folder: Path, source: SourceSettings) -> Manifest:
     """Make `folder`/manifest.json true; safe to kill and to call again.
 
     Args:
-        name: a row of REGISTRY.
+        name: a dataset of `aps.registry`.
         folder: the dataset's own folder, results/data/NAME.
         source: where it comes from; `path` None means download (or no source needed).
 
     Raises:
         UserError: no such dataset, its source is missing, broken or incomplete, or the disk refuses.
     """
-    if name not in REGISTRY:
-        raise UserError(f"dataset '{name}' is unknown; known: {', '.join(sorted(REGISTRY))}")
+    registry = DATASETS if name in DATASETS else DETECTION_DATASETS
+    if name not in registry:
+        known = sorted([*DATASETS.names(), *DETECTION_DATASETS.names()])
+        raise UserError(f"dataset '{name}' is unknown; known: {', '.join(known)}")
     try:
         manifest = _prepared(name, folder, source)
         if manifest is None:
             folder.mkdir(parents=True, exist_ok=True)
-            module = importlib.import_module(f"aps.data.{REGISTRY[name].module}")
-            manifest = module.prepare(folder, source, name)
+            manifest = registry.load(name)(folder, source, name)
             manifest.write(folder / COPY)
             manifest.write(folder / "manifest.json")
             shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)

@@ -27,7 +27,7 @@ from aps.data.manifest import (
 )
 from aps.data.statistics import Accumulator
 from aps.errors import UserError
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 READABLE = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 UNREADABLE = (".bmp", ".ppm", ".pgm", ".tif", ".tiff")  # images that torchvision's decoder does not read

@@ -1,10 +1,10 @@
 """COCO transfer: object detection and instance segmentation on the encoder. Planning imports this file: no torch here."""
 
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from aps.errors import UserError
+from aps.registry import ENGINES
 
 # What an engine needs beyond the package's own requirements, and the command that brings it.
 NEEDED = {"detectron2": ("detectron2", "pip install --no-build-isolation '.[detectron2]'")}
@@ -24,7 +24,7 @@ def load_engine(engine: str) -> Any:
     """The class `Engine` of aps/detection/engines. Raises UserError where its library is missing or does not import."""
     check_engine(engine)
     try:
-        return import_module(f"aps.detection.engines.{engine}").Engine
+        return ENGINES.load(engine)
     except ImportError as error:
         if engine not in NEEDED:
             raise

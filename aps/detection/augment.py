@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
 from aps.detection.annotations import Target
-from aps.settings import DetectionSettings
+from aps.settings.blocks import DetectionSettings
 
 
 def jitter(

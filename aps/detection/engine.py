@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from aps.data.manifest import RGB
 from aps.detection.annotations import CocoSplit, result_rows
 from aps.runtime.processes import Distributed
-from aps.settings import DetectionSettings, EncoderSettings
+from aps.settings.blocks import DetectionSettings, EncoderSettings
 
 WARMUP_FACTOR = 0.001  # ViTDet's start of warmup, as a share of the learning rate
 ANCHOR_STRIDES = 8  # side of a pyramid level's anchors in its cells: 32 pixels at 4 pixels a cell

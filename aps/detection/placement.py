@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor, nn
 
 from aps.errors import UserError
-from aps.settings import DetectionSettings
+from aps.settings.blocks import DetectionSettings
 
 DROPPED = re.compile(r"cls_token|norm\.(weight|bias)|head\..*")  # of an encoder, by full name
 RELATIVE = re.compile(r"blocks\.\d+\.attn\.rel_pos_[hw]")

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, Mlp
 from torch import Tensor, nn
 
+from aps.detection.geometry import positions_grid, strides
 from aps.models.archs import dimensions
-from aps.settings import DetectionSettings, EncoderSettings
+from aps.settings.blocks import DetectionSettings, EncoderSettings
 
 
 class Attention(nn.Module):
@@ -136,7 +137,7 @@ class ViT(nn.Module):
         super().__init__()
         dim, depth, heads = dimensions(encoder)
         self.patch_embed = PatchEmbed(encoder.patch_size, dim)
-        self.pos_embed = nn.Parameter(torch.zeros(1, settings.positions_grid(encoder) ** 2, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions_grid(settings, encoder) ** 2, dim))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.blocks = nn.ModuleList()
         for number in range(depth):
@@ -200,7 +201,7 @@ class SimpleFeaturePyramid(nn.Module):
         super().__init__()
         self.net = ViT(encoder, settings)
         dim, self.out_channels = dimensions(encoder).dim, settings.pyramid_dim
-        stages = [stride.bit_length() - 1 for stride in settings.strides(encoder.patch_size)]
+        stages = [stride.bit_length() - 1 for stride in strides(settings, encoder.patch_size)]
         self.names = [f"p{stage}" for stage in [*stages, stages[-1] + 1]]
         self._levels: list[nn.Sequential] = []
         for stage, scale in zip(stages, settings.pyramid_scales, strict=True):

@@ -1,11 +1,14 @@
-"""Widths, depths and heads by name. A new architecture is one row here (imports nothing heavy: planning reads it)."""
+"""Widths, depths and heads by name. A new architecture is a constant here and a row of `aps.registry.ARCHS`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from aps.registry import ARCHS
+
 if TYPE_CHECKING:
-    from aps.settings import EncoderSettings
+    from aps.settings.blocks import EncoderSettings
+    from aps.settings.study import ExperimentSettings
 
 
 class Arch(NamedTuple):
@@ -14,15 +17,20 @@ class Arch(NamedTuple):
     heads: int
 
 
-ARCHS = {
-    "micro": Arch(96, 4, 3),  # for two CPU cores; not in the paper
-    "tiny": Arch(192, 12, 3),  # method.md, Model
-    "small": Arch(384, 12, 6),
-    "base": Arch(768, 12, 12),
-}
+MICRO = Arch(96, 4, 3)  # for two CPU cores; not in the paper
+TINY = Arch(192, 12, 3)  # method.md, Model
+SMALL = Arch(384, 12, 6)
+BASE = Arch(768, 12, 12)
 
 
 def dimensions(settings: EncoderSettings) -> Arch:
-    """Width, depth and heads of an encoder: its row of ARCHS with the settings' own values laid over it."""
-    row = ARCHS[settings.arch]
+    """Width, depth and heads of an encoder: those of its arch with the settings' own values laid over them."""
+    row: Arch = ARCHS.load(settings.arch)
     return Arch(settings.dim or row.dim, settings.depth or row.depth, settings.heads or row.heads)
+
+
+def check(experiment: ExperimentSettings) -> None:
+    """Raises ValueError where the encoder's width does not divide among its heads."""
+    dim, _, heads = dimensions(experiment.encoder)
+    if dim % heads:
+        raise ValueError(f"encoder: width {dim} is not a multiple of {heads} heads; change dim or heads")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aps.models.archs import dimensions
-from aps.settings import EncoderSettings
+from aps.settings.blocks import EncoderSettings
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:

@@ -6,12 +6,13 @@ Both views pass the encoder in one batch (it has no statistics over the batch) a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from aps.models.encoder import Encoder
 from aps.models.heads import projection_head
-from aps.settings import PretrainSettings
 
 
 class APS(nn.Module):
@@ -33,7 +34,7 @@ class APS(nn.Module):
         return self.predictor(z1), z1, self.predictor(z2), z2
 
 
-def build_heads(dim: int, settings: PretrainSettings) -> tuple[nn.Sequential, nn.Sequential]:
+def build_heads(dim: int, settings: Any) -> tuple[nn.Sequential, nn.Sequential]:
     """Projector (B, dim) -> (B, d) and predictor (B, d) -> (B, d)."""
     projector = projection_head((dim, *settings.projector))
     return projector, projection_head((settings.projector[-1], *settings.predictor))

@@ -23,7 +23,7 @@ from aps.errors import UserError
 from aps.models.encoder import build_encoder
 from aps.models.heads import projection_head
 from aps.models.weights import INFO_KEY, load_state, read_settings, read_tensors, save_encoder, save_tensors
-from aps.settings import EncoderSettings
+from aps.settings.blocks import EncoderSettings
 
 # What the release normalizes 32-pixel images with: CIFAR's statistics in pretraining, but ImageNet's in finetuning
 # (method.md, Views and Traps).

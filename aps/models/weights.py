@@ -27,7 +27,7 @@ from aps.errors import UserError
 from aps.files import atomic_path
 from aps.models.archs import dimensions
 from aps.models.encoder import Encoder, build_encoder
-from aps.settings import EncoderSettings
+from aps.settings.blocks import EncoderSettings
 
 log = logging.getLogger(__name__)
 

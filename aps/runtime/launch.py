@@ -1,4 +1,4 @@
-"""How a stage's processes are started and what it asks the executor for; how it computes is decided elsewhere.
+"""How a stage's processes are started; what it asks the executor for (`aps.workflow.resources`) is decided elsewhere.
 
 One process runs as it is. More on one node run under torchrun; several nodes of a Slurm job run one torchrun each under
 srun, meeting on the first. Numbers don't depend on it: batch, learning rate, sampling and seeds are global.
@@ -19,154 +19,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
 
 import psutil
 
 from aps.errors import UserError
-from aps.runtime.signals import note
-from aps.runtime.slurm import place
-from aps.settings import STAGES, ResourceSettings, Study
+from aps.runtime.signals import remember
+from aps.runtime.slurm import allocation
 
 STOP_SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
-WARNING_SECONDS = 300  # before the time limit; Slurm may be a minute early
 # The ignored signals are inherited by tee and by Python, which undoes it. 137 is SIGKILL, of which a stage can't tell.
 SHELL_PREFIX = (
     "trap '' USR1 TERM INT; "
     "trap 'test $? != 137 || echo \"killed by SIGKILL, most often for its memory: raise mem_mb\" >&2' EXIT; "
     "set -euo pipefail; "
 )
-MEMORY_GROWTH = 0.5  # of mem_mb for each attempt after the first: retries happen after a kill for memory, too
 
 
 def shield() -> None:
     """For the Snakemake process around a stage: SIGUSR1 is meant for the stage, and its default action kills."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-
-# --------------------------------------------------------------------------------------------------
-# Resources, as Snakemake and its Slurm executor name them. Other executors read the same ones or ignore them.
-
-
-def runs_here(study: Study, stage: str) -> bool:
-    """Whether data or report run where snakemake itself does, on a login node, and are not submitted."""
-    return study.stage_resources(stage).local is not False
-
-
-def rule_threads(study: Study, stage: str) -> Callable[[Any], int]:
-    """CPU cores of each node."""
-
-    def threads(wildcards: Any) -> int:
-        r = _settings(study, stage, wildcards)
-        return r.threads or _gpus_per_node(r) * (r.cpus_per_gpu or 1) or 1
-
-    return threads
-
-
-def rule_resources(study: Study, stage: str) -> dict[str, Callable[..., Any]]:
-    """One function of (wildcards, attempt) for each resource; None leaves a resource to the executor's default.
-
-    `gpu`, `mem_mb`, `runtime`, `nodes` are Snakemake's usual names, the rest those of its Slurm executor.
-
-    """
-
-    def resource(value: Callable[[ResourceSettings], Any]) -> Callable[..., Any]:
-        return lambda wildcards: value(_settings(study, stage, wildcards))
-
-    def mem_mb(wildcards: Any, attempt: int) -> int:
-        return int((_settings(study, stage, wildcards).mem_mb or 0) * (1 + MEMORY_GROWTH * (attempt - 1)))
-
-    memory = {"mem_mb": mem_mb} if any(r.mem_mb for r in _variants(study, stage).values()) else {}
-    return memory | {
-        "processes": resource(_processes),
-        "workers": resource(lambda r: r.workers),
-        "checkpoint_minutes": resource(lambda r: str(r.checkpoint_minutes) if r.checkpoint_minutes else None),
-        "runtime": resource(lambda r: r.runtime),
-        "gpu": resource(lambda r: r.gpus or None),
-        "gpu_model": resource(lambda r: r.gpu_model if r.gpus else None),
-        # Not left to `threads`: Snakemake caps those by the cores of the machine it runs on.
-        "cpus_per_task": resource(lambda r: None if r.gpus and r.cpus_per_gpu else r.threads),
-        "cpus_per_gpu": resource(lambda r: r.cpus_per_gpu if r.gpus else None),
-        # A GPU job is one task: its processes are torchrun's. Left out, some versions start it once for each GPU.
-        "tasks_per_gpu": resource(lambda r: 0 if r.gpus else None),
-        "nodes": resource(lambda r: r.nodes or 1),
-        # On several nodes the command itself calls srun, one task a node.
-        "mpi": resource(lambda r: "srun" if _nodes(r) > 1 else None),
-        "tasks": resource(lambda r: _nodes(r) if _nodes(r) > 1 else None),
-        "slurm_partition": resource(lambda r: r.partition),
-        "slurm_account": resource(lambda r: r.account),
-        "qos": resource(lambda r: r.qos),
-        "constraint": resource(lambda r: r.constraint),
-        "slurm_extra": resource(_slurm_extra if stage in STAGES else lambda r: None),
-    }
-
-
-def _settings(study: Study, stage: str, wildcards: Any) -> ResourceSettings:
-    return study.stage_resources(stage, getattr(wildcards, "experiment", None))
-
-
-def _variants(study: Study, stage: str) -> dict[str, ResourceSettings]:
-    """The stage's resources in each experiment that has it; the study's own for data and report."""
-    names = [name for name, e in study.experiments.items() if stage in e.stages]
-    return {name: study.stage_resources(stage, name) for name in names} or {"": study.stage_resources(stage)}
-
-
-def check_resources(study: Study, stage: str) -> None:
-    """Raises UserError where processes don't spread evenly over nodes, only some experiments set memory, or a stage
-    that computes is to run on the login node."""
-    variants = _variants(study, stage)
-    for name, r in variants.items():
-        if stage in STAGES and r.local is not None:
-            raise UserError(
-                f"study '{study.study}': resources.{stage}.local = {r.local} (perhaps from resources.default): only data and "
-                "report have a choice; set it under resources.data or resources.report"
-            )
-        key = "gpus" if r.gpus else "processes"
-        if _processes(r) % _nodes(r):
-            raise UserError(
-                f"study '{study.study}': experiment '{name}': resources.{stage}: {key} {_processes(r)} don't spread evenly "
-                f"over nodes {_nodes(r)}; make {key} a multiple of nodes"
-            )
-    without = [name for name, r in variants.items() if not r.mem_mb]
-    if without and len(without) < len(variants):
-        # Snakemake takes no "unset" for a memory resource.
-        raise UserError(
-            f"study '{study.study}': resources.{stage}.mem_mb is set for some experiments but not for '{without[0]}'; "
-            f"set resources.{stage}.mem_mb or resources.default.mem_mb of the study"
-        )
-
-
-def _nodes(r: ResourceSettings) -> int:
-    return r.nodes or 1
-
-
-def _processes(r: ResourceSettings) -> int:
-    return r.gpus or r.processes or _nodes(r)
-
-
-def _gpus_per_node(r: ResourceSettings) -> int:
-    return (r.gpus or 0) // _nodes(r)
-
-
-def _slurm_extra(r: ResourceSettings) -> str:
-    seconds = min(WARNING_SECONDS, r.runtime * 60 // 4) if r.runtime else WARNING_SECONDS
-    extra = [f"--signal=USR1@{seconds}", "--open-mode=append"]  # a requeued job goes on in the same log
-    if _nodes(r) > 1:
-        extra.append("--ntasks-per-node=1")
-        if r.gpus:
-            model = f"{r.gpu_model}:" if r.gpu_model else ""
-            extra.append(f"--gpus-per-node={model}{_gpus_per_node(r)}")
-    return " ".join(extra)
-
-
-# --------------------------------------------------------------------------------------------------
-# Processes.
-
-
-def inside() -> bool:
-    """Whether this process is one of those that torchrun started."""
-    return "RANK" in os.environ
 
 
 def run(processes: int, nodes: int) -> None:
@@ -184,7 +55,7 @@ def run(processes: int, nodes: int) -> None:
     asked = 0
     while child.poll() is None:
         if (info := signal.sigtimedwait(STOP_SIGNALS, 0.2)) is not None:
-            note(info.si_signo)
+            remember(info.si_signo)
             asked += info.si_signo == signal.SIGINT
             # srun forwards it to the agents of all nodes. A second Ctrl-C waits for no checkpoint.
             child.send_signal(signal.SIGQUIT if asked > 1 else signal.SIGUSR1)
@@ -230,7 +101,7 @@ def _agent(arguments: list[str]) -> int:
         # Under srun. Rank 0 is on the first node, at the address by which the others' srun was reached.
         node, address = os.environ["SLURM_NODEID"], os.environ["SLURM_LAUNCH_NODE_IPADDR"]
         arguments = [f"--node-rank={node}", f"--master-addr={address}", *arguments]
-        print(f"node {node}: {place()}", file=sys.stderr, flush=True)
+        print(f"node {node}: {allocation()}", file=sys.stderr, flush=True)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=_pass_on, daemon=True).start()
     import logging
@@ -240,7 +111,7 @@ def _agent(arguments: list[str]) -> int:
     from torch.distributed.run import parse_args
     from torch.distributed.run import run as torchrun
 
-    logging.disable(logging.ERROR)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it repeats a failure at length
     try:
         torchrun(parse_args(arguments))
     except ChildFailedError as error:

@@ -14,6 +14,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from aps.runtime.ranks import ranks
+
 
 @dataclass(frozen=True)
 class Distributed:
@@ -49,11 +51,11 @@ def processes() -> Iterator[Distributed]:
 
     The device is this process's GPU where there is one and the CPU otherwise; `APS_DEVICE` overrides it.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local, world = ranks()
     kind = os.environ.get("APS_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(kind)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:

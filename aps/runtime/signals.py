@@ -62,7 +62,7 @@ def stop_requested(distributed: Distributed) -> bool:
     return _agreement.asked()
 
 
-def note(number: int) -> None:
+def remember(number: int) -> None:
     """Remember a signal that was taken elsewhere."""
     global _received
     _received = _received or signal.Signals(number)
@@ -71,7 +71,7 @@ def note(number: int) -> None:
 def _handle(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT and _received == signal.SIGINT:
         raise KeyboardInterrupt
-    note(number)
+    remember(number)
 
 
 class _Agreement:

@@ -37,7 +37,7 @@ def job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
-def place() -> str | None:
+def allocation() -> str | None:
     """Where in Slurm this process runs, for its log."""
     if (job := job_id()) is None:
         return None
@@ -98,7 +98,7 @@ class Claim:
         self._file, self._stage = folder / "attempt.json", stage
 
     def __enter__(self) -> Claim:
-        if (where := place()) is not None:
+        if (where := allocation()) is not None:
             print(where, file=sys.stderr, flush=True)
         if self._file.exists():
             self._look_back(read_json(self._file))

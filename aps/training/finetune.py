@@ -37,7 +37,7 @@ from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
 from aps.runtime.signals import stop_requested
 from aps.runtime.trace import Trace
-from aps.settings import FinetuneSettings
+from aps.settings.blocks import FinetuneSettings
 from aps.training.classify import accuracy, seed_everything
 from aps.training.features import Normalization
 from aps.training.order import IMAGE, KeyedLoader, Order, held_out

@@ -28,7 +28,7 @@ from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
 from aps.runtime.signals import stop_requested
 from aps.runtime.trace import Trace
-from aps.settings import LinearProbeSettings, ViewSettings
+from aps.settings.blocks import LinearProbeSettings, ViewSettings
 from aps.training.classify import accuracy
 from aps.training.features import normalize
 from aps.training.order import IMAGE, VIEWS, KeyedLoader, Order, held_out, seeded

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from aps.data.load import ArraySplit, FileSplit
 from aps.runtime.processes import Distributed
 from aps.sampling import Geometry
-from aps.settings import ViewSettings
+from aps.settings.blocks import ViewSettings
 from aps.training.order import VIEWS, KeyedLoader, Order, seeded
 from aps.views import apply_crops, apply_view, crop_pair, draw_parameters
 

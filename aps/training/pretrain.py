@@ -34,7 +34,6 @@ from aps.runtime.processes import Distributed, processes
 from aps.runtime.signals import stop_requested
 from aps.runtime.trace import Trace
 from aps.sampling import sample
-from aps.settings import PretrainSettings
 from aps.training.knn import monitor
 from aps.training.loss import contrastive_loss
 from aps.training.order import SAMPLING, seeded
@@ -113,7 +112,7 @@ class Trainer:
     """Model, optimizer and precision: everything that one optimizer step touches."""
 
     def __init__(self, job: StageJob, distributed: Distributed) -> None:
-        self.settings: PretrainSettings = job.settings.pretrain
+        self.settings = job.settings.pretrain
         own = self.settings.batch_size // distributed.world
         if own % self.settings.accumulate:
             raise UserError(

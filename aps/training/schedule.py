@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from aps.settings import FinetuneSettings, PretrainSettings
+from aps.settings.blocks import FinetuneSettings, PretrainSettings
 
 
 def scaled_lr(lr: float, batch_size: int, per: int) -> float:

@@ -20,22 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from aps.errors import UserError
-from aps.results import OUTPUTS, checkpoint_folder, encoder_file, forget, manifest_path, stage_folder
-from aps.runtime.launch import check_resources, rule_resources, rule_threads, runs_here
-from aps.settings import STAGES, Study, load_study, read_value
-from aps.tracking import tracking_uri
+from aps.layout import checkpoint_folder, encoder_file, manifest_path, stage_folder
+from aps.results import forget
+from aps.settings.reading import load_study, read_value
+from aps.settings.study import StageSettings, Study
+from aps.stages import STAGES
+from aps.tracking import tracking_address
+from aps.workflow.resources import check_resources, rule_resources, rule_threads, runs_here
 
 DEFAULT_STUDY = Path("config/config.yaml")
+PREPARE = "prepare_dataset"  # the rule of the target `data`
 
-# The rule that does a target's jobs.
-JOB_RULES = {
-    "data": "prepare_dataset",
-    "pretrain": "pretrain_encoder",
-    "finetune": "finetune_encoder",
-    "linear_probe": "probe_encoder",
-    "knn": "knn_encoder",
-    "detection": "detect_encoder",
-}
+
+STAGE_OF_RULE = {row.rule: name for name, row in STAGES.items()}
+RULE_OF_TARGET = {"data": PREPARE} | {name: row.rule for name, row in STAGES.items()}
 
 
 class Plan:
@@ -44,7 +42,7 @@ class Plan:
     def __init__(self, study: Study, files: list[Path], overrides: dict[str, Any]) -> None:
         self.study = study
         self._files, self._overrides = files, overrides
-        self.tracking_uri = tracking_uri(study)
+        self._tracking = tracking_address(study.tracking_uri, study.results)
 
     @classmethod
     def load(cls, configfiles: Iterable[str | Path], overrides: Mapping[str, Any]) -> Plan:
@@ -65,7 +63,7 @@ class Plan:
         from aps.detection import check_engine
 
         for job in jobs:
-            if job.rule.name == JOB_RULES["detection"]:
+            if job.rule.name == STAGES["detection"].rule:
                 check_engine(self.study.experiments[job.wildcards.experiment].detection.engine)
 
     def hold_results(self) -> None:
@@ -112,13 +110,17 @@ class Plan:
     def manifests(self) -> list[str]:
         return [str(manifest_path(self.study.results, name)) for name in self.study.datasets()]
 
+    def everything(self) -> list[str]:
+        """Every file of every run."""
+        return [file for stage in STAGES for file in self.outputs(stage)]
+
     def outputs(self, stage: str) -> list[str]:
         """Every file of every run of a stage."""
         return [
             str(stage_folder(self.study.results, name, seed, stage) / file)
             for name, seed, own in self.study.jobs()
             if own == stage
-            for file in OUTPUTS[stage]
+            for file in STAGES[stage].files
         ]
 
     def metrics(self) -> list[str]:
@@ -126,84 +128,65 @@ class Plan:
 
     # -- what the user forces ---------------------------------------------------------------------
 
-    def force_jobs_behind_targets(self, workflow: Any) -> None:
-        """`--forcerun finetune` means the jobs of that target: Snakemake would force the target alone, which does nothing.
-
-        Snakemake reads the rules first and learns what is forced afterwards, so this waits for it.
-        """
-
-        class Workflow(type(workflow)):  # type: ignore[misc]
-            def __setattr__(self, name: str, value: Any) -> None:
-                if name == "dag_settings" and value is not None:
-                    value.forcerun = frozenset(JOB_RULES.get(forced, forced) for forced in value.forcerun)
-                super().__setattr__(name, value)
-
-        workflow.__class__ = Workflow
-
     def forget_forced(self, workflow: Any) -> None:
         """Drop the saved state of runs that the user forces, so that they are computed and not found finished."""
         settings = workflow.dag_settings
         files = settings.forcerun | (settings.targets if settings.forcetargets else frozenset())
         for job in workflow.dag.needrun_jobs():
             forced = job.rule in workflow.dag.forcerules or not files.isdisjoint(job.output)
-            if forced and (stage := STAGE_OF.get(job.rule.name)):
+            if forced and (stage := STAGE_OF_RULE.get(job.rule.name)):
                 own = self.study.stage_settings(job.wildcards.experiment, int(job.wildcards.seed), stage)
                 forget(checkpoint_folder(self.study.results, own))
 
     # -- one stage's rule -------------------------------------------------------------------------
 
     def output(self, stage: str) -> dict[str, str]:
-        folder = f"{self.study.results}/{{experiment}}/seed{{seed}}/{stage}"
-        return {file.replace(".", "_"): f"{folder}/{file}" for file in OUTPUTS[stage]}
+        """The stage's files, by names that rules may use; `{stage}` is a wildcard that the rule binds to its own."""
+        folder = f"{self.study.results}/{{experiment}}/seed{{seed}}/{{stage}}"
+        return {file.replace(".", "_"): f"{folder}/{file}" for file in STAGES[stage].files}
 
-    def inputs(self, stage: str) -> Callable[[Any], dict[str, str]]:
-        def inputs(wildcards: Any) -> dict[str, str]:
-            settings = self.study.stage_settings(wildcards.experiment, int(wildcards.seed), stage)
-            files = {
-                "manifest": str(manifest_path(self.study.results, settings.dataset_name)),
-            }
-            encoder = (
-                encoder_file(self.study, wildcards.experiment, int(wildcards.seed)) if stage != "pretrain" else None
-            )
-            return files | ({"encoder": str(encoder)} if encoder else {})
+    def _settings(self, wildcards: Any) -> StageSettings:
+        return self.study.stage_settings(wildcards.experiment, int(wildcards.seed), wildcards.stage)
 
-        return inputs
+    def inputs(self, wildcards: Any) -> dict[str, str]:
+        """The dataset's manifest and, where the stage starts from one, the encoder."""
+        settings = self._settings(wildcards)
+        files = {"manifest": str(manifest_path(self.study.results, settings.dataset_name))}
+        encoder = None
+        if STAGES[settings.stage].encoder:
+            encoder = encoder_file(self.study, settings.experiment, settings.seed)
+        return files | ({"encoder": str(encoder)} if encoder else {})
 
-    def settings(self, stage: str) -> Callable[[Any], str]:
+    def settings(self, wildcards: Any) -> str:
         """All that the stage's result depends on, as JSON: Snakemake reruns the job when it changes."""
+        return self._settings(wildcards).to_json()
 
-        def settings(wildcards: Any) -> str:
-            return self.study.stage_settings(wildcards.experiment, int(wildcards.seed), stage).to_json()
-
-        return settings
-
-    def options(self, stage: str) -> Callable[[Any, Any, Any, Any], str]:
+    def options(self, wildcards: Any, input: Any, output: Any, resources: Any) -> str:
         """Paths and the way it runs; `resources` is among the arguments so that none of it counts as a change."""
+        given = {
+            "study": self.study.study,
+            "results": self.study.results,
+            "tracking": self._tracking,
+            "manifest": input.manifest,
+            "encoder": getattr(input, "encoder", None),
+            "out": Path(output.metrics_json).parent,
+            **{key: getattr(resources, key, None) for key in ("processes", "nodes", "workers", "checkpoint_minutes")},
+        }
+        return " ".join(f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items() if v is not None)
 
-        def options(wildcards: Any, input: Any, output: Any, resources: Any) -> str:
-            given = {
-                "study": self.study.study,
-                "results": self.study.results,
-                "manifest": input.manifest,
-                "encoder": getattr(input, "encoder", None),
-                "out": Path(output.metrics_json).parent,
-                **{
-                    key: getattr(resources, key, None)
-                    for key in ("processes", "nodes", "workers", "checkpoint_minutes")
-                },
-            }
-            return " ".join(f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items() if v is not None)
+    def threads(self, wildcards: Any) -> int:
+        return rule_threads(self.study, wildcards.stage)(wildcards)
 
-        return options
+    def resources(self, stage: str) -> dict[str, Any]:
+        return rule_resources(self.study, stage)
+
+    # -- data and report --------------------------------------------------------------------------
 
     def runs_here(self, stage: str) -> bool:
         return runs_here(self.study, stage)
 
-    def threads(self, stage: str) -> Callable[[Any], int]:
+    def threads_of(self, stage: str) -> Callable[[Any], int]:
         return rule_threads(self.study, stage)
-
-    def resources(self, stage: str) -> dict[str, Any]:
-        return rule_resources(self.study, stage)
 
     def digest(self) -> str:
         """Of everything that the report shows but the figures: it is made again when a run of it is another one."""
@@ -239,7 +222,3 @@ def _relative(path: Path) -> Path:
         return path.relative_to(Path.cwd())
     except ValueError:
         return path
-
-
-assert set(JOB_RULES) == {"data", *STAGES}
-STAGE_OF = {rule: stage for stage, rule in JOB_RULES.items() if stage in STAGES}

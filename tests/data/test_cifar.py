@@ -10,7 +10,7 @@ from aps.data import cifar, fetch
 from aps.data.load import load_split
 from aps.data.prepare import prepare
 from aps.errors import UserError
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 NAMES = ("cifar10", "cifar100")
 

@@ -17,7 +17,7 @@ from aps.data.composites import RECIPES, Recipe, compose, resize
 from aps.data.load import ArraySplit
 from aps.data.manifest import Manifest
 from aps.data.prepare import prepare
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 SMALL = Recipe("digits", 40, 12, 6, (2, 4), (14, 22), 80, 0.5, (1, 3), (0, 60), 16)
 

@@ -6,11 +6,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-import aps.data
-from aps.data import REGISTRY, coco, imagenet
+from aps.data import coco, imagenet
 from aps.data.load import load_split
 from aps.data.prepare import prepare
-from aps.settings import SourceSettings, dataset_names
+from aps.registry import DATASETS, DETECTION_DATASETS
+from aps.settings.blocks import SourceSettings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text()
 
@@ -21,10 +21,8 @@ def test_the_documented_example_adds_a_dataset(tmp_path: Path, monkeypatch: pyte
     pneumonia = ModuleType("aps.data.pneumonia")
     exec(module, pneumonia.__dict__)
     monkeypatch.setitem(sys.modules, "aps.data.pneumonia", pneumonia)
-    monkeypatch.setattr(aps.data, "REGISTRY", dict(REGISTRY))
-    exec(row, vars(aps.data))
-    monkeypatch.setitem(REGISTRY, "pneumonia", aps.data.REGISTRY["pneumonia"])
-    assert "pneumonia" in dataset_names("classification")
+    monkeypatch.setattr(DATASETS, "_rows", DATASETS._rows | eval(f"{{{row}}}"))
+    assert "pneumonia" in DATASETS
 
     generator = np.random.default_rng(0)
     arrays = {
@@ -41,7 +39,10 @@ def test_the_documented_example_adds_a_dataset(tmp_path: Path, monkeypatch: pyte
 
 def test_the_table_names_every_dataset() -> None:
     rows = re.findall(r"^\| (`.*?) \|", PAGE, re.MULTILINE)
-    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(REGISTRY)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == {
+        *DATASETS.names(),
+        *DETECTION_DATASETS.names(),
+    }
 
 
 def test_the_figures_of_the_page_are_those_of_the_code() -> None:

@@ -13,7 +13,7 @@ from miniatures import md5, tar
 
 from aps.data import fetch
 from aps.errors import UserError
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 CONTENT = os.urandom(3_000_000)
 

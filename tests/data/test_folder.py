@@ -8,7 +8,7 @@ from miniatures import image, jpeg, png, tree
 from aps.data.load import load_split
 from aps.data.prepare import prepare
 from aps.errors import UserError
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 
 def run(tmp_path: Path, root: str = "mine", out: str = "folder"):  # type: ignore[no-untyped-def]

@@ -15,7 +15,7 @@ from aps.data.load import read_image
 from aps.data.manifest import Manifest, read_index
 from aps.data.prepare import prepare
 from aps.errors import UserError
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 CLASSES, TRAIN, VAL = 6, 4, 2
 
@@ -95,7 +95,7 @@ def test_a_sample_mean_is_close_to_the_mean_of_the_files(raw: Path, tmp_path: Pa
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from aps.settings import SourceSettings
+    from aps.settings.blocks import SourceSettings
     from aps.data import fetch, imagenet
     from aps.data.prepare import prepare
 

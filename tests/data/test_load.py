@@ -9,7 +9,7 @@ from miniatures import image, jpeg, png
 from aps.data.load import ArraySplit, FileSplit, limited, load_split, read_image
 from aps.data.prepare import prepare
 from aps.errors import UserError
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.data.prepare import prepare
 from aps.errors import UserError
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 HERE = SourceSettings()
 

@@ -13,7 +13,7 @@ from aps.data.prepare import prepare
 from aps.detection.annotations import CocoSplit
 from aps.detection.engine import Task
 from aps.runtime.processes import Distributed
-from aps.settings import SourceSettings
+from aps.settings.blocks import SourceSettings
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,7 @@ import torch
 
 from aps.detection.annotations import Target
 from aps.detection.augment import jitter
-from aps.settings import DetectionSettings
+from aps.settings.blocks import DetectionSettings
 
 
 def square() -> tuple[torch.Tensor, Target]:

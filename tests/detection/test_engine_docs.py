@@ -9,10 +9,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from aps.settings import study as config
+from aps import registry
 from aps.detection import load_engine
 from aps.detection.engine import Task
-from aps.settings import engine_names
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
 
@@ -25,8 +24,10 @@ def test_the_documented_file_adds_an_engine(task: Task, tmp_path: Path, monkeypa
     (tmp_path / "detection" / "engines").mkdir(parents=True)
     (tmp_path / "detection" / "engines" / "frozen.py").write_text(code)
     with monkeypatch.context() as patch:
-        patch.setattr(config, "PACKAGE", tmp_path)
-        assert engine_names() == ["frozen"]
+        patch.setattr(registry, "PACKAGE", tmp_path)
+        found = registry.Registry("aps.engines", folder="detection/engines", attribute="Engine")
+    assert found.names() == ["frozen"] and found.load("frozen") is module.Engine
+    monkeypatch.setattr("aps.detection.ENGINES", found)
 
     engine = load_engine("frozen")(
         dataclasses.replace(task, settings=task.settings.model_copy(update={"iterations": 2}))

@@ -15,7 +15,8 @@ from aps.detection.annotations import Target, image_at
 from aps.detection.augment import jitter
 from aps.detection.engine import Engine, Task, lr_factor
 from aps.errors import UserError
-from aps.settings import DetectionSettings, engine_names
+from aps.registry import ENGINES as REGISTERED
+from aps.settings.blocks import DetectionSettings
 
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
 
@@ -27,7 +28,7 @@ def build(name: str, task: Task) -> Engine:
 
 
 def test_every_engine_file_is_a_name_of_the_settings():
-    assert engine_names() == ["detectron2", "torchvision"]
+    assert REGISTERED.names() == ["detectron2", "torchvision"]
 
 
 def test_a_missing_library_is_one_sentence_with_the_install_line(monkeypatch: pytest.MonkeyPatch):

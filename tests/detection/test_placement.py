@@ -11,7 +11,7 @@ from aps.detection.placement import backbone_tensors, place, table
 from aps.detection.vitdet import SimpleFeaturePyramid
 from aps.errors import UserError
 from aps.models.encoder import build_encoder
-from aps.settings import DetectionSettings, EncoderSettings
+from aps.settings.blocks import DetectionSettings, EncoderSettings
 
 ENCODER = EncoderSettings(arch="micro", image_size=16, patch_size=4)
 SETTINGS = DetectionSettings(image_size=64, window=4, global_blocks=(3,), pyramid_scales=(2.0, 1.0), pyramid_dim=16)

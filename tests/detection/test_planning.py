@@ -54,7 +54,7 @@ def test_a_dry_run_says_the_same_as_a_warning_and_plans_on(checkout: Path) -> No
     done = snakemake(checkout, "detectron2", "detection", "-n")
     assert done.returncode == 0, done.stderr
     assert f"warning: {SENTENCE}" in done.stderr
-    assert "detect_encoder" in done.stdout
+    assert "detection_encoder" in done.stdout
 
 
 def test_what_needs_no_detectron2_runs_in_the_same_study(checkout: Path) -> None:

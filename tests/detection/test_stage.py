@@ -22,10 +22,12 @@ from tiny import ENCODER, stage_settings
 from aps.detection.engine import Task
 from aps.detection.stage import load_weights, normalization, run
 from aps.errors import UserError
+from aps.layout import checkpoint_folder
 from aps.models.encoder import build_encoder
 from aps.models.weights import save_encoder
-from aps.results import OUTPUTS, StageJob, checkpoint_folder
-from aps.settings import StageSettings
+from aps.results import StageJob
+from aps.settings.study import StageSettings
+from aps.stages import STAGES
 
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
 
@@ -93,7 +95,7 @@ def test_it_leaves_its_outputs_metrics_and_table_of_weights(
     settings = stage_settings(iterations=20, evaluate_every=10)
     run(job(manifest, tmp_path, settings, encoder))
     out = tmp_path / "out"
-    assert {file.name for file in out.iterdir()} >= set(OUTPUTS["detection"])
+    assert {file.name for file in out.iterdir()} >= set(STAGES["detection"].files)
     result = json.loads((out / "metrics.json").read_text())
     for kind in ("box", "mask"):
         assert {

@@ -8,7 +8,7 @@ from aps.detection.placement import backbone_tensors, place
 from aps.detection.vitdet import SimpleFeaturePyramid, ViT, join_windows, relative_table, split_windows
 from aps.models.archs import dimensions
 from aps.models.encoder import build_encoder
-from aps.settings import DetectionSettings, EncoderSettings
+from aps.settings.blocks import DetectionSettings, EncoderSettings
 
 ENCODER = EncoderSettings(arch="micro", image_size=64, patch_size=4)
 GLOBAL = DetectionSettings(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from aps.settings import DatasetSettings, DetectionSettings, EncoderSettings, StageSettings
+from aps.settings.blocks import DatasetSettings, DetectionSettings, EncoderSettings
+from aps.settings.study import StageSettings
 
 ENCODER = EncoderSettings(arch="micro", depth=2, image_size=16, patch_size=4, weights="random")
 SETTINGS = DetectionSettings(

@@ -10,16 +10,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from aps.models.archs import ARCHS
 from aps.models.encoder import Encoder, build_encoder, gather_cells, patchify
-from aps.settings import EncoderSettings
+from aps.registry import ARCHS
+from aps.settings.blocks import EncoderSettings
 
 SMALL = EncoderSettings(arch="micro", image_size=16, patch_size=4)  # N = 16
 
 
 def timm_twin(settings: EncoderSettings, encoder: Encoder) -> VisionTransformer:
     """timm's own model with the same weights, and so timm's own forward."""
-    arch = ARCHS[settings.arch]
+    arch = ARCHS.load(settings.arch)
     twin = VisionTransformer(
         img_size=settings.image_size,
         patch_size=settings.patch_size,

@@ -8,21 +8,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from aps.methods.aps import APS as METHOD
 from aps.models.encoder import build_encoder
 from aps.models.heads import CrossProcessBatchNorm, projection_head, synchronize_batch_norm
 from aps.models.model import APS, build_heads
-from aps.settings import EncoderSettings, PretrainSettings
+from aps.settings.blocks import EncoderSettings
 
 
 @pytest.fixture
 def model() -> APS:
     torch.manual_seed(0)
     encoder = build_encoder(EncoderSettings(arch="micro", image_size=16, patch_size=4, depth=1))
-    return APS(encoder, *build_heads(96, PretrainSettings()))
+    return APS(encoder, *build_heads(96, METHOD.Settings()))
 
 
 def test_heads_are_the_three_layers_of_the_method() -> None:
-    projector, predictor = build_heads(192, PretrainSettings())
+    projector, predictor = build_heads(192, METHOD.Settings())
     for head, dims in ((projector, (192, 512, 512, 128)), (predictor, (128, 512, 512, 128))):
         kinds = [type(layer) for layer in head]
         assert kinds == [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2 + [nn.Linear, nn.BatchNorm1d]

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aps.errors import UserError
+from aps.methods.aps import APS as METHOD
 from aps.models.encoder import Encoder, build_encoder
 from aps.models.model import APS, build_heads
 from aps.models.transfer import export_timm, import_weights
 from aps.models.weights import load_encoder, read_info, save_encoder, save_tensors
-from aps.settings import EncoderSettings, PretrainSettings
+from aps.settings.blocks import EncoderSettings
 
 # The release's encoder in little: width 128 of two heads of 64, as every width of the release divides by 64.
 SETTINGS = EncoderSettings(image_size=32, patch_size=8, dim=128, depth=2, heads=2)
@@ -28,7 +29,7 @@ def model() -> APS:
     encoder = build_encoder(SETTINGS)
     for p in encoder.parameters():  # zeros and ones would not show an exchange of two names
         torch.nn.init.normal_(p, std=0.1)
-    return APS(encoder, *build_heads(128, PretrainSettings())).eval()
+    return APS(encoder, *build_heads(128, METHOD.Settings())).eval()
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_sizes_of_the_release_are_read_off_the_shapes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     settings = EncoderSettings(arch="tiny", image_size=32, patch_size=2, depth=1)
     encoder = build_encoder(settings)
-    torch.save(pretrained(APS(encoder, *build_heads(192, PretrainSettings()))), tmp_path / "release.pth")
+    torch.save(pretrained(APS(encoder, *build_heads(192, METHOD.Settings()))), tmp_path / "release.pth")
     file, _ = import_weights(tmp_path / "release.pth", tmp_path)
     load_encoder(file, settings)  # 3 heads, 256 cells, eps 1e-5: refused if they differed
 
@@ -206,7 +207,7 @@ def test_other_files_are_one_sentence(tmp_path: Path, content: Any, message: str
 def test_a_width_that_does_not_tell_its_heads_needs_them_said(tmp_path: Path) -> None:
     torch.manual_seed(0)
     encoder = build_encoder(EncoderSettings(arch="micro", image_size=32, patch_size=8, depth=1))
-    torch.save(pretrained(APS(encoder, *build_heads(96, PretrainSettings()))), tmp_path / "x.pth")
+    torch.save(pretrained(APS(encoder, *build_heads(96, METHOD.Settings()))), tmp_path / "x.pth")
     with pytest.raises(UserError, match="give --attention-heads"):
         import_weights(tmp_path / "x.pth", tmp_path)
     import_weights(tmp_path / "x.pth", tmp_path, heads=3)

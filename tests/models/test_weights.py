@@ -17,7 +17,7 @@ from aps.errors import UserError
 from aps.models import weights
 from aps.models.encoder import Encoder, build_encoder
 from aps.models.weights import load_encoder, read_info, save_encoder, save_tensors
-from aps.settings import EncoderSettings
+from aps.settings.blocks import EncoderSettings
 
 SETTINGS = EncoderSettings(arch="micro", image_size=16, patch_size=4, depth=2)
 

@@ -12,7 +12,10 @@ import pytest
 
 from aps.errors import UserError
 from aps.runtime import launch
-from aps.settings import STAGES, Study, load_study
+from aps.settings.reading import load_study
+from aps.settings.study import Study
+from aps.stages import STAGES
+from aps.workflow import resources
 
 STUDY = """
 study: asked
@@ -32,15 +35,15 @@ def load(tmp_path: Path, text: str) -> Study:
 def asked(study: Study, stage: str, experiment: str | None = "a", attempt: int = 1) -> dict[str, Any]:
     """The job's resources and threads, as Snakemake finds them; without those left to the executor."""
     wildcards = SimpleNamespace(experiment=experiment) if experiment else SimpleNamespace(dataset="digits")
-    found: dict[str, Any] = {"threads": launch.rule_threads(study, stage)(wildcards)}
-    for name, value in launch.rule_resources(study, stage).items():
+    found: dict[str, Any] = {"threads": resources.rule_threads(study, stage)(wildcards)}
+    for name, value in resources.rule_resources(study, stage).items():
         found[name] = value(wildcards, attempt) if name == "mem_mb" else value(wildcards)
     return {name: value for name, value in found.items() if value is not None}
 
 
 def check(study: Study) -> None:
     for stage in (*STAGES, "data", "report"):
-        launch.check_resources(study, stage)
+        resources.check_resources(study, stage)
 
 
 def test_a_study_that_asks_for_nothing_leaves_all_to_the_executor(tmp_path: Path) -> None:
@@ -120,8 +123,8 @@ def test_the_warning_comes_five_minutes_before_the_limit_or_a_quarter_of_a_short
 def test_data_and_report_run_where_snakemake_does_unless_told_otherwise(tmp_path: Path) -> None:
     here = load(tmp_path, "experiments: {a: {}}")
     away = load(tmp_path, "resources: {data: {local: false}}\nexperiments: {a: {}}")
-    assert launch.runs_here(here, "data") and launch.runs_here(here, "report")
-    assert not launch.runs_here(away, "data") and launch.runs_here(away, "report")
+    assert resources.runs_here(here, "data") and resources.runs_here(here, "report")
+    assert not resources.runs_here(away, "data") and resources.runs_here(away, "report")
 
 
 @pytest.mark.parametrize(

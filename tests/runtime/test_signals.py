@@ -146,7 +146,14 @@ def test_processes_stop_at_the_same_call_though_only_one_was_asked() -> None:
     both = [
         subprocess.Popen(
             [sys.executable, "-c", AGREE],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "APS_DEVICE": "cpu", "OMP_NUM_THREADS": "1"},
+            env=environment
+            | {
+                "TORCHELASTIC_RUN_ID": "test",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "APS_DEVICE": "cpu",
+                "OMP_NUM_THREADS": "1",
+            },
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -75,7 +75,7 @@ def requeued(tmp_path: Path) -> bool:
 
 def test_outside_a_job_slurm_is_not_asked(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID")
-    assert (slurm.job_id(), slurm.place()) == (None, None)
+    assert (slurm.job_id(), slurm.allocation()) == (None, None)
     assert slurm.back_to_queue(signal.SIGTERM) == ("", False)
     with slurm.Claim(tmp_path / "checkpoints", "knn"):
         pass

@@ -10,26 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aps.data import REGISTRY
 from aps.errors import UserError
-from aps.settings import (
-    STAGE_SECTIONS,
-    STAGES,
-    ExperimentSettings,
-    ResourceSettings,
-    Section,
-    SourceSettings,
-    StageSettings,
-    Study,
-    StudySettings,
-    load_study,
-    parse_overrides,
-)
+from aps.settings.base import Section
+from aps.settings.blocks import ResourceSettings, SourceSettings
+from aps.settings.reading import load_study, parse_overrides
+from aps.settings.reading import _read
+from aps.settings.reference import markdown, schema, tables
+from aps.settings.study import blocks_of
+from aps.settings.study import ExperimentSettings, StageSettings, Study, StudySettings
+from aps.stages import STAGES
 
 # Every key of a study in use, with values that are all allowed and none of them a default.
 WHOLE: dict[str, Any] = {
@@ -235,7 +230,7 @@ def test_resources_are_laid_from_default_over_stage_to_experiment(tmp_path: Path
 
 
 def test_loading_imports_nothing_heavy(tmp_path: Path) -> None:
-    code = "import sys; from aps.settings import load_study; load_study([sys.argv[1]]); " \
+    code = "import sys; from aps.settings.reading import load_study; load_study([sys.argv[1]]); " \
         "print([m for m in ('torch', 'torchvision', 'timm', 'mlflow', 'sklearn', 'matplotlib') if m in sys.modules])"  # fmt: skip
     run = subprocess.run([sys.executable, "-c", code, write(tmp_path, WHOLE)], capture_output=True, text=True)
     assert run.stdout == "[]\n", run.stderr
@@ -580,11 +575,10 @@ DIGESTS = {
 # --------------------------------------------------------------------------------------------------
 
 
-def test_stages_and_blocks_and_datasets_are_all_there() -> None:
-    assert set(STAGE_SECTIONS) == set(STAGES)
-    for stage, sections in STAGE_SECTIONS.items():
-        assert stage in sections and set(sections) <= set(ExperimentSettings.model_fields)
-    assert "digits" in REGISTRY
+def test_every_stage_reads_blocks_that_an_experiment_has() -> None:
+    for stage in STAGES:
+        blocks = blocks_of(stage, "aps")
+        assert stage in blocks and set(blocks) <= set(ExperimentSettings.model_fields)
 
 
 def test_settings_cannot_be_changed_after_loading() -> None:
@@ -596,75 +590,24 @@ def test_settings_cannot_be_changed_after_loading() -> None:
 # --------------------------------------------------------------------------------------------------
 # config/README.md.
 
-SECTIONS = ("dataset", "encoder", "views", "sampling", "pretrain", "finetune", "linear_probe", "knn", "detection")
+def test_the_reference_for_users_is_made_of_the_settings() -> None:
+    """`make reference` makes it again."""
+    assert markdown() in (Path(__file__).parents[2] / "config" / "README.md").read_text()
+    assert schema() == json.loads((Path(__file__).parents[2] / "config" / "schema.json").read_text())
 
 
-def reference() -> dict[str, list[tuple[str, str, str]]]:
-    """(key, allowed, default) of every setting, by the heading under which config/README.md has it."""
-    tables = {
-        "A study": [*_rows(StudySettings, ""), *_rows(SourceSettings, "sources.NAME.")],
-        "An experiment": [row for row in _rows(ExperimentSettings, "") if row[0] not in (*SECTIONS, "resources")],
-    }
-    for section in SECTIONS:
-        tables[f"{section}:"] = _rows(type_of(section), f"{section}.")
-    tables["resources:"] = _rows(ResourceSettings, "resources.")
-    return tables
+def test_every_setting_is_described() -> None:
+    assert not [row[0] for rows in tables().values() for row in rows if not row[3]]
 
 
-def type_of(section: str) -> type[Section]:
-    annotation = ExperimentSettings.model_fields[section].annotation
-    assert isinstance(annotation, type) and issubclass(annotation, Section)
-    return annotation
-
-
-def _rows(model: type[Section], prefix: str) -> list[tuple[str, str, str]]:
-    schema = model.model_json_schema()
-    return [
-        (
-            prefix + key,
-            _allowed(schema["properties"][key]),
-            "required" if field.is_required() else _yaml(field.get_default(call_default_factory=True)),
-        )
-        for key, field in model.model_fields.items()
-    ]
-
-
-def _yaml(value: Any) -> str:
-    value = [round(v, 4) if isinstance(v, float) else v for v in value] if isinstance(value, tuple) else value
-    return "{}" if isinstance(value, Section) else json.dumps(value)
-
-
-def _allowed(schema: dict[str, Any]) -> str:
-    """What a JSON schema allows, in words."""
-    if "anyOf" in schema:
-        return " or ".join(_allowed(option) for option in schema["anyOf"])
-    if "enum" in schema:
-        return ", ".join(schema["enum"])
-    kind = schema.get("type", "object")
-    if kind == "array":
-        items = schema.get("prefixItems")
-        return f"{len(items)} x {_allowed(items[0])}" if items else f"list of {_allowed(schema['items'])}"
-    words = {
-        "integer": "whole number",
-        "number": "number",
-        "string": "text",
-        "boolean": "true, false",
-        "object": "block",
-    }
-    limits = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    bounds = [f"{sign} {schema[key]:g}" for key, sign in limits.items() if key in schema]
-    return " ".join([words.get(kind, kind), ", ".join(bounds)]).strip()
-
-
-def test_the_reference_for_users_has_every_setting_with_what_is_allowed_and_its_default() -> None:
-    text = (Path(__file__).parents[2] / "config" / "README.md").read_text()
-    for title, rows in reference().items():
-        section = text.split(f"\n## {title}\n")[1].split("\n## ")[0]
-        found = [
-            tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in section.splitlines()[3:] if line
-        ]
-        assert [row[:3] for row in found] == rows, title
-        assert all(len(row) == 4 and row[3] for row in found), title
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "config").glob("*.yaml")), ids=lambda file: file.name)
+def test_the_schema_takes_every_study_of_the_project_and_refuses_a_misspelt_key(file: Path) -> None:
+    if file.name == "published.yaml":
+        return
+    check = jsonschema.Draft202012Validator(schema())
+    content = _read(file) | {"include": []}
+    assert not list(check.iter_errors(json.loads(json.dumps(content))))
+    assert list(check.iter_errors({"defaults": {"pretrain": {"epoch": 3}}}))
 
 
 def test_the_example_for_users_loads(tmp_path: Path) -> None:

@@ -12,25 +12,26 @@ import torch
 from torch import Tensor
 
 from aps.errors import Preempted
+from aps.layout import checkpoint_folder
+from aps.methods.aps import APS as METHOD
 from aps.models.encoder import build_encoder
 from aps.models.weights import save_encoder
-from aps.results import StageJob, checkpoint_folder
+from aps.results import StageJob
 from aps.runtime.processes import Distributed
-from aps.settings import (
+from aps.settings.blocks import (
     DatasetSettings,
     EncoderSettings,
     FinetuneSettings,
     KnnSettings,
     LinearProbeSettings,
-    PretrainSettings,
-    StageSettings,
 )
+from aps.settings.study import StageSettings
 
 ONE = Distributed(0, 1, torch.device("cpu"))
 ENCODER = EncoderSettings(arch="micro", dim=24, depth=2, image_size=16, patch_size=4)  # N = 16
 STAGES: dict[str, dict[str, Any]] = {  # 100 images: batches of 32 leave 4 over, and 90 leave 26
     "pretrain": {
-        "pretrain": PretrainSettings(
+        "pretrain": METHOD.Settings(
             epochs=2, batch_size=32, warmup_epochs=1, projector=(16, 16, 8), predictor=(16, 16, 8)
         )
     },

@@ -17,7 +17,7 @@ from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.models.encoder import Encoder, build_encoder
-from aps.settings import DatasetSettings
+from aps.settings.blocks import DatasetSettings
 from aps.training import features, finetune
 from aps.training.finetune import Augmented, Finetuner
 from aps.training.order import held_out

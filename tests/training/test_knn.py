@@ -16,7 +16,7 @@ from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.models.encoder import build_encoder
 from aps.runtime.precision import Precision
-from aps.settings import KnnSettings
+from aps.settings.blocks import KnnSettings
 from aps.training import knn
 from aps.training.features import features, normalize, resized
 from aps.training.knn import knn_accuracy, monitor

@@ -16,7 +16,7 @@ from torch import Tensor
 from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.models.encoder import build_encoder
-from aps.settings import DatasetSettings
+from aps.settings.blocks import DatasetSettings
 from aps.training import linear_probe
 from aps.training.linear_probe import Crops, Heads
 from aps.training.order import Order, held_out

@@ -16,10 +16,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from aps.methods.aps import APS as METHOD
 from aps.models.encoder import build_encoder
 from aps.models.heads import synchronize_batch_norm
 from aps.models.model import APS, build_heads
-from aps.settings import EncoderSettings, PretrainSettings
+from aps.settings.blocks import EncoderSettings
 from aps.training import loss as loss_module
 from aps.training.loss import contrastive_loss
 
@@ -95,7 +96,7 @@ MUTATIONS = ("keys not gathered", "targets not shifted", "norms not synchronized
 def build() -> APS:
     torch.manual_seed(0)
     encoder = build_encoder(EncoderSettings(arch="micro", image_size=8, patch_size=2, depth=2))
-    heads = build_heads(96, PretrainSettings(projector=(32, 32, 16), predictor=(32, 32, 16)))
+    heads = build_heads(96, METHOD.Settings(projector=(32, 32, 16), predictor=(32, 32, 16)))
     return APS(encoder, *heads).double()
 
 

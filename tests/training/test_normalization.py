@@ -15,7 +15,7 @@ from aps.data import arrays
 from aps.data.manifest import ChannelStatistics, Manifest
 from aps.models.encoder import Encoder
 from aps.models.weights import read_info
-from aps.settings import DatasetSettings, SourceSettings, ViewSettings
+from aps.settings.blocks import DatasetSettings, SourceSettings, ViewSettings
 
 COLOURS = ((204, 102, 51), (20, 60, 240))
 PUBLISHED = ChannelStatistics(mean=(0.1, 0.3, 0.7), std=(0.5, 0.25, 0.2), over="this test")

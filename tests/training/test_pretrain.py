@@ -19,7 +19,7 @@ from aps.errors import UserError
 from aps.models.encoder import build_encoder
 from aps.models.model import APS, build_heads
 from aps.sampling import Geometry
-from aps.settings import SourceSettings, ViewSettings
+from aps.settings.blocks import SourceSettings, ViewSettings
 from aps.training import pretrain
 from aps.training.order import Order
 from aps.training.pairs import Pairs

@@ -14,7 +14,8 @@ import pytest
 import small
 from safetensors.torch import load_file
 
-from aps.results import OUTPUTS, StageJob
+from aps.results import StageJob
+from aps.stages import STAGES
 
 # 100 images in batches of 32 are 3 batches an epoch; 90 are 2.
 # Stops in an epoch, at an epoch's end, after the last batch.
@@ -23,7 +24,7 @@ FEW = {"pretrain": {"knn_every": 1}, "finetune": {}, "linear_probe": {}}
 
 
 def left(job: StageJob) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
-    weights = [name for name in OUTPUTS[job.settings.stage] if name.endswith(".safetensors")]
+    weights = [name for name in STAGES[job.settings.stage].files if name.endswith(".safetensors")]
     tensors = {f"{file}: {name}": t for file in weights for name, t in load_file(job.out / file).items()}
     return small.history(job), small.metrics(job), tensors
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from aps.settings import FinetuneSettings, PretrainSettings
+from aps.methods.aps import APS as METHOD
+from aps.settings.blocks import FinetuneSettings
 from aps.training.schedule import cosine, finetuning_lr, pretraining_lr, scaled_lr
 
 
@@ -19,7 +20,7 @@ def test_learning_rates_scale_with_the_batch() -> None:
 
 @pytest.mark.parametrize("epochs", [100, 1600, 3200])
 def test_the_release_schedule_is_its_formula_and_constant_through_an_epoch(epochs: int) -> None:
-    settings = PretrainSettings(epochs=epochs, lr=1e-3, batch_size=512, warmup_epochs=20)
+    settings = METHOD.Settings(epochs=epochs, lr=1e-3, batch_size=512, warmup_epochs=20)
     steps = 97
     for e in range(epochs):
         expected = 2e-3 * min((e + 1) / 20, (1 + math.cos(math.pi * e / epochs)) / 2)
@@ -28,21 +29,21 @@ def test_the_release_schedule_is_its_formula_and_constant_through_an_epoch(epoch
 
 
 def test_the_release_schedule_warms_up_from_a_twentieth() -> None:
-    settings = PretrainSettings(epochs=1600, lr=1e-3, batch_size=512)
+    settings = METHOD.Settings(epochs=1600, lr=1e-3, batch_size=512)
     assert [pretraining_lr(settings, e, 1) / 2e-3 for e in (0, 9)] == pytest.approx([0.05, 0.5])
     # the cosine is already below 1 when the warmup ends: the largest factor is not 1
     assert max(pretraining_lr(settings, e, 1) for e in range(1600)) < 2e-3
 
 
 def test_without_warmup_the_release_schedule_is_the_cosine() -> None:
-    settings = PretrainSettings(epochs=10, warmup_epochs=0)
+    settings = METHOD.Settings(epochs=10, warmup_epochs=0)
     assert [pretraining_lr(settings, e, 1) / 2e-3 for e in range(10)] == pytest.approx(
         [cosine(e / 10) for e in range(10)]
     )
 
 
 def test_the_cosine_schedule_moves_each_step_and_ends_near_zero() -> None:
-    settings = PretrainSettings(epochs=10, lr=1.5e-4, batch_size=4096, warmup_epochs=4, schedule="cosine")
+    settings = METHOD.Settings(epochs=10, lr=1.5e-4, batch_size=4096, warmup_epochs=4, schedule="cosine")
     peak, steps = 1.5e-4 * 4096 / 256, 5
     rates = [pretraining_lr(settings, step, steps) for step in range(50)]
     assert rates[:20] == pytest.approx([peak * step / 20 for step in range(20)])

@@ -18,8 +18,9 @@ import yaml
 from tiny_study import STUDY, checkout, put
 
 from aps.errors import UserError
-from aps.settings import STAGES
-from aps.workflow.plan import JOB_RULES, Plan
+from aps.stages import STAGES
+from aps.workflow.plan import RULE_OF_TARGET as JOB_RULES
+from aps.workflow.plan import Plan
 
 pytestmark = pytest.mark.end_to_end
 

@@ -1,13 +1,13 @@
 # What every rule file needs: the study, the paths, and nothing else. The package holds the logic.
 
-import os
 import re
 import sys
 from pathlib import Path
 
-from aps.runtime import launch
-from aps.workflow.plan import Plan
 from aps.errors import UserError
+from aps.runtime import launch
+from aps.workflow.forcing import translate_forced_targets
+from aps.workflow.plan import RULE_OF_TARGET, Plan
 from snakemake.exceptions import WorkflowError
 
 try:
@@ -22,13 +22,12 @@ STUDY = PLAN.study.study
 RESULTS = PLAN.study.results
 REPORT = f"{RESULTS}/report/{STUDY}"
 PYTHON = sys.executable
-os.environ["MLFLOW_TRACKING_URI"] = PLAN.tracking_uri
 
 # A job that is asked to stop saves its state first: Snakemake, the shell and tee have to outlive it.
 launch.shield()
 shell.prefix(launch.SHELL_PREFIX)
 
-PLAN.force_jobs_behind_targets(workflow)
+translate_forced_targets(workflow, RULE_OF_TARGET)
 
 
 # Before the first job of a real run; a dry run does not come here, and plans on any machine.

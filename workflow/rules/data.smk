@@ -18,7 +18,7 @@ rule prepare_dataset:
     benchmark:
         f"{RESULTS}/benchmarks/data/{{dataset}}.tsv"
     localrule: PLAN.runs_here("data")
-    threads: PLAN.threads("data")
+    threads: PLAN.threads_of("data")
     resources:
         **PLAN.resources("data"),
     shell:

@@ -6,20 +6,10 @@ rule detection:
         PLAN.outputs("detection"),
 
 
-rule detect_encoder:
-    input:
-        unpack(PLAN.inputs("detection")),
+use rule pretrain_encoder as detection_encoder with:
     output:
         **PLAN.output("detection"),
-    params:
-        settings=PLAN.settings("detection"),
-        options=PLAN.options("detection"),
-    log:
-        f"{RESULTS}/logs/{{experiment}}/seed{{seed}}/detection.log",
-    benchmark:
-        f"{RESULTS}/benchmarks/{{experiment}}/seed{{seed}}/detection.tsv"
-    threads: PLAN.threads("detection")
+    wildcard_constraints:
+        stage="detection",
     resources:
         **PLAN.resources("detection"),
-    shell:
-        "{PYTHON:q} -m aps detection --settings {params.settings:q} {params.options} 2>&1 | tee {log:q}"

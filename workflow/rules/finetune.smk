@@ -6,20 +6,10 @@ rule finetune:
         PLAN.outputs("finetune"),
 
 
-rule finetune_encoder:
-    input:
-        unpack(PLAN.inputs("finetune")),
+use rule pretrain_encoder as finetune_encoder with:
     output:
         **PLAN.output("finetune"),
-    params:
-        settings=PLAN.settings("finetune"),
-        options=PLAN.options("finetune"),
-    log:
-        f"{RESULTS}/logs/{{experiment}}/seed{{seed}}/finetune.log",
-    benchmark:
-        f"{RESULTS}/benchmarks/{{experiment}}/seed{{seed}}/finetune.tsv"
-    threads: PLAN.threads("finetune")
+    wildcard_constraints:
+        stage="finetune",
     resources:
         **PLAN.resources("finetune"),
-    shell:
-        "{PYTHON:q} -m aps finetune --settings {params.settings:q} {params.options} 2>&1 | tee {log:q}"

@@ -6,20 +6,10 @@ rule knn:
         PLAN.outputs("knn"),
 
 
-rule knn_encoder:
-    input:
-        unpack(PLAN.inputs("knn")),
+use rule pretrain_encoder as knn_encoder with:
     output:
         **PLAN.output("knn"),
-    params:
-        settings=PLAN.settings("knn"),
-        options=PLAN.options("knn"),
-    log:
-        f"{RESULTS}/logs/{{experiment}}/seed{{seed}}/knn.log",
-    benchmark:
-        f"{RESULTS}/benchmarks/{{experiment}}/seed{{seed}}/knn.tsv"
-    threads: PLAN.threads("knn")
+    wildcard_constraints:
+        stage="knn",
     resources:
         **PLAN.resources("knn"),
-    shell:
-        "{PYTHON:q} -m aps knn --settings {params.settings:q} {params.options} 2>&1 | tee {log:q}"

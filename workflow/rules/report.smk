@@ -16,7 +16,7 @@ rule report:
     benchmark:
         f"{RESULTS}/benchmarks/report.tsv"
     localrule: PLAN.runs_here("report")
-    threads: PLAN.threads("report")
+    threads: PLAN.threads_of("report")
     resources:
         **PLAN.resources("report"),
     shell:

@@ -56,11 +56,12 @@ from torch.utils.data import Dataset
 from aps.detection import engine
 from aps.detection.annotations import CocoSplit, Positions, image_at, seed_of
 from aps.detection.engine import After, Prediction, Task
+from aps.detection.geometry import positions_grid, strides
 from aps.detection.score import class_precision, coco_metrics, named
 from aps.errors import UserError
 from aps.models.archs import dimensions
 from aps.runtime.precision import Precision
-from aps.settings import DetectionSettings, EncoderSettings
+from aps.settings.blocks import DetectionSettings, EncoderSettings
 
 # detectron2's names of the losses -> ours.
 LOSSES = {
@@ -168,7 +169,7 @@ def backbone_config(encoder: EncoderSettings, settings: DetectionSettings) -> An
     """SimpleFeaturePyramid on ViT; instantiates to a backbone whose levels are named p{log2 stride}."""
     dim, depth, heads = dimensions(encoder)
     windowed = [i for i in range(depth) if settings.window and i not in settings.global_blocks]
-    coarsest = settings.strides(encoder.patch_size)[-1].bit_length() - 1
+    coarsest = strides(settings, encoder.patch_size)[-1].bit_length() - 1
     return L(SimpleFeaturePyramid)(
         net=L(ViT)(
             img_size=settings.image_size,
@@ -183,7 +184,7 @@ def backbone_config(encoder: EncoderSettings, settings: DetectionSettings) -> An
             window_size=settings.window,
             window_block_indexes=windowed,
             use_rel_pos=settings.relative_position,
-            pretrain_img_size=settings.positions_grid(encoder) * encoder.patch_size,
+            pretrain_img_size=positions_grid(settings, encoder) * encoder.patch_size,
             pretrain_use_cls_token=False,  # our position embedding has no row for the class token
             out_feature="last_feat",
         ),
@@ -206,10 +207,10 @@ def subsample(level: str) -> LastLevelMaxPool:
 def model_config(task: Task) -> Any:
     """Mask R-CNN with ViTDet's heads."""
     settings, encoder = task.settings, task.encoder
-    strides = settings.strides(encoder.patch_size)
-    strides = (*strides, 2 * strides[-1])
-    levels = [f"p{stride.bit_length() - 1}" for stride in strides]
-    pooled = {"scales": [1 / stride for stride in strides[:-1]], "sampling_ratio": 0, "pooler_type": "ROIAlignV2"}
+    levels_of = strides(settings, encoder.patch_size)
+    sides = (*levels_of, 2 * levels_of[-1])
+    levels = [f"p{side.bit_length() - 1}" for side in sides]
+    pooled = {"scales": [1 / stride for stride in sides[:-1]], "sampling_ratio": 0, "pooler_type": "ROIAlignV2"}
     C, classes = settings.pyramid_dim, len(task.train.classes)
     return L(GeneralizedRCNN)(
         backbone=backbone_config(encoder, settings),
@@ -217,9 +218,9 @@ def model_config(task: Task) -> Any:
             in_features=levels,
             head=L(StandardRPNHead)(in_channels=C, num_anchors=3, conv_dims=[-1, -1]),
             anchor_generator=L(DefaultAnchorGenerator)(
-                sizes=[[engine.ANCHOR_STRIDES * stride] for stride in strides],
+                sizes=[[engine.ANCHOR_STRIDES * stride] for stride in sides],
                 aspect_ratios=[0.5, 1.0, 2.0],
-                strides=list(strides),
+                strides=list(sides),
                 offset=0.0,
             ),
             anchor_matcher=L(Matcher)(thresholds=[0.3, 0.7], labels=[0, -1, 1], allow_low_quality_matches=True),

@@ -30,11 +30,12 @@ from aps.detection import engine
 from aps.detection.annotations import Positions, image_at, seed_of
 from aps.detection.augment import jitter, scaled_size
 from aps.detection.engine import After, Prediction, Task
+from aps.detection.geometry import strides
 from aps.detection.score import coco_metrics
 from aps.detection.vitdet import SimpleFeaturePyramid
 from aps.models.archs import dimensions
 from aps.runtime.precision import Precision
-from aps.settings import DetectionSettings
+from aps.settings.blocks import DetectionSettings
 
 # torchvision's names of the losses -> ours.
 LOSSES = {
@@ -152,10 +153,10 @@ def build_model(task: Task) -> GeneralizedRCNN:
     settings, S = task.settings, task.settings.image_size
     torch.manual_seed(task.seed)
     backbone = SimpleFeaturePyramid(task.encoder, settings)
-    strides = settings.strides(task.encoder.patch_size)
+    sides = strides(settings, task.encoder.patch_size)
     C, classes = settings.pyramid_dim, len(task.train.classes) + 1
     anchors = AnchorGenerator(
-        sizes=tuple((engine.ANCHOR_STRIDES * stride,) for stride in (*strides, 2 * strides[-1])),
+        sizes=tuple((engine.ANCHOR_STRIDES * stride,) for stride in (*sides, 2 * sides[-1])),
         aspect_ratios=((0.5, 1.0, 2.0),) * len(backbone.names),
     )
     proposals = RegionProposalNetwork(
@@ -178,7 +179,7 @@ def build_model(task: Task) -> GeneralizedRCNN:
     for layer in (box_predictor.cls_score, box_predictor.bbox_pred):
         nn.init.zeros_(layer.bias)
     heads = RoIHeads(
-        AlignedPooler(backbone.names[:-1], strides, 7),
+        AlignedPooler(backbone.names[:-1], sides, 7),
         box_head,
         box_predictor,
         fg_iou_thresh=0.5,
@@ -189,7 +190,7 @@ def build_model(task: Task) -> GeneralizedRCNN:
         score_thresh=0.05,
         nms_thresh=0.5,
         detections_per_img=100,
-        mask_roi_pool=AlignedPooler(backbone.names[:-1], strides, 14),
+        mask_roi_pool=AlignedPooler(backbone.names[:-1], sides, 14),
         mask_head=MaskRCNNHeads(C, [C] * settings.head_convs, 1, norm_layer=LayerNorm2d),
         mask_predictor=mask_predictor,
     )

@@ -1,0 +1,130 @@
+"""The names that settings may use, and what stands behind each: one idiom for all of them.
+
+A registry maps a name to a dotted path, `package.module:attribute`, which is imported when it is used and not before.
+So planning knows every name without importing torch. A name comes from one of three places:
+
+    a row below          strategies, architectures, datasets
+    a file of a folder   methods (`aps/methods`), detection engines (`aps/detection/engines`): the file's name
+    another package      its Python entry points, in the group that the registry names (docs/extending.md)
+
+It knows names only: what a method or a dataset has to offer stands with those.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent
+
+
+def resolve(path: str) -> Any:
+    """What `package.module:attribute` names."""
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: the closest known one, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+
+
+class Registry:
+    """Names of one kind.
+
+    Args:
+        group: of entry points, by which other packages add names.
+        rows: name -> dotted path.
+        folder: a folder of this package; each of its files is a name, but for those that start with an underscore.
+        attribute: what such a file defines; None: the class that has the file's name, whatever the case.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        rows: Mapping[str, str] | None = None,
+        folder: str | None = None,
+        attribute: str | None = None,
+    ) -> None:
+        self.group, self._attribute = group, attribute
+        self._rows = dict(rows or {})
+        if folder is not None:
+            package = f"aps.{folder.replace('/', '.')}"
+            files = sorted((PACKAGE / folder).glob("[a-z]*.py"))
+            self._rows |= {file.stem: f"{package}.{file.stem}:{attribute or ''}" for file in files}
+
+    @cached_property
+    def _foreign(self) -> dict[str, str]:
+        return {entry.name: entry.value for entry in entry_points(group=self.group)}
+
+    def names(self) -> list[str]:
+        """Every name, sorted."""
+        return sorted({*self._rows, *self._foreign})
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows or name in self._foreign  # our own first: asking for entry points takes a moment
+
+    def load(self, name: str) -> Any:
+        """What stands behind a name; imports its module. Raises KeyError where there is no such name."""
+        path = self._rows[name] if name in self._rows else self._foreign[name]
+        if not path.endswith(":"):
+            return resolve(path)
+        module = import_module(path.removesuffix(":"))
+        return next(v for k, v in vars(module).items() if isinstance(v, type) and k.lower() == name.lower())
+
+    def unknown(self, name: str) -> str:
+        """The end of a sentence about a name that is not there."""
+        return nearest(name, self.names())
+
+
+METHODS = Registry("aps.methods", folder="methods")
+ENGINES = Registry("aps.engines", folder="detection/engines", attribute="Engine")
+STRATEGIES = Registry(
+    "aps.strategies",
+    {
+        "asymmetric": "aps.sampling:asymmetric",
+        "random": "aps.sampling:random",
+        "full": "aps.sampling:full",
+    },
+)
+ARCHS = Registry(
+    "aps.archs",
+    {
+        "micro": "aps.models.archs:MICRO",
+        "tiny": "aps.models.archs:TINY",
+        "small": "aps.models.archs:SMALL",
+        "base": "aps.models.archs:BASE",
+    },
+)
+# Datasets: a function (folder, source, name) -> Manifest, see aps/data/__init__.py.
+DATASETS = Registry(
+    "aps.datasets",
+    {
+        "digits": "aps.data.digits:prepare",
+        "fashion_mnist": "aps.data.fashion_mnist:prepare",
+        "cifar10": "aps.data.cifar:prepare",
+        "cifar100": "aps.data.cifar:prepare",
+        "imagenet1k": "aps.data.imagenet:prepare",
+        "folder": "aps.data.folder:prepare",
+    },
+)
+DETECTION_DATASETS = Registry(
+    "aps.detection_datasets",
+    {
+        "digits_coco": "aps.data.composites:prepare",
+        "fashion_coco": "aps.data.composites:prepare",
+        "cifar_coco": "aps.data.composites:prepare",
+        "coco2017": "aps.data.coco:prepare",
+    },
+)
+
+# What components say about every experiment's settings: a function of the experiment that raises ValueError. A stage's
+# own check stands in its row of aps/stages.py.
+CHECKS = ("aps.models.archs:check", "aps.published:check")

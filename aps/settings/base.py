@@ -1,0 +1,49 @@
+"""What every block of settings has in common: strictness, and the types of numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+NAME = r"[A-Za-z0-9][\w.-]*"  # of what becomes a folder
+
+
+class Section(BaseModel):
+    """Base of every block of settings: unknown keys are errors, values are not silently converted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        """YAML has lists where settings have tuples, and null where a block's keys are all commented out."""
+        if not isinstance(value, dict):
+            return value
+        blocks = {name for name, field in cls.model_fields.items() if isinstance(field.default, dict | BaseModel)}
+        return {
+            key: tuple(inner) if isinstance(inner, list) else inner
+            for key, inner in value.items()
+            if inner is not None or key not in blocks
+        }
+
+
+def check_range(key: str, pair: tuple[float, float]) -> None:
+    """Raises ValueError where [low, high] is the wrong way round."""
+    if pair[0] > pair[1]:
+        raise ValueError(f"{key} must be [low, high] with low <= high, not {list(pair)}")
+
+
+def check_crop(pair: tuple[float, float]) -> None:
+    """Raises ValueError where a range of crops is none, or larger than the image."""
+    check_range("crop_scale", pair)
+    if pair[1] > 1:
+        raise ValueError(f"crop_scale is a share of the image's area: {pair[1]} is above 1")

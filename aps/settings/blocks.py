@@ -1,0 +1,307 @@
+"""The blocks of settings: every key with its type, range, default and description, and nothing else.
+
+The first ones say what an experiment computes: a change there changes results, so it reruns the stages that depend on
+it. The last two say how it is run, and a change there never reruns anything.
+
+A pretraining method adds its own keys to the block `pretrain` (`aps.methods`).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from aps.registry import ARCHS, METHODS, STRATEGIES
+from aps.settings.base import (
+    Natural,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Precision,
+    Probability,
+    Section,
+    Share,
+    check_crop,
+    check_range,
+)
+
+RAND_AUGMENT = r"^rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?)*$"
+
+
+class DatasetSettings(Section):
+    """Which images, and how they are normalized in every stage."""
+
+    name: str = Field(description="classification dataset; `dataset: NAME` is short for `dataset: {name: NAME}`")
+    train_limit: Positive | None = Field(
+        None, description="use the first so many images of a seeded shuffle of train; null: all"
+    )
+    statistics: Literal["measured", "published"] = Field(
+        "measured", description="channel mean and deviation: measured on this train split, or the published ones"
+    )
+
+
+class EncoderSettings(Section):
+    """The Vision Transformer (method.md, Model)."""
+
+    arch: str = Field(
+        "tiny", description="width, depth and heads by name (`aps/models/archs.py`): micro, tiny, small, base"
+    )
+    image_size: Positive = Field(32, description="S, pixels")
+    patch_size: Positive = Field(2, description="P, pixels; divides S")
+    dim: Positive | None = Field(None, description="width, instead of the arch's")
+    depth: Positive | None = Field(None, description="blocks, instead of the arch's")
+    heads: Positive | None = Field(None, description="attention heads, instead of the arch's; divides the width")
+    mlp_ratio: PositiveFloat = Field(4.0, description="hidden width of the MLP over the width")
+    qkv_bias: bool = Field(False, description="bias of the query, key and value projection")
+    layer_norm_eps: PositiveFloat = Field(1e-5, description="epsilon of every LayerNorm")
+    weights: str = Field(
+        "pretrain",
+        description="`pretrain`: this experiment's own; `random`: none; `experiment:NAME`, `timm:NAME` or a .safetensors file",
+    )
+
+    @property
+    def grid(self) -> int:
+        """G, cells along a side."""
+        return self.image_size // self.patch_size
+
+    @model_validator(mode="after")
+    def _check(self) -> EncoderSettings:
+        if self.arch not in ARCHS:
+            raise ValueError(f"arch '{self.arch}' is unknown; {ARCHS.unknown(self.arch)}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if not re.fullmatch(r"pretrain|random|experiment:[\w.-]+|timm:[\w.-]+|.*\.safetensors", self.weights):
+            raise ValueError(
+                f"weights '{self.weights}' is not one of pretrain, random, experiment:NAME, timm:NAME, FILE.safetensors"
+            )
+        return self
+
+
+class ViewSettings(Section):
+    """Augmentation of one view (method.md, Views)."""
+
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = Field(
+        (0.15, 1.0), description="[low, high] share of the image's area in a crop"
+    )
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = Field(
+        (3 / 4, 4 / 3), description="[low, high] width over height of a crop"
+    )
+    flip: Probability = Field(0.5, description="probability")
+    color_jitter: tuple[NonNegative, NonNegative, NonNegative, Annotated[float, Field(ge=0, le=0.5)]] = Field(
+        (
+            0.4,
+            0.4,
+            0.4,
+            0.1,
+        ),
+        description="strength for brightness, contrast, saturation, hue",
+    )
+    color_jitter_prob: Probability = Field(0.8, description="probability")
+    grayscale: Probability = Field(0.2, description="probability")
+    blur: tuple[Probability, Probability] = Field(
+        (0.0, 0.0), description="probability in view 1 and view 2 (MoCo v3: 1.0, 0.1)"
+    )
+    solarize: tuple[Probability, Probability] = Field(
+        (0.0, 0.0), description="probability in view 1 and view 2 (MoCo v3: 0.0, 0.2)"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ViewSettings:
+        check_crop(self.crop_scale)
+        check_range("crop_ratio", self.crop_ratio)
+        return self
+
+
+class SamplingSettings(Section):
+    """Which patches of each view the encoder sees (method.md, Sampling)."""
+
+    strategy: str = Field(
+        "asymmetric", description="`asymmetric` (the method), `random` (both views sparse), `full` (all tokens)"
+    )
+    ratio: Annotated[float, Field(gt=0, le=1)] = Field(0.25, description="r, share of patches kept")
+    samplings: Positive = Field(4, description="T, samplings and optimizer steps a batch; T r <= 1")
+    gamma: NonNegative = Field(3.0, description="how sharply overlap is avoided; 0: not at all")
+    flip_aware: bool = Field(
+        True, description="false: overlap of flipped views on mirrored cells, as in the authors' release"
+    )
+
+    @field_validator("strategy")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in STRATEGIES:
+            raise ValueError(f"strategy '{value}' is unknown; {STRATEGIES.unknown(value)}")
+        return value
+
+
+class PretrainSettings(Section):
+    """What every method has; a method's own keys come with it (method.md, Pretraining recipe)."""
+
+    method: str = Field("aps", description="a file of `aps/methods`; its own keys stand in a table below")
+    epochs: Positive = Field(1600, description="E")
+    batch_size: Positive = Field(512, description="B, over all processes")
+    lr: PositiveFloat = Field(1e-3, description="of a batch of 256; the optimizer gets lr B / 256")
+    warmup_epochs: Natural = Field(20, description="of the learning rate")
+    schedule: Literal["release", "cosine"] = Field(
+        "release",
+        description="`release`: min((e+1)/warmup, (1+cos(pi e/E))/2) by epoch; `cosine`: linear warmup, then cosine, by step",
+    )
+    weight_decay: NonNegative = Field(0.05, description="AdamW's, on all parameters")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="AdamW's")
+    precision: Precision = Field("auto", description="`auto`: bf16 where the GPU has it, else fp16 on a GPU, else fp32")
+    accumulate: Positive = Field(
+        1, description="parts into which a process's batch is cut, each with its own negatives; one optimizer step"
+    )
+    activation_checkpointing: bool = Field(False, description="less memory for more time")
+    compile: bool = Field(False, description="torch.compile")
+    knn_every: Natural = Field(0, description="epochs between kNN readings on held-out train images; 0: never")
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in METHODS:
+            raise ValueError(f"method '{value}' is unknown; {METHODS.unknown(value)}")
+        return value
+
+
+class FinetuneSettings(Section):
+    """Finetuning (method.md, Finetuning recipe)."""
+
+    epochs: Positive = Field(100, description="over train")
+    batch_size: Positive = Field(128, description="over all processes")
+    lr: PositiveFloat = Field(2e-3, description="of a batch of 512; the optimizer gets lr B / 512")
+    min_lr: NonNegative = Field(1e-5, description="where the cosine ends")
+    warmup_epochs: Natural = Field(5, description="linear from warmup_lr")
+    warmup_lr: NonNegative = Field(1e-6, description="where the warmup starts")
+    weight_decay: NonNegative = Field(0.05, description="AdamW's")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="learning rate of a block over that of the next; 1: the same for all"
+    )
+    drop_path: Probability = Field(0.1, description="stochastic depth of the last block, linear from 0")
+    rand_augment: Annotated[str, Field(pattern=RAND_AUGMENT)] | None = Field(
+        "rand-m9-mstd0.5-inc1", description="RandAugment in timm's notation; null: none"
+    )
+    crop: Literal["pad", "resized"] = Field(
+        "pad", description="`pad`: pad by 4 and crop; `resized`: random resized crop"
+    )
+    flip: Probability = Field(0.5, description="probability")
+    color_jitter: NonNegative = Field(0.4, description="used where rand_augment is null, as in timm")
+    erasing: Probability = Field(0.25, description="probability")
+    mixup: NonNegative = Field(0.8, description="alpha; 0: none")
+    cutmix: NonNegative = Field(1.0, description="alpha; 0: none")
+    mixup_switch: Probability = Field(0.5, description="probability of cutmix where both are on")
+    label_smoothing: Share = Field(0.1, description="of the cross-entropy")
+    ema: Share = Field(0.99996, description="decay of the averaged model, which is evaluated too; 0: none")
+    holdout: Share = Field(0.0, description="share of train held out to pick a best epoch; 0: the last epoch")
+    precision: Precision = Field("auto", description="as in pretrain")
+    compile: bool = Field(False, description="torch.compile")
+
+
+class LinearProbeSettings(Section):
+    """Linear probing (method.md, Linear probe and kNN): all learning rates are heads trained in one pass."""
+
+    epochs: Positive = Field(100, description="over train")
+    batch_size: Positive = Field(256, description="over all processes")
+    lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = Field(
+        (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), description="learning rates as given, trained as parallel heads in one pass"
+    )
+    momentum: Probability = Field(0.9, description="SGD's")
+    batch_norm: bool = Field(False, description="BatchNorm without affine before the head (MAE)")
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = Field(
+        (0.08, 1.0), description="[low, high] share of the image's area in a crop"
+    )
+    flip: Probability = Field(0.5, description="probability")
+    holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="share of train on which the learning rate is picked"
+    )
+    precision: Precision = Field("auto", description="as in pretrain")
+
+    @model_validator(mode="after")
+    def _check(self) -> LinearProbeSettings:
+        check_crop(self.crop_scale)
+        return self
+
+
+class KnnSettings(Section):
+    k: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
+        (10, 20, 100, 200), description="numbers of neighbours; each gives a figure"
+    )
+    temperature: PositiveFloat = Field(0.07, description="of the votes")
+    precision: Precision = Field("auto", description="as in pretrain")
+
+
+class DetectionSettings(Section):
+    """COCO transfer: Mask R-CNN on the encoder with a simple feature pyramid.
+
+    Defaults are ViTDet's for ViT-B/16 (arXiv 2203.16527, its appendix and detectron2's release of it).
+    """
+
+    engine: str = Field("torchvision", description="a file of `aps/detection/engines`: torchvision, detectron2")
+    dataset: str = Field("digits_coco", description="detection dataset")
+    image_size: Positive = Field(1024, description="longest side of a test image, side of a training crop, pixels")
+    iterations: Positive = Field(184375, description="optimizer steps")
+    batch_size: Positive = Field(64, description="over all processes")
+    lr: PositiveFloat = Field(1e-4, description="as given, whatever the batch")
+    weight_decay: NonNegative = Field(0.1, description="none for the encoder's norms and position embeddings")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.7, description="learning rate of a block over that of the next"
+    )
+    warmup_iterations: Natural = Field(250, description="linear from 0.001 of lr")
+    lr_drops: tuple[Probability, ...] = Field(
+        (163889 / 184375, 177546 / 184375), description="by 10, as shares of the schedule"
+    )
+    drop_path: Probability = Field(0.1, description="stochastic depth of the last block, linear from 0")
+    window: Natural = Field(
+        14, description="side of the attention windows in cells; 0: global attention in every block"
+    )
+    global_blocks: tuple[Natural, ...] = Field((2, 5, 8, 11), description="blocks with global attention, from 0")
+    positions: Literal["interpolate", "repeat"] = Field(
+        "interpolate",
+        description="the pretraining grid's position embedding: stretched over the image, or repeated in every window (arXiv 2311.05613)",
+    )
+    relative_position: bool = Field(True, description="relative position bias in attention")
+    pyramid_scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = Field(
+        (4.0, 2.0, 1.0, 0.5), description="levels of the pyramid over the encoder's grid, finest first"
+    )
+    pyramid_dim: Positive = Field(256, description="channels of the pyramid and of the heads' convolutions")
+    head_convs: Natural = Field(4, description="convolutions of the box and of the mask head")
+    head_dim: Positive = Field(1024, description="hidden layer of the box head")
+    proposals: Positive = Field(1000, description="an image, after suppression")
+    rois: Positive = Field(512, description="regions an image trains the heads with")
+    jitter_scale: tuple[PositiveFloat, PositiveFloat] = Field(
+        (0.1, 2.0), description="[low, high] of large-scale jitter"
+    )
+    flip: Probability = Field(0.5, description="probability")
+    precision: Precision = Field("auto", description="as in pretrain")
+    evaluate_every: Natural = Field(0, description="iterations; 0: only at the end")
+
+
+class ResourceSettings(Section):
+    """What a stage asks the cluster for; keys of Snakemake's resources. None: the executor's default."""
+
+    local: bool | None = Field(
+        None,
+        description="of data and report: true, where Snakemake runs (the default), or false, a job like the others",
+    )
+    gpus: Natural | None = Field(None, description="over all nodes; one process a GPU")
+    nodes: Positive | None = Field(None, description="machines; gpus or processes spread evenly over them")
+    processes: Positive | None = Field(None, description="processes without GPUs")
+    gpu_model: str | None = Field(None, description="as the cluster names it")
+    cpus_per_gpu: Positive | None = Field(None, description="CPU cores for each GPU")
+    threads: Positive | None = Field(None, description="CPU cores a node")
+    mem_mb: Positive | None = Field(None, description="memory; each further attempt gets half as much again")
+    runtime: Positive | None = Field(None, description="minutes")
+    partition: str | None = Field(None, description="queue of the cluster")
+    account: str | None = Field(None, description="whom the cluster charges")
+    qos: str | None = Field(None, description="quality of service")
+    constraint: str | None = Field(None, description="node features")
+    workers: Natural | None = Field(None, description="image-decoding processes of each process")
+    checkpoint_minutes: PositiveFloat | None = Field(None, description="between checkpoints")
+
+
+class SourceSettings(Section):
+    """Where a dataset comes from: a folder with its archives or unpacked files; None: download."""
+
+    path: str | None = Field(None, description="folder with the dataset's archives or unpacked files; null: download")
+    download: bool = Field(True, description="false: fail rather than download")

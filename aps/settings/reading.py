@@ -1,0 +1,202 @@
+"""From YAML to a validated study: files, includes, inheritance, overrides.
+
+Blocks merge key by key, lists and values are replaced (config/README.md has the order). Everything is validated here,
+before the first job; nothing else in the project reads a study's YAML.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from aps.errors import UserError
+from aps.registry import nearest
+from aps.settings.base import NAME
+from aps.settings.checks import check
+from aps.settings.sentences import sentence, shown
+from aps.settings.study import Study, StudySettings, experiment_model, method_of
+
+RESERVED_NAMES = (
+    "data",
+    "report",
+    "mlflow.db",
+    "mlartifacts",
+    "checkpoints",
+    "logs",
+    "benchmarks",
+)  # folders of results
+
+
+def load_study(files: Sequence[str | Path], overrides: dict[str, Any] | None = None) -> Study:
+    """Read, merge and validate a study.
+
+    Args:
+        files: YAML files, later ones laid over earlier ones.
+        overrides: settings laid over all of them (`--set`, or what Snakemake was given by `--config`).
+
+    Raises:
+        UserError: a file is missing or not YAML, a key is unknown, a value has the wrong type or range.
+    """
+    raw: dict[str, Any] = {}
+    for file in files:
+        raw = _merge(raw, _read(Path(file)))
+    raw = _merge(raw, overrides or {})
+    return _validate(raw, ", ".join(str(f) for f in files) or "settings")
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """`a.b=value` pairs as nested settings; values are read as YAML."""
+    result: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {pair}: write KEY=VALUE, for example --set defaults.pretrain.epochs=10")
+        nested = read_value(text, f"--set {pair}")
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        result = _merge(result, nested)
+    return result
+
+
+def read_value(text: str, where: str) -> Any:
+    """One value as a study's file would have it. Raises UserError where it is not YAML."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Plain YAML, but a key given twice in one block is an error instead of a silent override."""
+
+
+def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *name`, which flatten_mapping resolves
+            continue
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if not isinstance(key, str):
+            problem = f"key {key!r} is not text; quote it if it is a name"
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+        seen.add(key)
+    loader.flatten_mapping(node)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+# YAML 1.1 reads 1e-3 as text; researchers write it, so read it as the number it is.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read(file: Path, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One YAML file with its includes (relative to it) laid under it."""
+    if file.resolve() in parents:
+        raise UserError(f"{file}: includes itself through {' -> '.join(str(p) for p in parents)}; remove one include")
+    try:
+        text = file.read_text()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); give an existing YAML file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not valid YAML: {error.reason} at byte {error.start}; save it as UTF-8") from None
+    content = read_value(text, str(file))
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{file}: a study is a block of keys (study, defaults, experiments), not a {type(content).__name__}"
+        )
+    merged: dict[str, Any] = {}
+    includes = content.pop("include", None) or []
+    if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
+        raise UserError(f"{file}: include = {shown(includes)}: should be a list of files, for example [cifar.yaml]")
+    for name in includes:
+        merged = _merge(merged, _own_defaults(_read(file.parent / name, (*parents, file.resolve()))))
+    return _merge(merged, content)
+
+
+def _own_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    """Lay an included study's defaults under its own experiments, so that they don't reach its neighbours."""
+    defaults = raw.pop("defaults", None) or {}
+    experiments = raw.get("experiments")
+    if isinstance(experiments, dict) and isinstance(defaults, dict):
+        for name, own in experiments.items():
+            own = {} if own is None else own
+            if isinstance(own, dict) and "inherits" not in own:
+                experiments[name] = _merge(defaults, own)
+    raw.pop("study", None)
+    return raw
+
+
+def _merge(below: Any, above: Any) -> Any:
+    """Blocks merge key by key, an empty one changes nothing; everything else is replaced.
+
+    `dataset: NAME` stands for `dataset: {name: NAME}`.
+    """
+    if isinstance(below, dict) and isinstance(above, dict):
+        merged = dict(below)
+        for key, value in above.items():
+            if key == "dataset" and {type(value), type(below.get(key))} == {str, dict}:
+                merged[key] = _merge(_name_only(below[key]), _name_only(value))
+            else:
+                merged[key] = _merge(below[key], value) if key in below else value
+        return merged
+    return below if isinstance(below, dict) and above is None else above
+
+
+def _name_only(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _inherit(
+    name: str, experiments: dict[str, Any], defaults: dict[str, Any], where: str, chain: tuple[str, ...] = ()
+) -> Any:
+    own = experiments[name] if experiments[name] is not None else {}
+    if not isinstance(own, dict):
+        raise UserError(f"{where}: experiment '{name}': must be a block of settings, not {own!r}")
+    parent = own.get("inherits")
+    if parent is None:
+        return _merge(defaults, own)
+    if not isinstance(parent, str) or parent not in experiments:
+        raise UserError(
+            f"{where}: experiment '{name}': inherits '{parent}', which does not exist; {nearest(str(parent), list(experiments))}"
+        )
+    if parent in (*chain, name):
+        raise UserError(f"{where}: experiment '{name}': inherits itself through {' -> '.join((*chain, name, parent))}")
+    base = _inherit(parent, experiments, defaults, where, (*chain, name))
+    base = {key: value for key, value in base.items() if key not in ("inherits", "description", "published")}
+    return _merge(base, own)
+
+
+def _validate(raw: dict[str, Any], where: str) -> Study:
+    experiments = raw.get("experiments")
+    if not isinstance(experiments, dict) or not experiments:
+        raise UserError(f"{where}: no experiments; add an 'experiments:' block with at least one")
+    for name in experiments:
+        if not re.fullmatch(NAME, name, re.ASCII) or name in RESERVED_NAMES:
+            raise UserError(
+                f"{where}: experiment name '{name}' can't be used as a folder; use letters, digits, _ . - and none of {', '.join(RESERVED_NAMES)}"
+            )
+    defaults = raw.get("defaults") or {}
+    resolved = {}
+    for name in experiments:
+        merged = _inherit(name, experiments, defaults, where)
+        model = experiment_model(method_of(merged))
+        try:
+            resolved[name] = model.model_validate(merged)
+        except ValidationError as error:
+            raise UserError(sentence(where, f"experiment '{name}': ", error, model)) from None
+    try:
+        study = Study.model_validate({**raw, "experiments": resolved})
+    except ValidationError as error:
+        raise UserError(sentence(where, "", error, StudySettings)) from None
+    check(study, where)
+    return study

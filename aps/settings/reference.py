@@ -1,0 +1,148 @@
+"""What the blocks say of themselves: the tables of config/README.md and the schema that editors complete and check with.
+
+`python -m aps.settings.reference` writes both into config/ (`make reference`); a test compares them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from aps.files import atomic_path
+from aps.registry import METHODS
+from aps.settings.blocks import ResourceSettings, SourceSettings
+from aps.settings.study import ExperimentSettings, StudySettings, experiment_model
+from aps.stages import STAGES
+
+FOLDER = Path("config")
+BEGIN, END = "<!-- settings: generated -->", "<!-- settings: end -->"
+BLOCKS = ("dataset", "encoder", "views", "sampling", *STAGES)
+Row = tuple[str, str, str, str]  # key, what is allowed, default, description
+
+
+def tables() -> dict[str, list[Row]]:
+    """Every setting, by heading."""
+    study = [row for row in _rows(StudySettings, "") if row[0] != "experiments"]
+    experiments = ("experiments", "block", "required", "the experiments by name; a name becomes a folder")
+    found = {
+        "A study": [*study, experiments, *_rows(SourceSettings, "sources.NAME.")],
+        "An experiment": [row for row in _rows(ExperimentSettings, "") if row[0] not in (*BLOCKS, "resources")],
+    }
+    shared = {}
+    for block in BLOCKS:
+        shared[block] = _rows(_block(ExperimentSettings, block), f"{block}.")
+        found[f"{block}:"] = shared[block]
+        if block == "pretrain":
+            for method in METHODS.names():  # a method's own keys, and the defaults that it changes
+                own = experiment_model(method)
+                rows = [*_rows(_block(own, "pretrain"), "pretrain."), *_rows(_block(own, "views"), "views.")]
+                known = [row[:3] for row in [*shared["pretrain"], *shared["views"]]]
+                found[f"pretrain: with method: {method}"] = [row for row in rows if row[:3] not in known]
+    found["resources:"] = _rows(ResourceSettings, "resources.")
+    return {title: rows for title, rows in found.items() if rows}
+
+
+def markdown() -> str:
+    """The tables as they stand in config/README.md, between BEGIN and END."""
+    parts = []
+    for title, rows in tables().items():
+        head = ["| key | allowed | default | what it is |", "|---|---|---|---|"]
+        parts.append("\n".join([f"## {title}", "", *head, *(f"| {' | '.join(row)} |" for row in rows)]))
+    return "\n\n".join([BEGIN, *parts, END])
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a study's file. Experiments may leave out what they inherit, so nothing is required there."""
+    methods = {method: experiment_model(method).model_json_schema() for method in METHODS.names()}
+    default = methods[str(_block(ExperimentSettings, "pretrain").model_fields["method"].default)]
+    definitions = dict(default.pop("$defs", {}))
+    block: dict[str, Any] = {"type": ["object", "null"], "properties": dict(default["properties"])}
+    block["additionalProperties"] = False
+    block["properties"]["dataset"] = {"anyOf": [{"type": "string"}, block["properties"]["dataset"]]}
+    for own in methods.values():  # a method's own keys are allowed beside the shared ones
+        for name, definition in own.get("$defs", {}).items():
+            if name in definitions and "properties" in definition:
+                definitions[name]["properties"] = definition["properties"] | definitions[name]["properties"]
+            definitions.setdefault(name, definition)
+    own_pretrain = definitions.setdefault(
+        "Pretrain", {"type": "object", "properties": {}, "additionalProperties": False}
+    )
+    for method in methods:
+        own_pretrain["properties"] |= _block(experiment_model(method), "pretrain").model_json_schema()["properties"]
+    block["properties"]["pretrain"] = {"$ref": "#/$defs/Pretrain"}
+    whole = StudySettings.model_json_schema()
+    definitions = whole.pop("$defs", {}) | definitions | {"Experiment": block}
+    whole["properties"]["experiments"] = {"type": "object", "additionalProperties": {"$ref": "#/$defs/Experiment"}}
+    whole["properties"]["defaults"] = {"$ref": "#/$defs/Experiment"}
+    whole.pop("required", None)
+    for definition in definitions.values():
+        definition.pop("required", None)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A study",
+        **{key: value for key, value in whole.items() if key not in ("title", "description")},
+        "$defs": definitions,
+    }
+
+
+def write(folder: Path = FOLDER) -> None:
+    """Puts the tables into `folder`/README.md and the schema into `folder`/schema.json."""
+    page = folder / "README.md"
+    before, rest = page.read_text().split(BEGIN)
+    with atomic_path(page) as temporary:
+        temporary.write_text(before + markdown() + rest.split(END)[1])
+    with atomic_path(folder / "schema.json") as temporary:
+        temporary.write_text(json.dumps(schema(), indent=1, ensure_ascii=False) + "\n")
+
+
+def _block(model: type[BaseModel], name: str) -> type[BaseModel]:
+    annotation = model.model_fields[name].annotation
+    assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return annotation
+
+
+def _rows(model: type[BaseModel], prefix: str) -> list[Row]:
+    properties = model.model_json_schema()["properties"]
+    return [
+        (
+            prefix + key,
+            _allowed(properties[key]),
+            "required" if field.is_required() else _default(field.get_default(call_default_factory=True)),
+            field.description or "",
+        )
+        for key, field in model.model_fields.items()
+    ]
+
+
+def _default(value: Any) -> str:
+    value = [round(v, 4) if isinstance(v, float) else v for v in value] if isinstance(value, tuple) else value
+    return "{}" if isinstance(value, BaseModel) else json.dumps(value)
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    """What a JSON schema allows, in words."""
+    if "anyOf" in schema:
+        return " or ".join(_allowed(option) for option in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(schema["enum"])
+    kind = schema.get("type", "object")
+    if kind == "array":
+        items = schema.get("prefixItems")
+        return f"{len(items)} x {_allowed(items[0])}" if items else f"list of {_allowed(schema['items'])}"
+    words = {
+        "integer": "whole number",
+        "number": "number",
+        "string": "text",
+        "boolean": "true, false",
+        "object": "block",
+    }
+    limits = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in limits.items() if key in schema]
+    return " ".join([words.get(kind, kind), ", ".join(bounds)]).strip()
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,127 @@
+"""The stages: one row each, and nothing else in the project lists them.
+
+Command line, rules, settings, results, report and estimate read what they need off a row. A new evaluation is a module
+with `run(job)`, a row here and a rule in workflow/rules (docs/extending.md shows one in ten lines).
+
+It imports no torch and knows nothing of how a stage works: modules are named and imported when a stage runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from aps.registry import resolve
+
+
+class Score(NamedTuple):
+    """A headline figure: a column of the tables. Percent, higher is better.
+
+    `{k}` in both stands for the value of the stage's list setting `k`: `prefer` where the list has it, else its first.
+    """
+
+    metric: str
+    label: str
+    prefer: int | None = None
+
+
+class Curve(NamedTuple):
+    """A key of history.jsonl that the report draws over the steps."""
+
+    key: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the rest of the project knows of a stage."""
+
+    name: str  # the verb, the target, the folder of its results, its block of settings
+    module: str  # has `run(job: StageJob) -> None`
+    help: str
+    settings: str  # its own block: a dotted path to a subclass of Section
+    uses: tuple[str, ...]  # shared blocks that its result depends on
+    outputs: tuple[str, ...]  # files beside history.jsonl and metrics.json
+    scores: tuple[Score, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    encoder: bool = True  # whether it starts from an encoder
+    detects: bool = False  # whether its images come from `detection.dataset` and not from `dataset`
+    traced: bool = False  # whether it has batches for --profile to record
+    check: str | None = None  # a function of the experiment that raises ValueError where the stage can't be built
+    cost: str | None = None  # a function of aps/estimate.py; None: not estimated
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file it leaves; metrics.json comes last, so that it means complete."""
+        return (*self.outputs, "history.jsonl", "metrics.json")
+
+    @property
+    def rule(self) -> str:
+        """The rule of Snakemake that runs it."""
+        return f"{self.name}_encoder"
+
+    def block(self) -> Any:
+        """The class of its own settings."""
+        return resolve(self.settings)
+
+
+ROWS = (
+    Stage(
+        name="pretrain",
+        module="aps.training.pretrain",
+        help="pretrain an encoder without labels, by asymmetric patch sampling or another method",
+        settings="aps.settings.blocks:PretrainSettings",
+        uses=("dataset", "encoder", "views"),  # and the blocks that the method names
+        outputs=("encoder.safetensors", "heads.safetensors"),
+        curves=(
+            Curve("loss", "pretraining loss"),
+            Curve("positive_cosine", "cosine of positive pairs"),
+            Curve("knn_train_top1", "kNN on held-out train images, %"),
+        ),
+        encoder=False,
+        traced=True,
+    ),
+    Stage(
+        name="finetune",
+        module="aps.training.finetune",
+        help="finetune an encoder on the labels of its dataset",
+        settings="aps.settings.blocks:FinetuneSettings",
+        uses=("dataset", "encoder"),
+        outputs=("model.safetensors",),
+        scores=(Score("test_top1", "finetuned top-1"),),
+        curves=(Curve("loss", "finetuning loss"),),
+        traced=True,
+    ),
+    Stage(
+        name="linear_probe",
+        module="aps.training.linear_probe",
+        help="train linear classifiers on a frozen encoder",
+        settings="aps.settings.blocks:LinearProbeSettings",
+        uses=("dataset", "encoder"),
+        outputs=("heads.safetensors",),
+        scores=(Score("test_top1", "linear probe top-1"),),
+        traced=True,
+    ),
+    Stage(
+        name="knn",
+        module="aps.training.knn",
+        help="classify by the nearest neighbours of a frozen encoder's features",
+        settings="aps.settings.blocks:KnnSettings",
+        uses=("dataset", "encoder"),
+        outputs=(),
+        scores=(Score("knn_top1_k{k}", "kNN top-1, k = {k}", prefer=20),),
+    ),
+    Stage(
+        name="detection",
+        module="aps.detection.stage",
+        help="train and score Mask R-CNN on an encoder (COCO transfer)",
+        settings="aps.settings.blocks:DetectionSettings",
+        uses=("encoder",),
+        outputs=("model.safetensors", "predictions.json", "predictions.png"),
+        scores=(Score("box_AP", "box AP"), Score("mask_AP", "mask AP")),
+        curves=(Curve("loss", "detection loss"),),
+        detects=True,
+        check="aps.detection.geometry:check",
+    ),
+)
+STAGES = {row.name: row for row in ROWS}  # in the order of the DAG
