@@ -8,7 +8,7 @@ pixels view 1 did not keep, so that the pair shares little appearance and only s
     r  sampling ratio, n = int(N*r) kept cells
     T  samplings drawn for one pair of views; B images; gamma the power that sharpens the preference
 
-Peculiar: nothing loops over images, cells or samplings. Cells are axis-aligned, so coverage separates into one small
+Design: nothing loops over images, cells or samplings. Cells are axis-aligned, so coverage separates into one small
 matrix for rows and one for columns, and weighted sampling without replacement is the top n of perturbed log weights.
 
 What it deliberately does not know: pixels, models, files, and how the boxes came about.
@@ -177,6 +177,21 @@ def full(settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry
     return cells, cells
 
 
+def draw(settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise) -> Kept:
+    """Cells kept of both views of a batch, T times, on the geometries' device.
+
+    Raises UserError where T samplings of n cells don't fit the N cells.
+    """
+    cells, kept = grid * grid, kept_cells(grid, settings.ratio)
+    if settings.strategy != "full" and not 1 <= kept * settings.samplings <= cells:
+        raise UserError(
+            f"sampling.samplings {settings.samplings} x {kept} kept cells (sampling.ratio {settings.ratio}) must be at least 1 "
+            f"and at most the {cells} cells of a view; change sampling.samplings or sampling.ratio"
+        )
+    cells1, cells2 = STRATEGIES[settings.strategy](settings, grid, view1, view2, noise)
+    return Kept(cells1.transpose(0, 1).contiguous(), cells2.transpose(0, 1).contiguous())
+
+
 def sample(
     settings: SamplingSettings,
     grid: int,
@@ -186,19 +201,18 @@ def sample(
     rank: int = 0,
     world: int = 1,
 ) -> Kept:
-    """Cells kept of both views of a batch, T times, on the geometries' device.
+    """`draw` with the noise of a generator. The geometries are this process's rows."""
+    return draw(
+        settings, grid, view1, view2, global_noise(len(view1.boxes), view1.boxes.device, generator, rank, world)
+    )
 
-    The geometries are this process's rows, B of the B*world rows of the global batch; noise is drawn for all of them
-    on the generator's device (the CPU or the batch's), so the draw doesn't depend on the number of processes.
-    Raises UserError where T samplings of n cells don't fit the N cells.
+
+def global_noise(batch: int, device: torch.device, generator: torch.Generator, rank: int = 0, world: int = 1) -> Noise:
+    """Noise for this process's `batch` rows of the batch*world rows of the global batch, on `device`.
+
+    It is drawn for all of them on the generator's device (the CPU or the batch's), so what is drawn doesn't depend on the
+    number of processes.
     """
-    cells, kept = grid * grid, kept_cells(grid, settings.ratio)
-    if settings.strategy != "full" and not 1 <= kept * settings.samplings <= cells:
-        raise UserError(
-            f"sampling.samplings {settings.samplings} x {kept} kept cells (sampling.ratio {settings.ratio}) must be at least 1 "
-            f"and at most the {cells} cells of a view; change sampling.samplings or sampling.ratio"
-        )
-    batch, device = len(view1.boxes), view1.boxes.device
 
     def noise(*shape: int) -> Tensor:
         drawn = torch.rand(batch * world, *shape, generator=generator, device=generator.device).clamp_(min=2.0**-25)
@@ -207,5 +221,4 @@ def sample(
             own = own.pin_memory()  # from pageable memory the copy would wait for the device
         return own.to(device, non_blocking=True)
 
-    cells1, cells2 = STRATEGIES[settings.strategy](settings, grid, view1, view2, noise)
-    return Kept(cells1.transpose(0, 1).contiguous(), cells2.transpose(0, 1).contiguous())
+    return noise

@@ -30,11 +30,11 @@ from aps.estimate import (
     pretraining_step_flops,
     stage_cost,
 )
+from aps.methods.aps import APS
 from aps.models.archs import dimensions
 from aps.models.encoder import build_encoder
-from aps.models.model import APS, build_heads
 from aps.settings import DetectionSettings, EncoderSettings, ExperimentSettings, load_study
-from aps.training.loss import contrastive_loss
+from aps.training.pretrain import Forward
 
 
 def experiment(encoder: dict[str, Any], **blocks: Any) -> ExperimentSettings:
@@ -89,9 +89,11 @@ def test_a_counted_pretraining_step_agrees_within_two_percent(name: str) -> None
     e = EXPERIMENTS[name]
     encoder = build_encoder(e.encoder)
     encoder.set_grad_checkpointing(e.pretrain.activation_checkpointing)
-    model = APS(encoder, *build_heads(encoder.embed_dim, e.pretrain))
+    method = APS(e)
+    forward = Forward(method, method.networks(encoder))
     with counted() as counter:
-        loss, _ = contrastive_loss(*model(*views(e)), 0.1)
+        view1, view2, *cells = views(e)
+        loss, _ = method.loss(forward((view1, view2), tuple(cells)), 0.0)
         loss.backward()
     assert pretraining_step_flops(e) == pytest.approx(counter.get_total_flops(), rel=0.02)
 

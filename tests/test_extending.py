@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from aps import sampling
-from aps.settings import study as config
 from aps.models import archs
 from aps.models.encoder import build_encoder
 from aps.sampling import coverage, sample
 from aps.settings import EncoderSettings, SamplingSettings, ViewSettings
+from aps.settings import study as config
 from aps.views import draw_parameters
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()

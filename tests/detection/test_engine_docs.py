@@ -9,10 +9,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from aps.settings import study as config
 from aps.detection import load_engine
 from aps.detection.engine import Task
 from aps.settings import engine_names
+from aps.settings import study as config
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
 
