@@ -8,7 +8,7 @@ pixels view 1 did not keep, so that the pair shares little appearance and only s
     r  sampling ratio, n = int(N*r) kept cells
     T  samplings drawn for one pair of views; B images; gamma the power that sharpens the preference
 
-Peculiar: nothing loops over images, cells or samplings. Cells are axis-aligned, so coverage separates into one small
+Design: nothing loops over images, cells or samplings. Cells are axis-aligned, so coverage separates into one small
 matrix for rows and one for columns, and weighted sampling without replacement is the top n of perturbed log weights.
 
 What it deliberately does not know: pixels, models, files, and how the boxes came about.
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from aps.errors import UserError
+from aps.registry import STRATEGIES
 from aps.settings.blocks import SamplingSettings
 
 # A cell less uncovered than this share of its area is covered: above the rounding of float32, below what gamma can see.
@@ -99,7 +100,7 @@ class Noise(Protocol):
 
 def sparse(grid: int, kept: int, samplings: int, noise: Noise) -> Tensor:
     """Chunks of one random permutation of the cells for each image -> (B, T, n), disjoint over T."""
-    permutation = first(noise(grid * grid), samplings * kept)
+    permutation = least(noise(grid * grid), samplings * kept)
     return permutation.unflatten(1, (samplings, kept))
 
 
@@ -117,10 +118,10 @@ def selective(covered: Tensor, kept: int, gamma: float, noise: Noise) -> Tensor:
         uncovered = 1 - covered
         finish.sub_(uncovered.clamp(min=ROUNDING).log_(), alpha=gamma)
         finish.addcmul_(uncovered.le_(ROUNDING), exponential, value=1e30)
-    return first(finish, kept)
+    return least(finish, kept)
 
 
-def first(values: Tensor, kept: int) -> Tensor:
+def least(values: Tensor, kept: int) -> Tensor:
     """Places of the `kept` least values along the last axis, ascending, the earlier of equals first.
 
     values: (..., N) float32, positive, so that their bits are whole numbers in the same order -> (..., kept) int64.
@@ -135,24 +136,12 @@ def first(values: Tensor, kept: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# Strategies. A new one is one function here; aps.settings reads the registered names from this file's text.
+# Strategies. A new one is one function here and a row of `aps.registry.STRATEGIES`.
 
 Cells = tuple[Tensor, Tensor]  # of view 1, of view 2, both (B, T, n)
 Strategy = Callable[[SamplingSettings, int, Geometry, Geometry, Noise], Cells]
-STRATEGIES: dict[str, Strategy] = {}
 
 
-def strategy(name: str) -> Callable[[Strategy], Strategy]:
-    """Register a function (settings, G, view1, view2, noise) -> Cells."""
-
-    def register(function: Strategy) -> Strategy:
-        STRATEGIES[name] = function
-        return function
-
-    return register
-
-
-@strategy("asymmetric")
 def asymmetric(settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise) -> Cells:
     """The method: view 1 sparse, view 2 selective."""
     kept = kept_cells(grid, settings.ratio)
@@ -162,19 +151,33 @@ def asymmetric(settings: SamplingSettings, grid: int, view1: Geometry, view2: Ge
     return cells1, selective(covered, kept, settings.gamma, noise)
 
 
-@strategy("random")
 def random(settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise) -> Cells:
     """Ablation: both views sparse, drawn independently."""
     kept = kept_cells(grid, settings.ratio)
     return sparse(grid, kept, settings.samplings, noise), sparse(grid, kept, settings.samplings, noise)
 
 
-@strategy("full")
 def full(settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise) -> Cells:
     """Ordinary contrastive learning: every cell of both views, whatever the ratio."""
     cells = torch.arange(grid * grid, device=view1.boxes.device)
     cells = cells.expand(len(view1.boxes), settings.samplings, grid * grid)
     return cells, cells
+
+
+def draw(settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise) -> Kept:
+    """Cells kept of both views of a batch, T times, on the geometries' device.
+
+    Raises UserError where T samplings of n cells don't fit the N cells.
+    """
+    cells, kept = grid * grid, kept_cells(grid, settings.ratio)
+    if settings.strategy != "full" and not 1 <= kept * settings.samplings <= cells:
+        raise UserError(
+            f"sampling.samplings {settings.samplings} x {kept} kept cells (sampling.ratio {settings.ratio}) must be at least 1 "
+            f"and at most the {cells} cells of a view; change sampling.samplings or sampling.ratio"
+        )
+    strategy: Strategy = STRATEGIES.load(settings.strategy)
+    cells1, cells2 = strategy(settings, grid, view1, view2, noise)
+    return Kept(cells1.transpose(0, 1).contiguous(), cells2.transpose(0, 1).contiguous())
 
 
 def sample(
@@ -186,19 +189,18 @@ def sample(
     rank: int = 0,
     world: int = 1,
 ) -> Kept:
-    """Cells kept of both views of a batch, T times, on the geometries' device.
+    """`draw` with the noise of a generator. The geometries are this process's rows."""
+    return draw(
+        settings, grid, view1, view2, global_noise(len(view1.boxes), view1.boxes.device, generator, rank, world)
+    )
 
-    The geometries are this process's rows, B of the B*world rows of the global batch; noise is drawn for all of them
-    on the generator's device (the CPU or the batch's), so the draw doesn't depend on the number of processes.
-    Raises UserError where T samplings of n cells don't fit the N cells.
+
+def global_noise(batch: int, device: torch.device, generator: torch.Generator, rank: int = 0, world: int = 1) -> Noise:
+    """Noise for this process's `batch` rows of the batch*world rows of the global batch, on `device`.
+
+    It is drawn for all of them on the generator's device (the CPU or the batch's), so what is drawn doesn't depend on the
+    number of processes.
     """
-    cells, kept = grid * grid, kept_cells(grid, settings.ratio)
-    if settings.strategy != "full" and not 1 <= kept * settings.samplings <= cells:
-        raise UserError(
-            f"sampling.samplings {settings.samplings} x {kept} kept cells (sampling.ratio {settings.ratio}) must be at least 1 "
-            f"and at most the {cells} cells of a view; change sampling.samplings or sampling.ratio"
-        )
-    batch, device = len(view1.boxes), view1.boxes.device
 
     def noise(*shape: int) -> Tensor:
         drawn = torch.rand(batch * world, *shape, generator=generator, device=generator.device).clamp_(min=2.0**-25)
@@ -207,5 +209,4 @@ def sample(
             own = own.pin_memory()  # from pageable memory the copy would wait for the device
         return own.to(device, non_blocking=True)
 
-    cells1, cells2 = STRATEGIES[settings.strategy](settings, grid, view1, view2, noise)
-    return Kept(cells1.transpose(0, 1).contiguous(), cells2.transpose(0, 1).contiguous())
+    return noise

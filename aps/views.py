@@ -1,9 +1,9 @@
-"""Two augmented views of a batch of images, made on tensors, that remember their boxes and flips.
+"""Augmented views of a batch of images, made on tensors, that remember their boxes and flips.
 
 Each image has its own crop, flip, colour jitter (with its own order of the four operations), grayscale, blur and
 solarize, and equals what torchvision's functional operators make of it with the same parameters.
 
-Peculiar: parameters are drawn on the CPU, always for the global batch, so that crops are the same on every device and
+Design: parameters are drawn on the CPU, always for the global batch, so that crops are the same on every device and
 with any number of processes; which image takes which branch is known there, so the device is never asked. Everything
 then runs on whole batches:
 - crop, resize and flip are one small matrix for rows and one for columns of each image;
@@ -11,16 +11,16 @@ then runs on whole batches:
   coefficients, so one operation serves all images in every step;
 - images are sorted by when their hue turns, so each of those branches is a slice.
 
-How pretraining uses it:
+How pretraining uses it, with a generator of the batch and a `View` for each view of an image:
 
-    array datasets   parameters = draw_parameters(1, B * world, H, W, settings, generator).rows(own)
-                     view1 = apply_view(images, parameters, size, mean, std)
-    file datasets    a worker, for each image: crops, boxes = crop_pair(image, size, settings, (seed, epoch, index))
-                     after collating, crops (B, 2, 3, S, S) uint8 and boxes (B, 2, 4), for view v = 1, 2:
-                     parameters = draw_parameters(v, B * world, S, S, settings, generator).rows(own)
-                     parameters = parameters._replace(boxes=boxes[:, v - 1])
-                     view = apply_crops(crops[:, v - 1].to(device), parameters, mean, std)
-    both             sampling.sample(..., parameters1.geometry(device), parameters2.geometry(device), ...)
+    array datasets   parameters = draw_parameters(view.chances, B * world, H, W, view.augmentation, generator).rows(own)
+                     pixels = apply_view(images, parameters, view.size, mean, std)
+    file datasets    a worker, for each image: crops, boxes = cut_crops(image, views, (seed, epoch, index))
+                     after collating, crops[v] (B, 3, S, S) uint8 and boxes (B, V, 4), for view v:
+                     parameters = draw_parameters(view.chances, B * world, S, S, view.augmentation, generator).rows(own)
+                     parameters = parameters._replace(boxes=boxes[:, v])
+                     pixels = apply_crops(crops[v].to(device), parameters, mean, std)
+    both             a method's `sample` gets parameters.geometry(device) of every view
 
 What it deliberately does not know: datasets, decoding, sampling of patches, and the training loop.
 """
@@ -28,6 +28,8 @@ What it deliberately does not know: datasets, decoding, sampling of patches, and
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +45,14 @@ SIGMA = (0.1, 2.0)  # of the blur, in pixels of the view (SimCLR, MoCo v3)
 SOLARIZE = 128 / 255  # threshold of PIL's ImageOps.solarize, of [0, 1]
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, torchvision's rounding
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+class View(NamedTuple):
+    """One of the views that a method wants of each image."""
+
+    size: int  # S, side in pixels
+    augmentation: ViewSettings
+    chances: int = 1  # 1 or 2: which of the augmentation's two probabilities of blur and of solarize are its own
 
 
 class ViewParameters(NamedTuple):
@@ -101,9 +111,9 @@ def _centred_boxes(heights: Tensor, widths: Tensor, narrow: float, wide: float) 
 def draw_parameters(
     view: int, batch: int, height: int, width: int, settings: ViewSettings, generator: torch.Generator
 ) -> ViewParameters:
-    """Parameters of view 1 or 2 for a batch of sources of one size; the generator is a CPU one.
+    """Parameters of a view for a batch of sources of one size; the generator is a CPU one.
 
-    Draw for the global batch and take this process's `.rows`. `view` picks its probabilities of blur and solarize.
+    Draw for the global batch and take this process's `.rows`. `view`, 1 or 2, picks its probabilities of blur and solarize.
     """
     boxes = draw_boxes(torch.full((batch,), height), torch.full((batch,), width), settings, generator)
     flips, jitter, gray, blurred, sigma, solarize = torch.rand(6, batch, generator=generator)
@@ -126,17 +136,24 @@ def draw_parameters(
     )
 
 
-def crop_pair(image: Tensor, size: int, settings: ViewSettings, seed: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Both crops of one decoded image, in a loading worker; colours are left to `apply_crops`.
+def cut_crops(image: Tensor, views: Sequence[View], seed: tuple[int, int, int]) -> tuple[list[Tensor], Tensor]:
+    """The crops of one decoded image, in a loading worker; colours are left to `apply_crops`.
 
     image: (3, H, W) uint8; seed: (seed, epoch, index of the image), so that a crop depends on nothing else
-    -> crops (2, 3, S, S) uint8, boxes (2, 4) int64, for view 1 and view 2.
+    -> crops, V of (3, S, S) uint8; boxes (V, 4) int64.
     """
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
     height, width = image.shape[1:]
-    boxes = draw_boxes(torch.full((2,), height), torch.full((2,), width), settings, generator)
-    crops = [functional.resized_crop(image, *box, [size, size], antialias=True) for box in boxes.tolist()]
-    return torch.stack(crops), boxes
+    boxes = []
+    for augmentation, alike in groupby(view.augmentation for view in views):  # neighbours of one kind in one draw
+        count = len(list(alike))
+        boxes.append(draw_boxes(torch.full((count,), height), torch.full((count,), width), augmentation, generator))
+    found = torch.cat(boxes)
+    crops = [
+        functional.resized_crop(image, *box, [view.size, view.size], antialias=True)
+        for view, box in zip(views, found.tolist(), strict=True)
+    ]
+    return crops, found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,7 +170,7 @@ def apply_view(
 
 
 def apply_crops(crops: Tensor, parameters: ViewParameters, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """The same for crops cut by `crop_pair`. crops: (B, 3, S, S) uint8 -> (B, 3, S, S) float32, normalized."""
+    """The same for crops cut by `cut_crops`. crops: (B, 3, S, S) uint8 -> (B, 3, S, S) float32, normalized."""
     plan = _Plan(parameters, mean, std, crops.device)
     crops = crops.index_select(0, plan.sorting)
     crops = torch.where(plan.flips[:, None, None, None], crops.flip(3), crops)

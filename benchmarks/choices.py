@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from aps.errors import UserError
 from aps.models.encoder import gather_cells
@@ -27,36 +27,36 @@ from benchmarks.study import experiment, inputs, trainer
 
 
 def separate_attention(own: Trainer) -> None:
-    for block in own.model.encoder.blocks:
+    for block in own.encoder.blocks:
         block.attn.fused_attn = False
 
 
 def copied_heads(own: Trainer) -> None:
-    fused, forward = F.scaled_dot_product_attention, own.model.forward
+    fused, forward = F.scaled_dot_product_attention, own.method.forward
 
     def contiguous(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         return fused(q.contiguous(), k.contiguous(), v.contiguous(), **options)
 
-    def patched(*tensors: Tensor) -> tuple[Tensor, ...]:
+    def patched(*given: Any) -> Any:
         with patch.object(F, "scaled_dot_product_attention", contiguous):
-            return forward(*tensors)
+            return forward(*given)
 
-    own.model.forward = patched  # type: ignore[method-assign,assignment]
+    own.method.forward = patched  # type: ignore[method-assign,assignment]
 
 
 def channels_last(own: Trainer) -> None:
-    forward = own.model.forward
+    forward = own.method.forward
 
-    def converted(view1: Tensor, view2: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
-        return forward(*(x.contiguous(memory_format=torch.channels_last) for x in (view1, view2)), *kept)
+    def converted(networks: nn.ModuleDict, views: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> Any:
+        return forward(networks, tuple(x.contiguous(memory_format=torch.channels_last) for x in views), kept)
 
-    own.model.forward = converted  # type: ignore[method-assign,assignment]
+    own.method.forward = converted  # type: ignore[method-assign,assignment]
 
 
 def projected_then_gathered(own: Trainer) -> None:
-    encoder = own.model.encoder
+    encoder = own.encoder
 
-    def embed(images: Tensor, kept: Tensor) -> Tensor:
+    def embed(images: Tensor, kept: Tensor, interpolate: bool) -> Tensor:
         x = encoder.patch_embed.proj(images).flatten(2).mT + encoder.pos_embed
         return torch.cat([encoder.cls_token.to(x.dtype).expand(len(x), -1, -1), gather_cells(x, kept)], dim=1)
 
@@ -64,19 +64,17 @@ def projected_then_gathered(own: Trainer) -> None:
 
 
 def two_passes(own: Trainer) -> None:
-    model = own.model
+    def forward(networks: Any, views: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        z1, z2 = (networks.projector(networks.encoder(*given)) for given in zip(views, kept, strict=True))
+        return networks.predictor(z1), z1, networks.predictor(z2), z2
 
-    def forward(view1: Tensor, view2: Tensor, kept1: Tensor, kept2: Tensor) -> tuple[Tensor, ...]:
-        z1, z2 = model.projector(model.encoder(view1, kept1)), model.projector(model.encoder(view2, kept2))
-        return model.predictor(z1), z1, model.predictor(z2), z2
-
-    model.forward = forward  # type: ignore[method-assign,assignment]
+    own.method.forward = forward  # type: ignore[method-assign,assignment]
 
 
 def unfused_optimizer(own: Trainer) -> None:
     settings = own.settings
     own.optimizer = torch.optim.AdamW(
-        own.model.parameters(), betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
+        own.networks.parameters(), betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
     )
 
 

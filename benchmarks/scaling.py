@@ -20,10 +20,10 @@ import torch
 
 from aps.data.load import ArraySplit
 from aps.runtime.processes import processes
-from aps.sampling import sample
-from aps.settings.blocks import EncoderSettings, ViewSettings
+from aps.sampling import global_noise
+from aps.settings.blocks import EncoderSettings
+from aps.training.batches import Batches
 from aps.training.order import SAMPLING, seeded
-from aps.training.pairs import Pairs
 from benchmarks.common import arguments, machine, plot, row, spread, synchronize, write
 from benchmarks.study import experiment, trainer
 
@@ -80,17 +80,15 @@ def worker(settings: dict[str, Any]) -> None:
     with processes() as distributed:
         images = torch.randint(0, 256, (batch * 2, 3, 32, 32), dtype=torch.uint8)
         split = ArraySplit(images, torch.zeros(len(images)).long(), ("a",))
-        pairs = Pairs(split, ViewSettings(), 32, batch, (MEAN, STD), 0, distributed)
         one = trainer(study, distributed)
+        batches = Batches(split, one.method.views(), batch, (MEAN, STD), 0, distributed)
         start, seen, epoch = 0.0, -1, 0
         while seen < steps:
-            for pair in pairs.epoch(epoch):
+            for each in batches.epoch(epoch):
                 generator = seeded(0, SAMPLING, epoch, seen + 1, device=distributed.device)
-                kept = sample(
-                    study.sampling, study.encoder.grid, pair.geometry1, pair.geometry2, generator, distributed.rank,
-                    distributed.world,
-                )  # fmt: skip
-                one.step(pair.view1, pair.view2, kept.view1[0], kept.view2[0], 1e-4)
+                rows = len(each.views[0])
+                noise = global_noise(rows, distributed.device, generator, distributed.rank, distributed.world)
+                one.step(each.views, one.method.sample(each.geometries, noise)[0], 1e-4)
                 seen += 1
                 if seen == 0:  # the first step allocates and connects
                     synchronize()

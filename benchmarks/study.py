@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aps.methods.aps import APS as METHOD
+from aps.methods.aps import APS
 from aps.results import StageJob
 from aps.runtime.processes import Distributed
 from aps.settings.blocks import DatasetSettings, EncoderSettings, SamplingSettings
@@ -20,7 +20,7 @@ def experiment(encoder: EncoderSettings, ratio: float, batch: int, **pretrain: o
     sampling = SamplingSettings(strategy="full" if ratio == 1 else "asymmetric", ratio=ratio, samplings=1)
     return ExperimentSettings(
         dataset=DatasetSettings(name="cifar10"), encoder=encoder, sampling=sampling,
-        pretrain=METHOD.Settings(batch_size=batch, **pretrain),  # type: ignore[arg-type]
+        pretrain=APS.Settings(batch_size=batch, **pretrain),  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -33,10 +33,10 @@ def trainer(chosen: ExperimentSettings, distributed: Distributed) -> Trainer:
     return Trainer(StageJob(settings, Path(), Path(), Path()), distributed)
 
 
-def inputs(chosen: ExperimentSettings, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(chosen: ExperimentSettings, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Views (B, 3, S, S) and kept cells (B, n) for `Trainer.step`; what they show changes neither time nor memory."""
     batch, side, cells = chosen.pretrain.batch_size, chosen.encoder.image_size, chosen.encoder.grid**2
     kept = int(cells * chosen.sampling.ratio)
     views = [torch.randn(batch, 3, side, side, device=device) for _ in range(2)]
     order = [torch.rand(batch, cells, device=device).argsort(1)[:, :kept] for _ in range(2)]
-    return views[0], views[1], order[0], order[1]
+    return (views[0], views[1]), (order[0], order[1])

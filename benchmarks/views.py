@@ -16,8 +16,9 @@ from aps.data.load import ArraySplit
 from aps.runtime.processes import processes
 from aps.sampling import sample
 from aps.settings.blocks import SamplingSettings, ViewSettings
+from aps.training.batches import Batches
 from aps.training.order import SAMPLING, seeded
-from aps.training.pairs import Pairs
+from aps.views import View
 from benchmarks.common import arguments, compare, plot, row, write
 from benchmarks.ordinary import OrdinaryPairs
 
@@ -35,7 +36,8 @@ def main() -> None:
         split = ArraySplit(
             torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.zeros(images).long(), ("a",)
         )
-        pairs = Pairs(split, ViewSettings(), size, batch, (MEAN, STD), 0, distributed)
+        two = [View(size, ViewSettings(), chances) for chances in (1, 2)]
+        batches = Batches(split, two, batch, (MEAN, STD), 0, distributed)
         workers = 1 if args.quick else torch.get_num_threads()
         ordinary_pairs = OrdinaryPairs(pixels, size, MEAN, STD, grid, settings.samplings)
         loader = DataLoader(
@@ -44,8 +46,8 @@ def main() -> None:
         )  # fmt: skip
 
         def ours() -> None:
-            for number, pair in enumerate(pairs.epoch(0)):
-                sample(settings, grid, pair.geometry1, pair.geometry2, seeded(0, SAMPLING, number, device=device))
+            for number, each in enumerate(batches.epoch(0)):
+                sample(settings, grid, *each.geometries, seeded(0, SAMPLING, number, device=device))
 
         def ordinary() -> None:
             for tensors in loader:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from aps.data import REGISTRY
 from aps.errors import UserError
 from aps.estimate import (
     DATASETS,
@@ -29,15 +30,13 @@ from aps.estimate import (
     pretraining_step_flops,
     stage_cost,
 )
+from aps.methods.aps import APS
 from aps.models.archs import dimensions
 from aps.models.encoder import build_encoder
-from aps.models.model import APS, build_heads
-from aps.registry import DATASETS as REGISTERED
-from aps.registry import DETECTION_DATASETS
 from aps.settings.blocks import DetectionSettings, EncoderSettings
 from aps.settings.reading import load_study
 from aps.settings.study import ExperimentSettings
-from aps.training.loss import contrastive_loss
+from aps.training.pretrain import Forward
 
 
 def experiment(encoder: dict[str, Any], **blocks: Any) -> ExperimentSettings:
@@ -92,9 +91,11 @@ def test_a_counted_pretraining_step_agrees_within_two_percent(name: str) -> None
     e = EXPERIMENTS[name]
     encoder = build_encoder(e.encoder)
     encoder.set_grad_checkpointing(e.pretrain.activation_checkpointing)
-    model = APS(encoder, *build_heads(encoder.embed_dim, e.pretrain))
+    method = APS(e)
+    forward = Forward(method, method.networks(encoder))
     with counted() as counter:
-        loss, _ = contrastive_loss(*model(*views(e)), 0.1)
+        view1, view2, *cells = views(e)
+        loss, _ = method.loss(forward((view1, view2), tuple(cells)), 0.0)
         loss.backward()
     assert pretraining_step_flops(e) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
@@ -202,7 +203,7 @@ def test_gpus_share_activations_but_not_weights() -> None:
 
 
 def test_every_dataset_but_the_users_own_has_its_size() -> None:
-    assert set(DATASETS) == {*REGISTERED.names(), *DETECTION_DATASETS.names()} - {"folder"}
+    assert set(DATASETS) == set(REGISTRY) - {"folder"}
 
 
 def test_sizes_stated_are_those_of_the_recipes() -> None:

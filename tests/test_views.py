@@ -18,10 +18,11 @@ from aps.views import (
     HUE,
     SATURATION,
     SOLARIZE,
+    View,
     ViewParameters,
     apply_crops,
     apply_view,
-    crop_pair,
+    cut_crops,
     draw_boxes,
     draw_parameters,
 )
@@ -32,6 +33,10 @@ NONE = {"color_jitter_prob": 0.0, "grayscale": 0.0, "flip": 0.0}  # crops alone
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def two(size: int, settings: ViewSettings) -> tuple[View, View]:
+    return View(size, settings, 1), View(size, settings, 2)
 
 
 def pictures(batch: int, height: int, width: int) -> Tensor:
@@ -318,19 +323,20 @@ def test_any_number_of_processes_makes_the_views_of_one():
 
 def test_a_workers_crops_depend_on_seed_epoch_and_image_only():
     image = pictures(9, 90, 120)[5]
-    crops, boxes = crop_pair(image, 32, ViewSettings(), (0, 3, 17))
+    crops, boxes = cut_crops(image, two(32, ViewSettings()), (0, 3, 17))
     torch.manual_seed(99)
-    again, same = crop_pair(image, 32, ViewSettings(), (0, 3, 17))
-    assert torch.equal(crops, again) and torch.equal(boxes, same)
+    again, same = cut_crops(image, two(32, ViewSettings()), (0, 3, 17))
+    crops = torch.stack(crops)
+    assert torch.equal(crops, torch.stack(again)) and torch.equal(boxes, same)
     assert crops.shape == (2, 3, 32, 32) and crops.dtype == torch.uint8 and boxes.shape == (2, 4)
-    others = [crop_pair(image, 32, ViewSettings(), seed)[1] for seed in [(1, 3, 17), (0, 4, 17), (0, 3, 18)]]
+    others = [cut_crops(image, two(32, ViewSettings()), seed)[1] for seed in [(1, 3, 17), (0, 4, 17), (0, 3, 18)]]
     everything = torch.stack([boxes, *others]).flatten(0, 1)
     assert len(everything.unique(dim=0)) == 8  # both views of all four differ
 
 
 def test_workers_crop_boxes_have_the_distribution_of_torchvisions():
     image = torch.zeros(3, 20, 32, dtype=torch.uint8)
-    boxes = torch.stack([crop_pair(image, 4, ViewSettings(), (0, 0, index))[1] for index in range(1200)]).numpy()
+    boxes = torch.stack([cut_crops(image, two(4, ViewSettings()), (0, 0, index))[1] for index in range(1200)]).numpy()
     theirs = torchvision_boxes(20, 32, ViewSettings(), 4000)
     for view in (0, 1):
         for column in range(4):
@@ -341,8 +347,8 @@ def test_workers_crop_boxes_have_the_distribution_of_torchvisions():
 def test_crops_cut_by_workers_become_the_views_of_the_batched_path():
     """Up to the rounding of crops to whole gray levels, of each axis in turn."""
     images, settings = pictures(24, 64, 80), ViewSettings(blur=(0.5, 0.5))
-    cut = [crop_pair(image, 32, settings, (0, 0, i)) for i, image in enumerate(images)]
-    crops, boxes = torch.stack([c for c, _ in cut]), torch.stack([b for _, b in cut])
+    cut = [cut_crops(image, two(32, settings), (0, 0, i)) for i, image in enumerate(images)]
+    crops, boxes = torch.stack([torch.stack(c) for c, _ in cut]), torch.stack([b for _, b in cut])
     for view in (1, 2):
         p = draw_parameters(view, 24, 32, 32, settings, generator(view))._replace(boxes=boxes[:, view - 1])
         flipped = [functional.horizontal_flip(c) if f else c for c, f in zip(crops[:, view - 1], p.flips, strict=True)]

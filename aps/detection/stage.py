@@ -7,9 +7,9 @@ images and augmentations. It knows no engine: `aps.detection.engines` holds one 
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,10 @@ from aps.detection.annotations import CocoSplit
 from aps.detection.engine import Engine, Task, lr_factor
 from aps.detection.figure import predictions_figure
 from aps.detection.placement import Placed, backbone_tensors, place, table
-from aps.errors import Preempted, UserError
 from aps.models.weights import load_encoder, read_info, save_tensors
-from aps.progress import Progress
 from aps.results import StageJob, StageRun
-from aps.runtime.checkpoint import Checkpoints
 from aps.runtime.processes import Distributed, processes
-from aps.runtime.signals import stop_requested
+from aps.training.loop import Line, Loop, finite
 
 IMAGENET: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -62,40 +59,35 @@ def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
     )
     engine: Engine = load_engine(settings.engine)(task)
     placed, report = load_weights(engine, job)
-    checkpoints = Checkpoints(job.checkpoints, job.checkpoint_minutes, writes=distributed.main)
-    done = 0
-    if (state := checkpoints.load()) is not None:
-        done = engine.resume(state["engine"])
-        stage.resume(done)
-    elif distributed.main:
+    loop = Loop(
+        job, stage, distributed, engine.state, engine.resume,
+        total=settings.iterations, images=settings.batch_size, unit="iterations",
+    )  # fmt: skip
+    if not loop.resumed and distributed.main:
         print(report, file=sys.stderr, flush=True)
 
-    with Progress(job.label, settings.iterations, "iterations", done, shown=distributed.main) as progress:
-
-        def after(done: int, losses: dict[str, float] | None) -> None:
-            progress.update(1, settings.batch_size, f"loss {losses['loss']:.3f}" if losses else "")
+    def after(done: int, losses: dict[str, float] | None) -> None:
+        def lines(_: int) -> Iterator[Line]:
             if losses is not None:
-                if not math.isfinite(losses["loss"]):
-                    raise UserError(
-                        f"the detection loss became {losses['loss']}; lower detection.lr, or set detection.precision: fp32"
-                    )
-                stage.log(done, lr=settings.lr * lr_factor(settings, done - 1), **losses)
+                finite(losses["loss"], "detection", "detection")
+                yield {"lr": settings.lr * lr_factor(settings, done - 1), **losses}
             if settings.evaluate_every and done % settings.evaluate_every == 0 and done < settings.iterations:
-                found, _ = engine.evaluate()
-                stage.log(done, **flat(found))
-            if stop_requested(distributed):
-                checkpoints.save(done, {"engine": engine.state()})
-                raise Preempted(f"{job.label} after {done} of {settings.iterations} iterations; run it again to go on")
-            if checkpoints.due() or done == settings.iterations:
-                checkpoints.save(done, {"engine": engine.state()})
-                stage.save_clock()
+                yield with_classes(engine.evaluate()[0])
 
-        if done < settings.iterations:
-            engine.train(done, after)
-        rate = progress.rate
+        loop.advance(lines, f"loss {losses['loss']:.3f}" if losses else "")
+
+    with loop.running():
+        if loop.done < settings.iterations:
+            engine.train(loop.done, after)
     metrics, results = engine.evaluate()
     if distributed.main:
-        _finish(job, stage, engine, placed, metrics, results, rate)
+        _save(stage, engine, results)
+        loop.log_end(**with_classes(metrics))
+        stage.finish(
+            {**metrics, "images_per_second": loop.rate},
+            weights=placed.counts(),
+            normalization={"mean": mean, "std": std},
+        )
 
 
 def normalization(job: StageJob) -> tuple[RGB, RGB]:
@@ -127,7 +119,7 @@ def load_weights(engine: Engine, job: StageJob) -> tuple[Placed, str]:
     return placed, table(placed, found.dropped, str(job.encoder_spec))
 
 
-def flat(metrics: dict[str, Any]) -> dict[str, float]:
+def with_classes(metrics: dict[str, Any]) -> dict[str, float]:
     """Metrics with each class's as `mask_AP/CLASS`, in characters that MLflow takes."""
     numbers = {key: value for key, value in metrics.items() if key != "per_class"}
     for kind, values in metrics.get("per_class", {}).items():
@@ -135,24 +127,11 @@ def flat(metrics: dict[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _finish(
-    job: StageJob,
-    stage: StageRun,
-    engine: Engine,
-    placed: Placed,
-    metrics: dict[str, Any],
-    results: list[dict[str, Any]],
-    rate: float,
-) -> None:
+def _save(stage: StageRun, engine: Engine, results: list[dict[str, Any]]) -> None:
+    """Stage the detections, their figure and the detector."""
     stage.staging("predictions.json").write_text(json.dumps(results))
     figure = stage.staging("predictions.png")
     predictions_figure(figure, engine.task.val, results)
     stage.figure(figure)
-    information = {"engine": job.settings.detection.engine, "classes": json.dumps(engine.task.val.classes)}
+    information = {"engine": engine.task.settings.engine, "classes": json.dumps(engine.task.val.classes)}
     save_tensors(engine.model.state_dict(), stage.staging("model.safetensors"), information)
-    stage.log(job.settings.detection.iterations, **flat(metrics))
-    stage.finish(
-        {**metrics, "images_per_second": rate},
-        weights=placed.counts(),
-        normalization={"mean": engine.task.mean, "std": engine.task.std},
-    )

@@ -1,6 +1,6 @@
 """The encoder: timm's Vision Transformer, reading any subset of an image's patches.
 
-Peculiar: the kept cells are gathered from the pixels, before the patch projection, so a sampling costs nothing for the
+Design: the kept cells are gathered from the pixels, before the patch projection, so a sampling costs nothing for the
 cells it drops. Parameter names are timm's, hence weights go both ways by name. It is timm's own forward when every
 cell is kept (tests/models/test_encoder.py).
 
@@ -47,35 +47,59 @@ class Encoder(VisionTransformer):
     cls_token: nn.Parameter  # (1, 1, D)
     pos_embed: nn.Parameter  # (1, N, D)
 
-    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """images: (B, 3, S, S), kept: (B, n) int64 cells or None for all -> (B, D), or (B, classes) with a head."""
-        return self.forward_head(self.tokens(images, kept))
+    def forward(  # type: ignore[override]
+        self, images: Tensor, kept: Tensor | None = None, interpolate: bool = False
+    ) -> Tensor:
+        """images: (B, 3, S, S), kept: (B, n) int64 cells or None for all -> (B, D), or (B, classes) with a head.
 
-    def tokens(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        interpolate: take images of another size too, as `positions` says.
+        """
+        return self.forward_head(self.tokens(images, kept, interpolate))
+
+    def tokens(self, images: Tensor, kept: Tensor | None = None, interpolate: bool = False) -> Tensor:
         """images: (B, 3, S, S), kept: (B, n) or None -> (B, 1+n, D) after the final norm; 0 is the class token."""
-        x = self.embed(images, kept)
+        x = self.embed(images, kept, interpolate)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
         return self.norm(x)
 
-    def embed(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+    def embed(self, images: Tensor, kept: Tensor | None = None, interpolate: bool = False) -> Tensor:
         """images: (B, 3, S, S), kept: (B, n) or None -> (B, 1+n, D), the input of the first block.
 
         Raises:
-            ValueError: the images are not of the size the encoder was built for.
+            ValueError: the images are not of the size the encoder was built for, nor allowed to be.
         """
         B, _, H, W = images.shape
-        if self.patch_embed.img_size != (H, W):
-            raise ValueError(f"images are {H}x{W}, the encoder was built for {self.patch_embed.img_size}")
-        pixels = patchify(images, self.patch_embed.patch_size[0])
         positions: Tensor = self.pos_embed
+        if self.patch_embed.img_size != (H, W):
+            if not interpolate:
+                raise ValueError(f"images are {H}x{W}, the encoder was built for {self.patch_embed.img_size}")
+            positions = self.positions(H, W)
+        pixels = patchify(images, self.patch_embed.patch_size[0])
         if kept is not None:
             pixels = gather_cells(pixels, kept)
             # index_select, not gather: the gradient of gather would be a (B, N, D) tensor
-            positions = self.pos_embed[0].index_select(0, kept.flatten()).view(B, -1, self.embed_dim)
+            positions = positions[0].index_select(0, kept.flatten()).view(B, -1, self.embed_dim)
         projection = self.patch_embed.proj  # a PxP convolution of stride P is one product over a patch's pixels
         x = F.linear(pixels, projection.weight.flatten(1), projection.bias) + positions
         return torch.cat([self.cls_token.to(x.dtype).expand(B, -1, -1), x], dim=1)
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Position embeddings (1, N, D) of images of any whole number of patches: ours, stretched bicubically over them.
+
+        Gradients pass to `pos_embed`, through products, which add up in the same order every time. DINO reads its smaller
+        crops so (arXiv 2104.14294).
+        """
+        (G, _), P = self.patch_embed.grid_size, self.patch_embed.patch_size[0]
+        identity = torch.eye(G, device=self.pos_embed.device)[None, None]
+        rows, columns = (  # (cells of the images, G): a bicubic interpolation along one axis is a matrix
+            F.interpolate(identity, size=(side // P, G), mode="bicubic", align_corners=False)[0, 0].to(
+                self.pos_embed.dtype
+            )
+            for side in (height, width)
+        )
+        table = self.pos_embed.unflatten(1, (G, G))
+        return torch.einsum("rg,bghd,ch->brcd", rows, table, columns).flatten(1, 2)
 
 
 def build_encoder(settings: EncoderSettings, drop_path: float = 0.0) -> Encoder:

@@ -1,6 +1,6 @@
 """Projector and predictor: linear layers without bias, BatchNorm between, BatchNorm without affine at the end.
 
-Peculiar: a batch's statistics belong to one view (the caller passes the views one after the other) and to all
+Design: a batch's statistics belong to one view (the caller passes the views one after the other) and to all
 processes (`synchronize_batch_norm`). torch's SyncBatchNorm refuses CPU tensors, so `CrossProcessBatchNorm` does the
 same for gloo; it is slower, with two small all-reduces a layer, and exact enough for float64 comparisons.
 """
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from aps.runtime.collectives import several, sum_with_gradient
 
 
 def projection_head(dims: Sequence[int]) -> nn.Sequential:
@@ -31,27 +31,40 @@ def projection_head(dims: Sequence[int]) -> nn.Sequential:
 
 
 def synchronize_batch_norm(module: nn.Module) -> nn.Module:
-    """Replaces every BatchNorm1d by one whose statistics span all processes; names and values stay."""
+    """Replaces every BatchNorm1d within by one whose statistics span all processes; names, parameters and values stay."""
     if next(module.parameters()).device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for child in module.modules():
-        if type(child) is nn.BatchNorm1d:
-            child.__class__ = CrossProcessBatchNorm  # same parameters and buffers, another forward
+    if type(module) is nn.BatchNorm1d:
+        return CrossProcessBatchNorm.of(module)
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.BatchNorm1d:
+                parent.add_module(name, CrossProcessBatchNorm.of(child))
     return module
 
 
 class CrossProcessBatchNorm(nn.BatchNorm1d):
     """BatchNorm1d over the rows of all processes, which may differ in number; on any device and backend."""
 
+    @classmethod
+    def of(cls, norm: nn.BatchNorm1d) -> CrossProcessBatchNorm:
+        """In the place of `norm`, with its parameters and statistics themselves."""
+        made = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta")
+        for name, parameter in norm.named_parameters(recurse=False):
+            made.register_parameter(name, parameter)
+        for name, value in norm.named_buffers(recurse=False):
+            made.register_buffer(name, value)
+        return made.train(norm.training)
+
     def forward(self, input: Tensor) -> Tensor:
         """(B, D) -> (B, D)"""
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+        if not (self.training and several()):
             return super().forward(input)
         x = input.to(torch.promote_types(input.dtype, torch.float32))
-        sums = AllReduceSum.apply(torch.cat([x.sum(0), x.new_full((1,), len(x))]))
+        sums = sum_with_gradient(torch.cat([x.sum(0), x.new_full((1,), len(x))]))
         rows, mean = sums[-1].detach(), sums[:-1] / sums[-1].detach()
         centered = x - mean
-        variance = AllReduceSum.apply(centered.square().sum(0)) / rows
+        variance = sum_with_gradient(centered.square().sum(0)) / rows
         with torch.no_grad():
             self.num_batches_tracked.add_(1)  # type: ignore
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)  # type: ignore
@@ -61,19 +74,3 @@ class CrossProcessBatchNorm(nn.BatchNorm1d):
         if self.affine:
             y = torch.addcmul(self.bias, y, self.weight)
         return y.to(input.dtype)
-
-
-class AllReduceSum(torch.autograd.Function):
-    """Sum over processes; the gradient is summed likewise, since every process's loss depends on the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].clone()
-        dist.all_reduce(total)
-        return total

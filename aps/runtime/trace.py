@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 PASSED, WARM_UP, RECORDED = 2, 1, 2  # batches
+NEEDED = PASSED + WARM_UP + RECORDED
 
 
 class Trace:
@@ -34,14 +35,19 @@ class Trace:
         self._profile = profile(
             activities=activities,
             schedule=plan,
-            on_trace_ready=lambda p: p.export_chrome_trace(str(file)),
+            on_trace_ready=self._write,
             record_shapes=True,
         )
 
     def batch_done(self) -> None:
         if self._profile is not None:
-            self._profile.step()
             self._batches += 1
+            self._profile.step()
+
+    def _write(self, recorded: profile) -> None:
+        """What the profiler calls after the last batch that it records, and when it is stopped before that."""
+        if self._batches >= NEEDED:
+            recorded.export_chrome_trace(str(self.file))
 
     def __enter__(self) -> Trace:
         if self._profile is not None:
@@ -53,11 +59,10 @@ class Trace:
     ) -> None:
         if self._profile is None:
             return
-        if (needed := PASSED + WARM_UP + RECORDED) > self._batches:
+        if self._batches < NEEDED:
             print(
-                f"{self.file}: no trace, {self._batches} batches were left to train and it takes {needed}; "
+                f"{self.file}: no trace, {self._batches} batches were left to train and it takes {NEEDED}; "
                 "profile a longer run",
                 file=sys.stderr,
             )
-            self._profile.on_trace_ready = lambda p: None  # stop() would write what it has
         self._profile.stop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aps.errors import UserError
-from aps.registry import CHECKS, DATASETS, DETECTION_DATASETS, nearest, resolve
+from aps.registry import CHECKS, DATASETS, DETECTION_DATASETS, METHODS, nearest, resolve
 from aps.settings.study import Study
 from aps.stages import STAGES
 
@@ -17,9 +17,12 @@ def check(study: Study, where: str) -> None:
         prefix = f"{where}: experiment '{name}':"
         if not all(STAGES[stage].detects for stage in e.stages) and e.dataset.name not in DATASETS:
             raise UserError(f"{prefix} dataset '{e.dataset.name}' is unknown; {DATASETS.unknown(e.dataset.name)}")
-        for component in (*CHECKS, *(own for stage in e.stages if (own := STAGES[stage].check))):
+        components = [resolve(path) for path in (*CHECKS, *(STAGES[stage].check for stage in e.stages)) if path]
+        if "pretrain" in e.stages:
+            components.append(METHODS.load(e.pretrain.method).check)
+        for component in components:
             try:
-                resolve(component)(e)
+                component(e)
             except ValueError as error:
                 raise UserError(f"{prefix} {error}") from None
         source = study.pretrain_source(name)

@@ -92,15 +92,6 @@ class ExperimentSettings(Blocks):
             given = getattr(self, key)
             if twice := [value for value in given if given.count(value) > 1]:
                 raise ValueError(f"{key} lists {twice[0]} twice; remove one")
-        cells = self.encoder.grid**2
-        kept = int(cells * self.sampling.ratio)
-        if kept < 1:
-            raise ValueError(f"sampling.ratio {self.sampling.ratio} of {cells} cells keeps none; raise it")
-        if self.sampling.strategy != "full" and self.sampling.samplings * kept > cells:
-            raise ValueError(
-                f"sampling.samplings {self.sampling.samplings} x {kept} kept cells exceed the {cells} cells of a view; "
-                "lower sampling.samplings or sampling.ratio"
-            )
         if "pretrain" in self.stages and self.encoder.weights != "pretrain":
             raise ValueError(
                 f"encoder.weights is '{self.encoder.weights}' but stages lists pretrain; "

@@ -14,12 +14,12 @@ from aps.data.load import ArraySplit, FileSplit
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed
 from aps.training.features import Normalization, images_of, normalize
-from aps.training.order import STEP, number
+from aps.training.order import STEP, seed_of
 
 
 def seed_everything(seed: int, *position: int) -> None:
     """Seed Python's, NumPy's and torch's global generators, which mixup, RandAugment and drop path draw from."""
-    value = number(seed, STEP, *position)
+    value = seed_of(seed, STEP, *position)
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,20 +27,17 @@ from torchvision.transforms.v2 import functional
 
 from aps.data.load import ArraySplit, FileSplit, load_split
 from aps.data.manifest import Manifest
-from aps.errors import Preempted, UserError
+from aps.errors import UserError
 from aps.models.encoder import Encoder
 from aps.models.weights import load_encoder, save_encoder
-from aps.progress import Progress
 from aps.results import StageJob, StageRun
-from aps.runtime.checkpoint import Checkpoints
 from aps.runtime.compiling import compile_module
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
-from aps.runtime.signals import stop_requested
-from aps.runtime.trace import Trace
 from aps.settings.blocks import FinetuneSettings
 from aps.training.classify import accuracy, seed_everything
 from aps.training.features import Normalization
+from aps.training.loop import Line, Loop, finite
 from aps.training.order import IMAGE, KeyedLoader, Order, held_out
 from aps.training.schedule import finetuning_lr
 
@@ -52,80 +50,88 @@ def run(job: StageJob) -> None:
         Preempted: asked to stop; the state is saved.
     """
     with processes() as distributed, StageRun(job) as stage:
-        _finetune(job, stage, distributed)
+        learner = Finetuning(job, distributed)
+        settings, epoch = job.settings.finetune, learner.order.batches
+        loop = Loop(
+            job, stage, distributed, learner.state_dict, learner.load_state_dict,
+            total=settings.epochs * epoch, images=settings.batch_size,
+        )  # fmt: skip
+        loop.train(learner, epoch)
+        metrics = learner.evaluate() | {"epochs": settings.epochs, "images_per_second": loop.rate}
+        if distributed.main:
+            learner.save(stage)
+            stage.finish(metrics, headline="test_top1", precision=learner.tuner.precision.name)
 
 
-def _finetune(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
-    settings, seed, size = job.settings.finetune, job.settings.seed, job.settings.encoder.image_size
-    manifest = Manifest.read(job.manifest)
-    normalization = manifest.normalization(job.settings.dataset.statistics)
-    train = load_split(job.manifest, "train", job.settings.dataset.train_limit)
-    rows, held_rows = held_out(len(train), settings.holdout, seed)
-    held = train.select(held_rows) if len(held_rows) else None
-    order = Order(rows, settings.batch_size, seed, distributed, "finetune")
-    loader = KeyedLoader(Augmented(train, settings, size, seed), job.workers, distributed.device)
-    tuner = Finetuner(job, len(manifest.classes), normalization, distributed)
+class Finetuning:
+    """Batches of labelled images into steps, and an epoch's line."""
 
-    checkpoints = Checkpoints(job.checkpoints, job.checkpoint_minutes, writes=distributed.main)
-    done, total = 0, settings.epochs * order.batches
-    sums, loss, best = torch.zeros(2, device=distributed.device), math.nan, {"epoch": -1, "accuracy": -1.0}
-    if (state := checkpoints.load()) is not None:
-        done, loss, best = state["step"], state["loss"], state["best"]
-        sums.copy_(state["sums"])
-        tuner.load_state_dict(state["tuner"])
-        stage.resume(done)
+    note = ""
 
-    def save() -> None:
-        checkpoints.save(done, {"tuner": tuner.state_dict(), "sums": sums, "loss": loss, "best": best})
-        stage.save_clock()
+    def __init__(self, job: StageJob, distributed: Distributed) -> None:
+        self.job, self.distributed, self.settings = job, distributed, job.settings.finetune
+        seed, size = job.settings.seed, job.settings.encoder.image_size
+        self.manifest = Manifest.read(job.manifest)
+        self.normalization = self.manifest.normalization(job.settings.dataset.statistics)
+        train = load_split(job.manifest, "train", job.settings.dataset.train_limit)
+        rows, held_rows = held_out(len(train), self.settings.holdout, seed)
+        self.held = train.select(held_rows) if len(held_rows) else None
+        self.order = Order(rows, self.settings.batch_size, seed, distributed, "finetune")
+        self.loader = KeyedLoader(Augmented(train, self.settings, size, seed), job.workers, distributed.device)
+        self.tuner = Finetuner(job, len(self.manifest.classes), self.normalization, distributed)
+        self.sums, self.loss = torch.zeros(2, device=distributed.device), math.nan  # of this epoch, of the last one
+        self.best = {"epoch": -1, "accuracy": -1.0}
 
-    with (
-        Progress(job.label, total, "batches", done, shown=distributed.main) as progress,
-        Trace(job.profile, distributed.device, distributed.main) as trace,
-    ):
-        while done < total:
-            epoch, first = divmod(done, order.batches)
-            lr = finetuning_lr(settings, epoch)
-            for images, labels in loader.epoch(epoch, order.epoch(epoch)[first:]):
-                seed_everything(seed, done, distributed.rank)
-                sums += tuner.step(images.to(distributed.device), labels.to(distributed.device), lr)
-                done += 1
-                progress.update(1, settings.batch_size)
-                if done % order.batches == 0:  # before any save: a checkpoint of this moment has the epoch behind it
-                    loss, right = (distributed.mean(sums) / order.batches).tolist()
-                    sums.zero_()
-                    if not math.isfinite(loss):
-                        raise UserError(
-                            f"the finetuning loss became {loss}; lower finetune.lr, or set finetune.precision: fp32"
-                        )
-                    line = {"epoch": epoch + 1, "lr": lr, "loss": loss, "train_top1_augmented": 100 * right}
-                    if held is not None:
-                        line["holdout_top1"] = tuner.accuracy(tuner.model, held, job.workers)
-                        if line["holdout_top1"] > best["accuracy"]:
-                            best = {"epoch": epoch + 1, "accuracy": line["holdout_top1"]}
-                            tuner.remember()
-                    stage.log(done, **line)
-                trace.batch_done()
-                if stop_requested(distributed):
-                    save()
-                    raise Preempted(f"{job.label} after {done} of {total} batches; run it again to go on")
-                if checkpoints.due():
-                    save()
-    save()
-    test = load_split(job.manifest, "test")
-    metrics = {"test_top1": tuner.accuracy(tuner.model, test, job.workers), "loss": loss}
-    if tuner.ema is not None:
-        metrics["test_top1_ema"] = tuner.accuracy(tuner.ema.module, test, job.workers)
-    if held is not None:
-        metrics |= {"holdout_top1": best["accuracy"], "holdout_epoch": best["epoch"]}
-        metrics["test_top1_holdout_epoch"] = tuner.accuracy(tuner.remembered(), test, job.workers)
-    metrics |= {"epochs": settings.epochs, "images_per_second": progress.rate}
-    if distributed.main:
-        mean, std = normalization
-        info = {"experiment": job.settings.experiment, "stage": "finetune", "digest": job.settings.digest,
-                "classes": list(manifest.classes), "mean": mean, "std": std}  # fmt: skip
-        save_encoder(tuner.model, job.settings.encoder, stage.staging("model.safetensors"), info)
-        stage.finish(metrics, headline="test_top1", precision=tuner.precision.name)
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.loader.epoch(epoch, self.order.epoch(epoch)[first:])
+
+    def step(self, batch: tuple[Tensor, Tensor], done: int) -> None:
+        seed_everything(self.job.settings.seed, done, self.distributed.rank)
+        images, labels = (x.to(self.distributed.device) for x in batch)
+        self.sums += self.tuner.step(images, labels, finetuning_lr(self.settings, done // self.order.batches))
+
+    def lines(self, done: int) -> Iterator[Line]:
+        if done % self.order.batches:
+            return
+        epoch = done // self.order.batches
+        loss, right = (self.distributed.mean(self.sums) / self.order.batches).tolist()
+        self.sums.zero_()
+        self.loss = finite(loss, "finetuning", "finetune")
+        lr = finetuning_lr(self.settings, epoch - 1)
+        line = {"epoch": epoch, "lr": lr, "loss": loss, "train_top1_augmented": 100 * right}
+        if self.held is not None:
+            line["holdout_top1"] = self.tuner.accuracy(self.tuner.model, self.held, self.job.workers)
+            if line["holdout_top1"] > self.best["accuracy"]:
+                self.best = {"epoch": epoch, "accuracy": line["holdout_top1"]}
+                self.tuner.remember()
+        yield line
+
+    def evaluate(self) -> dict[str, float]:
+        """Final figures: of the last epoch's weights, of their average, of the best epoch's on the held-out part."""
+        tuner, workers = self.tuner, self.job.workers
+        test = load_split(self.job.manifest, "test")
+        metrics = {"test_top1": tuner.accuracy(tuner.model, test, workers), "loss": self.loss}
+        if tuner.ema is not None:
+            metrics["test_top1_ema"] = tuner.accuracy(tuner.ema.module, test, workers)
+        if self.held is not None:
+            metrics |= {"holdout_top1": self.best["accuracy"], "holdout_epoch": self.best["epoch"]}
+            metrics["test_top1_holdout_epoch"] = tuner.accuracy(tuner.remembered(), test, workers)
+        return metrics
+
+    def save(self, stage: StageRun) -> None:
+        """Stage the last epoch's model."""
+        settings, (mean, std) = self.job.settings, self.normalization
+        info = {"experiment": settings.experiment, "stage": "finetune", "digest": settings.digest,
+                "classes": list(self.manifest.classes), "mean": mean, "std": std}  # fmt: skip
+        save_encoder(self.tuner.model, settings.encoder, stage.staging("model.safetensors"), info)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tuner": self.tuner.state_dict(), "sums": self.sums, "loss": self.loss, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tuner.load_state_dict(state["tuner"])
+        self.sums.copy_(state["sums"])
+        self.loss, self.best = state["loss"], state["best"]
 
 
 class Finetuner:

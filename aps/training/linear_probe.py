@@ -1,13 +1,14 @@
 """Linear probe: linear classifiers on a frozen encoder, one for each learning rate, all trained in one pass.
 
-The encoder runs in eval mode and is by far the dearest part; every head reads the same features, so a sweep costs little
-more than one run. All learning rates are reported; the one in the headline is picked on a held-out part of train.
+The encoder runs in eval mode and takes nearly all of the time; every head reads the same features, so a sweep costs
+little more than one run. All learning rates are reported; the one in the headline is picked on a held-out part of train.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +19,15 @@ from torchvision.transforms.v2 import functional
 
 from aps.data.load import ArraySplit, FileSplit, load_split
 from aps.data.manifest import Manifest
-from aps.errors import Preempted
 from aps.models.heads import synchronize_batch_norm
 from aps.models.weights import load_encoder, save_tensors
-from aps.progress import Progress
 from aps.results import StageJob, StageRun
-from aps.runtime.checkpoint import Checkpoints
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
-from aps.runtime.signals import stop_requested
-from aps.runtime.trace import Trace
 from aps.settings.blocks import LinearProbeSettings, ViewSettings
 from aps.training.classify import accuracy
 from aps.training.features import normalize
+from aps.training.loop import Line, Loop
 from aps.training.order import IMAGE, VIEWS, KeyedLoader, Order, held_out, seeded
 from aps.training.schedule import cosine, scaled_lr
 from aps.views import crop_resize, draw_boxes
@@ -44,100 +41,105 @@ def run(job: StageJob) -> None:
         Preempted: asked to stop; the state is saved.
     """
     with processes() as distributed, StageRun(job) as stage:
-        _probe(job, stage, distributed)
+        learner, settings = Probing(job, distributed), job.settings.linear_probe
+        loop = Loop(
+            job, stage, distributed, learner.state_dict, learner.load_state_dict,
+            total=learner.total, images=settings.batch_size,
+        )  # fmt: skip
+        loop.train(learner, learner.order.batches)
+        metrics = learner.evaluate() | {"epochs": settings.epochs, "images_per_second": loop.rate}
+        if distributed.main:
+            save_tensors(learner.heads.state_dict(), stage.staging("heads.safetensors"))
+            stage.finish(metrics, headline="test_top1", precision=learner.precision.name)
 
 
-def _probe(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
-    settings, seed, size = job.settings.linear_probe, job.settings.seed, job.settings.encoder.image_size
-    device = distributed.device
-    manifest = Manifest.read(job.manifest)
-    normalization = manifest.normalization(job.settings.dataset.statistics)
-    train = load_split(job.manifest, "train", job.settings.dataset.train_limit)
-    rows, held_rows = held_out(len(train), settings.holdout, seed)
-    order = Order(rows, settings.batch_size, seed, distributed, "linear_probe")
-    crops = Crops(train, settings, size, seed, job.workers, distributed)
-    precision = Precision(settings.precision, device)
-    torch.manual_seed(seed)
-    encoder = load_encoder(job.encoder_spec, job.settings.encoder).to(device).eval().requires_grad_(False)
-    heads = Heads(encoder.embed_dim, len(manifest.classes), len(settings.lrs), settings.batch_norm).to(device)
-    if distributed.world > 1 and settings.batch_norm:
-        synchronize_batch_norm(heads)
-    forward: nn.Module = DistributedDataParallel(heads) if distributed.world > 1 else heads
-    peaks = [scaled_lr(lr, settings.batch_size, 256) for lr in settings.lrs]
-    optimizer = torch.optim.SGD(
-        [{"params": own.parameters(), "lr": lr, "peak": lr} for own, lr in zip(heads.heads, peaks, strict=True)],
-        momentum=settings.momentum,
-    )
+class Probing:
+    """Batches of features into steps of all heads, and an epoch's line."""
 
-    checkpoints = Checkpoints(job.checkpoints, job.checkpoint_minutes, writes=distributed.main)
-    done, total = 0, settings.epochs * order.batches
-    losses = torch.zeros(len(peaks), device=device)
-    if (state := checkpoints.load()) is not None:
-        done = state["step"]
-        heads.load_state_dict(state["heads"])
-        optimizer.load_state_dict(state["optimizer"])
-        losses.copy_(state["losses"])
-        stage.resume(done)
+    note = ""
 
-    def save() -> None:
-        checkpoints.save(done, {"heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses})
-        stage.save_clock()
+    def __init__(self, job: StageJob, distributed: Distributed) -> None:
+        self.job, self.distributed, self.settings = job, distributed, job.settings.linear_probe
+        settings, seed, device = self.settings, job.settings.seed, distributed.device
+        manifest = Manifest.read(job.manifest)
+        self.normalization = manifest.normalization(job.settings.dataset.statistics)
+        train = load_split(job.manifest, "train", job.settings.dataset.train_limit)
+        rows, held_rows = held_out(len(train), settings.holdout, seed)
+        self.held = train.select(held_rows)
+        self.order = Order(rows, settings.batch_size, seed, distributed, "linear_probe")
+        self.crops = Crops(train, settings, job.settings.encoder.image_size, seed, job.workers, distributed)
+        self.precision = Precision(settings.precision, device)
+        torch.manual_seed(seed)
+        self.encoder = load_encoder(job.encoder_spec, job.settings.encoder).to(device).eval().requires_grad_(False)
+        count = len(settings.lrs)
+        self.heads = Heads(self.encoder.embed_dim, len(manifest.classes), count, settings.batch_norm).to(device)
+        if distributed.world > 1 and settings.batch_norm:
+            synchronize_batch_norm(self.heads)
+        self._forward: nn.Module = DistributedDataParallel(self.heads) if distributed.world > 1 else self.heads
+        peaks = [scaled_lr(lr, settings.batch_size, 256) for lr in settings.lrs]
+        self.optimizer = torch.optim.SGD(
+            [
+                {"params": own.parameters(), "lr": lr, "peak": lr}
+                for own, lr in zip(self.heads.heads, peaks, strict=True)
+            ],
+            momentum=settings.momentum,
+        )
+        self.losses = torch.zeros(count, device=device)  # of this epoch, summed over its batches
+        self.total = settings.epochs * self.order.batches
 
-    with (
-        Progress(job.label, total, "batches", done, shown=distributed.main) as progress,
-        Trace(job.profile, distributed.device, distributed.main) as trace,
-    ):
-        while done < total:
-            epoch, first = divmod(done, order.batches)
-            for images, labels in crops.epoch(epoch, order.epoch(epoch), first):
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * cosine(done / total)
-                with torch.no_grad(), precision.autocast():
-                    features = encoder(normalize(images, normalization)).float()
-                logits = forward(features)  # (heads, B, classes)
-                each = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
-                each = each.view(len(logits), -1).mean(1)
-                each.sum().backward()  # the heads share nothing, so each gets its own gradient
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                losses += each.detach()
-                done += 1
-                progress.update(1, settings.batch_size)
-                if done % order.batches == 0:  # before any save: a checkpoint of this moment has the epoch behind it
-                    means = (distributed.mean(losses) / order.batches).tolist()
-                    losses.zero_()
-                    named = {
-                        f"loss_lr{lr:g}": value
-                        for lr, value in zip(settings.lrs, means, strict=True)
-                        if math.isfinite(value)
-                    }
-                    stage.log(done, epoch=epoch + 1, **named)
-                trace.batch_done()
-                if stop_requested(distributed):
-                    save()
-                    raise Preempted(f"{job.label} after {done} of {total} batches; run it again to go on")
-                if checkpoints.due():
-                    save()
-    save()
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.crops.epoch(epoch, self.order.epoch(epoch), first)
 
-    heads.eval()
+    def step(self, batch: tuple[Tensor, Tensor], done: int) -> None:
+        images, labels = batch
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * cosine(done / self.total)
+        with torch.no_grad(), self.precision.autocast():
+            features = self.encoder(normalize(images, self.normalization)).float()
+        logits = self._forward(features)  # (heads, B, classes)
+        each = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
+        each = each.view(len(logits), -1).mean(1)
+        each.sum().backward()  # the heads share nothing, so each gets its own gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses += each.detach()
 
-    def classify(x: Tensor) -> Tensor:
-        return heads(encoder(x).float())
+    def lines(self, done: int) -> Iterator[Line]:
+        if done % self.order.batches:
+            return
+        means = (self.distributed.mean(self.losses) / self.order.batches).tolist()
+        self.losses.zero_()
+        named = {f"loss_lr{lr:g}": value for lr, value in zip(self.settings.lrs, means, strict=True)}
+        finite = {name: value for name, value in named.items() if math.isfinite(value)}
+        yield {"epoch": done // self.order.batches, **finite}
 
-    held, test = train.select(held_rows), load_split(job.manifest, "test")
-    on_held, on_test = (
-        accuracy(classify, split, size, normalization, distributed, precision, job.workers).tolist()
-        for split in (held, test)
-    )
-    pick = max(range(len(peaks)), key=lambda i: on_held[i])
-    metrics = {"test_top1": on_test[pick], "holdout_top1": on_held[pick], "lr": settings.lrs[pick]}
-    for lr, held_top1, test_top1 in zip(settings.lrs, on_held, on_test, strict=True):
-        metrics |= {f"holdout_top1_lr{lr:g}": held_top1, f"test_top1_lr{lr:g}": test_top1}
-    metrics |= {"epochs": settings.epochs, "images_per_second": progress.rate}
-    if distributed.main:
-        save_tensors(heads.state_dict(), stage.staging("heads.safetensors"))
-        stage.finish(metrics, headline="test_top1", precision=precision.name)
+    def evaluate(self) -> dict[str, float]:
+        """Accuracies of every head on test and on the held-out part of train, on which the headline's is picked."""
+        self.heads.eval()
+
+        def classify(x: Tensor) -> Tensor:
+            return self.heads(self.encoder(x).float())
+
+        size, lrs = self.job.settings.encoder.image_size, self.settings.lrs
+        on_held, on_test = (
+            accuracy(
+                classify, split, size, self.normalization, self.distributed, self.precision, self.job.workers
+            ).tolist()
+            for split in (self.held, load_split(self.job.manifest, "test"))
+        )
+        pick = max(range(len(lrs)), key=lambda i: on_held[i])
+        metrics = {"test_top1": on_test[pick], "holdout_top1": on_held[pick], "lr": lrs[pick]}
+        for lr, held_top1, test_top1 in zip(lrs, on_held, on_test, strict=True):
+            metrics |= {f"holdout_top1_lr{lr:g}": held_top1, f"test_top1_lr{lr:g}": test_top1}
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict(), "losses": self.losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.heads.load_state_dict(state["heads"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses.copy_(state["losses"])
 
 
 class Heads(nn.Module):

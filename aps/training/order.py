@@ -20,14 +20,14 @@ from aps.runtime.processes import Distributed
 ORDER, VIEWS, SAMPLING, STEP, IMAGE, HOLDOUT = range(6)
 
 
-def number(seed: int, stream: int, *position: int) -> int:
+def seed_of(seed: int, stream: int, *position: int) -> int:
     """A 63-bit seed for one place of a run."""
     return int(np.random.SeedSequence((seed, stream, *position)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def seeded(seed: int, stream: int, *position: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator for one place of a run."""
-    return torch.Generator(device).manual_seed(number(seed, stream, *position))
+    return torch.Generator(device).manual_seed(seed_of(seed, stream, *position))
 
 
 class Order:

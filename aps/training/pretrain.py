@@ -1,16 +1,14 @@
-"""Pretraining by asymmetric patch sampling (arXiv 2306.02854; method.md's Views, Sampling, Loss).
+"""Pretraining by any method of `aps.methods`: what all of them share, from the views to the files.
 
-One loaded batch gives T sequential optimizer steps: the same two views, another subset of patches each time. There is
-no momentum encoder, so a step is one forward and one backward of the kept patches.
-
-A run can be killed anywhere: it goes on from its last checkpoint with the same batches, views, samplings and learning
-rates, on any number of processes that divides the batch.
+The method says what is its own; its file reads from top to bottom. A run can be killed anywhere: it goes on from its
+last checkpoint with the same batches, views, draws and learning rates, on any number of processes that divides the batch.
 """
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,25 +17,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from aps.data.load import load_split
 from aps.data.manifest import Manifest
-from aps.errors import Preempted, UserError
-from aps.models.encoder import build_encoder
+from aps.errors import UserError
+from aps.methods import Method, Sampled
+from aps.models.encoder import Encoder, build_encoder
 from aps.models.heads import synchronize_batch_norm
-from aps.models.model import APS, build_heads
 from aps.models.weights import save_encoder, save_tensors
-from aps.progress import Progress
+from aps.registry import METHODS
 from aps.results import StageJob, StageRun
-from aps.runtime.checkpoint import Checkpoints
 from aps.runtime.compiling import compile_module
 from aps.runtime.memory import keep_memory
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
-from aps.runtime.signals import stop_requested
-from aps.runtime.trace import Trace
-from aps.sampling import sample
+from aps.sampling import global_noise
+from aps.training.batches import Batch, Batches
 from aps.training.knn import monitor
-from aps.training.loss import contrastive_loss
-from aps.training.order import SAMPLING, seeded
-from aps.training.pairs import Pairs
+from aps.training.loop import Line, Loop, finite
+from aps.training.order import SAMPLING, STEP, seed_of, seeded
 from aps.training.schedule import pretraining_lr
 
 LOG_BATCHES = 50  # batches between two log lines, within an epoch
@@ -51,139 +46,212 @@ def run(job: StageJob) -> None:
         Preempted: asked to stop; the state is saved.
     """
     with processes() as distributed, StageRun(job) as stage:
-        _pretrain(job, stage, distributed)
+        learner = Pretraining(job, distributed)
+        settings, epoch = job.settings.pretrain, learner.data.batches
+        loop = Loop(
+            job, stage, distributed, learner.state_dict, learner.load_state_dict,
+            total=settings.epochs * epoch, images=settings.batch_size, steps=learner.trainer.method.steps,
+        )  # fmt: skip
+        loop.train(learner, epoch)
+        if distributed.main:
+            learner.save(stage)
+            metrics = {**learner.meter.last, "images_per_second": loop.rate, "epochs": settings.epochs}
+            stage.finish(metrics, precision=learner.trainer.precision.name)
 
 
-def _pretrain(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
-    settings, seed = job.settings.pretrain, job.settings.seed
-    sampling, grid, samplings = job.settings.sampling, job.settings.encoder.grid, job.settings.sampling.samplings
-    normalization = Manifest.read(job.manifest).normalization(job.settings.dataset.statistics)
-    split = load_split(job.manifest, "train", job.settings.dataset.train_limit)
-    pairs = Pairs(
-        split, job.settings.views, job.settings.encoder.image_size, settings.batch_size, normalization, seed, distributed,
-        job.workers,
-    )  # fmt: skip
-    trainer = Trainer(job, distributed)
-    meter = Meter(distributed)
-    checkpoints = Checkpoints(job.checkpoints, job.checkpoint_minutes, writes=distributed.main)
-    total, done = settings.epochs * pairs.batches, 0  # batches
-    if (state := checkpoints.load()) is not None:
-        done = state["step"]
-        trainer.load_state_dict(state["trainer"])
-        meter.load_state_dict(state["meter"])
-        stage.resume(done * samplings)
+class Pretraining:
+    """Batches of views into steps, and what is logged of them."""
 
-    def save() -> None:
-        checkpoints.save(done, {"trainer": trainer.state_dict(), "meter": meter.state_dict()})
-        stage.save_clock()
+    def __init__(self, job: StageJob, distributed: Distributed) -> None:
+        self.job, self.distributed, self.settings = job, distributed, job.settings.pretrain
+        method = build_method(job)
+        self.normalization = Manifest.read(job.manifest).normalization(job.settings.dataset.statistics)
+        self.split = load_split(job.manifest, "train", job.settings.dataset.train_limit)
+        self.data = Batches(
+            self.split, method.views(), self.settings.batch_size, self.normalization, job.settings.seed, distributed,
+            job.workers,
+        )  # fmt: skip
+        self.trainer = Trainer(job, distributed, method)
+        self.meter = Meter(distributed)
 
-    with (
-        Progress(job.label, total, "batches", done, shown=distributed.main) as progress,
-        Trace(job.profile, distributed.device, distributed.main) as trace,
-    ):
-        while done < total:
-            epoch, first = divmod(done, pairs.batches)
-            batches = pairs.epoch(epoch, first)
-            while (pair := meter.fetch(batches)) is not None:
-                generator = seeded(seed, SAMPLING, epoch, done, device=distributed.device)
-                kept = sample(
-                    sampling, grid, pair.geometry1, pair.geometry2, generator, distributed.rank, distributed.world
-                )
-                for t in range(samplings):
-                    lr = pretraining_lr(settings, done * samplings + t, pairs.batches * samplings)
-                    meter.add(*trainer.step(pair.view1, pair.view2, kept.view1[t], kept.view2[t], lr))
-                done += 1
-                progress.update(1, settings.batch_size, meter.note)
-                if done % pairs.batches == 0 or (done % pairs.batches) % LOG_BATCHES == 0:
-                    stage.log(done * samplings, epoch=done / pairs.batches, lr=lr, **meter.read(settings.batch_size))
-                if settings.knn_every and done % (settings.knn_every * pairs.batches) == 0:
-                    stage.log(done * samplings, **monitor(trainer.model.encoder, split, normalization, distributed))
-                trace.batch_done()
-                if stop_requested(distributed):
-                    save()
-                    raise Preempted(f"{job.label} after {done} of {total} batches; run it again to go on")
-                if checkpoints.due():
-                    save()
-    save()
-    _finish(job, stage, trainer, meter, distributed, progress.rate)
+    @property
+    def note(self) -> str:
+        return self.meter.note
+
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        batches = self.data.epoch(epoch, first)
+        while (batch := self.meter.fetch(batches)) is not None:
+            yield batch
+
+    def step(self, batch: Batch, done: int) -> None:
+        seed, distributed, per_epoch = self.job.settings.seed, self.distributed, self.data.batches
+        steps = self.trainer.method.steps
+        generator = seeded(seed, SAMPLING, done // per_epoch, done, device=distributed.device)
+        noise = global_noise(len(batch.views[0]), distributed.device, generator, distributed.rank, distributed.world)
+        sampled = self.trainer.method.sample(batch.geometries, noise)
+        for step, drawn in zip(range(done * steps, (done + 1) * steps), sampled, strict=True):
+            torch.manual_seed(seed_of(seed, STEP, step, distributed.rank))  # of drop path and its like
+            self.lr = pretraining_lr(self.settings, step, per_epoch * steps)
+            progress = step / (self.settings.epochs * per_epoch * steps)
+            self.meter.add(self.trainer.step(batch.views, drawn, self.lr, progress))
+
+    def lines(self, done: int) -> Iterator[Line]:
+        per_epoch, every = self.data.batches, self.settings.knn_every
+        if done % per_epoch == 0 or (done % per_epoch) % LOG_BATCHES == 0:
+            yield {"epoch": done / per_epoch, "lr": self.lr, **self.meter.read()}
+        if every and done % (every * per_epoch) == 0:
+            yield monitor(self.trainer.encoder, self.split, self.normalization, self.distributed)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"trainer": self.trainer.state_dict(), "meter": self.meter.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trainer.load_state_dict(state["trainer"])
+        self.meter.load_state_dict(state["meter"])
+
+    def save(self, stage: StageRun) -> None:
+        """Stage the files: the encoder that is evaluated, and all that is left of the networks beside it."""
+        settings, (mean, std) = self.job.settings, self.normalization
+        info = {"experiment": settings.experiment, "stage": "pretrain", "digest": settings.digest, "mean": mean, "std": std}  # fmt: skip
+        save_encoder(self.trainer.encoder, settings.encoder, stage.staging("encoder.safetensors"), info)
+        encoder, networks = f"{self.trainer.method.evaluated}.", self.trainer.networks.state_dict()
+        heads = {name: value for name, value in networks.items() if not name.startswith(encoder)}
+        save_tensors(heads, stage.staging("heads.safetensors"))
+
+
+def build_method(job: StageJob) -> Method:
+    """The method that the settings name."""
+    method: Method = METHODS.load(job.settings.pretrain.method)(job.settings)
+    return method
 
 
 class Trainer:
-    """Model, optimizer and precision: everything that one optimizer step touches."""
+    """Networks, optimizer and precision: everything that one optimizer step touches."""
 
-    def __init__(self, job: StageJob, distributed: Distributed) -> None:
-        self.settings = job.settings.pretrain
+    def __init__(self, job: StageJob, distributed: Distributed, method: Method | None = None) -> None:
+        self.method = method or build_method(job)
+        self.settings, self.device = job.settings.pretrain, distributed.device
         own = self.settings.batch_size // distributed.world
         if own % self.settings.accumulate:
             raise UserError(
                 f"pretrain.accumulate {self.settings.accumulate} does not divide the {own} images of a process "
                 "(pretrain.batch_size over the processes); change either"
             )
-        if distributed.device.type == "cpu":
+        if self.device.type == "cpu":
             keep_memory()
         torch.manual_seed(job.settings.seed)
-        encoder = build_encoder(job.settings.encoder)
+        encoder = build_encoder(job.settings.encoder, self.method.drop_path)
         encoder.set_grad_checkpointing(self.settings.activation_checkpointing)
-        self.model = APS(encoder, *build_heads(encoder.embed_dim, self.settings)).to(distributed.device).train()
+        self.networks = self.method.networks(encoder).to(self.device).train()
+        groups: list[Any] = list(self.method.parameters(self.networks))
+        groups = groups if isinstance(groups[0], dict) else [{"params": groups}]
+        self._scheduled = ["weight_decay" not in group for group in groups]
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), betas=self.settings.betas, weight_decay=self.settings.weight_decay, fused=True
+            groups, betas=self.settings.betas, weight_decay=self.settings.weight_decay, fused=True
         )
-        self.precision = Precision(self.settings.precision, distributed.device)
-        self._forward: nn.Module = self.model
+        self.precision = Precision(self.settings.precision, self.device)
+        self._forward: nn.Module = Forward(self.method, self.networks)
         if distributed.world > 1:
-            synchronize_batch_norm(self.model)
-            self._forward = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            synchronize_batch_norm(self.networks)
+            self._forward = DistributedDataParallel(self._forward, gradient_as_bucket_view=True)
         if self.settings.compile:
-            self._forward = compile_module(self._forward, "pretrain.compile", distributed.device)
+            self._forward = compile_module(self._forward, "pretrain.compile", self.device)
 
-    def step(self, view1: Tensor, view2: Tensor, kept1: Tensor, kept2: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """One optimizer step on one sampling. Views (B, 3, S, S), kept (B, n) -> loss, mean positive cosine, on the device.
+    @property
+    def encoder(self) -> Encoder:
+        """The one that is evaluated and saved."""
+        return self.networks[self.method.evaluated]  # type: ignore[return-value]
 
-        With `accumulate` the batch is cut into that many parts, each with its own negatives and BatchNorm statistics.
+    def step(self, views: tuple[Tensor, ...], sampled: Sampled, lr: float, progress: float = 0.0) -> dict[str, Tensor]:
+        """One optimizer step. Views (B, 3, S, S), what was sampled (B, ...) -> the loss and the method's figures.
+
+        They are on the device and have no gradient. With `accumulate` the batch is cut into that many parts, each with
+        its own negatives and BatchNorm statistics.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        decay = self.method.weight_decay(progress)
+        for group, scheduled in zip(self.optimizer.param_groups, self._scheduled, strict=True):
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+            if scheduled:
+                group["weight_decay"] = decay
         parts = self.settings.accumulate
-        loss_sum = cosine_sum = torch.zeros((), device=view1.device)
-        chunks = zip(*(x.chunk(parts) for x in (view1, view2, kept1, kept2)), strict=True)
-        for part, (v1, v2, k1, k2) in enumerate(chunks, 1):
+        sums: dict[str, Tensor] = {}
+        chunks = zip(*(x.chunk(parts) for x in (*views, *sampled)), strict=True)
+        for part, tensors in enumerate(chunks, 1):
             with self._sync_gradients(part == parts):
                 with self.precision.autocast():
-                    p1, z1, p2, z2 = self._forward(v1, v2, k1, k2)
-                loss, cosine = contrastive_loss(p1, z1, p2, z2, self.settings.temperature)
+                    outputs = self._forward(tensors[: len(views)], tensors[len(views) :])
+                loss, figures = self.method.loss(map_tensors(at_least_float32, outputs), progress)
                 self.precision.scaler.scale(loss / parts).backward()
-            loss_sum, cosine_sum = loss_sum + loss.detach() / parts, cosine_sum + cosine / parts
+            for name, value in ({"loss": loss.detach()} | figures).items():
+                sums[name] = sums.get(name, 0.0) + value / parts
+        self._update(progress)
+        return sums
+
+    @torch.no_grad()
+    def _update(self, progress: float) -> None:
+        if type(self.method).before_step is not Method.before_step:
+            self.precision.scaler.unscale_(self.optimizer)
+            self.method.before_step(self.networks, progress)
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss_sum, cosine_sum
+        self.method.after_step(self.networks, progress)
 
-    def _sync_gradients(self, last: bool) -> Any:
+    def _sync_gradients(self, last: bool) -> AbstractContextManager[Any]:
         """Processes exchange gradients with the last part only."""
-        from contextlib import nullcontext
-
         forward = getattr(self._forward, "_orig_mod", self._forward)
         return forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "model": self.model.state_dict(),
+            "networks": self.networks.state_dict(),
+            "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        self.networks.load_state_dict(state["networks"])
+        self.method.load_state_dict(map_tensors(lambda x: x.to(self.device), state["method"]))
         self.optimizer.load_state_dict(state["optimizer"])
         self.precision.scaler.load_state_dict(state["scaler"])
 
 
+class Forward(nn.Module):
+    """A method's forward as the module that is compiled and wrapped by DistributedDataParallel."""
+
+    def __init__(self, method: Method, networks: nn.ModuleDict) -> None:
+        super().__init__()
+        self.method, self.networks = method, networks
+
+    def forward(self, views: tuple[Tensor, ...], sampled: Sampled) -> Any:
+        return self.method.forward(self.networks, views, sampled)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """`tree` with `function` of every tensor in it: tuples, lists and dictionaries; anything else as it is."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a NamedTuple
+        return type(tree)(*(map_tensors(function, value) for value in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_tensors(function, value) for value in tree)
+    return tree
+
+
 class Meter:
-    """Sums on the device, read (and synchronized) only to log: loss, positive cosine, speed, share of waiting for input."""
+    """Sums on the device, read (and synchronized) only to log: loss and figures, speed, share of waiting for input."""
 
     def __init__(self, distributed: Distributed) -> None:
         self.distributed = distributed
-        self.sums = torch.zeros(2, device=distributed.device)
+        self.names: list[str] = []
+        self.sums = torch.zeros(0, device=distributed.device)
         self.steps = 0
         self.waited = 0.0
         self.note = ""
@@ -191,72 +259,50 @@ class Meter:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.last: dict[str, float] = {}
 
-    def fetch(self, batches: Any) -> Any:
+    def fetch(self, batches: Iterator[Batch]) -> Batch | None:
         """The next batch, or None at the end of the epoch, counting the time that training waits for it."""
-        if (
-            self.distributed.device.type == "cuda"
-        ):  # on the device's clock: from the last step's end to the batch being there
+        if self.distributed.device.type == "cuda":
+            # On the device's clock: from the last step's end to the batch being there.
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before.record()
-            pair = next(batches, None)
+            batch = next(batches, None)
             after.record()
             self._events.append((before, after))
-            return pair
+            return batch
         before_cpu = time.perf_counter()
-        pair = next(batches, None)
+        batch = next(batches, None)
         self.waited += time.perf_counter() - before_cpu
-        return pair
+        return batch
 
-    def add(self, loss: Tensor, cosine: Tensor) -> None:
-        self.sums += torch.stack([loss, cosine])
+    def add(self, figures: dict[str, Tensor]) -> None:
+        """figures: the same names every time, scalars on the device."""
+        if not self.steps:
+            self.names = list(figures)
+            self.sums = torch.zeros(len(figures), device=self.distributed.device)
+        self.sums += torch.stack([figures[name].float() for name in self.names])
         self.steps += 1
 
-    def read(self, batch_size: int) -> dict[str, float]:
+    def read(self) -> dict[str, float]:
         """Means since the last reading; the only host synchronization of the loop.
 
         Raises:
             UserError: the loss is not finite.
         """
-        loss, cosine = (self.distributed.mean(self.sums) / self.steps).tolist()
-        if not math.isfinite(loss):
-            raise UserError(f"the pretraining loss became {loss}; lower pretrain.lr, or set pretrain.precision: fp32")
+        means = dict(zip(self.names, (self.distributed.mean(self.sums) / self.steps).tolist(), strict=True))
+        finite(means["loss"], "pretraining", "pretrain")
         now = time.perf_counter()
         if self._events:
             torch.cuda.synchronize()
             self.waited = sum(a.elapsed_time(b) for a, b in self._events) / 1000
         seconds = max(1e-9, now - self._mark)
-        values = {
-            "loss": loss,
-            "positive_cosine": cosine,
-            "step_ms": 1000 * seconds / self.steps,
-            "input_share": self.waited / seconds,
-        }
-        self.note = f"loss {loss:.3f}"
-        self.sums.zero_()
+        self.last = {**means, "step_ms": 1000 * seconds / self.steps, "input_share": self.waited / seconds}
+        self.note = f"loss {means['loss']:.3f}"
         self.steps, self.waited, self._events, self._mark = 0, 0.0, [], now
-        self.last = values
-        return values
+        return self.last
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "steps": self.steps, "last": self.last}
+        return {"names": self.names, "sums": self.sums, "steps": self.steps, "last": self.last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums.copy_(state["sums"])
+        self.names, self.sums = state["names"], state["sums"].to(self.distributed.device)
         self.steps, self.last = state["steps"], state["last"]
-
-
-def _finish(
-    job: StageJob, stage: StageRun, trainer: Trainer, meter: Meter, distributed: Distributed, rate: float
-) -> None:
-    if not distributed.main:
-        return
-    settings = job.settings
-    mean, std = Manifest.read(job.manifest).normalization(settings.dataset.statistics)
-    info = {"experiment": settings.experiment, "stage": "pretrain", "digest": settings.digest, "mean": mean, "std": std}
-    save_encoder(trainer.model.encoder, settings.encoder, stage.staging("encoder.safetensors"), info)
-    heads = {k: v for k, v in trainer.model.state_dict().items() if not k.startswith("encoder.")}
-    save_tensors(heads, stage.staging("heads.safetensors"))
-    stage.finish(
-        {**meter.last, "images_per_second": rate, "epochs": settings.pretrain.epochs},
-        precision=trainer.precision.name,
-    )

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from aps.errors import UserError
-from aps.methods.aps import APS as METHOD
 from aps.models.encoder import Encoder, build_encoder
-from aps.models.model import APS, build_heads
 from aps.models.transfer import export_timm, import_weights
 from aps.models.weights import load_encoder, read_info, save_encoder, save_tensors
 from aps.settings.blocks import EncoderSettings
@@ -24,12 +23,12 @@ SETTINGS = EncoderSettings(image_size=32, patch_size=8, dim=128, depth=2, heads=
 
 
 @pytest.fixture
-def model() -> APS:
+def model() -> nn.ModuleDict:
     torch.manual_seed(0)
     encoder = build_encoder(SETTINGS)
     for p in encoder.parameters():  # zeros and ones would not show an exchange of two names
         torch.nn.init.normal_(p, std=0.1)
-    return APS(encoder, *build_heads(128, METHOD.Settings())).eval()
+    return small.pretraining(encoder).networks.eval()
 
 
 @pytest.fixture
@@ -55,13 +54,13 @@ def encoder_in_release_layout(encoder: Encoder, prefix: str) -> dict[str, Tensor
     return {prefix + name: x.detach().clone() for name, x in state.items()}
 
 
-def pretrained(model: APS) -> dict[str, Tensor]:
+def pretrained(model: nn.ModuleDict) -> dict[str, Tensor]:
     state = encoder_in_release_layout(model.encoder, "base_encoder.")
     state |= {f"base_encoder.fc.{name}": x for name, x in model.projector.state_dict().items()}
     return state | {f"predictor.{name}": x for name, x in model.predictor.state_dict().items()}
 
 
-def finetuned(model: APS) -> dict[str, Tensor]:
+def finetuned(model: nn.ModuleDict) -> dict[str, Tensor]:
     state = encoder_in_release_layout(model.encoder, "")
     return state | {f"fc.{name}": x for name, x in model.encoder.get_classifier().state_dict().items()}
 
@@ -82,7 +81,7 @@ def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ids=["bare", "state_dict", "model", "module.", "state_dict of module."],
 )
 def test_a_released_pretraining_checkpoint_gives_the_same_features(
-    model: APS, images: Tensor, tmp_path: Path, wrap: Any
+    model: nn.ModuleDict, images: Tensor, tmp_path: Path, wrap: Any
 ) -> None:
     torch.save(wrap(pretrained(model)), tmp_path / "release.pth")
     files = import_weights(tmp_path / "release.pth", tmp_path / "out")
@@ -95,7 +94,7 @@ def test_a_released_pretraining_checkpoint_gives_the_same_features(
     assert read_info(files[0])["mean"] == [0.4914, 0.4822, 0.4465]
 
 
-def test_a_finetuned_state_dict_comes_with_its_classifier(model: APS, images: Tensor, tmp_path: Path) -> None:
+def test_a_finetuned_state_dict_comes_with_its_classifier(model: nn.ModuleDict, images: Tensor, tmp_path: Path) -> None:
     model.encoder.reset_classifier(10)
     torch.save(finetuned(model), tmp_path / "finetuned.pth")
     (file,) = import_weights(tmp_path / "finetuned.pth", tmp_path / "out")
@@ -112,7 +111,7 @@ def test_sizes_of_the_release_are_read_off_the_shapes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     settings = EncoderSettings(arch="tiny", image_size=32, patch_size=2, depth=1)
     encoder = build_encoder(settings)
-    torch.save(pretrained(APS(encoder, *build_heads(192, METHOD.Settings()))), tmp_path / "release.pth")
+    torch.save(pretrained(small.pretraining(encoder).networks), tmp_path / "release.pth")
     file, _ = import_weights(tmp_path / "release.pth", tmp_path)
     load_encoder(file, settings)  # 3 heads, 256 cells, eps 1e-5: refused if they differed
 
@@ -141,7 +140,7 @@ def test_sizes_of_the_release_are_read_off_the_shapes(tmp_path: Path) -> None:
     ],
 )
 def test_every_name_is_accounted_for_and_nothing_is_written_in_part(
-    model: APS, tmp_path: Path, change: Any, message: str
+    model: nn.ModuleDict, tmp_path: Path, change: Any, message: str
 ) -> None:
     state = pretrained(model)
     change(state)
@@ -161,7 +160,7 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_a_whole_pickled_module_is_refused_with_the_way_out(model: APS, tmp_path: Path) -> None:
+def test_a_whole_pickled_module_is_refused_with_the_way_out(model: nn.ModuleDict, tmp_path: Path) -> None:
     torch.save(model.encoder, tmp_path / "whole.pth")
     with pytest.raises(UserError) as error:
         import_weights(tmp_path / "whole.pth", tmp_path)
@@ -207,7 +206,7 @@ def test_other_files_are_one_sentence(tmp_path: Path, content: Any, message: str
 def test_a_width_that_does_not_tell_its_heads_needs_them_said(tmp_path: Path) -> None:
     torch.manual_seed(0)
     encoder = build_encoder(EncoderSettings(arch="micro", image_size=32, patch_size=8, depth=1))
-    torch.save(pretrained(APS(encoder, *build_heads(96, METHOD.Settings()))), tmp_path / "x.pth")
+    torch.save(pretrained(small.pretraining(encoder).networks), tmp_path / "x.pth")
     with pytest.raises(UserError, match="give --attention-heads"):
         import_weights(tmp_path / "x.pth", tmp_path)
     import_weights(tmp_path / "x.pth", tmp_path, heads=3)
@@ -237,7 +236,7 @@ def test_the_printed_python_gives_a_timm_model_with_the_same_features(
     model.load_state_dict(load_file(tmp_path / "timm.safetensors"), strict=True)
 
 
-def test_a_finetuned_model_exports_with_its_head(model: APS, images: Tensor, tmp_path: Path) -> None:
+def test_a_finetuned_model_exports_with_its_head(model: nn.ModuleDict, images: Tensor, tmp_path: Path) -> None:
     model.encoder.reset_classifier(7)
     torch.nn.init.normal_(model.encoder.head.weight)
     save_encoder(model.encoder, SETTINGS, tmp_path / "model.safetensors")
@@ -246,7 +245,7 @@ def test_a_finetuned_model_exports_with_its_head(model: APS, images: Tensor, tmp
     torch.testing.assert_close(exported(images), model.encoder(images), rtol=1e-5, atol=1e-5)
 
 
-def test_export_loads_strictly(model: APS, tmp_path: Path) -> None:
+def test_export_loads_strictly(model: nn.ModuleDict, tmp_path: Path) -> None:
     """The printed Python must fail on a file that lacks a tensor, or 'loads strictly' would mean nothing."""
     save_encoder(model.encoder, SETTINGS, tmp_path / "encoder.safetensors")
     snippet = export_timm(tmp_path / "encoder.safetensors", tmp_path / "timm.safetensors")
@@ -257,13 +256,13 @@ def test_export_loads_strictly(model: APS, tmp_path: Path) -> None:
         run(snippet)
 
 
-def test_files_of_other_software_are_not_exported(model: APS, tmp_path: Path) -> None:
+def test_files_of_other_software_are_not_exported(model: nn.ModuleDict, tmp_path: Path) -> None:
     save_tensors(model.encoder.state_dict(), tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="no encoder settings"):
         export_timm(tmp_path / "x.safetensors", tmp_path / "y.safetensors")
 
 
-def test_what_was_imported_exports(model: APS, images: Tensor, tmp_path: Path) -> None:
+def test_what_was_imported_exports(model: nn.ModuleDict, images: Tensor, tmp_path: Path) -> None:
     torch.save(pretrained(model), tmp_path / "release.pth")
     encoder, _ = import_weights(tmp_path / "release.pth", tmp_path)
     exported = run(export_timm(encoder, tmp_path / "timm.safetensors"))

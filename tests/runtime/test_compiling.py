@@ -44,10 +44,14 @@ def step(digits: Path, folder: Path, compiled: bool) -> tuple[float, float, dict
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(32, 3, 16, 16, generator=generator) for _ in range(2)]
     kept = [torch.rand(32, 16, generator=generator).argsort(1)[:, :4] for _ in range(2)]
-    loss, cosine = trainer.step(*views, *kept, lr=1e-3)
-    names = [name for name, _ in trainer.model.named_parameters()]
+    found = trainer.step(tuple(views), tuple(kept), lr=1e-3)
+    names = [name for name, _ in trainer.networks.named_parameters()]
     moments = trainer.optimizer.state_dict()["state"]
-    return float(loss), float(cosine), {name: moments[i]["exp_avg"] for i, name in enumerate(names)}
+    return (
+        float(found["loss"]),
+        float(found["positive_cosine"]),
+        {name: moments[i]["exp_avg"] for i, name in enumerate(names)},
+    )
 
 
 @compiles

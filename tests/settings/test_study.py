@@ -17,13 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aps.errors import UserError
-from aps.settings.base import Section
-from aps.settings.blocks import ResourceSettings, SourceSettings
-from aps.settings.reading import load_study, parse_overrides
-from aps.settings.reading import _read
+from aps.settings.blocks import ResourceSettings
+from aps.settings.reading import _read, load_study, parse_overrides
 from aps.settings.reference import markdown, schema, tables
-from aps.settings.study import blocks_of
-from aps.settings.study import ExperimentSettings, StageSettings, Study, StudySettings
+from aps.settings.study import ExperimentSettings, StageSettings, Study, blocks_of
 from aps.stages import STAGES
 
 # Every key of a study in use, with values that are all allowed and none of them a default.
@@ -590,6 +587,7 @@ def test_settings_cannot_be_changed_after_loading() -> None:
 # --------------------------------------------------------------------------------------------------
 # config/README.md.
 
+
 def test_the_reference_for_users_is_made_of_the_settings() -> None:
     """`make reference` makes it again."""
     assert markdown() in (Path(__file__).parents[2] / "config" / "README.md").read_text()
@@ -600,7 +598,9 @@ def test_every_setting_is_described() -> None:
     assert not [row[0] for rows in tables().values() for row in rows if not row[3]]
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "config").glob("*.yaml")), ids=lambda file: file.name)
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "config").glob("*.yaml")), ids=lambda file: file.name
+)
 def test_the_schema_takes_every_study_of_the_project_and_refuses_a_misspelt_key(file: Path) -> None:
     if file.name == "published.yaml":
         return

@@ -12,28 +12,21 @@ import torch
 from torch import Tensor
 
 from aps.errors import Preempted
-from aps.layout import checkpoint_folder
-from aps.methods.aps import APS as METHOD
-from aps.models.encoder import build_encoder
+from aps.methods.aps import APS
+from aps.models.encoder import Encoder, build_encoder
 from aps.models.weights import save_encoder
-from aps.results import StageJob
+from aps.results import StageJob, checkpoint_folder
 from aps.runtime.processes import Distributed
-from aps.settings.blocks import (
-    DatasetSettings,
-    EncoderSettings,
-    FinetuneSettings,
-    KnnSettings,
-    LinearProbeSettings,
-)
+from aps.settings.blocks import DatasetSettings, EncoderSettings, FinetuneSettings, KnnSettings, LinearProbeSettings
 from aps.settings.study import StageSettings
+from aps.training import loop
+from aps.training.pretrain import Forward
 
 ONE = Distributed(0, 1, torch.device("cpu"))
 ENCODER = EncoderSettings(arch="micro", dim=24, depth=2, image_size=16, patch_size=4)  # N = 16
 STAGES: dict[str, dict[str, Any]] = {  # 100 images: batches of 32 leave 4 over, and 90 leave 26
     "pretrain": {
-        "pretrain": METHOD.Settings(
-            epochs=2, batch_size=32, warmup_epochs=1, projector=(16, 16, 8), predictor=(16, 16, 8)
-        )
+        "pretrain": APS.Settings(epochs=2, batch_size=32, warmup_epochs=1, projector=(16, 16, 8), predictor=(16, 16, 8))
     },
     "finetune": {"finetune": FinetuneSettings(epochs=3, batch_size=32, warmup_epochs=1, ema=0.9, holdout=0.1)},
     "linear_probe": {"linear_probe": LinearProbeSettings(epochs=2, batch_size=32, lrs=(0.1, 2.0))},
@@ -66,6 +59,13 @@ def job(stage: str, manifest: Path, folder: Path, seed: int = 0, **changes: Any)
     return StageJob(settings=settings, manifest=manifest, out=folder / "out", checkpoints=checkpoints, encoder=encoder)
 
 
+def pretraining(encoder: Encoder, **own: Any) -> Forward:
+    """APS on an encoder, as pretraining builds it; own: keys of its settings."""
+    settings = StageSettings(stage="pretrain", experiment="small", seed=0, pretrain=APS.Settings(**own))
+    method = APS(settings)
+    return Forward(method, method.networks(encoder))
+
+
 def module(stage: str) -> Any:
     return importlib.import_module(f"aps.training.{stage}")
 
@@ -80,8 +80,7 @@ def run(job: StageJob, stop_after: int | None = None) -> dict[str, Any]:
         return calls == stop_after
 
     with pytest.MonkeyPatch.context() as patch:
-        if job.settings.stage != "knn":
-            patch.setattr(module(job.settings.stage), "stop_requested", asked)  # the real one takes over signals
+        patch.setattr(loop, "stop_requested", asked)  # the real one takes over signals
         if stop_after is None:
             module(job.settings.stage).run(job)
             return metrics(job)

@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from aps import sampling
 from aps.data.load import ArraySplit, FileSplit, load_split
 from aps.data.prepare import prepare
 from aps.errors import UserError
 from aps.models.encoder import build_encoder
-from aps.models.model import APS, build_heads
 from aps.sampling import Geometry
 from aps.settings.blocks import SourceSettings, ViewSettings
-from aps.training import pretrain
+from aps.training.batches import Batches
 from aps.training.order import Order
-from aps.training.pairs import Pairs
 from aps.training.pretrain import Trainer
+from aps.views import View
 
 
 def batch(rows: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -33,7 +33,7 @@ def batch(rows: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return views[0], views[1], kept[0], kept[1]
 
 
-def by_definition(model: APS, images: tuple[Tensor, Tensor, Tensor, Tensor], tau: float) -> Tensor:
+def by_definition(model: Any, images: tuple[Tensor, Tensor, Tensor, Tensor], tau: float) -> Tensor:
     """Loss of one set of rows, each view on its own through everything."""
     view1, view2, kept1, kept2 = images
     z1, z2 = (model.projector(model.encoder(v, k)) for v, k in ((view1, kept1), (view2, kept2)))
@@ -47,16 +47,16 @@ def by_definition(model: APS, images: tuple[Tensor, Tensor, Tensor, Tensor], tau
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_is_adamw_with_decay_on_every_parameter(accumulate: int, digits: Path, tmp_path: Path) -> None:
     job = small.job("pretrain", digits, tmp_path, weight_decay=0.4, betas=(0.8, 0.95), temperature=0.2, accumulate=accumulate)  # fmt: skip
-    trainer, settings = Trainer(job, small.ONE), job.settings.pretrain
-    trainer.model.double()  # where a gradient is zero but for rounding, float32 would decide its sign by chance
+    trainer = Trainer(job, small.ONE)
+    trainer.networks.double()  # where a gradient is zero but for rounding, float32 would decide its sign by chance
     encoder = build_encoder(job.settings.encoder)
-    reference = APS(encoder, *build_heads(encoder.embed_dim, settings)).double()
-    reference.load_state_dict(trainer.model.state_dict())
+    reference = trainer.method.networks(encoder).double()
+    reference.load_state_dict(trainer.networks.state_dict())
     state = {name: [p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p)] for name, p in reference.named_parameters()}  # fmt: skip
     view1, view2, *kept = batch()
     images = (view1.double(), view2.double(), *kept)
     for step, lr in enumerate((0.01, 0.02), 1):
-        found, _ = trainer.step(*images, lr)
+        found = trainer.step(images[:2], images[2:], lr)["loss"]
         reference.zero_grad()
         parts = list(zip(*(x.chunk(accumulate) for x in images), strict=True))
         loss = sum(by_definition(reference, part, 0.2) for part in parts) / accumulate  # type: ignore[arg-type]
@@ -71,7 +71,7 @@ def test_a_step_is_adamw_with_decay_on_every_parameter(accumulate: int, digits: 
                 second.lerp_(p.grad.square(), 1 - 0.95)
                 value.sub_(lr * (first / (1 - 0.8**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-8))
                 p.copy_(value)
-    ours = dict(trainer.model.named_parameters())
+    ours = dict(trainer.networks.named_parameters())
     assert ours.keys() == state.keys()
     for name, (value, _, second) in state.items():
         told = second.sqrt() > 1e-9  # those of the last norm's bias vanish: the projector standardizes them away
@@ -86,9 +86,9 @@ class Steps:
         self.given: list[tuple[Tensor, Tensor, Tensor, Tensor, float]] = []
         self.step = Trainer.step
 
-    def __call__(self, trainer: Trainer, *given: Any) -> tuple[Tensor, Tensor]:
-        self.given.append(given)  # type: ignore[arg-type]
-        return self.step(trainer, *given)
+    def __call__(self, trainer: Trainer, views: Any, kept: Any, lr: float, progress: float) -> dict[str, Tensor]:
+        self.given.append((*views, *kept, lr))
+        return self.step(trainer, views, kept, lr, progress)
 
 
 def test_a_batch_gives_t_steps_on_the_same_views_and_disjoint_cells_at_the_epochs_rate(
@@ -119,23 +119,23 @@ def test_the_sampler_gets_the_geometry_of_the_views_that_are_trained_on(
     """Not exchanged, nor another batch's."""
     asked: list[tuple[Geometry, Geometry]] = []
     pairs: list[Any] = []
-    sample, epoch = pretrain.sample, Pairs.epoch
-    monkeypatch.setattr(pretrain, "sample", lambda *given: (asked.append(given[2:4]), sample(*given))[1])
+    draw, epoch = sampling.draw, Batches.epoch
+    monkeypatch.setattr(sampling, "draw", lambda *given: (asked.append(given[2:4]), draw(*given))[1])
 
-    def seen(self: Pairs, *given: int) -> Any:
+    def seen(self: Batches, *given: int) -> Any:
         for pair in epoch(self, *given):
             pairs.append(pair)
             yield pair
 
-    monkeypatch.setattr(Pairs, "epoch", seen)
+    monkeypatch.setattr(Batches, "epoch", seen)
     small.run(small.job("pretrain", digits, tmp_path, epochs=1))
     assert len(asked) == len(pairs) == 3
     for (one, two), pair in zip(asked, pairs, strict=True):
-        assert one is pair.geometry1 and two is pair.geometry2
+        assert one is pair.geometries[0] and two is pair.geometries[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pairs
+# Batches of views
 
 
 def coloured(kind: str, folder: Path) -> ArraySplit | FileSplit:
@@ -155,13 +155,14 @@ def coloured(kind: str, folder: Path) -> ArraySplit | FileSplit:
 @pytest.mark.parametrize("kind", ["arrays", "files"])
 def test_a_pairs_geometry_says_where_its_pixels_come_from(kind: str, tmp_path: Path) -> None:
     plain = ViewSettings(color_jitter_prob=0.0, grayscale=0.0)
-    pairs = Pairs(coloured(kind, tmp_path), plain, 32, 6, ((0.0,) * 3, (1.0,) * 3), 3, small.ONE)
+    views = (View(32, plain, 1), View(32, plain, 2))
+    pairs = Batches(coloured(kind, tmp_path), views, 6, ((0.0,) * 3, (1.0,) * 3), 3, small.ONE)
     flips = set()
     for pair in pairs.epoch(0):
-        shown = [view[:, 2].mean((1, 2)).mul(255 / 40).round() for view in (pair.view1, pair.view2)]
+        shown = [view[:, 2].mean((1, 2)).mul(255 / 40).round() for view in pair.views]
         assert torch.equal(shown[0], shown[1])  # both views of a pair are of one image
         assert sorted(shown[0].tolist()) == list(range(6))
-        for view, (boxes, flipped) in ((pair.view1, pair.geometry1), (pair.view2, pair.geometry2)):
+        for view, (boxes, flipped) in zip(*pair, strict=True):
             flips |= set(flipped.tolist())
             for pixels, (top, left, height, width), flip in zip(view, boxes.tolist(), flipped.tolist(), strict=True):
                 rows, columns = (pixels[c] * 255 / 6 + 0.5 for c in (0, 1))  # source pixels, of pixel centres

@@ -1,0 +1,144 @@
+"""Batches of views for pretraining, the same ones however many processes share them.
+
+Images that fit in memory live on the training device as uint8 and nothing is done for one image at a time. Image files
+are decoded and cropped by workers; the rest is batched on the device too. On a GPU the next batch is made on a stream of
+its own while the current one trains.
+
+Everything random is a function of (seed, epoch, batch) or (seed, epoch, image), so nothing has to be saved to go on
+from the middle of an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from aps.data.load import ArraySplit, FileSplit
+from aps.runtime.processes import Distributed
+from aps.sampling import Geometry
+from aps.training.order import VIEWS, KeyedLoader, Order, seeded
+from aps.views import View, ViewParameters, apply_crops, apply_view, cut_crops, draw_parameters
+
+
+class Batch(NamedTuple):
+    """V views of the same B images."""
+
+    views: tuple[Tensor, ...]  # each (B, 3, S, S) float32, normalized; S is the view's
+    geometries: tuple[Geometry, ...]  # of each view
+
+
+class Batches:
+    """The augmented views of every image, batch by batch; the last, smaller batch of an epoch is dropped.
+
+    Args:
+        split: the training images.
+        views: what each image gives, in order.
+        batch_size: over all processes.
+        normalization: mean and std, each of 3 channels in [0, 1] units.
+        workers: decoding processes for image files.
+
+    Raises:
+        UserError: the batch exceeds the images or does not divide among the processes.
+    """
+
+    def __init__(
+        self,
+        split: ArraySplit | FileSplit,
+        views: Sequence[View],
+        batch_size: int,
+        normalization: tuple[tuple[float, ...], tuple[float, ...]],
+        seed: int,
+        distributed: Distributed,
+        workers: int = 0,
+    ) -> None:
+        self.views, self.batch_size, self.seed = tuple(views), batch_size, seed
+        self.mean, self.std = normalization
+        self.distributed = distributed
+        self._order = Order(torch.arange(len(split)), batch_size, seed, distributed, "pretrain")
+        self.batches = self._order.batches
+        self._array = split.images.to(distributed.device) if isinstance(split, ArraySplit) else None
+        self._loader = (
+            None
+            if isinstance(split, ArraySplit)
+            else KeyedLoader(_Crops(split, self.views, seed), workers, distributed.device)
+        )
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Batches `first`, `first`+1, ... of an epoch, this process's rows of each."""
+        device = self.distributed.device
+        batches = self._from_memory(epoch, first) if self._array is not None else self._from_files(epoch, first)
+        return _ahead(batches, device) if device.type == "cuda" else batches
+
+    def _from_memory(self, epoch: int, first: int) -> Iterator[Batch]:
+        assert self._array is not None
+        rows = self._order.epoch(epoch).to(self.distributed.device)
+        sides = [tuple(self._array.shape[2:])] * len(self.views)
+        for batch in range(first, self.batches):
+            images = self._array[rows[batch]]
+            parameters = self._parameters(epoch, batch, sides)
+            yield self._batch(
+                [
+                    apply_view(images, p, view.size, self.mean, self.std)
+                    for view, p in zip(self.views, parameters, strict=True)
+                ],
+                parameters,
+            )
+
+    def _from_files(self, epoch: int, first: int) -> Iterator[Batch]:
+        assert self._loader is not None
+        sides = [(view.size, view.size) for view in self.views]
+        loaded = self._loader.epoch(epoch, self._order.epoch(epoch)[first:])
+        for batch, (crops, boxes) in enumerate(loaded, first):
+            parameters = [p._replace(boxes=boxes[:, v]) for v, p in enumerate(self._parameters(epoch, batch, sides))]
+            pixels = [x.to(self.distributed.device, non_blocking=True) for x in crops]
+            yield self._batch(
+                [apply_crops(x, p, self.mean, self.std) for x, p in zip(pixels, parameters, strict=True)], parameters
+            )
+
+    def _batch(self, pixels: list[Tensor], parameters: list[ViewParameters]) -> Batch:
+        return Batch(tuple(pixels), tuple(p.geometry(self.distributed.device) for p in parameters))
+
+    def _parameters(self, epoch: int, batch: int, sides: Sequence[tuple[int, ...]]) -> list[ViewParameters]:
+        """Of this process's rows, drawn for the global batch; sides: (H, W) of each view's source."""
+        generator = seeded(self.seed, VIEWS, epoch, batch)
+        drawn = [
+            draw_parameters(view.chances, self.batch_size, height, width, view.augmentation, generator)
+            for view, (height, width) in zip(self.views, sides, strict=True)
+        ]
+        return [p.rows(self.distributed.rows(self.batch_size)) for p in drawn]
+
+
+class _Crops(Dataset):
+    """Decodes one image file and cuts its crops; runs in a worker."""
+
+    def __init__(self, split: FileSplit, views: Sequence[View], seed: int) -> None:
+        self.split, self.views, self.seed = split, views, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
+        """key: (epoch, image) -> crops, V of (3, S, S) uint8, boxes (V, 4) int64."""
+        epoch, index = key
+        return cut_crops(self.split.read(index), self.views, (self.seed, epoch, index))
+
+
+def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Make each batch one ahead, on a side stream, so that the device's main stream never waits for it."""
+    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(main)
+
+    def make() -> tuple[Batch, torch.cuda.Event] | None:
+        with torch.cuda.stream(side):
+            batch = next(batches, None)
+            return None if batch is None else (batch, side.record_event())
+
+    upcoming = make()
+    while upcoming is not None:
+        batch, ready = upcoming
+        upcoming = make()
+        main.wait_event(ready)
+        for tensor in (*batch.views, *(part for geometry in batch.geometries for part in geometry)):
+            tensor.record_stream(main)
+        yield batch

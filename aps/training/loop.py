@@ -1,0 +1,143 @@
+"""The loop around every stage that trains: restore, step, log, trace, stop, save, in one order, written once.
+
+A run can be killed anywhere: it goes on from its last checkpoint as if nothing had happened, and its journal holds each
+line once. After every batch comes, in this order: what there is to log (an epoch's line, an evaluation), so that a
+checkpoint of this moment has it behind it; then a request to stop; then a checkpoint, if one is due or this was the last
+batch. What follows the loop is computed again after a kill.
+
+It knows no model, data or loss: a stage brings a `Learner`, or drives `Loop.advance` from a library's own loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from aps.errors import Preempted, UserError
+from aps.journal import read_history
+from aps.progress import Progress
+from aps.results import StageJob, StageRun
+from aps.runtime.checkpoint import Checkpoints
+from aps.runtime.processes import Distributed
+from aps.runtime.signals import stop_requested
+from aps.runtime.trace import Trace
+
+Line = dict[str, float]  # of the journal, without its step
+
+
+class Learner(Protocol):
+    """What a stage trains: everything that changes from batch to batch."""
+
+    @property
+    def note(self) -> str:
+        """What stands beside the progress bar."""
+
+    def batches(self, epoch: int, first: int) -> Iterator[Any]:
+        """Batches `first`, `first`+1, ... of an epoch."""
+
+    def step(self, batch: Any, done: int) -> None:
+        """Train on a batch, the one after `done` others."""
+
+    def lines(self, done: int) -> Iterable[Line]:
+        """What there is to log after `done` batches, each line written before the next one is computed."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Loop:
+    """A run from where its last checkpoint left it to its end.
+
+    Args:
+        state: gives what `restore` needs, plain data and tensors.
+        total: batches of the whole run.
+        images: of a batch, over all processes.
+        unit: what a batch is called.
+        steps: of the journal for each batch.
+    """
+
+    def __init__(
+        self,
+        job: StageJob,
+        stage: StageRun,
+        distributed: Distributed,
+        state: Callable[[], dict[str, Any]],
+        restore: Callable[[dict[str, Any]], Any],
+        *,
+        total: int,
+        images: int,
+        unit: str = "batches",
+        steps: int = 1,
+    ) -> None:
+        self.job, self.stage, self.distributed = job, stage, distributed
+        self.total, self.images, self.unit, self.steps = total, images, unit, steps
+        self._state = state
+        self._checkpoints = Checkpoints(job.checkpoints, job.checkpoint_minutes, writes=distributed.main)
+        saved = self._checkpoints.load()
+        self.resumed = saved is not None
+        self.done = 0
+        if saved is not None:
+            self.done = saved["step"]
+            restore(saved["state"])
+        stage.resume(self.done * steps)  # a killed run may have logged without leaving a checkpoint
+
+    def train(self, learner: Learner, batches: int) -> None:
+        """All epochs of `batches` batches."""
+        with self.running():
+            while self.done < self.total:
+                epoch, first = divmod(self.done, batches)
+                for batch in learner.batches(epoch, first):
+                    learner.step(batch, self.done)
+                    self.advance(learner.lines, learner.note)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around all calls of `advance`."""
+        with (
+            Progress(self.job.label, self.total, self.unit, self.done, shown=self.distributed.main) as self._progress,
+            Trace(self.job.profile, self.distributed.device, self.distributed.main) as self._trace,
+        ):
+            yield
+
+    def advance(self, lines: Callable[[int], Iterable[Line]], note: str = "") -> None:
+        """A batch is done.
+
+        Raises:
+            Preempted: asked to stop; the state is saved.
+        """
+        self.done += 1
+        self._progress.update(1, self.images, note)
+        for line in lines(self.done):
+            self.stage.log(self.done * self.steps, **line)
+        self._trace.batch_done()
+        if stop_requested(self.distributed):
+            self._save()
+            raise Preempted(f"{self.job.label} after {self.done} of {self.total} {self.unit}; run it again to go on")
+        if self._checkpoints.due() or self.done == self.total:
+            self._save()
+
+    def log_end(self, **values: float) -> None:
+        """A line of the finished run; once, though a run that was killed after it comes here again."""
+        step = self.total * self.steps
+        written = read_history(self.stage.journal) if self.stage.writes else []
+        if not any(line["step"] == step and values.keys() <= line.keys() for line in written):
+            self.stage.log(step, **values)
+
+    @property
+    def rate(self) -> float:
+        """Images a second of this attempt."""
+        return self._progress.rate
+
+    def _save(self) -> None:
+        self._checkpoints.save(self.done, {"state": self._state()})
+        self.stage.save_clock()
+
+
+def finite(loss: float, name: str, block: str) -> float:
+    """`loss`. Raises UserError where it is not a finite number; name: of the training; block: of its settings."""
+    if not math.isfinite(loss):
+        raise UserError(f"the {name} loss became {loss}; lower {block}.lr, or set {block}.precision: fp32")
+    return loss
