@@ -13,6 +13,7 @@ min_version("9.12")
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/outdated.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/pretrain.smk"
 include: "workflow/rules/finetune.smk"

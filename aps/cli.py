@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     _study_options(p)
 
     for stage in STAGES.values():
-        _stage_options(verb(stage.name, _run_stage(stage), stage.help), stage)
+        _stage_options(verb(stage.name, _run_stage(stage), stage.help))
 
     p = verb(
         "import-weights", _import_weights, "turn a checkpoint of the authors' release into weights of this project"
@@ -125,6 +125,12 @@ def parser() -> argparse.ArgumentParser:
     )
     _study_options(p)
 
+    p = verb(
+        "gc", _gc, "list saved runs and results that no study of the given files needs, and delete them when told to"
+    )
+    p.add_argument("studies", nargs="+", type=Path, metavar="YAML", help="every study that is still needed")
+    p.add_argument("--delete", action="store_true", help="delete what is listed")
+
     p = verb("sync", _sync, "send MLflow what it missed of finished runs")
     _study_options(p)
     return top
@@ -143,7 +149,7 @@ def _study_options(p: argparse._ActionsContainer) -> None:
     )
 
 
-def _stage_options(p: argparse.ArgumentParser, stage: Stage) -> None:
+def _stage_options(p: argparse.ArgumentParser) -> None:
     people = p.add_argument_group("which run (people)")
     _study_options(people)
     people.add_argument("--experiment", help="an experiment of the study (default: its first)")
@@ -162,11 +168,13 @@ def _stage_options(p: argparse.ArgumentParser, stage: Stage) -> None:
     how.add_argument("--nodes", type=int, default=1, help="of this Slurm job, by srun (default: 1)")
     how.add_argument("--workers", type=int, default=0, help="image-decoding workers of each process (default: 0)")
     how.add_argument("--checkpoint-minutes", type=float, default=10.0, help="between checkpoints (default: 10)")
-    p.set_defaults(profile=None)
-    if stage.traced:
-        how.add_argument(
-            "--profile", type=Path, metavar="JSON", help="save a profiler trace of two batches, for ui.perfetto.dev"
-        )
+    traced = ", ".join(row.name for row in STAGES.values() if row.traced)
+    how.add_argument(
+        "--profile",
+        type=Path,
+        metavar="JSON",
+        help=f"save a profiler trace of two batches, for ui.perfetto.dev ({traced})",
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,9 +201,6 @@ def _run_stage(stage: Stage) -> Callable[[argparse.Namespace], None]:
         if started_by_torchrun():
             importlib.import_module(stage.module).run(job)
             return
-        for path in (job.manifest, job.encoder):
-            if path is not None and not path.exists():
-                raise UserError(f"{path} is missing; run the stage that makes it (`snakemake {path}`)")
         with Claim(job.checkpoints, stage.name):
             if args.again:
                 forget(job.checkpoints)
@@ -213,12 +218,16 @@ def _run_stage(stage: Stage) -> Callable[[argparse.Namespace], None]:
 
 
 def _job(stage: Stage, args: argparse.Namespace):  # type: ignore[no-untyped-def]  # StageJob, imported late
-    from aps.layout import checkpoint_folder, encoder_file, manifest_path, stage_folder
-    from aps.results import StageJob
+    from aps.layout import encoder_file, manifest_path, stage_folder, study_folder
+    from aps.results import StageJob, saved_run
     from aps.tracking import OFF
 
+    if args.profile is not None and not stage.traced:
+        traced = ", ".join(row.name for row in STAGES.values() if row.traced)
+        raise UserError(f"--profile traces {traced}, not {stage.name}; leave it out")
     if args.settings is not None:
         settings, study_name, results = StageSettings.from_json(args.settings), args.study, args.results
+        folder = results / study_name
         encoder, tracking = args.encoder, args.tracking or os.environ.get("MLFLOW_TRACKING_URI", OFF)
         if settings.stage != stage.name:
             raise UserError(
@@ -230,20 +239,42 @@ def _job(stage: Stage, args: argparse.Namespace):  # type: ignore[no-untyped-def
         seed = args.seed if args.seed is not None else study.experiment(name).seeds[0]
         settings, study_name, results = study.stage_settings(name, seed, stage.name), study.study, Path(study.results)
         encoder, tracking = args.encoder, args.tracking or _address(study)
+        folder = study_folder(study)
         if encoder is None and stage.encoder:
             encoder = encoder_file(study, name, seed)
+            if not started_by_torchrun():
+                _check_encoder(study, name, seed, f"{stage.name} {name}/seed{seed}")
+    manifest = args.manifest or manifest_path(results, settings.dataset_name)
+    for path in (manifest, encoder):
+        if path is not None and not path.exists():
+            raise UserError(f"{path} is missing; run the stage that makes it (`snakemake {path}`)")
     return StageJob(
         settings=settings,
         study=study_name,
         tracking=tracking,
-        manifest=args.manifest or manifest_path(results, settings.dataset_name),
+        manifest=manifest,
         encoder=encoder,
-        out=args.out or stage_folder(results, settings.experiment, settings.seed, stage.name),
-        checkpoints=checkpoint_folder(results, settings),
+        out=args.out or stage_folder(folder, settings.experiment, settings.seed, stage.name),
+        checkpoints=saved_run(results, settings, manifest, encoder),
         workers=args.workers,
         checkpoint_minutes=args.checkpoint_minutes,
         profile=args.profile,
     )
+
+
+def _check_encoder(study: Study, experiment: str, seed: int, label: str) -> None:
+    """Raises UserError where the encoder that is there was not made as the study says."""
+    from aps.findings import Findings
+
+    source = study.pretrain_source(experiment)
+    if source is None:
+        return
+    found = Findings(study).of(source, seed, "pretrain")
+    if found.stale:
+        raise UserError(
+            f"{label}: its encoder in {found.folder} is not this study's ({found.problem}); run pretrain first: "
+            f"the same command with `pretrain --experiment {source} --seed {seed}`"
+        )
 
 
 def _data(args: argparse.Namespace) -> None:
@@ -264,19 +295,19 @@ def _data(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    """Brings MLflow up to date, writes the report, and drops the saved state of the runs that it shows."""
+    """Brings MLflow up to date and writes the report."""
     study = _load(args)
-    from aps.layout import report_folder
+    from aps.findings import Findings
+    from aps.layout import report_folder, study_folder
     from aps.report import write_report
-    from aps.results import forget_finished
     from aps.tracking import log_report, sync
 
     address = _address(study)
-    sync(Path(study.results), address)
-    files, runs = write_report(study, args.out or report_folder(study), address)
+    sync(study_folder(study), address)
+    folder = args.out or report_folder(study)
+    files, runs = write_report(study, folder, address)
+    Findings(study).stamp_report(folder)
     log_report(address, study.study, files)
-    for run in runs:
-        forget_finished(Path(study.results), run)
     print(f"report on {len(runs)} of {len(study.jobs())} runs: {files[0]}, {files[1]}")
 
 
@@ -329,10 +360,26 @@ def _estimate(args: argparse.Namespace) -> None:
 
 def _sync(args: argparse.Namespace) -> None:
     study = _load(args)
+    from aps.layout import study_folder
     from aps.tracking import sync
 
     address = _address(study)
-    sent, missing = sync(Path(study.results), address)
+    sent, missing = sync(study_folder(study), address)
     print(f"MLflow: {sent} runs brought up to date, {missing} could not be sent")
     if missing:
         raise UserError(f"MLflow at {address} did not take {missing} runs; start it and run `python -m aps sync` again")
+
+
+def _gc(args: argparse.Namespace) -> None:
+    from aps.gc import delete, unneeded
+
+    found = unneeded([load_study([file]) for file in args.studies])
+    for one in found:
+        print(f"{one.bytes / 1e6:10,.1f} MB  {one.folder}  ({one.why})")
+    print(
+        f"{sum(one.bytes for one in found) / 1e6:10,.1f} MB in {len(found)} folders that no study of these files needs"
+    )
+    if args.delete:
+        print(f"{delete(found) / 1e6:10,.1f} MB deleted")
+    elif found:
+        print("nothing was deleted; the same command with --delete deletes them")

@@ -1,13 +1,15 @@
-"""Writing files so that a kill at any moment leaves either the old content or the new, never a part."""
+"""Files: written so that a kill at any moment leaves the old content or the new, never a part; and their digests."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
+        temporary.touch(exist_ok=False)  # with the permissions that the user's umask gives
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from None
-    temporary = Path(name)
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
         raise UserError(
@@ -67,3 +67,30 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that makes it") from None
     except ValueError:
         raise UserError(f"{path}: not valid JSON; delete it and run the stage that makes it") from None
+
+
+def remove(path: Path) -> None:
+    """Raises UserError where the file is there and can't be removed, or its folder is none."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from None
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, as hexadecimal digits; read once a process for each state of the file.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    try:
+        state = path.stat()
+        return _sha256(str(path.resolve()), state.st_ino, state.st_size, state.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that makes it") from None
+
+
+@lru_cache(maxsize=1024)
+def _sha256(path: str, inode: int, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,26 +1,32 @@
 """Where things lie under a results folder. Paths only: nothing is read or written here.
 
-results/EXPERIMENT/seedN/STAGE/         a stage's outputs
-results/checkpoints/.../DIGEST/         what a stage needs to go on after a kill; Snakemake does not know it
-results/data/DATASET/manifest.json      a prepared dataset
-results/report/STUDY/                   a study's report
+    results/STUDY/EXPERIMENT/seedN/STAGE/   a stage's outputs, as the study shows them
+    results/STUDY/report/, logs/, benchmarks/
+    results/runs/STAGE/KEY/                 a saved run: what it needs to go on after a kill, then its outputs
+    results/data/DATASET/manifest.json      a prepared dataset
+    results/mlflow.db, mlartifacts/         MLflow, where no server is named
+
+A study never touches another study's folder. What several of them ask for alike is one saved run: its KEY is a digest
+of what made it (`aps.results.run_key`).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from aps.settings.study import StageSettings, Study
+from aps.settings.study import Study
 
 
-def stage_folder(results: str | Path, experiment: str, seed: int, stage: str) -> Path:
-    return Path(results) / experiment / f"seed{seed}" / stage
+def study_folder(study: Study) -> Path:
+    return Path(study.results) / study.study
 
 
-def checkpoint_folder(results: str | Path, settings: StageSettings) -> Path:
-    """Keyed by the settings' digest: the same settings resume, others start afresh."""
-    stage = stage_folder(Path(results) / "checkpoints", settings.experiment, settings.seed, settings.stage)
-    return stage / settings.digest
+def stage_folder(study_folder: str | Path, experiment: str, seed: int, stage: str) -> Path:
+    return Path(study_folder) / experiment / f"seed{seed}" / stage
+
+
+def run_folder(results: str | Path, stage: str, key: str) -> Path:
+    return Path(results) / "runs" / stage / key
 
 
 def manifest_path(results: str | Path, dataset: str) -> Path:
@@ -28,13 +34,18 @@ def manifest_path(results: str | Path, dataset: str) -> Path:
 
 
 def report_folder(study: Study) -> Path:
-    return Path(study.results) / "report" / study.study
+    return study_folder(study) / "report"
 
 
 def encoder_file(study: Study, experiment: str, seed: int) -> Path | None:
     """The file an experiment's stages take their encoder from; None: random weights or timm's."""
     source = study.pretrain_source(experiment)
     if source is not None:
-        return stage_folder(study.results, source, seed, "pretrain") / "encoder.safetensors"
+        return stage_folder(study_folder(study), source, seed, "pretrain") / "encoder.safetensors"
     weights = study.experiments[experiment].encoder.weights
     return Path(weights) if weights.endswith(".safetensors") else None
+
+
+def of_the_old_layout(results: str | Path) -> Path | None:
+    """A stage's folder as version 0.1 had it, results/EXPERIMENT/seedN/STAGE, if there is one."""
+    return next((file.parent for file in Path(results).glob("*/seed*/*/metrics.json")), None)

@@ -24,9 +24,11 @@ from matplotlib.figure import Figure
 
 from aps import published
 from aps.files import atomic_path
+from aps.findings import NOT_RUN, Finding, Findings
 from aps.journal import read_history
-from aps.layout import report_folder, stage_folder
-from aps.results import flatten, read_results
+from aps.layout import report_folder, study_folder
+from aps.results import flatten
+from aps.seals import damage
 from aps.settings.study import ExperimentSettings, Study
 from aps.stages import STAGES
 from aps.tracking import OFF
@@ -35,6 +37,7 @@ Run = dict[str, Any]  # the content of a metrics.json
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+REASONS = 12  # lines in the terminal
 PANELS = 3  # in a row of a figure
 NOT_COMPARED = {"inherits", "description", "published", "seeds", "stages", "resources"}
 
@@ -69,8 +72,10 @@ class Sample(NamedTuple):
 class Table:
     """The study's scores: `cells[experiment][score]` over the seeds that have finished."""
 
-    def __init__(self, study: Study, runs: Sequence[Run]) -> None:
+    def __init__(self, study: Study, findings: Iterable[Finding]) -> None:
         self.study = study
+        self.findings = {(f.experiment, f.seed, f.stage): f for f in findings}
+        runs = [f.metrics for f in self.findings.values() if f.metrics is not None]
         self.scores = columns(study)
         found: dict[str, dict[Column, list[float]]] = defaultdict(lambda: defaultdict(list))
         for run in runs:
@@ -87,9 +92,17 @@ class Table:
         return [name for name, e in self.study.experiments.items() if stages & set(e.stages)]
 
     def text(self, name: str, score: Column) -> str:
+        """The score; or in two words why there is none."""
         if score in self.cells[name]:
             return str(self.cells[name][score])
-        return "not run" if score.stage in self.study.experiments[name].stages else ""
+        if score.stage not in self.study.experiments[name].stages:
+            return ""
+        found = [f for (experiment, _, stage), f in self.findings.items() if (experiment, stage) == (name, score.stage)]
+        return next((f.problem.partition(":")[0] for f in found if f.stale and f.problem), NOT_RUN)
+
+    def stale(self) -> list[Finding]:
+        """Runs that are there, but not the study's."""
+        return [finding for finding in self.findings.values() if finding.stale]
 
     def above_floor(self) -> list[dict[str, Any]]:
         """Each experiment's scores against the same evaluation of a random encoder.
@@ -155,10 +168,11 @@ def write_report(study: Study, folder: Path, address: str) -> tuple[list[Path], 
     Raises:
         UserError: a metrics.json is broken, a published entry is unknown, or the folder can't be written.
     """
-    runs = list(read_results(study))
-    table = Table(study, runs)
+    findings = Findings(study)
+    runs = findings.runs()
+    table = Table(study, findings)
     pictures = {
-        name: picture for name, picture in (("scores", _scores_figure(table)), ("curves", _curves(study))) if picture
+        name: picture for name, picture in (("scores", _scores_figure(table)), ("curves", _curves(findings))) if picture
     }
     files = [folder / "report.html", folder / "results.csv", *(folder / f"{name}.png" for name in pictures)]
     for name, picture in pictures.items():
@@ -173,8 +187,8 @@ def write_report(study: Study, folder: Path, address: str) -> tuple[list[Path], 
 
 def terminal(study: Study, address: str) -> str:
     """The table of results, where everything lies and how to browse it in MLflow, for the terminal."""
-    runs = list(read_results(study))
-    table = Table(study, runs)
+    findings = Findings(study)
+    table = Table(study, findings)
     header = ["experiment", *(score.label for score in table.scores)]
     body = [[name, *(table.text(name, score) for score in table.scores)] for name in table.evaluated()]
     widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
@@ -188,17 +202,28 @@ def terminal(study: Study, address: str) -> str:
     return "\n".join(
         [
             "",
-            f"Study '{study.study}': {len(runs)} of {len(study.jobs())} runs finished. "
+            f"Study '{study.study}': {len(findings.runs())} of {len(study.jobs())} runs finished. "
             f"In percent{', mean ± standard deviation over seeds' if seeds > 1 else ''}.",
             "",
             *lines,
+            *_reasons(table),
             "",
             f"Report   {report / 'report.html'}" + ("" if (report / "report.html").exists() else " (not yet made)"),
             f"Table    {report / 'results.csv'}",
-            f"Results  {study.results}/EXPERIMENT/seedN/STAGE/",
+            f"Results  {study_folder(study)}/EXPERIMENT/seedN/STAGE/",
             f"MLflow   {_browse(address)}",
         ]
     )
+
+
+def _reasons(table: Table) -> list[str]:
+    """Why figures that are there are not shown."""
+    stale = table.stale()
+    if not stale:
+        return []
+    lines = [f"  {finding.label}: {finding.problem}" for finding in stale[:REASONS]]
+    more = [f"  and {len(stale) - REASONS} more"] if len(stale) > REASONS else []
+    return ["", "Not this study's figures, so not shown (`snakemake all` makes them again):", *lines, *more]
 
 
 def _browse(uri: str) -> str:
@@ -278,10 +303,10 @@ def _page(table: Table, runs: Sequence[Run], pictures: Mapping[str, bytes], addr
     study = table.study
     keys, values = _differing(study)
     detections = {}
-    for name, seed, stage in study.jobs():
-        picture = stage_folder(study.results, name, seed, stage) / "predictions.png"
-        if stage == "detection" and seed == study.experiments[name].seeds[0] and picture.exists():
-            detections[name] = _embedded(picture.read_bytes())
+    for name, e in study.experiments.items():
+        finding = table.findings.get((name, e.seeds[0], "detection"))
+        if finding is not None and _whole(finding, "predictions.png"):
+            detections[name] = _embedded((finding.folder / "predictions.png").read_bytes())
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -298,6 +323,7 @@ def _page(table: Table, runs: Sequence[Run], pictures: Mapping[str, bytes], addr
         values=values,
         runs=[run | {"machine": _machine(run), "scores": _run_scores(table, run)} for run in runs],
         planned=len(study.jobs()),
+        stale=table.stale(),
         uri=address,
     )
 
@@ -310,6 +336,16 @@ def _run_scores(table: Table, run: Run) -> str:
     own = [(s.label, run["metrics"].get(s.metric)) for s in table.scores if s.stage == run["stage"]]
     shown = own or [("loss", run["metrics"].get("loss"))]
     return ", ".join(f"{label} {value:.2f}" for label, value in shown if value is not None)
+
+
+def _whole(finding: Finding, file: str) -> bool:
+    """Whether the run's figures are the study's, and this file of it is the one that was written."""
+    if finding.metrics is None or file not in finding.metrics["files"]:
+        return False
+    problem = damage(finding.folder, {"files": {file: finding.metrics["files"][file]}}, whole=True)
+    if problem is not None:
+        print(f"{finding.label}: left out of the report: {finding.folder}: {problem}", file=sys.stderr)
+    return problem is None
 
 
 def _embedded(picture: bytes) -> str:
@@ -354,14 +390,14 @@ def _scores_figure(table: Table) -> bytes | None:
     return _png(figure)
 
 
-def _curves(study: Study) -> bytes | None:
+def _curves(findings: Findings) -> bytes | None:
     """Curves of history.jsonl over the share of training done: one thin line a seed, a panel for each kind."""
-    colours = _colours(study.experiments)
+    colours = _colours(findings.study.experiments)
     curves = [(stage.name, *curve) for stage in STAGES.values() for curve in stage.curves]
     lines: dict[int, list[tuple[str, list[float], list[float]]]] = defaultdict(list)
-    for name, seed, stage in study.jobs():
-        path = stage_folder(study.results, name, seed, stage) / "history.jsonl"
-        history = read_history(path)
+    for finding in findings:
+        name, stage = finding.experiment, finding.stage
+        history = read_history(finding.folder / "history.jsonl") if _whole(finding, "history.jsonl") else []
         for panel, (own, key, _) in enumerate(curves):
             points = [(line["step"], line[key]) for line in history if key in line] if own == stage else []
             if len(points) > 1:

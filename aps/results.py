@@ -1,15 +1,19 @@
-"""What a stage leaves behind: metrics.json, history.jsonl, weights, and where they lie.
+"""What a stage leaves behind: metrics.json, history.jsonl, weights; how they are sealed, saved and brought back.
 
-While a stage runs, everything it needs to go on after a kill lies in its checkpoint folder, which Snakemake does not
-know. At the end the outputs are linked into the result folder and a copy stays in `finished/` until the report has read
-them: if Snakemake itself was killed meanwhile it deletes the outputs of jobs it did not see end, and running the stage
-again then only links them back.
+While a stage runs, everything it needs to go on after a kill lies in the folder of its run, which Snakemake does not
+know. At the end its outputs stay there, in `finished/`, and are linked into the study's folder. Whoever asks for the same
+run again, another study or the same one after Snakemake has deleted the outputs, gets these links back.
 
-It knows no stage and no torch.
+Design: a run is addressed by what made it (`run_key`): its settings, the images and the encoder it starts from. And
+metrics.json is sealed: it holds the SHA-256 of every file beside it, and one of itself. So a file that was changed,
+damaged or put there from elsewhere is recognized, and no figure is shown that is not what its settings say.
+
+It knows no stage and no torch. Which of a study's figures are its own is asked of `aps.findings`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -17,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -27,11 +31,12 @@ from typing import Any
 
 from aps import __version__
 from aps.errors import UserError
-from aps.files import read_json, write_json
+from aps.files import read_json, remove, sha256, write_json
 from aps.journal import read_history
-from aps.layout import checkpoint_folder, stage_folder
+from aps.layout import run_folder
 from aps.runtime.ranks import ranks
-from aps.settings.study import StageSettings, Study
+from aps.seals import contents, damage, read_metrics, seal
+from aps.settings.study import StageSettings
 from aps.stages import STAGES
 from aps.tracking import OFF, Tracker
 
@@ -61,45 +66,110 @@ class StageJob:
         return self.encoder if self.encoder is not None else self.settings.encoder.weights
 
 
-def restore_finished(job: StageJob) -> bool:
-    """Link the outputs of an identical finished run back into place, if its checkpoint folder still has them.
+# --------------------------------------------------------------------------------------------------
+# What made a run.
 
-    State that was computed from other images or another training of the encoder is dropped.
+
+def run_key(settings: StageSettings, dataset: str, encoder: str | None) -> str:
+    """16 hexadecimal digits over all that determines a run's result; the names of study and experiment do not.
+
+    Args:
+        dataset: digest of its images, from the manifest.
+        encoder: SHA-256 of the file it starts from; None where its settings say it all (random, timm).
     """
-    finished, begun, inputs = job.checkpoints / "finished", job.checkpoints / "run.json", _inputs(job)
-    if begun.exists() and read_json(begun).get("inputs", inputs) != inputs:
-        print(f"{job.label}: its dataset or encoder is another one than last time; starting afresh", file=sys.stderr)
-        forget(job.checkpoints)
+    return hashlib.sha256(json.dumps([settings.digest, dataset, encoder]).encode()).hexdigest()[:16]
+
+
+def saved_run(results: str | Path, settings: StageSettings, manifest: Path, encoder: Path | None) -> Path:
+    """The folder of the run that these settings, images and encoder make.
+
+    Raises:
+        UserError: the manifest or the encoder's file is missing or broken.
+    """
+    images = str(read_json(manifest)["digest"])
+    return run_folder(results, settings.stage, run_key(settings, images, sha256(encoder) if encoder else None))
+
+
+def upstream_of(encoder: Path | None) -> dict[str, Any]:
+    """metrics.json beside an encoder's file, where a stage of ours made it.
+
+    Raises:
+        UserError: it is damaged, or the file is not the one that it describes.
+    """
+    beside = encoder.parent / "metrics.json" if encoder is not None else None
+    if encoder is None or beside is None or not beside.exists():
+        return {}
+    metrics = read_metrics(beside)
+    if metrics["files"].get(encoder.name, {}).get("sha256") != sha256(encoder):
+        raise UserError(
+            f"{encoder}: it is not the file that metrics.json beside it describes, so it was changed or damaged; "
+            f"run the stage that makes it (`snakemake {encoder} --force`)"
+        )
+    return metrics
+
+
+# --------------------------------------------------------------------------------------------------
+# Saved runs.
+
+
+def restore_finished(job: StageJob) -> bool:
+    """Link the outputs of the finished run into the study's folder, if there is one and it is whole.
+
+    A run that is not whole is dropped, with a sentence, and has to be computed again.
+    """
+    finished = job.checkpoints / "finished"
     if not (finished / "metrics.json").exists():
         return False
-    for file in _metrics_last(finished):
-        _link(file, job.out / file.name)
+    try:
+        metrics = read_metrics(finished / "metrics.json")
+        problem = damage(finished, metrics, whole=True)
+    except UserError as error:
+        problem = str(error)
+    if problem is not None:
+        print(f"{job.label}: its saved run is damaged ({problem}); computing it again", file=sys.stderr)
+        shutil.rmtree(finished)
+        return False
+    _publish(job, finished, metrics)
     return True
 
 
 def forget(checkpoints: Path) -> None:
-    """Drop a run's saved state, so that the same settings compute it again; a running attempt's mark stays."""
+    """Drop a saved run, so that it is computed again; a running attempt's mark stays."""
     for path in checkpoints.glob("*"):
         if path.name != "attempt.json":
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def forget_finished(results: Path, metrics: dict[str, Any]) -> None:
-    """Drop the saved state of a run whose results have been read."""
-    settings = StageSettings.from_json(json.dumps(metrics["settings"]))
-    shutil.rmtree(checkpoint_folder(results, settings), ignore_errors=True)
+def _publish(job: StageJob, finished: Path, metrics: dict[str, Any]) -> None:
+    """Puts a finished run's files into the study's folder. metrics.json comes last: where it exists, all is complete."""
+    remove(job.out / "metrics.json")
+    for name in metrics["files"]:
+        _link(finished / name, job.out / name)
+    name = job.settings.experiment
+    own = {"experiment": name, "settings": metrics["settings"] | {"experiment": name}}
+    write_json(job.out / "metrics.json", seal(metrics | own | _track(job, finished, metrics)))
 
 
-def _inputs(job: StageJob) -> dict[str, Any]:
-    """What the results depend on beside the settings: the images and the pretraining that made the encoder."""
-    upstream = _upstream(job)
-    return {"dataset": read_json(job.manifest)["digest"], "encoder": upstream.get("finished")}
+def _track(job: StageJob, finished: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Puts the state of the run in MLflow beside its outputs -> what metrics.json says of it.
+
+    Where another study or experiment made the run, it becomes a run of its own in this one's, which `sync` sends.
+    """
+    kept, name = job.out / "tracking.json", run_name(job)
+    state = read_json(kept) if kept.exists() else {}
+    if (state.get("study"), state.get("name"), state.get("tags", {}).get("run")) != (job.study, name, metrics["key"]):
+        state = read_json(finished / "tracking.json")
+    if (state["study"], state["name"]) != (job.study, name):
+        state |= {"study": job.study, "name": name, "tags": state["tags"] | {"experiment": job.settings.experiment}}
+        state |= {"key": uuid.uuid4().hex, "run_id": None, "described": False, "sent": 0}
+    write_json(kept, state)
+    complete = state["uri"] == OFF or (state["run_id"] is not None and metrics["mlflow_complete"])
+    return {"mlflow_run_id": state["run_id"], "mlflow_complete": complete}
 
 
-def _upstream(job: StageJob) -> dict[str, Any]:
-    """metrics.json beside the encoder's file, where a stage of ours made it."""
-    beside = job.encoder.parent / "metrics.json" if job.encoder is not None else None
-    return dict(read_json(beside)) if beside is not None and beside.exists() else {}
+def run_name(job: StageJob) -> str:
+    """What MLflow calls the run."""
+    return f"{job.settings.experiment}/seed{job.settings.seed}/{job.settings.stage}"
 
 
 @dataclass
@@ -118,15 +188,15 @@ class StageRun:
         self.job.checkpoints.mkdir(parents=True, exist_ok=True)
         self._state_file = self.job.checkpoints / "run.json"
         self.journal = self.job.checkpoints / "history.jsonl"
-        fresh: dict[str, Any] = {"started": _now(), "seconds": 0.0, "inputs": _inputs(self.job)}
+        fresh: dict[str, Any] = {"started": _now(), "seconds": 0.0}
         self._state = read_json(self._state_file) if self._state_file.exists() else fresh
         self._before = float(self._state["seconds"])
-        upstream = _upstream(self.job)
+        upstream = upstream_of(self.job.encoder)
         self.tracker = Tracker(
             address=self.job.tracking,
             folder=self.job.checkpoints,
             study=self.job.study,
-            name=f"{self.job.settings.experiment}/seed{self.job.settings.seed}/{self.job.settings.stage}",
+            name=run_name(self.job),
             params=flatten(self.job.settings.relevant()),
             tags={
                 "stage": self.job.settings.stage,
@@ -134,6 +204,7 @@ class StageRun:
                 "seed": str(self.job.settings.seed),
                 "dataset": self.job.settings.dataset_name,
                 "settings_digest": self.job.settings.digest,
+                "run": self.job.checkpoints.name,
                 "encoder": str(self.job.encoder_spec),
                 "results": str(self.job.out),
             }
@@ -184,18 +255,19 @@ class StageRun:
         self.save_clock()
         shutil.copyfile(self.journal, self.staging("history.jsonl"))
         tracked = self.tracker.finish({k: v for k, v in metrics.items() if isinstance(v, int | float)}, self._figures)
-        write_json(self.staging("metrics.json"), self._report(metrics, extra, tracked))
-        shutil.copyfile(self.tracker.state_file, self.staging("tracking.json"))
-        finished = self.job.checkpoints / "finished"
-        shutil.rmtree(finished, ignore_errors=True)
-        self.staging("metrics.json").parent.replace(finished)
-        for file in _metrics_last(finished):
-            _link(file, self.job.out / file.name)
-        for state in self.job.checkpoints.glob("state-*.pt"):
-            state.unlink()
-        missing = [name for name in STAGES[self.job.settings.stage].files if not (self.job.out / name).exists()]
+        staged = self.staging("metrics.json").parent
+        metrics_file = self._report(metrics, extra, tracked) | {"files": contents(staged)}
+        write_json(staged / "metrics.json", seal(metrics_file))
+        shutil.copyfile(self.tracker.state_file, staged / "tracking.json")
+        missing = [name for name in STAGES[self.job.settings.stage].files if not (staged / name).exists()]
         if missing:
             raise RuntimeError(f"{self.job.label} finished without {', '.join(missing)}")
+        finished = self.job.checkpoints / "finished"
+        shutil.rmtree(finished, ignore_errors=True)
+        staged.replace(finished)
+        _publish(self.job, finished, metrics_file)
+        for state in self.job.checkpoints.glob("state-*"):
+            state.unlink()
         if not tracked:
             print(
                 f"{self.job.label}: MLflow did not take everything; `python -m aps sync` sends it later",
@@ -212,7 +284,7 @@ class StageRun:
     def _report(self, metrics: dict[str, Any], extra: dict[str, Any], tracked: bool) -> dict[str, Any]:
         settings = self.job.settings
         manifest = read_json(self.job.manifest)
-        upstream = _upstream(self.job)
+        upstream = upstream_of(self.job.encoder)
         return {
             "stage": settings.stage,
             "experiment": settings.experiment,
@@ -221,9 +293,11 @@ class StageRun:
             **extra,
             "settings": settings.relevant(),
             "settings_digest": settings.digest,
+            "key": self.job.checkpoints.name,
             "dataset": {"name": manifest["name"], "digest": manifest["digest"]},
             "encoder": {
                 "source": str(self.job.encoder_spec),
+                "sha256": sha256(self.job.encoder) if self.job.encoder else None,
                 "settings_digest": upstream.get("settings_digest"),
                 "finished": upstream.get("finished"),
                 "mlflow_run_id": upstream.get("mlflow_run_id"),
@@ -243,14 +317,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def read_results(study: Study) -> Iterator[dict[str, Any]]:
-    """metrics.json of every finished stage of the study."""
-    for experiment, seed, stage in study.jobs():
-        path = stage_folder(study.results, experiment, seed, stage) / "metrics.json"
-        if path.exists():
-            yield read_json(path)
 
 
 def provenance() -> dict[str, Any]:
@@ -304,11 +370,6 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run.stdout.strip() or None if (root / ".git").exists() else None
-
-
-def _metrics_last(folder: Path) -> list[Path]:
-    """metrics.json comes last: where it exists, the stage is complete."""
-    return sorted(folder.iterdir(), key=lambda file: file.name == "metrics.json")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from aps.errors import UserError
 from aps.files import read_json, write_json
 from aps.journal import read_history
+from aps.seals import read_metrics, seal
 
 OFF = "none"  # tracking_uri that turns MLflow off
 SEND_SECONDS = 5.0  # between two looks at the journal
@@ -220,14 +221,14 @@ def send(state: dict[str, Any], journal: Path, figures: list[Path]) -> None:
         state |= {"status": "RUNNING", "described": False}  # a resumed run is set running again
 
 
-def sync(results: Path, uri: str) -> tuple[int, int]:
-    """Send what MLflow missed of every finished stage under `results`. Returns (sent, still missing)."""
+def sync(folder: Path, uri: str) -> tuple[int, int]:
+    """Send what MLflow missed of every finished stage in a study's folder. Returns (sent, still missing)."""
     sent = missing = 0
-    for state_file in sorted(results.glob("*/seed*/*/tracking.json")):
+    for state_file in sorted(folder.glob("*/seed*/*/tracking.json")):
         metrics_file = state_file.with_name("metrics.json")
         if uri == OFF or not metrics_file.exists():
             continue
-        metrics, state = read_json(metrics_file), read_json(state_file)
+        metrics, state = read_metrics(metrics_file), read_json(state_file)
         if metrics["mlflow_complete"] and state["uri"] == uri:
             continue
         state["final"] = {k: v for k, v in metrics["metrics"].items() if isinstance(v, int | float)}
@@ -243,7 +244,7 @@ def sync(results: Path, uri: str) -> tuple[int, int]:
             continue
         finally:
             write_json(state_file, state)
-        write_json(metrics_file, metrics | {"mlflow_complete": True, "mlflow_run_id": state["run_id"]})
+        write_json(metrics_file, seal(metrics | {"mlflow_complete": True, "mlflow_run_id": state["run_id"]}))
         sent += 1
     return sent, missing
 

@@ -134,7 +134,7 @@ def test_a_stage_run_by_hand_writes_where_snakemake_would(folder: Path, played: 
     (job,) = played
     study = load_study(["config/config.yaml"])
     assert job.settings == study.stage_settings("floor", 0, "knn") and job.study == "tiny"
-    assert job.out == Path("results/floor/seed0/knn") and (job.out / "metrics.json").exists()
+    assert job.out == Path("results/tiny/floor/seed0/knn") and (job.out / "metrics.json").exists()
     assert job.manifest == manifest_path("results", "digits") and job.encoder is None
 
 
@@ -235,7 +235,7 @@ def test_a_missing_encoder_says_which_stage_makes_it(
     folder: Path, played: list[StageJob], capsys: pytest.CaptureFixture[str]
 ) -> None:
     sentence = fails(capsys, "knn")
-    assert "results/aps/seed0/pretrain/encoder.safetensors is missing; run the stage that makes it" in sentence
+    assert "results/tiny/aps/seed0/pretrain/encoder.safetensors is missing; run the stage that makes it" in sentence
 
 
 @pytest.mark.parametrize("verb", ["knn", "data"])

@@ -50,7 +50,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of(study: Path, experiment: str, seed: int, stage: str) -> Path:
-    return stage_folder(study / "results", experiment, seed, stage)
+    return stage_folder(study / "results" / "tiny", experiment, seed, stage)
 
 
 def metrics(study: Path, *job: Any) -> dict[str, Any]:
@@ -122,16 +122,16 @@ def test_mlflow_has_a_run_of_each_stage_with_params_curves_final_metrics_and_fig
 
 
 def test_the_report_shows_every_run(study: Path) -> None:
-    page = (study / "results/report/tiny/report.html").read_text()
+    page = (study / "results/tiny/report/report.html").read_text()
     assert "<html" in page and "aps" in page and "floor" in page
-    assert len((study / "results/report/tiny/results.csv").read_text().splitlines()) > 1
+    assert len((study / "results/tiny/report/results.csv").read_text().splitlines()) > 1
 
 
 def test_each_job_left_a_log_and_a_benchmark(study: Path) -> None:
     for name, seed, stage in JOBS:
-        log = (study / f"results/logs/{name}/seed{seed}/{stage}.log").read_text()
+        log = (study / f"results/tiny/logs/{name}/seed{seed}/{stage}.log").read_text()
         assert "Traceback" not in log and (stage == "detection" or "[####################] 100%" in log), log
-        assert (study / f"results/benchmarks/{name}/seed{seed}/{stage}.tsv").exists()
+        assert (study / f"results/tiny/benchmarks/{name}/seed{seed}/{stage}.tsv").exists()
 
 
 def test_the_user_sees_progress_and_no_warning(study: Path) -> None:

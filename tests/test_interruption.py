@@ -72,7 +72,7 @@ def snakemake(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 def saved(folder: Path) -> int:
     """Batches that the newest checkpoint holds."""
-    files = (folder / "results/checkpoints/one/seed0/pretrain").glob("*/state-*.pt")
+    files = (folder / "results/runs/pretrain").glob("*/state-*.pt")
     return max((int(file.stem.removeprefix("state-")) for file in files), default=0)
 
 
@@ -83,7 +83,7 @@ def wait_for_progress(folder: Path, process: subprocess.Popen[str]) -> int:
         if process.poll() is not None or time.monotonic() > until:
             pytest.fail(f"no checkpoint after {before} batches: {process.communicate()[0]}")
         time.sleep(0.02)
-    (mark,) = (folder / "results/checkpoints/one/seed0/pretrain").glob("*/attempt.json")
+    (mark,) = (folder / "results/runs/pretrain").glob("*/attempt.json")
     return int(json.loads(mark.read_text())["pid"])
 
 
@@ -96,7 +96,7 @@ def finish(folder: Path) -> str:
 
 
 def encoder(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "results/one/seed0/pretrain/encoder.safetensors")
+    return load_file(folder / "results/interrupted/one/seed0/pretrain/encoder.safetensors")
 
 
 def first_batch(output: str) -> int:
@@ -136,7 +136,7 @@ def test_ctrl_c_and_kills_of_the_stage_and_of_snakemake_lose_nothing_but_time(
         output = process.communicate(timeout=PATIENCE)[0]
         assert process.returncode != 0
         assert "killed by SIGKILL, most often for its memory" in output
-        assert "results/logs/one/seed0/pretrain.log" in output
+        assert "results/interrupted/logs/one/seed0/pretrain.log" in output
 
     with snakemake(folder) as process:  # everything at once, as a power cut does
         wait_for_progress(folder, process)
@@ -182,7 +182,9 @@ def test_two_snakemakes_do_not_share_a_results_folder_and_a_kill_leaves_no_lock(
     monkeypatch.chdir(folder)
     with subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match=rf"results: another snakemake \(process {other.pid} on .*\) works in it"):
+        with pytest.raises(
+            UserError, match=rf"results/interrupted: another snakemake \(process {other.pid} on .*\) works in it"
+        ):
             Plan.load(["interrupted.yaml"], {}).hold_results()
         other.kill()
     Plan.load(["interrupted.yaml"], {}).hold_results()
@@ -194,6 +196,7 @@ def test_results_that_cannot_be_written_are_refused_in_one_sentence(
     monkeypatch.chdir(checkout(tmp_path))
     (tmp_path / "results").write_text("a file where the folder should be")
     with pytest.raises(
-        UserError, match=r"results/.lock: cannot be written \(File exists\); set another `results` folder"
+        UserError,
+        match=r"results/interrupted/.lock: cannot be written \((File exists|Not a directory)\); set another `results` folder",
     ):
         Plan.load(["interrupted.yaml"], {}).hold_results()

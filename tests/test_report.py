@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
-from aps import published, report
+from aps import published
 from aps.cli import main
-from aps.errors import UserError
-from aps.layout import checkpoint_folder, stage_folder
+from aps.files import sha256
+from aps.findings import Findings
+from aps.layout import stage_folder, study_folder
 from aps.report import Table, terminal, write_report
+from aps.seals import contents, seal
 from aps.settings.reading import load_study
 from aps.settings.study import Study
+from aps.stages import STAGES
 
 STUDY = """
 study: small
@@ -44,7 +47,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
 def finish(study: Study, experiment: str, seed: int, stage: str, **metrics: Any) -> Path:
     """What a finished stage leaves, without running it."""
     settings = study.stage_settings(experiment, seed, stage)
-    folder = stage_folder(study.results, experiment, seed, stage)
+    folder = stage_folder(study_folder(study), experiment, seed, stage)
     folder.mkdir(parents=True)
     content = {
         "stage": stage,
@@ -62,14 +65,18 @@ def finish(study: Study, experiment: str, seed: int, stage: str, **metrics: Any)
         "commit": "abc",
         "hardware": {"cpu": "a <fast> CPU", "processes": 2},
     }
-    (folder / "metrics.json").write_text(json.dumps(content))
     lines = [{"step": step, "time": 0.0, "loss": 3.0 / step, "positive_cosine": step / 10} for step in (1, 2, 3)]
     (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in STAGES[stage].outputs:
+        (folder / name).write_text(f"{experiment} {seed}")
+    pretrained = stage_folder(study_folder(study), experiment, seed, "pretrain") / "encoder.safetensors"
+    content["encoder"] = {"sha256": sha256(pretrained) if pretrained.exists() and stage != "pretrain" else None}
+    (folder / "metrics.json").write_text(json.dumps(seal(content | {"files": contents(folder)})))
     return folder
 
 
 def table(study: Study) -> Table:
-    return Table(study, list(report.read_results(study)))
+    return Table(study, Findings(study))
 
 
 def test_a_cell_is_the_mean_and_the_sample_standard_deviation_over_seeds(study: Study) -> None:
@@ -129,21 +136,11 @@ def test_a_report_on_nothing_says_so(study: Study, tmp_path: Path) -> None:
     assert len((tmp_path / "report/results.csv").read_text().splitlines()) == 1
 
 
-def test_a_report_lets_go_of_the_resumable_state_it_has_read_and_of_no_other(study: Study, tmp_path: Path) -> None:
-    finish(study, "aps", 0, "knn", knn_top1_k20=80.0)
-    folders = [checkpoint_folder(study.results, study.stage_settings("aps", seed, "knn")) for seed in (0, 1)]
-    for folder in folders:
-        folder.mkdir(parents=True)
-        (folder / "state-000000001.pt").touch()
-    assert main(["report", "--configfile", str(tmp_path / "study.yaml")]) == 0
-    assert [folder.exists() for folder in folders] == [False, True]
-
-
 def test_the_terminal_table_says_where_everything_lies(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     finish(study, "aps", 0, "finetune", test_top1=91.23)
     shown = terminal(study, "none")
     assert "1 of 14 runs finished" in shown and "91.2" in shown
-    assert f"{study.results}/report/small/report.html (not yet made)" in shown
+    assert f"{study.results}/small/report/report.html (not yet made)" in shown
     assert "MLflow   off" in shown
 
 
@@ -174,7 +171,7 @@ def test_published_numbers_stand_beside_ours_and_are_compared_only_where_the_exp
     overrides = {"experiments": {"aps": {"published": "knn", "pretrain": {"epochs": epochs}}}}
     study = load_study([tmp_path / "study.yaml"], overrides)
     finish(study, "aps", 0, "knn", knn_top1_k20=80.0)
-    knn, finetune = Table(study, runs := list(report.read_results(study))).beside_published(runs)
+    knn, finetune = table(study).beside_published(Findings(study).runs())
     assert (knn["published"], str(knn["ours"]), knn["runs"]) == (75.4, "80.0", ["aps-0-knn"])
     assert knn["difference"] == (pytest.approx(difference) if difference is not None else None)
     assert ("pretrain.epochs 100 instead of 1600" in knn["remark"]) == (difference is None)
@@ -184,7 +181,11 @@ def test_published_numbers_stand_beside_ours_and_are_compared_only_where_the_exp
     assert "not run" in page and ("+4.6" in page) == (difference is not None)
 
 
-def test_a_broken_result_is_one_sentence(study: Study, tmp_path: Path) -> None:
+def test_a_broken_result_is_no_figure_and_the_page_says_why(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (finish(study, "aps", 0, "knn", knn_top1_k20=80.0) / "metrics.json").write_text("{")
-    with pytest.raises(UserError, match=r"metrics\.json: not valid JSON; delete it and run the stage"):
-        write_report(study, tmp_path / "report", "none")
+    write_report(study, tmp_path / "report", "none")
+    page = (tmp_path / "report/report.html").read_text()
+    assert "0 of 14 runs finished" in page and "metrics.json: not valid JSON" in page and "80.0" not in page
+    assert "knn aps/seed0: damaged: " in terminal(study, "none")

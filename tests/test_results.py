@@ -17,9 +17,10 @@ from tiny_study import fake_job
 
 from aps import __version__, results
 from aps.errors import UserError
-from aps.files import read_json
+from aps.files import read_json, sha256
 from aps.journal import read_history
-from aps.results import StageJob, StageRun, flatten, forget, forget_finished, provenance, restore_finished
+from aps.results import StageJob, StageRun, flatten, forget, provenance, restore_finished
+from aps.seals import read_metrics, seal
 from aps.stages import STAGES
 
 
@@ -86,19 +87,25 @@ def test_every_declared_output_must_be_there(tmp_path: Path) -> None:
 
 
 def test_metrics_come_last_so_that_they_mean_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    linked: list[str] = []
-    link = results._link
-    monkeypatch.setattr(results, "_link", lambda source, target: (linked.append(target.name), link(source, target)))
+    written: list[str] = []
+    link, write = results._link, results.write_json
+    monkeypatch.setattr(results, "_link", lambda source, target: (written.append(target.name), link(source, target)))
+    monkeypatch.setattr(results, "write_json", lambda path, content: (written.append(path.name), write(path, content)))
     play(fake_job(tmp_path))
-    assert linked[-1] == "metrics.json" and set(linked) > set(STAGES["knn"].files)
+    assert written[-1] == "metrics.json" and set(written) > set(STAGES["knn"].files)
 
 
 def test_a_downstream_run_names_the_run_it_came_from(tmp_path: Path) -> None:
     upstream = fake_job(tmp_path, "pretrained")
     run = play(upstream)
-    run["mlflow_run_id"] = "abc"
-    (upstream.out / "metrics.json").write_text(json.dumps(run))
-    job = fake_job(tmp_path, encoder=upstream.out / "encoder.safetensors")
+    encoder = upstream.out / "encoder.safetensors"
+    encoder.write_text("weights")
+    described = {
+        "files": run["files"] | {encoder.name: {"bytes": 7, "sha256": sha256(encoder)}},
+        "mlflow_run_id": "abc",
+    }
+    (upstream.out / "metrics.json").write_text(json.dumps(seal(run | described)))
+    job = fake_job(tmp_path, encoder=encoder)
     found = play(job)["encoder"]
     assert found["source"] == str(job.encoder) and found["settings_digest"] == upstream.settings.digest
     assert found["mlflow_run_id"] == "abc" and found["finished"] == run["finished"]
@@ -189,32 +196,52 @@ def test_checkpoints_stay_when_outputs_are_deleted_and_go_when_the_run_finished(
     assert not state.exists()
 
 
-@pytest.mark.parametrize("change", ["dataset", "encoder"])
-@pytest.mark.parametrize("done", [False, True])
-def test_state_of_another_dataset_or_encoder_is_dropped(
-    tmp_path: Path, change: str, done: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    upstream = fake_job(tmp_path, "pretrained")
-    play(upstream)
-    job = fake_job(tmp_path, encoder=upstream.out / "encoder.safetensors")
-    play(job) if done else begin(job, 2)
-    (job.checkpoints / "state-000000002.pt").write_text("")
-    assert restore_finished(job) is done and (job.checkpoints / "history.jsonl").exists()
-    file, key = {"dataset": (job.manifest, "digest"), "encoder": (upstream.out / "metrics.json", "finished")}[change]
-    file.write_text(json.dumps(read_json(file) | {key: "another"}))
-    assert not restore_finished(job) and list(job.checkpoints.iterdir()) == []
-    assert "starting afresh" in capsys.readouterr().err
+def test_a_run_of_other_images_or_another_encoder_is_another_run(tmp_path: Path) -> None:
+    encoder = tmp_path / "encoder.safetensors"
+    encoder.write_text("weights")
+    job = fake_job(tmp_path, encoder=encoder)
     play(job)
-    assert restore_finished(job)
+    encoder.write_text("other weights")
+    assert not restore_finished(fake_job(tmp_path, encoder=encoder))
+    encoder.write_text("weights")
+    assert restore_finished(fake_job(tmp_path, encoder=encoder))
+    job.manifest.write_text(json.dumps({"name": "digits", "digest": "another"}))
+    assert not restore_finished(fake_job(tmp_path, encoder=encoder))
 
 
-def test_what_the_report_has_read_is_forgotten(tmp_path: Path) -> None:
-    job, other = fake_job(tmp_path), fake_job(tmp_path, k=7)
-    found = play(job)
-    begin(other, 1)
-    forget_finished(tmp_path, found)
-    assert not job.checkpoints.exists() and other.checkpoints.exists()
-    assert not restore_finished(job) and metrics(job) == found
+def test_a_run_appears_under_each_name_that_asks_for_it_and_is_computed_once(tmp_path: Path) -> None:
+    first, second = fake_job(tmp_path), fake_job(tmp_path, "other", study="second")
+    found = play(first)
+    assert first.checkpoints == second.checkpoints and restore_finished(second)
+    assert metrics(second)["metrics"] == found["metrics"] and metrics(second)["experiment"] == "other"
+    assert read_metrics(second.out / "metrics.json")["settings"]["experiment"] == "other"
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "history.jsonl"])
+def test_a_damaged_saved_run_is_recognized_and_computed_again(
+    tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = fake_job(tmp_path)
+    play(job)
+    saved = job.checkpoints / "finished" / file
+    content = bytearray(saved.read_bytes())
+    content[len(content) // 2] ^= 1
+    saved.write_bytes(content)
+    assert not restore_finished(job)
+    assert "its saved run is damaged" in capsys.readouterr().err
+
+
+def test_an_encoder_that_is_not_the_one_described_beside_it_is_refused(tmp_path: Path) -> None:
+    upstream = fake_job(tmp_path, "pretrained")
+    run = play(upstream)
+    encoder = upstream.out / "encoder.safetensors"
+    encoder.write_text("weights")
+    described = {"files": run["files"] | {encoder.name: {"bytes": 7, "sha256": "0" * 64}}}
+    (upstream.out / "metrics.json").write_text(json.dumps(seal(run | described)))
+    with pytest.raises(
+        UserError, match=r"encoder.safetensors: it is not the file that metrics.json beside it describes"
+    ):
+        play(fake_job(tmp_path, encoder=encoder))
 
 
 def test_forgetting_leaves_the_mark_of_a_running_attempt(tmp_path: Path) -> None:
@@ -275,7 +302,7 @@ def test_a_results_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path)
     job = fake_job(tmp_path)
     job.out.parent.mkdir(parents=True)
     job.out.write_text("in the way")
-    with pytest.raises(UserError, match=r"knn/history.jsonl: cannot be written \(.*\); free space or choose another"):
+    with pytest.raises(UserError, match=r"knn/metrics.json: cannot be written \(.*\); free space or choose another"):
         play(job)
 
 

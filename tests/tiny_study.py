@@ -8,10 +8,14 @@ from typing import Any
 
 import yaml
 
-from aps.layout import checkpoint_folder, stage_folder
-from aps.results import StageJob
-from aps.settings.blocks import DatasetSettings, KnnSettings
-from aps.settings.study import StageSettings
+from aps.files import sha256
+from aps.findings import Findings
+from aps.layout import encoder_file, manifest_path, report_folder, stage_folder, study_folder
+from aps.results import StageJob, saved_run
+from aps.seals import contents, seal
+from aps.settings.blocks import DatasetSettings, EncoderSettings, KnnSettings
+from aps.settings.study import StageSettings, Study
+from aps.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
 STUDY: dict[str, Any] = {
@@ -69,20 +73,56 @@ def put(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
     return copy
 
 
-def fake_job(results: Path, experiment: str = "aps", seed: int = 0, k: int = 5, **changes: Any) -> StageJob:
+def fake_job(
+    results: Path, experiment: str = "aps", seed: int = 0, k: int = 5, weights: str = "pretrain", **changes: Any
+) -> StageJob:
     """A job whose stage a test plays itself; of kNN, because that has no other outputs than those every stage has."""
     manifest = results / "data" / "digits" / "manifest.json"
     if not manifest.exists():
         manifest.parent.mkdir(parents=True)
         manifest.write_text(json.dumps({"name": "digits", "digest": "0123"}))
     settings = StageSettings(
-        stage="knn", experiment=experiment, seed=seed, dataset=DatasetSettings(name="digits"), knn=KnnSettings(k=(k,))
+        stage="knn",
+        experiment=experiment,
+        seed=seed,
+        dataset=DatasetSettings(name="digits"),
+        knn=KnnSettings(k=(k,)),
+        encoder=EncoderSettings(weights=weights),
     )
     return StageJob(
         settings=settings,
         manifest=manifest,
-        out=stage_folder(results, experiment, seed, "knn"),
-        checkpoints=checkpoint_folder(results, settings),
-        study="tiny",
-        **changes,
+        out=stage_folder(results / "tiny", experiment, seed, "knn"),
+        checkpoints=saved_run(results, settings, manifest, changes.get("encoder")),
+        **{"study": "tiny", **changes},
     )
+
+
+def pretend_finished(study: Study) -> list[Path]:
+    """Every result of a study, without computing it: sealed, but with a few letters for weights -> the files."""
+    for dataset in study.datasets():
+        manifest = manifest_path(study.results, dataset)
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        manifest.write_text(json.dumps({"name": dataset, "digest": f"images of {dataset}"}))
+    files = [manifest_path(study.results, dataset) for dataset in study.datasets()]
+    for experiment, seed, stage in study.jobs():
+        folder = stage_folder(study_folder(study), experiment, seed, stage)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = study.stage_settings(experiment, seed, stage)
+        for name in (*STAGES[stage].outputs, "history.jsonl"):
+            (folder / name).write_text(f"{settings.digest} {name}" if name != "history.jsonl" else "")
+        encoder = encoder_file(study, experiment, seed) if STAGES[stage].encoder else None
+        described = {
+            "stage": stage, "experiment": experiment, "seed": seed, "metrics": {}, "settings": settings.relevant(),
+            "settings_digest": settings.digest, "files": contents(folder),
+            "dataset": {"name": settings.dataset_name, "digest": f"images of {settings.dataset_name}"},
+            "encoder": {"sha256": sha256(encoder) if encoder else None},
+        }  # fmt: skip
+        (folder / "metrics.json").write_text(json.dumps(seal(described)))
+        files += [folder / name for name in STAGES[stage].files]
+    report_folder(study).mkdir(parents=True, exist_ok=True)
+    for name in ("report.html", "results.csv"):
+        (report_folder(study) / name).write_text("")
+        files.append(report_folder(study) / name)
+    Findings(study).stamp_report(report_folder(study))
+    return files

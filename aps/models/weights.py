@@ -9,6 +9,7 @@ It does not read the authors' release; `aps.models.transfer` turns that into a f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 
 SETTINGS_KEY = "aps_encoder"
 INFO_KEY = "aps_info"
+SEAL_KEY = "aps_sha256"
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -42,9 +45,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         UserError: the folder can't be written or the disk is full.
     """
     plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    sealed = dict(metadata or {}) | {SEAL_KEY: _seal(plain, metadata or {})}
     with atomic_path(Path(path)) as temporary:
         try:
-            save_file(plain, temporary, dict(metadata or {}))
+            save_file(plain, temporary, sealed)
         except SafetensorError as error:  # how the library reports a full disk
             raise UserError(f"{path}: cannot be written ({error}); free space or choose another folder") from None
 
@@ -68,17 +72,31 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
     Raises:
-        UserError: the file is missing or not a safetensors file.
+        UserError: the file is missing, not a safetensors file, or one of ours that was changed or damaged.
     """
     if not Path(path).is_file():
         raise UserError(f"weights file {path} does not exist; give the path of a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(
             f"weights file {path} is not a whole safetensors file ({error}); copy or make it again"
         ) from None
+    seal = metadata.pop(SEAL_KEY, None)
+    if seal is not None and seal != _seal(tensors, metadata):
+        raise UserError(f"weights file {path}: its content is not what was written; copy or make it again")
+    return tensors, metadata
+
+
+def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over names, types, shapes and values of all tensors, and the rest of the metadata."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        x = tensors[name]
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_settings(metadata: Mapping[str, str], path: Path) -> EncoderSettings | None:

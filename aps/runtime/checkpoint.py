@@ -1,4 +1,4 @@
-"""Resumable state on disk: written atomically, the last two kept, read back without unpickling code.
+"""Resumable state on disk: written atomically, sealed, the last two kept, read back without unpickling code.
 
 The folder belongs to one stage with one settings digest; Snakemake does not know it.
 """
@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from aps.files import atomic_path
+from aps.files import atomic_path, read_json, sha256, write_json
 
 KEPT = 2  # a machine that dies while writing may lose the newest
 
 
 class Checkpoints:
-    """`state-{step}.pt` files in a folder.
+    """`state-{step}.pt` files in a folder, each with its SHA-256 beside it.
 
     Args:
         folder: `StageJob.checkpoints`.
@@ -39,19 +39,35 @@ class Checkpoints:
         self._last = time.monotonic()
         if not self.writes:
             return
-        with atomic_path(self.folder / f"state-{step:09d}.pt") as temporary:
+        file = self.folder / f"state-{step:09d}.pt"
+        with atomic_path(file) as temporary:
             torch.save({"step": step, **state}, temporary)
+            # Before the state itself, so that a state that is there has its seal: torch.load does not check what it reads.
+            write_json(_seal(file), {"sha256": sha256(temporary)})
         for old in self._files()[:-KEPT]:
-            old.unlink(missing_ok=True)
+            remove(old)
 
     def load(self) -> dict[str, Any] | None:
         """The newest readable state on the CPU, or None; a damaged file is passed over with a warning."""
         for file in reversed(self._files()):
             try:
-                return torch.load(file, map_location="cpu", weights_only=True)
+                if read_json(_seal(file))["sha256"] != sha256(file):
+                    raise ValueError("its content is not what was written")
+                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+                return state
             except Exception as error:
                 print(f"{file}: unreadable checkpoint ({error}); going back to the one before", file=sys.stderr)
         return None
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("state-*.pt"))
+
+
+def _seal(file: Path) -> Path:
+    return file.with_suffix(".json")
+
+
+def remove(file: Path) -> None:
+    """A state and its seal."""
+    for part in (file, _seal(file)):
+        part.unlink(missing_ok=True)

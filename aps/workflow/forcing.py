@@ -1,4 +1,6 @@
-"""`--forcerun finetune` means the jobs behind that target: a change of Snakemake's own state, kept in this one place.
+"""What Snakemake is forced to run: a change of its own state, kept in this one place.
+
+`--forcerun finetune` means the jobs behind that target.
 
 Snakemake takes a name after `--forcerun` for a rule's, and would force the target `finetune`, which has no job of its
 own, so nothing would run. There is no supported way to say that a target stands for other rules
@@ -11,16 +13,16 @@ version of Snakemake no longer sets `workflow.dag_settings` or reads `forcerun` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
-def translate_forced_targets(workflow: Any, rule_of_target: Mapping[str, str]) -> None:
-    """From now on a target among the forced names stands for the rule that does its jobs."""
+def force_by(workflow: Any, force: Callable[[Iterable[str]], frozenset[str]]) -> None:
+    """When Snakemake learns what the user forces, it gets what `force` makes of it."""
 
     def set_settings(self: Any, value: Any) -> None:
         if value is not None:
-            value.forcerun = frozenset(rule_of_target.get(name, name) for name in value.forcerun)
+            value.forcerun = force(value.forcerun)
         self.__dict__["dag_settings"] = value
 
     base = type(workflow)

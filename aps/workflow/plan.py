@@ -9,19 +9,29 @@ Imports nothing heavy, for planning on a login node.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import platform
 import shlex
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from snakemake.io import ancient
+
 from aps.errors import UserError
-from aps.layout import checkpoint_folder, encoder_file, manifest_path, stage_folder
-from aps.results import forget
+from aps.findings import Findings
+from aps.layout import (
+    encoder_file,
+    manifest_path,
+    of_the_old_layout,
+    report_folder,
+    stage_folder,
+    study_folder,
+)
+from aps.results import forget, saved_run
 from aps.settings.reading import load_study, read_value
 from aps.settings.study import StageSettings, Study
 from aps.stages import STAGES
@@ -29,6 +39,7 @@ from aps.tracking import tracking_address
 from aps.workflow.resources import check_resources, rule_resources, rule_threads, runs_here
 
 DEFAULT_STUDY = Path("config/config.yaml")
+EXPLAINED = 20  # lines
 PREPARE = "prepare_dataset"  # the rule of the target `data`
 
 
@@ -42,7 +53,17 @@ class Plan:
     def __init__(self, study: Study, files: list[Path], overrides: dict[str, Any]) -> None:
         self.study = study
         self._files, self._overrides = files, overrides
+        self.findings = Findings(study)
+        self.folder = study_folder(study)
+        self.report = report_folder(study)
         self._tracking = tracking_address(study.tracking_uri, study.results)
+        self._forced: frozenset[str] = frozenset()
+        # Whatever has to be made again has this file among its inputs, which a job of its own makes first.
+        self.outdated = str(self.folder / f".outdated-{uuid.uuid4().hex[:8]}")
+        self.is_main = True  # of Snakemake's processes; the others run what it has planned
+        self._first: dict[str, tuple[str, int, str]] = {}  # of the study's jobs, by the digest of their settings
+        for job in study.jobs():
+            self._first.setdefault(study.stage_settings(*job).digest, job)
 
     @classmethod
     def load(cls, configfiles: Iterable[str | Path], overrides: Mapping[str, Any]) -> Plan:
@@ -75,7 +96,7 @@ class Plan:
         Raises:
             UserError: another one is at work there, or the folder cannot be written.
         """
-        path = Path(self.study.results, ".lock")
+        path = self.folder / ".lock"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = path.open("a+")
@@ -93,6 +114,11 @@ class Plan:
             print(f"warning: {path}: no lock to be had ({error.strerror}); start no second snakemake", file=sys.stderr)
         self._lock.truncate(0)
         print(f"process {os.getpid()} on {platform.node()}", file=self._lock, flush=True)
+
+    def sweep(self) -> None:
+        """Remove the marks of what had to be made again, of this run and of killed ones."""
+        for mark in self.folder.glob(".outdated-*"):
+            mark.unlink(missing_ok=True)
 
     def warn_of_environment(self) -> None:
         """The same sentence about the whole study, on standard error: a study is planned where its packages are not."""
@@ -117,59 +143,101 @@ class Plan:
     def outputs(self, stage: str) -> list[str]:
         """Every file of every run of a stage."""
         return [
-            str(stage_folder(self.study.results, name, seed, stage) / file)
+            str(stage_folder(self.folder, name, seed, stage) / file)
             for name, seed, own in self.study.jobs()
             if own == stage
             for file in STAGES[stage].files
         ]
 
     def metrics(self) -> list[str]:
-        return [str(stage_folder(self.study.results, *job) / "metrics.json") for job in self.study.jobs()]
+        return [str(stage_folder(self.folder, *job) / "metrics.json") for job in self.study.jobs()]
 
     # -- what the user forces ---------------------------------------------------------------------
 
+    def force(self, names: Iterable[str]) -> frozenset[str]:
+        """What Snakemake is to force where the user forces `names`: the jobs instead of their targets."""
+        self._forced = frozenset(RULE_OF_TARGET.get(name, name) for name in names)
+        return self._forced
+
     def forget_forced(self, workflow: Any) -> None:
-        """Drop the saved state of runs that the user forces, so that they are computed and not found finished."""
+        """Drop the saved state of what the user forces, so that it is computed and not found finished."""
         settings = workflow.dag_settings
-        files = settings.forcerun | (settings.targets if settings.forcetargets else frozenset())
+        files = self._forced | (settings.targets if settings.forcetargets else frozenset())
+        everything = settings.forceall
         for job in workflow.dag.needrun_jobs():
-            forced = job.rule in workflow.dag.forcerules or not files.isdisjoint(job.output)
-            if forced and (stage := STAGE_OF_RULE.get(job.rule.name)):
-                own = self.study.stage_settings(job.wildcards.experiment, int(job.wildcards.seed), stage)
-                forget(checkpoint_folder(self.study.results, own))
+            forced = everything or job.rule.name in files or not files.isdisjoint(job.output)
+            if forced and job.rule.name == PREPARE:
+                forget(Path(job.output.manifest).parent)
+            elif forced and job.rule.name in STAGE_OF_RULE:
+                self._forget(job)
+
+    def _forget(self, job: Any) -> None:
+        settings = self._settings(job.wildcards)
+        encoder = getattr(job.input, "encoder", None)
+        try:
+            forget(
+                saved_run(self.study.results, settings, Path(job.input.manifest), Path(encoder) if encoder else None)
+            )
+        except UserError:  # an input is still to be made, so there is no run of it yet
+            return
+
+    def explain(self) -> list[str]:
+        """Why results that are there have to be made again, a line each."""
+        stale = self.findings.stale()
+        lines = [f"{finding.label}: {finding.reason}" for finding in stale[:EXPLAINED]]
+        lines += [f"and {len(stale) - EXPLAINED} runs more"] if len(stale) > EXPLAINED else []
+        if (old := of_the_old_layout(self.study.results)) is not None:
+            lines.append(
+                f"{old}: a result of version 0.1, whose folders did not say which study they are of; it is not used, move it "
+                "away or delete it"
+            )
+        return lines
 
     # -- one stage's rule -------------------------------------------------------------------------
 
     def output(self, stage: str) -> dict[str, str]:
         """The stage's files, by names that rules may use; `{stage}` is a wildcard that the rule binds to its own."""
-        folder = f"{self.study.results}/{{experiment}}/seed{{seed}}/{{stage}}"
+        folder = f"{self.folder}/{{experiment}}/seed{{seed}}/{{stage}}"
         return {file.replace(".", "_"): f"{folder}/{file}" for file in STAGES[stage].files}
 
     def _settings(self, wildcards: Any) -> StageSettings:
         return self.study.stage_settings(wildcards.experiment, int(wildcards.seed), wildcards.stage)
 
-    def inputs(self, wildcards: Any) -> dict[str, str]:
+    def inputs(self, wildcards: Any) -> dict[str, Any]:
         """The dataset's manifest and, where the stage starts from one, the encoder."""
         settings = self._settings(wildcards)
-        files = {"manifest": str(manifest_path(self.study.results, settings.dataset_name))}
-        encoder = None
+        files = {"manifest": manifest_path(self.study.results, settings.dataset_name)}
         if STAGES[settings.stage].encoder:
             encoder = encoder_file(self.study, settings.experiment, settings.seed)
-        return files | ({"encoder": str(encoder)} if encoder else {})
+            files |= {"encoder": encoder} if encoder else {}
+        first = self._first[settings.digest]
+        if first != (settings.experiment, settings.seed, settings.stage):  # the same run under another name: once
+            files["after"] = stage_folder(self.folder, *first) / "metrics.json"
+        found = self.findings.of(settings.experiment, settings.seed, settings.stage)
+        return self._weighed({key: str(file) for key, file in files.items()}, found.metrics is not None, found.stale)
 
-    def settings(self, wildcards: Any) -> str:
-        """All that the stage's result depends on, as JSON: Snakemake reruns the job when it changes."""
-        return self._settings(wildcards).to_json()
+    def report_inputs(self, wildcards: Any) -> dict[str, Any]:
+        """Every metrics.json; the report is made again where it shows something else than what is there."""
+        shown = (self.report / "report.html").exists()
+        theirs = shown and self.findings.report_is_theirs(self.report)
+        return self._weighed({"metrics": self.metrics()}, theirs, shown and not theirs)
 
-    def options(self, wildcards: Any, input: Any, output: Any, resources: Any) -> str:
-        """Paths and the way it runs; `resources` is among the arguments so that none of it counts as a change."""
+    def _weighed(self, files: dict[str, Any], right: bool, stale: bool) -> dict[str, Any]:
+        """Inputs such that Snakemake runs a job where its result is not `right`, and only there.
+
+        Snakemake goes by times, which say nothing of results that were copied. Inputs of a right result are marked as
+        ancient, so that their times do not count; a stale one gets an input that has to be made first.
+        """
+        if not self.is_main:
+            return files
+        if right and not self._forced:
+            return {key: ancient(file) for key, file in files.items()}
+        return files | ({"outdated": self.outdated} if stale else {})
+
+    def options(self, wildcards: Any, resources: Any) -> str:
+        """The way it runs; `resources` is among the arguments so that none of it counts as a change."""
         given = {
-            "study": self.study.study,
-            "results": self.study.results,
             "tracking": self._tracking,
-            "manifest": input.manifest,
-            "encoder": getattr(input, "encoder", None),
-            "out": Path(output.metrics_json).parent,
             **{key: getattr(resources, key, None) for key in ("processes", "nodes", "workers", "checkpoint_minutes")},
         }
         return " ".join(f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items() if v is not None)
@@ -187,12 +255,6 @@ class Plan:
 
     def threads_of(self, stage: str) -> Callable[[Any], int]:
         return rule_threads(self.study, stage)
-
-    def digest(self) -> str:
-        """Of everything that the report shows but the figures: it is made again when a run of it is another one."""
-        runs = [(*job, self.study.stage_settings(*job).digest) for job in self.study.jobs()]
-        words = [(name, e.description, e.published) for name, e in self.study.experiments.items()]
-        return hashlib.sha256(json.dumps([runs, words]).encode()).hexdigest()[:16]
 
     def source_options(self, dataset: str) -> str:
         source = self.study.sources.get(dataset)

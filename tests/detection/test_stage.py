@@ -22,10 +22,9 @@ from tiny import ENCODER, stage_settings
 from aps.detection.engine import Task
 from aps.detection.stage import load_weights, normalization, run
 from aps.errors import UserError
-from aps.layout import checkpoint_folder
 from aps.models.encoder import build_encoder
 from aps.models.weights import save_encoder
-from aps.results import StageJob
+from aps.results import StageJob, saved_run
 from aps.settings.study import StageSettings
 from aps.stages import STAGES
 
@@ -37,7 +36,7 @@ def job(manifest: Path, folder: Path, settings: StageSettings, encoder: Path | N
         settings=settings,
         manifest=manifest,
         out=folder / "out",
-        checkpoints=checkpoint_folder(folder, settings),
+        checkpoints=saved_run(folder, settings, manifest, encoder),
         encoder=encoder,
         checkpoint_minutes=1e-4,
     )
@@ -64,7 +63,7 @@ def test_killed_and_run_again_it_ends_as_if_undisturbed(manifest: Path, tmp_path
     settings = stage_settings(engine=engine)
     undisturbed = start(manifest, tmp_path / "whole", settings)
     killed = start(manifest, tmp_path / "killed", settings)
-    saved = checkpoint_folder(tmp_path / "killed", settings)
+    saved = saved_run(tmp_path / "killed", settings, manifest, None)
     while not any(int(file.stem.removeprefix("state-")) >= 23 for file in saved.glob("state-*.pt")):
         assert killed.poll() is None, killed.stderr and killed.stderr.read()
         time.sleep(0.01)

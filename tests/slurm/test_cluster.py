@@ -25,6 +25,10 @@ import torch
 from cluster import Cluster, run
 from safetensors.torch import load_file
 
+from aps.results import saved_run
+from aps.settings.reading import load_study
+from aps.stages import STAGES
+
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
 HERE = Path(__file__).parent
@@ -59,10 +63,21 @@ class Study:
         return file.read_text()
 
     def encoder(self, experiment: str) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / f"results/{experiment}/seed0/pretrain/encoder.safetensors")
+        return load_file(self.folder / f"results/tiny/{experiment}/seed0/pretrain/encoder.safetensors")
 
     def metrics(self, experiment: str, stage: str = "pretrain") -> dict[str, object]:
-        return dict(json.loads((self.folder / f"results/{experiment}/seed0/{stage}/metrics.json").read_text()))
+        return dict(json.loads((self.folder / f"results/tiny/{experiment}/seed0/{stage}/metrics.json").read_text()))
+
+    def keys(self) -> dict[str, str]:
+        """Experiment -> key of its pretraining, as soon as the images are there."""
+        manifest = self.folder / "results/data/digits/manifest.json"
+        if not manifest.exists():
+            return {}
+        study = load_study([HERE / "tiny.yaml"])
+        return {
+            name: saved_run("results", study.stage_settings(name, 0, "pretrain"), manifest, None).name
+            for name in study.experiments
+        }
 
     def memory(self, name: str) -> list[int]:
         """MB that each attempt asked for, in order."""
@@ -97,10 +112,9 @@ class Disturber:
 
     def look(self) -> None:
         for name in ("calm", "cancelled", "limited", "lost", "preempted"):
-            folder = self.study.folder / f"results/checkpoints/{name}/seed0/pretrain"
-            if name not in self.held and list(folder.glob("*/state-*.pt")):
-                (mark,) = folder.glob("*/attempt.json")
-                self.held[name] = int(json.loads(mark.read_text())["pid"])
+            folder = self.study.folder / "results/runs/pretrain" / self.study.keys().get(name, "not yet")
+            if name not in self.held and list(folder.glob("state-*.pt")):
+                self.held[name] = int(json.loads((folder / "attempt.json").read_text())["pid"])
                 if name == "calm":
                     self._read_environment()
                 else:
@@ -189,7 +203,7 @@ def first_losses(study: Study, experiment: str) -> tuple[float, float]:
     Sums over processes round differently, and training makes the last digit grow tenfold every few steps, with another
     number of threads just as well. Another batch, view or sampling would show at once.
     """
-    histories = [study.folder / f"results/{name}/seed0/pretrain/history.jsonl" for name in (experiment, "calm")]
+    histories = [study.folder / f"results/tiny/{name}/seed0/pretrain/history.jsonl" for name in (experiment, "calm")]
     first, second = (float(json.loads(file.read_text().splitlines()[0])["loss"]) for file in histories)
     return first, second
 
@@ -202,9 +216,9 @@ def test_a_job_sees_the_gpu_that_slurm_gave_it_and_no_other(study: Study) -> Non
 
 
 def test_all_stages_are_jobs_but_data_and_report(study: Study) -> None:
-    assert study.submitted >= {f"{name}_encoder" for name in ("pretrain", "finetune", "probe", "knn", "detect")}
+    assert study.submitted >= {f"{stage}_encoder" for stage in STAGES}
     assert not {name for name in study.submitted if "dataset" in name or "report" in name or "tracking" in name}
-    assert (study.folder / "results/report/tiny/report.html").exists()
+    assert (study.folder / "results/tiny/report/report.html").exists()
     assert study.metrics("calm", "detection")["settings_digest"]
 
 
@@ -291,9 +305,9 @@ def broken(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Study:
 def test_a_failed_job_shows_its_message_log_and_job_id_and_stops_only_what_needs_it(broken: Study) -> None:
     assert broken.status == 1
     assert "the pretraining loss became nan; lower pretrain.lr" in broken.output
-    assert "results/logs/wrong/seed0/pretrain.log" in broken.output
+    assert "results/broken/logs/wrong/seed0/pretrain.log" in broken.output
     assert re.search(r"external_jobid: \d+", broken.output)
-    assert (broken.folder / "results/right/seed0/pretrain/metrics.json").exists()
+    assert (broken.folder / "results/broken/right/seed0/pretrain/metrics.json").exists()
     assert "rule knn_encoder" not in broken.output
 
 

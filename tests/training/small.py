@@ -15,7 +15,7 @@ from aps.errors import Preempted
 from aps.methods.aps import APS
 from aps.models.encoder import Encoder, build_encoder
 from aps.models.weights import save_encoder
-from aps.results import StageJob, checkpoint_folder
+from aps.results import StageJob, saved_run
 from aps.runtime.processes import Distributed
 from aps.settings.blocks import DatasetSettings, EncoderSettings, FinetuneSettings, KnnSettings, LinearProbeSettings
 from aps.settings.study import StageSettings
@@ -55,7 +55,7 @@ def job(stage: str, manifest: Path, folder: Path, seed: int = 0, **changes: Any)
         encoder = folder / "encoder.safetensors"
         torch.manual_seed(7)
         save_encoder(build_encoder(settings.encoder), settings.encoder, encoder)
-    checkpoints = checkpoint_folder(folder, settings)
+    checkpoints = saved_run(folder, settings, manifest, encoder)
     return StageJob(settings=settings, manifest=manifest, out=folder / "out", checkpoints=checkpoints, encoder=encoder)
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_study import STUDY, checkout, put
+from tiny_study import STUDY, checkout, pretend_finished, put
 
 from aps.errors import UserError
+from aps.settings.reading import load_study
 from aps.stages import STAGES
 from aps.workflow.plan import RULE_OF_TARGET as JOB_RULES
 from aps.workflow.plan import Plan
@@ -52,7 +53,12 @@ def plan(folder: Path, *arguments: str, **changes: object) -> set[str]:
     jobs = re.findall(r"^(?:local)?rule (\w+):\n((?: +\S.*\n)+)", text, re.MULTILINE)
     assert jobs or "Nothing to be done" in text, text
     named = [(rule, re.search(r"wildcards: (?:experiment|dataset)=([\w-]+)", body)) for rule, body in jobs]
-    return {f"{rule} {found.group(1)}" if found else rule for rule, found in named} - {"all", *STAGES, "data"}
+    return {f"{rule} {found.group(1)}" if found else rule for rule, found in named} - {
+        "all",
+        *STAGES,
+        "data",
+        "outdated",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +73,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = checkout(tmp_path_factory.mktemp("finished"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        whole = Plan.load(["study.yaml"], {})
-    files = [
-        *whole.manifests(),
-        "results/report/tiny/report.html",
-        "results/report/tiny/results.csv",
-    ]
-    for file in files + [file for stage in STAGES for file in whole.outputs(stage)]:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text("{}\n")
-    snakemake(folder, "all", "--touch", "--forceall", "--configfile", "study.yaml")
+        pretend_finished(load_study(["study.yaml"]))
     return folder
 
 
@@ -120,7 +117,7 @@ def test_another_tracking_server_in_the_environment_reruns_no_stage(finished: Pa
         (("all", "--forcerun", "finetune"), {*FINETUNINGS, "report"}),
         (("knn", "--forcerun", "pretrain", "knn"), {"pretrain_encoder aps", "knn_encoder aps", "knn_encoder floor"}),
         (("report", "--forcerun", "report"), {"report"}),
-        (("results/aps/seed0/knn/metrics.json", "--force"), {"knn_encoder aps"}),
+        (("results/tiny/aps/seed0/knn/metrics.json", "--force"), {"knn_encoder aps"}),
     ],
 )  # fmt: skip
 def test_forcing_a_stage_reruns_its_jobs_and_what_was_asked_for(
@@ -130,18 +127,59 @@ def test_forcing_a_stage_reruns_its_jobs_and_what_was_asked_for(
     assert plan(finished, *arguments) == expected
 
 
-def test_a_stage_run_alone_with_new_settings_leaves_the_report_to_be_made_again(tmp_path: Path, finished: Path) -> None:
-    folder = shutil.copytree(finished, tmp_path / "copy", symlinks=True)
-    changed = put(STUDY, ("defaults", "finetune", "lr"), 0.5)
-    (folder / "changed.yaml").write_text(yaml.safe_dump(changed))
-    snakemake(folder, "finetune", "--touch", "--forcerun", "finetune", "--configfile", "changed.yaml")
-    assert plan(folder, defaults__finetune__lr=0.5) == {"report"}
-
-
-def test_results_copied_to_another_place_are_not_computed_again(tmp_path: Path, finished: Path) -> None:
+def test_results_copied_without_times_and_without_snakemakes_records_are_not_computed_again(
+    tmp_path: Path, finished: Path
+) -> None:
     folder = shutil.copytree(finished, tmp_path / "moved", symlinks=True, copy_function=shutil.copy)
-    for file in (folder / "results").rglob("*.json"):
-        os.utime(file, (1, 1))
+    shutil.rmtree(folder / ".snakemake", ignore_errors=True)
+    for number, file in enumerate((folder / "results").rglob("*.json")):
+        os.utime(file, (1 + number, 1 + number))
+    assert plan(folder) == set()
+
+
+def test_the_plan_says_in_a_line_why_a_result_is_made_again(finished: Path) -> None:
+    (finished / "changed.yaml").write_text(yaml.safe_dump(put(STUDY, ("defaults", "pretrain", "epochs"), 999)))
+    text = snakemake(finished, "-n", "--configfile", "changed.yaml")
+    assert "pretrain aps/seed0: pretrain.epochs 2 -> 999" in text
+    assert "knn aps/seed0: its encoder: other settings: pretrain.epochs 2, now 999" in text
+    assert '{"dataset"' not in text  # no settings as JSON
+
+
+def damaged(folder: Path, name: str, content: bytes | None) -> None:
+    file = folder / "results/tiny/aps/seed0" / name
+    file.write_bytes(content) if content is not None else file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("knn/metrics.json", b"", {"knn_encoder aps", "report"}),
+        ("knn/metrics.json", b"[1]", {"knn_encoder aps", "report"}),
+        ("knn/metrics.json", None, {"knn_encoder aps", "report"}),
+        ("finetune/model.safetensors", b"short", {"finetune_encoder aps", "report"}),
+        ("pretrain/encoder.safetensors", b"", {*ON_PRETRAINING, "report"}),
+    ],
+)
+def test_a_damaged_result_is_made_again(
+    tmp_path: Path, finished: Path, name: str, content: bytes | None, expected: set[str]
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy", symlinks=True)
+    damaged(folder, name, content)
+    assert plan(folder) == expected
+
+
+def test_other_images_run_everything_again_that_was_made_of_them(tmp_path: Path, finished: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy", symlinks=True)
+    (folder / "results/data/digits/manifest.json").write_text('{"name": "digits", "digest": "other images"}')
+    assert plan(folder) == {*ON_PRETRAINING, "finetune_encoder floor", "knn_encoder floor", "report"}
+
+
+def test_another_study_in_the_same_folder_is_planned_as_if_it_were_alone(tmp_path: Path, finished: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy", symlinks=True)
+    everything = plan(folder, study="second")
+    assert {
+        f"{STAGES[stage].rule} {name}" for name, _, stage in load_study([folder / "study.yaml"]).jobs()
+    } < everything
     assert plan(folder) == set()
 
 
@@ -171,9 +209,9 @@ def test_every_result_file_is_a_target(empty: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(empty)
     whole = Plan.load(["study.yaml"], {})
     stages = [file for stage in STAGES for file in whole.outputs(stage)]
-    report = ["results/report/tiny/report.html", "results/report/tiny/results.csv"]
+    report = ["results/tiny/report/report.html", "results/tiny/report/results.csv"]
     assert plan(empty, *whole.manifests(), *stages, *report) == plan(empty)
-    floor = plan(empty, "results/floor/seed0/knn/metrics.json")
+    floor = plan(empty, "results/tiny/floor/seed0/knn/metrics.json")
     assert floor == {"prepare_dataset digits", "knn_encoder floor"}
 
 
@@ -206,8 +244,9 @@ def test_every_study_of_the_project_is_planned(empty: Path) -> None:
 def test_config_given_to_snakemake_reaches_the_stages(empty: Path) -> None:
     arguments = ("--config", "defaults={knn: {k: [11], temperature: 1e-2}}", "study=other")
     text = snakemake(empty, "-n", "-p", "--configfile", "study.yaml", *arguments)
-    assert '"k":[11]' in text and '"temperature":0.01' in text
-    assert "results/report/other/report.html" in text
+    given = """--set 'defaults={"knn": {"k": [11], "temperature": 0.01}}' 'study="other"'"""
+    assert all(given in line for line in re.findall(r"-m aps knn .*", text)) and "-m aps knn" in text
+    assert "results/other/report/report.html" in text
     (report,) = re.findall(r"-m aps (report .*) --out", text)
     assert """--set 'defaults={"knn": {"k": [11], "temperature": 0.01}}' 'study="other"'""" in report
 
@@ -222,8 +261,8 @@ def test_every_rule_of_a_job_declares_all_of_it(empty: Path) -> None:
     """Log, benchmark, threads, resources, params; the command is one verb."""
     for file in sorted((empty / "workflow/rules").glob("*.smk")):
         for name, body in re.findall(r"^rule (\w+):\n((?:    .*\n|\n)+)", file.read_text(), re.MULTILINE):
-            if "shell:" not in body:
-                continue  # a target
+            if "shell:" not in body or name == "outdated":
+                continue  # a target, and what only marks others
             parts = [part for part in re.findall(r"^    (\w+):", body, re.MULTILINE) if part != "localrule"]
             needed = {"output", "params", "log", "benchmark", "threads", "resources", "shell"}
             assert needed <= set(parts), (name, needed - set(parts))
@@ -235,12 +274,12 @@ def test_resources_and_threads_come_from_the_study(empty: Path) -> None:
     resources = {"default": {"mem_mb": 700, "runtime": 7}, "knn": {"threads": 2, "mem_mb": 900}}
     (empty / "resources.yaml").write_text(yaml.safe_dump(STUDY | {"resources": resources}))
     text = snakemake(
-        empty, "results/floor/seed0/knn/metrics.json", "-n", "--cores", "2", "--configfile", "resources.yaml"
+        empty, "results/tiny/floor/seed0/knn/metrics.json", "-n", "--cores", "2", "--configfile", "resources.yaml"
     )
     body = re.search(r"rule knn_encoder:\n((?: +\S.*\n)+)", text).group(1)  # type: ignore[union-attr]
     assert "threads: 2" in body and "mem_mb=900" in body and "runtime=7" in body
-    assert "log: results/logs/floor/seed0/knn.log" in body
-    assert "benchmark: results/benchmarks/floor/seed0/knn.tsv" in body
+    assert "log: results/tiny/logs/floor/seed0/knn.log" in body
+    assert "benchmark: results/tiny/benchmarks/floor/seed0/knn.tsv" in body
 
 
 # --------------------------------------------------------------------------------------------------

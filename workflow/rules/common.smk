@@ -6,8 +6,8 @@ from pathlib import Path
 
 from aps.errors import UserError
 from aps.runtime import launch
-from aps.workflow.forcing import translate_forced_targets
-from aps.workflow.plan import RULE_OF_TARGET, Plan
+from aps.workflow.forcing import force_by
+from aps.workflow.plan import Plan
 from snakemake.exceptions import WorkflowError
 
 try:
@@ -17,23 +17,26 @@ except UserError as error:
 
 if workflow.is_main_process:
     PLAN.warn_of_environment()
+    print(*PLAN.explain(), sep="\n", end="\n" if PLAN.explain() else "", file=sys.stderr)
 
-STUDY = PLAN.study.study
 RESULTS = PLAN.study.results
-REPORT = f"{RESULTS}/report/{STUDY}"
+FOLDER = PLAN.folder
 PYTHON = sys.executable
 
 # A job that is asked to stop saves its state first: Snakemake, the shell and tee have to outlive it.
 launch.shield()
 shell.prefix(launch.SHELL_PREFIX)
 
-translate_forced_targets(workflow, RULE_OF_TARGET)
+PLAN.is_main = workflow.is_main_process
+if workflow.is_main_process:
+    force_by(workflow, PLAN.force)
 
 
 # Before the first job of a real run; a dry run does not come here, and plans on any machine.
 onstart:
     try:
         PLAN.hold_results()
+        PLAN.sweep()
         PLAN.check_environment(workflow.dag.needrun_jobs())
     except UserError as error:
         raise WorkflowError(str(error)) from None
@@ -44,3 +47,11 @@ wildcard_constraints:
     experiment="|".join(map(re.escape, PLAN.study.experiments)),
     dataset="|".join(PLAN.study.datasets()),
     seed=r"\d+",
+
+
+onsuccess:
+    PLAN.sweep()
+
+
+onerror:
+    PLAN.sweep()

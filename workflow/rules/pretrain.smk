@@ -12,16 +12,17 @@ rule pretrain_encoder:
     output:
         **PLAN.output("pretrain"),
     params:
-        settings=PLAN.settings,
+        study=lambda wildcards, resources: PLAN.config_options(),
         options=PLAN.options,
     log:
-        f"{RESULTS}/logs/{{experiment}}/seed{{seed}}/{{stage}}.log",
+        f"{FOLDER}/logs/{{experiment}}/seed{{seed}}/{{stage}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/{{experiment}}/seed{{seed}}/{{stage}}.tsv"
+        f"{FOLDER}/benchmarks/{{experiment}}/seed{{seed}}/{{stage}}.tsv"
     wildcard_constraints:
         stage="pretrain",
     threads: PLAN.threads
     resources:
         **PLAN.resources("pretrain"),
     shell:
-        "{PYTHON:q} -m aps {wildcards.stage} --settings {params.settings:q} {params.options} 2>&1 | tee {log:q}"
+        "{PYTHON:q} -m aps {wildcards.stage} {params.study} --experiment {wildcards.experiment} --seed {wildcards.seed}"
+        " {params.options} 2>&1 | tee {log:q}"

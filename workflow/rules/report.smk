@@ -3,18 +3,17 @@
 
 rule report:
     input:
-        PLAN.metrics(),
+        unpack(PLAN.report_inputs),
     output:
-        html=report(f"{REPORT}/report.html", caption="../report/report.rst", category="Results"),
-        csv=report(f"{REPORT}/results.csv", caption="../report/table.rst", category="Results"),
+        html=report(f"{PLAN.report}/report.html", caption="../report/report.rst", category="Results"),
+        csv=report(f"{PLAN.report}/results.csv", caption="../report/table.rst", category="Results"),
     params:
-        study=PLAN.digest(),
         config=lambda wildcards, resources: PLAN.config_options(),
-        folder=REPORT,
+        folder=PLAN.report,
     log:
-        f"{RESULTS}/logs/report.log",
+        f"{FOLDER}/logs/report.log",
     benchmark:
-        f"{RESULTS}/benchmarks/report.tsv"
+        f"{FOLDER}/benchmarks/report.tsv"
     localrule: PLAN.runs_here("report")
     threads: PLAN.threads_of("report")
     resources:
