@@ -28,4 +28,4 @@ rule all:
     input:
         PLAN.manifests(),
         PLAN.everything(),
-        rules.report.output,
+        PLAN.pages(),

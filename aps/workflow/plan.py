@@ -141,13 +141,19 @@ class Plan:
         return [file for stage in STAGES for file in self.outputs(stage)]
 
     def outputs(self, stage: str) -> list[str]:
-        """Every file of every run of a stage."""
-        return [
-            str(stage_folder(self.folder, name, seed, stage) / file)
-            for name, seed, own in self.study.jobs()
-            if own == stage
-            for file in STAGES[stage].files
-        ]
+        """Every file of every run of a stage, and the mark where one of them has to be made again."""
+        jobs = [job for job in self.study.jobs() if job[2] == stage]
+        files = [str(stage_folder(self.folder, *job) / file) for job in jobs for file in STAGES[stage].files]
+        return files + self._mark(any(self.findings.of(*job).stale for job in jobs))
+
+    def pages(self) -> list[str]:
+        """The report's files, and the mark where they have to be made again."""
+        files = [str(self.report / name) for name in ("report.html", "results.csv")]
+        return files + self._mark(self._report_is_old())
+
+    def _mark(self, stale: bool) -> list[str]:
+        """Snakemake makes a file that is missing between two others only if something at the end asks for it."""
+        return [self.outdated] if stale and self.is_main else []
 
     def metrics(self) -> list[str]:
         return [str(stage_folder(self.folder, *job) / "metrics.json") for job in self.study.jobs()]
@@ -218,9 +224,11 @@ class Plan:
 
     def report_inputs(self, wildcards: Any) -> dict[str, Any]:
         """Every metrics.json; the report is made again where it shows something else than what is there."""
-        shown = (self.report / "report.html").exists()
-        theirs = shown and self.findings.report_is_theirs(self.report)
-        return self._weighed({"metrics": self.metrics()}, theirs, shown and not theirs)
+        shown, old = (self.report / "report.html").exists(), self._report_is_old()
+        return self._weighed({"metrics": self.metrics()}, shown and not old, old)
+
+    def _report_is_old(self) -> bool:
+        return (self.report / "report.html").exists() and not self.findings.report_is_theirs(self.report)
 
     def _weighed(self, files: dict[str, Any], right: bool, stale: bool) -> dict[str, Any]:
         """Inputs such that Snakemake runs a job where its result is not `right`, and only there.

@@ -12,6 +12,7 @@ from snakemake.exceptions import WorkflowError
 
 try:
     PLAN = Plan.load(workflow.config_settings.configfiles, workflow.config_settings.config)
+    PLAN.is_main = workflow.is_main_process
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
@@ -27,7 +28,6 @@ PYTHON = sys.executable
 launch.shield()
 shell.prefix(launch.SHELL_PREFIX)
 
-PLAN.is_main = workflow.is_main_process
 if workflow.is_main_process:
     force_by(workflow, PLAN.force)
 
