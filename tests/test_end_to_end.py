@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import re
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +22,13 @@ from safetensors.torch import load_file
 from tiny_study import STUDY, checkout, put
 
 from aps import tracking
+from aps.data.load import load_split
+from aps.data.manifest import Manifest
+from aps.errors import UserError
+from aps.findings import Findings
 from aps.journal import read_history
 from aps.layout import stage_folder
+from aps.models.weights import read_tensors
 from aps.settings.reading import load_study
 from aps.stages import STAGES
 
@@ -169,3 +180,134 @@ def test_a_forced_stage_is_computed_again_and_nothing_else(study: Path) -> None:
 
 def test_every_stage_is_in_the_study() -> None:
     assert {stage for _, _, stage in JOBS} == set(STAGES)
+
+
+# --------------------------------------------------------------------------------------------------
+# Every figure is its study's. The last tests: they change the study's files.
+
+
+def table(folder: Path, *overrides: str) -> str:
+    command = [sys.executable, "-m", "aps", "results", "--configfile", "study.yaml"]
+    command += ["--set", *overrides] if overrides else []
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def test_results_of_other_settings_are_named_instead_of_shown(study: Path) -> None:
+    assert "7 of 7 runs finished" in table(study)
+    text = table(study, "defaults.pretrain.epochs=999")
+    assert "2 of 7 runs finished" in text
+    assert "pretrain aps/seed0: other settings: pretrain.epochs 2, now 999" in text
+    assert "knn aps/seed0: its encoder: other settings: pretrain.epochs 2, now 999" in text
+
+
+def test_a_stage_by_hand_refuses_an_encoder_of_other_settings(study: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "aps",
+        "knn",
+        "--configfile",
+        "study.yaml",
+        "--set",
+        "defaults.pretrain.epochs=999",
+    ]
+    done = subprocess.run(command, cwd=study, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "is not this study's (other settings: pretrain.epochs 2, now 999); run pretrain first" in done.stderr
+
+
+def test_settings_changed_by_hand_and_back_are_planned_right_without_snakemakes_records(study: Path) -> None:
+    shutil.rmtree(study / ".snakemake")
+    by_hand = [sys.executable, "-m", "aps", "knn", "--configfile", "study.yaml", "--experiment", "floor"]
+    subprocess.run([*by_hand, "--set", "experiments.floor.knn.k=[3]"], cwd=study, check=True, capture_output=True)
+    assert "knn_top1_k3" in metrics(study, "floor", 0, "knn")["metrics"]
+    text = snakemake(study, "all", "--configfile", "study.yaml")
+    assert "knn floor/seed0: knn.k [3] -> [1, 5]" in text
+    assert "finished before with these settings" in text  # nothing was computed twice
+    assert "knn_top1_k5" in metrics(study, "floor", 0, "knn")["metrics"]
+    assert "Nothing to be done" in snakemake(study, "all", "--configfile", "study.yaml")
+
+
+def test_a_second_study_computes_nothing_twice_and_leaves_the_first_alone(study: Path) -> None:
+    before = {file: file.read_bytes() for file in (study / "results/tiny").rglob("*") if file.is_file()}
+    renamed = {"floor-of-mine" if name == "floor" else "mine": e for name, e in STUDY["experiments"].items()}
+    renamed["floor-of-mine"] = renamed["floor-of-mine"] | {"inherits": "mine"}
+    (study / "second.yaml").write_text(yaml.safe_dump(STUDY | {"study": "second", "experiments": renamed}))
+    text = snakemake(study, "knn", "--configfile", "second.yaml")
+    assert text.count("finished before with these settings") == 3  # pretraining and both kNN
+    assert (
+        metrics(study, "aps", 0, "knn")["metrics"]
+        == json.loads((study / "results/second/mine/seed0/knn/metrics.json").read_text())["metrics"]
+    )
+    assert before == {file: file.read_bytes() for file in (study / "results/tiny").rglob("*") if file.is_file()}
+
+
+def test_a_flipped_byte_anywhere_is_recognized_or_changes_nothing(study: Path, tmp_path: Path) -> None:
+    """What is read of results is read as a stage, a table and a restart read it; half a minute of random bytes."""
+    folder = tmp_path / "copy"
+    shutil.copytree(study, folder, symlinks=True)
+    undisturbed = read_all(folder)
+    files = [f for f in sorted((folder / "results").rglob("*")) if f.is_file() and f.stat().st_size and judged(f)]
+    generator, until, tried = random.Random(0), time.monotonic() + 30, 0
+    while time.monotonic() < until or tried < 40:
+        file = generator.choice(files)
+        content = bytearray(file.read_bytes())
+        place = generator.randrange(len(content))
+        content[place] ^= 1 << generator.randrange(8)
+        original = file.read_bytes()
+        file.write_bytes(content)
+        found = read_all(folder)
+        for what, value in found.items():
+            assert value == undisturbed[what] or value.startswith("recognized"), (file, place, what)
+        file.write_bytes(original)
+        tried += 1
+
+
+def judged(file: Path) -> bool:
+    """Results, saved runs and prepared data; not MLflow's own store, logs, timings and the page made of results."""
+    inside = file.relative_to(file.parents[len(file.parents) - 1]).parts
+    return (
+        not {"logs", "benchmarks", "mlartifacts"} & set(inside)
+        and not file.name.startswith(("mlflow", "."))
+        and (file.name not in ("tracking.json", "run.json", "report.html", "results.csv"))
+    )
+
+
+def read_all(folder: Path) -> dict[str, str]:
+    """What every figure, weight, image and saved run is read as, or `recognized` with the sentence that says otherwise."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        study = load_study(["study.yaml"])
+        for finding in Findings(study):
+            found[f"figures of {finding.label}"] = (
+                json.dumps(finding.metrics["metrics"], sort_keys=True)
+                if finding.metrics
+                else f"recognized: {finding.problem}"
+            )
+        readers: dict[str, Callable[[], str]] = {}
+        for file in sorted(Path("results").rglob("*.safetensors")):
+            if "data" not in file.parts:
+                readers[str(file)] = partial(weights, file)
+        for split in ("train", "test"):
+            readers[f"digits {split}"] = partial(images, Path("results/data/digits/manifest.json"), split)
+        for name, read in readers.items():
+            try:
+                found[name] = read()
+            except UserError as error:
+                found[name] = f"recognized: {error}"
+    return found
+
+
+def weights(file: Path) -> str:
+    tensors, metadata = read_tensors(file)
+    content = b"".join(tensors[name].contiguous().numpy().tobytes() for name in sorted(tensors))
+    return hashlib.sha256(content + json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
+def images(manifest: Path, split: str) -> str:
+    loaded = load_split(manifest, split)
+    statistics = Manifest.read(manifest).normalization()
+    return hashlib.sha256(
+        loaded.images.contiguous().numpy().tobytes() + repr((loaded.labels, statistics)).encode()
+    ).hexdigest()
