@@ -141,6 +141,7 @@ class Trainer:
             keep_memory()
         torch.manual_seed(job.settings.seed)
         encoder = build_encoder(job.settings.encoder, self.method.drop_path)
+        encoder.any_size = any(view.size != job.settings.encoder.image_size for view in self.method.views())
         encoder.set_grad_checkpointing(self.settings.activation_checkpointing)
         self.networks = self.method.networks(encoder).to(self.device).train()
         groups: list[Any] = list(self.method.parameters(self.networks))
