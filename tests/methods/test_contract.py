@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from aps import methods
+from aps import registry
 from aps.methods import Method, _lazy, lazy
 from aps.models.encoder import Encoder, build_encoder
 from aps.runtime import collectives
-from aps.settings import ViewSettings
+from aps.settings.blocks import ViewSettings
 from aps.training.batches import Batches
 from aps.training.pretrain import Trainer
 from aps.views import View
@@ -90,8 +90,13 @@ class Everything(Method):
 
 @pytest.fixture
 def everything(monkeypatch: pytest.MonkeyPatch) -> type[Method]:
-    monkeypatch.setattr(methods, "load", lambda name: Everything)
+    monkeypatch.setattr(registry.METHODS, "_rows", registry.METHODS._rows | {"everything": f"{__name__}:Everything"})
     return Everything
+
+
+def job(digits: Path, folder: Path, **changes: Any) -> Any:
+    own = Everything.Settings(method="everything", epochs=2, batch_size=32, warmup_epochs=1, **changes)
+    return small.job("pretrain", digits, folder, pretrain=own)
 
 
 def left(job: Any) -> tuple[Any, Any, dict[str, Tensor]]:
@@ -103,7 +108,7 @@ def left(job: Any) -> tuple[Any, Any, dict[str, Tensor]]:
 def test_a_method_with_all_of_the_contract_trains_and_resumes_bit_for_bit(
     everything: type[Method], digits: Path, tmp_path: Path
 ) -> None:
-    whole, stopped = (small.job("pretrain", digits, tmp_path / name, knn_every=1) for name in ("whole", "stopped"))
+    whole, stopped = (job(digits, tmp_path / name, knn_every=1) for name in ("whole", "stopped"))
     small.run(whole)
     small.run(stopped, stop_after=2)
     small.run(stopped)
@@ -117,10 +122,10 @@ def test_a_method_with_all_of_the_contract_trains_and_resumes_bit_for_bit(
 def test_the_encoder_that_is_evaluated_is_saved_and_the_rest_lies_beside_it(
     everything: type[Method], digits: Path, tmp_path: Path
 ) -> None:
-    job = small.job("pretrain", digits, tmp_path)
-    small.run(job)
-    encoder, rest = (load_file(job.out / name) for name in ("encoder.safetensors", "heads.safetensors"))
-    assert encoder.keys() == build_encoder(job.settings.encoder).state_dict().keys()
+    done = job(digits, tmp_path)
+    small.run(done)
+    encoder, rest = (load_file(done.out / name) for name in ("encoder.safetensors", "heads.safetensors"))
+    assert encoder.keys() == build_encoder(small.ENCODER).state_dict().keys()
     assert {name.split(".")[0] for name in rest} == {"encoder", "head"}
     assert not torch.equal(encoder["pos_embed"], rest["encoder.pos_embed"])
 
@@ -128,7 +133,7 @@ def test_the_encoder_that_is_evaluated_is_saved_and_the_rest_lies_beside_it(
 def test_a_step_minds_groups_schedules_frozen_weights_and_the_hooks(
     everything: type[Method], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(small.job("pretrain", digits, tmp_path), small.ONE)
+    trainer = Trainer(job(digits, tmp_path), small.ONE)
     before = {name: p.clone() for name, p in trainer.networks.named_parameters()}
     norms: list[float] = []
     hook = Everything.before_step
@@ -217,19 +222,18 @@ def gathering(rank: int, folder: Path) -> None:
 # Names and imports
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", registry.METHODS.names())
 def test_a_methods_settings_are_there_without_torch_and_its_file_has_the_real_modules_when_it_is_used(
     name: str,
 ) -> None:
     code = f"""
 import json, sys
-from aps import methods
-method = methods.load("{name}")
-method.Settings(), method.Views()
-early = "torch" in sys.modules
-from aps.settings import DatasetSettings, ExperimentSettings
-experiment = ExperimentSettings(dataset=DatasetSettings(name="digits"), pretrain=method.Settings())
+from aps.registry import METHODS
+from aps.settings.study import experiment_model
+method = METHODS.load("{name}")
+experiment = experiment_model("{name}").model_validate({{"dataset": "digits", "pretrain": {{"method": "{name}"}}}})
 method.check(experiment)
+early = "torch" in sys.modules
 method(experiment)
 stand_ins = [key for key, value in vars(sys.modules[method.__module__]).items() if "not imported yet" in repr(value)]
 print(json.dumps([early, "torch" in sys.modules, stand_ins]))
