@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 import aps.methods
 from aps import registry, sampling
 from aps.errors import UserError
-from aps.layout import checkpoint_folder
 from aps.models import archs
 from aps.models.encoder import build_encoder
-from aps.results import StageJob
+from aps.results import StageJob, saved_run
 from aps.sampling import coverage, sample
 from aps.settings.blocks import EncoderSettings, SamplingSettings, ViewSettings
 from aps.settings.reading import load_study
@@ -70,7 +69,7 @@ def test_the_documented_file_adds_a_method(
     results = []
     for name, stop in (("whole", None), ("stopped", 20)):
         folder = tmp_path / name
-        checkpoints = checkpoint_folder(folder, settings)
+        checkpoints = saved_run(folder, settings, digits, None)
         job = StageJob(settings=settings, manifest=digits, out=folder / "out", checkpoints=checkpoints)
         if stop is not None:
             small.run(job, stop_after=stop)
