@@ -56,7 +56,7 @@ def channels_last(own: Trainer) -> None:
 def projected_then_gathered(own: Trainer) -> None:
     encoder = own.encoder
 
-    def embed(images: Tensor, kept: Tensor, interpolate: bool) -> Tensor:
+    def embed(images: Tensor, kept: Tensor) -> Tensor:
         x = encoder.patch_embed.proj(images).flatten(2).mT + encoder.pos_embed
         return torch.cat([encoder.cls_token.to(x.dtype).expand(len(x), -1, -1), gather_cells(x, kept)], dim=1)
 

@@ -1,25 +1,99 @@
 """The examples of docs/extending.md, run as they are printed."""
 
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import small
 import torch
+from safetensors.torch import load_file
 
+import aps.methods
 from aps import registry, sampling
+from aps.errors import UserError
 from aps.models import archs
 from aps.models.encoder import build_encoder
+from aps.results import StageJob, saved_run
 from aps.sampling import coverage, sample
 from aps.settings.blocks import EncoderSettings, SamplingSettings, ViewSettings
+from aps.settings.reading import load_study
+from aps.settings.study import Study, experiment_model, stage_model
 from aps.views import draw_parameters
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
-STRATEGY, ARCH, _ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+METHOD, STRATEGY, ARCH, _ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
-def test_examples_are_at_most_ten_lines() -> None:
+def study(experiment: dict[str, Any]) -> Study:
+    return load_study([], {"experiments": {"mine": experiment}})
+
+
+def test_examples_are_at_most_ten_lines_and_a_method_a_hundred() -> None:
     for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
-        assert len([line for line in code.splitlines() if line]) <= 10
+        assert len([line for line in code.splitlines() if line]) <= (100 if code == METHOD else 10)
+
+
+def forget() -> None:
+    """Drop the models that were made of a method's settings."""
+    stage_model.cache_clear()
+    experiment_model.cache_clear()
+
+
+@pytest.fixture
+def simclr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The documented file among the methods, before one of ours of that name."""
+    (tmp_path / "simclr.py").write_text(METHOD)
+    monkeypatch.setattr(aps.methods, "__path__", [str(tmp_path), *aps.methods.__path__])
+    monkeypatch.setattr(registry.METHODS, "_rows", registry.METHODS._rows | {"simclr": "aps.methods.simclr:"})
+    monkeypatch.delitem(sys.modules, "aps.methods.simclr", raising=False)
+    forget()
+    yield "simclr"
+    sys.modules.pop("aps.methods.simclr", None)
+    forget()
+
+
+def test_the_documented_file_adds_a_method(
+    simclr: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a study's settings to the files: it trains, learns, is stopped, and ends as if undisturbed."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    small_crops = {"dataset": {"name": "digits", "train_limit": 100}, "encoder": small.ENCODER.model_dump()}
+    own = {"method": simclr, "epochs": 20, "batch_size": 32, "warmup_epochs": 2, "projector": [16, 8], "lr": 0.01}
+    with pytest.raises(UserError, match=r"unknown key 'pretrain\.temprature'; did you mean 'pretrain\.temperature'"):
+        study({**small_crops, "pretrain": own | {"temprature": 1.0}})
+    settings = study({**small_crops, "pretrain": own}).stage_settings("mine", 0, "pretrain")
+    assert settings.views.crop_scale == (0.08, 1.0) and settings.pretrain.projector == (16, 8)
+    results = []
+    for name, stop in (("whole", None), ("stopped", 20)):
+        folder = tmp_path / name
+        checkpoints = saved_run(folder, settings, digits, None)
+        job = StageJob(settings=settings, manifest=digits, out=folder / "out", checkpoints=checkpoints)
+        if stop is not None:
+            small.run(job, stop_after=stop)
+        small.run(job)
+        results.append(
+            (small.history(job), [load_file(job.out / f"{part}.safetensors") for part in ("encoder", "heads")])
+        )
+    (history, weights), (again, others) = results
+    assert history == again and all(small.same(*pair) for pair in zip(weights, others, strict=True))
+    assert {name.split(".")[0] for name in weights[1]} == {"projector"}
+    lines = [line for line in history if "loss" in line]
+    assert lines[-1]["step"] == 60 and lines[-1]["loss"] < lines[0]["loss"] - 0.3
+    assert all(-1 <= line["positive_cosine"] <= 1 for line in lines)
+
+
+def test_the_documented_methods_loss_is_its_definition(simclr: str) -> None:
+    method = registry.METHODS.load(simclr)
+    own = method.Settings(method=simclr, temperature=0.5)
+    z = torch.randn(5, 2, 7, dtype=torch.float64)
+    found, _ = method(stage_model(simclr)(stage="pretrain", experiment="x", seed=0, pretrain=own)).loss(z, 0.0)
+    flat = torch.nn.functional.normalize(z, dim=-1).transpose(0, 1).flatten(0, 1)
+    e = (flat @ flat.T / 0.5).exp()
+    expected = -sum((e[i, (i + 5) % 10] / (e[i].sum() - e[i, i])).log() for i in range(10)) / 10
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_documented_function_adds_a_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

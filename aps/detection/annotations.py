@@ -1,6 +1,6 @@
 """COCO-format splits: which images a detector sees, in which order, with which boxes and masks.
 
-Peculiar: the order of training images is a pure function of seed and iteration, for any number of processes, and so is
+Design: the order of training images is a pure function of seed and iteration, for any number of processes, and so is
 each image's augmentation. A resumed run therefore sees what an undisturbed one would have, and both engines see the
 same. It deliberately does not know detectors.
 

@@ -1,6 +1,6 @@
 """An encoder's weights in a detector, by name, with a line for each parameter: loaded, interpolated, repeated or new.
 
-Peculiar: what the detector has no place for is named, not skipped: ViTDet uses neither the class token nor the final
+Design: what the detector has no place for is named, not skipped: ViTDet uses neither the class token nor the final
 norm (whose name would otherwise meet a pyramid's norm). Only relative positions may be new in the backbone; anything else
 that does not meet its like refuses the whole.
 

@@ -3,7 +3,7 @@
 Exploring Plain Vision Transformer Backbones for Object Detection, arXiv 2203.16527; relative positions as in MViTv2,
 arXiv 2112.01526 (section 3.1, decomposed).
 
-Peculiar: there is no class token and no final norm, as in ViTDet: a feature map is what the last block gives for the
+Design: there is no class token and no final norm, as in ViTDet: a feature map is what the last block gives for the
 patches. Parameters have the names of timm's encoder and of detectron2's ViTDet, so that weights go either way by name
 (tests/detection/test_vitdet.py compares the outputs too). The position embedding stays at the grid it was made for, by
 default that of pretraining, and is interpolated at each forward.

@@ -72,7 +72,7 @@ class Method:
         for ancestor in type(self).__mro__[:-1]:
             settle(sys.modules[ancestor.__module__])
         self.experiment = experiment
-        self.settings: Any = own(self.Settings, experiment.pretrain)
+        self.settings: Any = experiment.pretrain
 
     @classmethod
     def check(cls, experiment: ExperimentSettings) -> None:
@@ -136,8 +136,3 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """state: of `state_dict`, on the training's device."""
-
-
-def own(kind: type[PretrainSettings], settings: PretrainSettings) -> PretrainSettings:
-    """`settings` as the method's own kind, with its defaults for the keys that `settings` lacks."""
-    return settings if isinstance(settings, kind) else kind.model_validate(settings.model_dump())

@@ -41,38 +41,35 @@ class Encoder(VisionTransformer):
     """Vision Transformer (arXiv 2010.11929) on a subset of patches; pre-norm, class token as feature.
 
     The position embedding has a row for each of the N cells and none for the class token (`no_embed_class`).
+    With `any_size` it takes images of other sizes too, as `positions` says.
     With `reset_classifier(classes)` it becomes a classifier, as any timm model.
     """
 
     cls_token: nn.Parameter  # (1, 1, D)
     pos_embed: nn.Parameter  # (1, N, D)
+    any_size: bool = False
 
-    def forward(  # type: ignore[override]
-        self, images: Tensor, kept: Tensor | None = None, interpolate: bool = False
-    ) -> Tensor:
-        """images: (B, 3, S, S), kept: (B, n) int64 cells or None for all -> (B, D), or (B, classes) with a head.
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """images: (B, 3, S, S), kept: (B, n) int64 cells or None for all -> (B, D), or (B, classes) with a head."""
+        return self.forward_head(self.tokens(images, kept))
 
-        interpolate: take images of another size too, as `positions` says.
-        """
-        return self.forward_head(self.tokens(images, kept, interpolate))
-
-    def tokens(self, images: Tensor, kept: Tensor | None = None, interpolate: bool = False) -> Tensor:
+    def tokens(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """images: (B, 3, S, S), kept: (B, n) or None -> (B, 1+n, D) after the final norm; 0 is the class token."""
-        x = self.embed(images, kept, interpolate)
+        x = self.embed(images, kept)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
         return self.norm(x)
 
-    def embed(self, images: Tensor, kept: Tensor | None = None, interpolate: bool = False) -> Tensor:
+    def embed(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """images: (B, 3, S, S), kept: (B, n) or None -> (B, 1+n, D), the input of the first block.
 
         Raises:
-            ValueError: the images are not of the size the encoder was built for, nor allowed to be.
+            ValueError: the images are not of the size the encoder was built for, and `any_size` is off.
         """
         B, _, H, W = images.shape
         positions: Tensor = self.pos_embed
         if self.patch_embed.img_size != (H, W):
-            if not interpolate:
+            if not self.any_size:
                 raise ValueError(f"images are {H}x{W}, the encoder was built for {self.patch_embed.img_size}")
             positions = self.positions(H, W)
         pixels = patchify(images, self.patch_embed.patch_size[0])

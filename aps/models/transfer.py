@@ -1,6 +1,6 @@
 """Weights from and to other software: the authors' released checkpoints in, timm models out.
 
-Peculiar: checkpoints of the release are read as tensors only. Those saved as whole pickled modules are refused, because
+Design: checkpoints of the release are read as tensors only. Those saved as whole pickled modules are refused, because
 opening them runs whatever code they name; the message says how to get the tensors out.
 
 The names of the release are those of method.md ("The release's checkpoints"). Nothing else of the release is used.

@@ -1,6 +1,6 @@
 """Reading and writing encoders: safetensors with timm's names and the settings beside them.
 
-Peculiar: nothing is ever loaded in part. Every name of the file must meet a parameter of the model and the other way
+Design: nothing is ever loaded in part. Every name of the file must meet a parameter of the model and the other way
 round, and a disagreement in shape is one sentence naming the setting and both values. Only a classifier head may be
 left behind, and the log says so.
 

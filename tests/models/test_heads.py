@@ -18,9 +18,10 @@ def test_the_output_is_standardized_over_the_batch() -> None:
 def test_synchronizing_keeps_names_and_values_and_changes_nothing_in_one_process() -> None:
     torch.manual_seed(0)
     head, x = projection_head((8, 16, 16, 4)), torch.randn(32, 8)
-    names = list(head.state_dict())
+    names, parameters = list(head.state_dict()), list(head.parameters())  # an optimizer may hold them already
     expected = head(x)
     synchronized = synchronize_batch_norm(head)
     assert sum(isinstance(layer, CrossProcessBatchNorm) for layer in synchronized.modules()) == 3
     assert list(synchronized.state_dict()) == names
+    assert all(one is other for one, other in zip(synchronized.parameters(), parameters, strict=True))
     assert torch.equal(synchronized(x), expected)

@@ -36,9 +36,9 @@ CLOCK = {"time", "step_ms", "input_share", "images_per_second"}  # measured, hen
 
 
 def job(stage: str, manifest: Path, folder: Path, seed: int = 0, **changes: Any) -> StageJob:
-    """`changes` go to the stage's own block, or replace a whole block (encoder, dataset, sampling, views)."""
+    """`changes` go to the stage's own block, or replace a whole block (encoder, dataset, sampling, views, its own)."""
     blocks = {name: changes.pop(name) for name in ("dataset", "encoder", "sampling", "views") if name in changes}
-    own = STAGES[stage][stage].model_copy(update=changes)
+    own = changes.pop(stage, None) or STAGES[stage][stage].model_copy(update=changes)
     settings = StageSettings(
         **{
             "stage": stage,

@@ -1,0 +1,77 @@
+"""Pretraining's figures between two log lines: their means, the speed, and how long training waited for its input."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aps.runtime.processes import Distributed
+from aps.training.batches import Batch
+from aps.training.loop import finite
+
+
+class Meter:
+    """Sums on the device, read (and synchronized) only to log: loss and figures, speed, share of waiting for input."""
+
+    def __init__(self, distributed: Distributed) -> None:
+        self.distributed = distributed
+        self.names: list[str] = []
+        self.sums = torch.zeros(0, device=distributed.device)
+        self.steps = 0
+        self.waited = 0.0
+        self.note = ""
+        self._mark = time.perf_counter()
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.last: dict[str, float] = {}
+
+    def fetch(self, batches: Iterator[Batch]) -> Batch | None:
+        """The next batch, or None at the end of the epoch, counting the time that training waits for it."""
+        if self.distributed.device.type == "cuda":
+            # On the device's clock: from the last step's end to the batch being there.
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            batch = next(batches, None)
+            after.record()
+            self._events.append((before, after))
+            return batch
+        before_cpu = time.perf_counter()
+        batch = next(batches, None)
+        self.waited += time.perf_counter() - before_cpu
+        return batch
+
+    def add(self, figures: dict[str, Tensor]) -> None:
+        """figures: the same names every time, scalars on the device."""
+        if not self.steps:
+            self.names = list(figures)
+            self.sums = torch.zeros(len(figures), device=self.distributed.device)
+        self.sums += torch.stack([figures[name].float() for name in self.names])
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading; the only host synchronization of the loop.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        means = dict(zip(self.names, (self.distributed.mean(self.sums) / self.steps).tolist(), strict=True))
+        finite(means["loss"], "pretraining", "pretrain")
+        now = time.perf_counter()
+        if self._events:
+            torch.cuda.synchronize()
+            self.waited = sum(a.elapsed_time(b) for a, b in self._events) / 1000
+        seconds = max(1e-9, now - self._mark)
+        self.last = {**means, "step_ms": 1000 * seconds / self.steps, "input_share": self.waited / seconds}
+        self.note = f"loss {means['loss']:.3f}"
+        self.steps, self.waited, self._events, self._mark = 0, 0.0, [], now
+        return self.last
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"names": self.names, "sums": self.sums, "steps": self.steps, "last": self.last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.names, self.sums = state["names"], state["sums"].to(self.distributed.device)
+        self.steps, self.last = state["steps"], state["last"]
