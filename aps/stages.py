@@ -48,7 +48,7 @@ class Stage:
     detects: bool = False  # whether its images come from `detection.dataset` and not from `dataset`
     traced: bool = False  # whether it has batches for --profile to record
     check: str | None = None  # a function of the experiment that raises ValueError where the stage can't be built
-    cost: str | None = None  # a function of aps/estimate.py; None: not estimated
+    cost: str | None = None  # a function that counts what a run costs (aps/cost.py); None: not estimated
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -80,6 +80,7 @@ ROWS = (
         ),
         encoder=False,
         traced=True,
+        cost="aps.training.cost:pretrain",
     ),
     Stage(
         name="finetune",
@@ -91,6 +92,7 @@ ROWS = (
         scores=(Score("test_top1", "finetuned top-1"),),
         curves=(Curve("loss", "finetuning loss"),),
         traced=True,
+        cost="aps.training.cost:finetune",
     ),
     Stage(
         name="linear_probe",
@@ -101,6 +103,7 @@ ROWS = (
         outputs=("heads.safetensors",),
         scores=(Score("test_top1", "linear probe top-1"),),
         traced=True,
+        cost="aps.training.cost:linear_probe",
     ),
     Stage(
         name="knn",
@@ -110,6 +113,7 @@ ROWS = (
         uses=("dataset", "encoder"),
         outputs=(),
         scores=(Score("knn_top1_k{k}", "kNN top-1, k = {k}", prefer=20),),
+        cost="aps.training.cost:knn",
     ),
     Stage(
         name="detection",
@@ -122,6 +126,7 @@ ROWS = (
         curves=(Curve("loss", "detection loss"),),
         detects=True,
         check="aps.detection.geometry:check",
+        cost="aps.detection.cost:detection",
     ),
 )
 STAGES = {row.name: row for row in ROWS}  # in the order of the DAG

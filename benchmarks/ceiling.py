@@ -3,7 +3,7 @@
     python -m benchmarks.ceiling
 
 The product is of two square matrices in the number format of the step, with the same threads, in turn with the steps.
-Operations of the step are counted by aps.estimate, which leaves out all that is no matrix product: norms, GELU,
+Operations of the step are counted by aps.training.cost, which leaves out all that is no matrix product: norms, GELU,
 softmax, the optimizer.
 """
 
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import torch
 
-from aps.estimate import pretraining_step_flops
 from aps.runtime.processes import processes
 from aps.settings.blocks import EncoderSettings
+from aps.training.cost import step_flops
 from benchmarks.common import arguments, plot, row, seconds, spread, write
 from benchmarks.study import experiment, inputs, trainer
 
@@ -36,7 +36,7 @@ def main() -> None:
     with processes() as distributed:
         for precision in args.precision[: 1 if args.quick else None]:
             study = experiment(encoder, 0.25, batch, precision=precision, compile=args.compile)
-            flops = pretraining_step_flops(study)
+            flops = step_flops(study)
             one, tensors = trainer(study, distributed), inputs(study, distributed.device)
             a, b = (torch.randn(side, side, device=distributed.device, dtype=TYPES[precision]) for _ in range(2))
             for _ in range(2):

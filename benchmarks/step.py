@@ -3,7 +3,7 @@
     python -m benchmarks.step --arch tiny
 
 The times of all ratios are taken in turn in one process; peak memory is that of a process for each ratio, above what it
-held before the model was built. Beside the time ratio stands the ratio of operations (aps.estimate): what the time
+held before the model was built. Beside the time ratio stands the ratio of operations (aps.training.cost): what the time
 ratio would be if every operation took as long as any other.
 """
 
@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from aps.estimate import pretraining_step_flops
 from aps.runtime.processes import processes
 from aps.settings.blocks import EncoderSettings
+from aps.training.cost import step_flops
 from benchmarks.common import OTHER, OURS, arguments, row, seconds, spread, synchronize, write
 from benchmarks.common import label as machine_label
 from benchmarks.study import experiment, inputs, trainer
@@ -64,7 +64,7 @@ def measure(args: argparse.Namespace, arch: str, encoder: EncoderSettings, batch
                     times[r].append(taken)
         precision = one.precision.name
     memory = {r: child(arch, r, batch, args) for r in RATIOS}
-    flops = {r: pretraining_step_flops(study) for r, study in studies.items()}
+    flops = {r: step_flops(study) for r, study in studies.items()}
     rows, ratios = [], {}
     for r in RATIOS[:-1]:
         time = spread([full / own for own, full in zip(times[r], times[1.0], strict=True)])

@@ -6,16 +6,31 @@ where a name says so, and as if one process had computed the whole batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_apart = False
+
 
 def several() -> bool:
     """Whether this process is one of several."""
-    return dist.is_initialized() and dist.get_world_size() > 1
+    return not _apart and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Within it this process is as if alone: for a step that is counted and not trained."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 def gather(*tensors: Tensor) -> tuple[list[Tensor], int]:

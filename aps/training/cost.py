@@ -1,0 +1,207 @@
+"""What a run of pretraining, finetuning, linear probe and kNN costs, counted on the modules that the stages train.
+
+One function a stage, of the form that `aps.cost` describes. Counts are kept by the settings that they depend on, so that a
+study of many experiments counts each network once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from aps.cost import Cost, Counts, half_precision
+from aps.methods import Method
+from aps.models.encoder import build_encoder
+from aps.registry import METHODS
+from aps.runtime.counting import Counted, autocast, count
+from aps.sampling import Geometry, global_noise
+from aps.settings.blocks import EncoderSettings
+from aps.settings.study import StageSettings, blocks_of, stage_model
+from aps.training.features import BATCH
+from aps.training.knn import CHUNK, MONITOR_IMAGES
+from aps.training.linear_probe import Heads
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pretraining
+
+# Settings that change no operation of a step.
+SCHEDULE = ("epochs", "lr", "warmup_epochs", "schedule", "weight_decay", "betas", "precision", "compile", "knn_every")
+
+
+def step_flops(settings: Any) -> float:
+    """Operations of one optimizer step of pretraining on the whole batch, whatever number of processes shares it.
+
+    Where the steps of a batch differ, their mean. Neither views nor what a method samples are counted: they are inputs.
+
+    settings: an experiment's, or those of a run.
+
+    Raises:
+        UserError: the method's step can't be counted.
+    """
+    return settings.pretrain.accumulate * _pretraining_part(settings).flops
+
+
+def pretrain(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
+    s, train = settings.pretrain, _train_images(settings, counts)
+    part = _pretraining_part(settings, half_precision(s.precision, gpu))
+    method = _method(settings)
+    flops = s.epochs * (train // s.batch_size) * method.steps * s.accumulate * part.flops
+    if s.knn_every:
+        flops += s.epochs // s.knn_every * min(MONITOR_IMAGES, train) * _image_flops(settings.encoder)
+    pixels = sum(4 * 3 * view.size**2 for view in method.views())  # of one image's views
+    waiting = (2 * s.batch_size - s.batch_size / s.accumulate) * pixels / gpus  # the batch's other parts and the next
+    return Cost(flops, part.training_memory(gpus) + waiting, 4 * part.parameters * (1 + 2 * 3))
+
+
+def _method(settings: Any) -> Method:
+    method: Method = METHODS.load(settings.pretrain.method)(settings)
+    return method
+
+
+def _pretraining_part(settings: Any, half: bool = False) -> Counted:
+    """Forward and backward of one part of a batch; there is one unless `pretrain.accumulate` cuts it."""
+    block = settings.pretrain
+    fields = type(block).model_fields
+    blocks: dict[str, Any] = {
+        name: getattr(settings, name) for name in blocks_of("pretrain", block.method) if name != "dataset"
+    }
+    blocks["pretrain"] = block.model_copy(update={name: fields[name].default for name in SCHEDULE})
+    blocks["encoder"] = _shape(settings.encoder)
+    blocks |= {"stage": "pretrain", "experiment": "", "seed": 0}
+    alike = stage_model(block.method)(**blocks)
+    return _count_pretraining(alike.to_json(), half)
+
+
+@cache
+def _count_pretraining(settings: str, half: bool) -> Counted:
+    """settings: as JSON, all that the method reads."""
+    chosen = StageSettings.from_json(settings)
+    method, B = _method(chosen), chosen.pretrain.batch_size // chosen.pretrain.accumulate
+    sizes = [view.size for view in method.views()]
+    # What is sampled depends on values, so it is drawn in earnest for two images, and its shapes are taken.
+    whole = [Geometry(torch.tensor([[0.0, 0.0, S, S]] * 2), torch.zeros(2, dtype=torch.bool)) for S in sizes]
+    drawn = method.sample(whole, global_noise(2, torch.device("cpu"), torch.Generator().manual_seed(0)))
+    kinds = Counter(tuple((x.shape[1:], x.dtype) for x in sampled) for sampled in drawn)
+
+    def build() -> nn.Module:
+        encoder = build_encoder(chosen.encoder, method.drop_path)
+        encoder.set_grad_checkpointing(chosen.pretrain.activation_checkpointing)
+        return method.networks(encoder)
+
+    def step(networks: Any, kind: tuple[tuple[torch.Size, torch.dtype], ...]) -> None:
+        views = tuple(torch.empty(B, 3, S, S) for S in sizes)
+        sampled = tuple(torch.empty(B, *shape, dtype=dtype) for shape, dtype in kind)
+        with autocast(half):
+            outputs = method.forward(networks.train(), views, sampled)
+        loss, _ = method.loss(tree_map_only(Tensor, _at_least_float32, outputs), 0.0)
+        loss.backward()
+
+    parts = [(n, count(build, partial(step, kind=kind))) for kind, n in kinds.items()]
+    flops = sum(n * part.flops for n, part in parts) / len(drawn)
+    return max((part for _, part in parts), key=lambda part: part.peak)._replace(flops=flops)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluations
+
+
+def finetune(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
+    s, train, encoder = settings.finetune, _train_images(settings, counts), _shape(settings.encoder)
+    part = _count_finetuning(encoder, counts.classes, s.batch_size, half_precision(s.precision, gpu))
+    tested = _image_flops(encoder) + _head_flops(_width(encoder), counts.classes)
+    tests = 1 + (s.ema > 0) + (s.holdout > 0)  # last epoch, its average, best epoch on what was held out
+    flops = s.epochs * train * (1 - s.holdout) * part.flops / s.batch_size
+    flops += (s.epochs * train * s.holdout + tests * counts.test) * tested
+    copies = 4 * part.parameters * (s.ema > 0)
+    return Cost(flops, part.training_memory(gpus) + copies, 4 * part.parameters * (1 + 2 * 3) + 2 * copies)
+
+
+@cache
+def _count_finetuning(encoder: EncoderSettings, classes: int, batch: int, half: bool) -> Counted:
+    def build() -> nn.Module:
+        model = build_encoder(encoder)
+        model.reset_classifier(classes)
+        return model
+
+    def run(model: nn.Module) -> None:
+        with autocast(half):
+            logits = model(torch.empty(batch, 3, encoder.image_size, encoder.image_size))
+        F.cross_entropy(logits.float(), torch.empty(batch, classes)).backward()
+
+    return count(build, run)
+
+
+def linear_probe(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
+    s, train, encoder = settings.linear_probe, _train_images(settings, counts), _shape(settings.encoder)
+    frozen = _count_frozen(encoder, half_precision(s.precision, gpu))
+    heads = _count_probing(_width(encoder), counts.classes, len(s.lrs), s.batch_norm, s.batch_size)
+    seen, probed = frozen.flops / BATCH, heads.flops / s.batch_size
+    flops = s.epochs * train * (1 - s.holdout) * (seen + probed) + (train * s.holdout + counts.test) * seen
+    memory = frozen.memory(s.batch_size / gpus / BATCH) + heads.training_memory(gpus)
+    return Cost(flops, memory, 4 * heads.parameters * (1 + 2 * 2))
+
+
+@cache
+def _count_probing(width: int, classes: int, heads: int, batch_norm: bool, batch: int) -> Counted:
+    return count(
+        lambda: Heads(width, classes, heads, batch_norm),
+        lambda model: model(torch.empty(batch, width)).sum().backward(),
+    )
+
+
+def knn(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
+    train, encoder = _train_images(settings, counts), _shape(settings.encoder)
+    frozen, width = _count_frozen(encoder, half_precision(settings.knn.precision, gpu)), _width(encoder)
+    flops = (train + counts.test) * frozen.flops / BATCH + 2.0 * train * counts.test * width
+    features, similarities = 4.0 * width * (train + counts.test), 4.0 * train * min(CHUNK, counts.test)
+    return Cost(flops, features + max(frozen.peak, 4 * frozen.parameters + similarities), 1e5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts that stages share
+
+
+@cache
+def _count_frozen(encoder: EncoderSettings, half: bool) -> Counted:
+    """BATCH images through the encoder, without a backward pass."""
+
+    @torch.no_grad()
+    def run(model: nn.Module) -> None:
+        with autocast(half):
+            model.eval()(torch.empty(BATCH, 3, encoder.image_size, encoder.image_size))
+
+    return count(lambda: build_encoder(encoder), run)
+
+
+def _image_flops(encoder: EncoderSettings) -> float:
+    return _count_frozen(_shape(encoder), True).flops / BATCH
+
+
+@cache
+def _head_flops(width: int, classes: int) -> float:
+    return count(lambda: nn.Linear(width, classes), lambda model: model(torch.empty(1, width))).flops
+
+
+@cache
+def _width(encoder: EncoderSettings) -> int:
+    with torch.device("meta"):
+        return build_encoder(encoder).embed_dim
+
+
+def _shape(encoder: EncoderSettings) -> EncoderSettings:
+    """The settings without the origin of the weights, which changes no count."""
+    return encoder.model_copy(update={"weights": "random"})
+
+
+def _train_images(settings: Any, counts: Counts) -> int:
+    return min(counts.train, settings.dataset.train_limit or counts.train)
