@@ -164,14 +164,14 @@ def apply_view(
     images: Tensor, parameters: ViewParameters, size: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Tensor:
     """One view of a batch. images: (B, 3, H, W) uint8 -> (B, 3, S, S) float32, normalized, on the images' device."""
-    plan = _Plan(parameters, mean, std, images.device)
+    plan = _Branches(parameters, mean, std, images.device)
     crops = crop_resize(images.index_select(0, plan.sorting), plan.boxes, plan.flips, size)
     return _finish(crops, plan)
 
 
 def apply_crops(crops: Tensor, parameters: ViewParameters, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """The same for crops cut by `cut_crops`. crops: (B, 3, S, S) uint8 -> (B, 3, S, S) float32, normalized."""
-    plan = _Plan(parameters, mean, std, crops.device)
+    plan = _Branches(parameters, mean, std, crops.device)
     crops = crops.index_select(0, plan.sorting)
     crops = torch.where(plan.flips[:, None, None, None], crops.flip(3), crops)
     return _finish(crops.float().div_(255), plan)
@@ -229,7 +229,7 @@ def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return rows[:, None] @ across.view(batch, channels, height, -1)
 
 
-class _Plan:
+class _Branches:
     """Parameters as the device needs them: images sorted by branch, all numbers in one transfer.
 
     Sorted, the images whose hue turns before blend k are `hue_slots[k]`, and all that change colour come first.
@@ -270,7 +270,7 @@ class _Plan:
         self.mean, self.std = mean, std
 
 
-def _finish(x: Tensor, plan: _Plan) -> Tensor:
+def _finish(x: Tensor, plan: _Branches) -> Tensor:
     """Colours, blur, solarize and normalization of sorted crops. x: (B, 3, S, S) float32 in [0, 1], is overwritten."""
     channels, size = x.shape[1:3]
     for k in range(4):

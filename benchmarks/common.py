@@ -1,6 +1,6 @@
 """What every benchmark does: time two things in turn, say on which machine, write a JSON file and a plot.
 
-Peculiar: a benchmark's figure is a ratio of two times taken side by side in one run. What slows the machine down slows
+Design: a benchmark's figure is a ratio of two times taken side by side in one run. What slows the machine down slows
 both, so the ratio means something where a time alone doesn't. Each repetition gives one ratio; the median and the
 quartiles over them are reported.
 

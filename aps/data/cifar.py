@@ -1,6 +1,6 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009): 50,000 + 10,000 images of 32x32, as the "python version" archives.
 
-Peculiar: the batches are pickles. They are read by an unpickler that admits numpy arrays and nothing else, straight
+Design: the batches are pickles. They are read by an unpickler that admits numpy arrays and nothing else, straight
 from the archive, so no code in them runs and nothing is unpacked.
 """
 

@@ -5,7 +5,7 @@ of Fashion-MNIST over and under each other, among fragments of others that are n
 ovals cut from the photographs of CIFAR-10, whose classes the pixels alone hardly tell. Train canvases are made of the
 source's train images and val canvases of its test images.
 
-Peculiar: everything is drawn from a fixed seed, each canvas from its own, in integer arithmetic, so the same dataset
+Design: everything is drawn from a fixed seed, each canvas from its own, in integer arithmetic, so the same dataset
 comes out on every machine. A mask is what is seen: the pixels whose topmost object is the instance; an object that would
 hide too much of an earlier one is not placed, so everything that is painted is annotated.
 

@@ -1,6 +1,6 @@
 """Getting a publisher's files: downloads that resume, checksums, archives read without trusting them.
 
-Peculiar: archives are never unpacked by their library's extract-everything call. Members are listed first, one that
+Design: archives are never unpacked by their library's extract-everything call. Members are listed first, one that
 points outside its folder is refused before anything is written, and each file is written to a place of our choosing.
 It deliberately does not know datasets.
 """

@@ -1,6 +1,6 @@
 """ImageNet-1K (ILSVRC 2012): from its tar files, or an ImageFolder tree (train/, val/) used in place.
 
-Peculiar: the train archive is a tar of 1,000 tars. Classes are read in parallel straight from their place in it and
+Design: the train archive is a tar of 1,000 tars. Classes are read in parallel straight from their place in it and
 each appears under its final name only when whole, so a killed extraction goes on where it stopped and nothing is
 written twice. The archives stay the user's; extracted images take about as much space again.
 The test split is the official validation set: the test set's labels are not public.

@@ -1,6 +1,6 @@
 """The manifest: the one file that says what a prepared dataset is, and the only thing loaders read.
 
-Peculiar: paths in it are relative to its folder, except those of files used in place, so a results folder can be
+Design: paths in it are relative to its folder, except those of files used in place, so a results folder can be
 moved; and its digest covers contents, never paths, so the same images prepared elsewhere have the same digest.
 It deliberately does not know how any dataset is obtained.
 """

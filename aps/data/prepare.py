@@ -1,6 +1,6 @@
 """Prepare a dataset by name: get, verify, describe. The manifest is written last and atomically.
 
-Peculiar: a copy of the manifest, `prepared.json`, stays beside it. Snakemake deletes a rule's outputs before it reruns
+Design: a copy of the manifest, `prepared.json`, stays beside it. Snakemake deletes a rule's outputs before it reruns
 the rule; with the copy, a rerun is a quick verification and not a second download or a second look at every image.
 It deliberately does not know any dataset; they are found through `aps.registry`.
 """

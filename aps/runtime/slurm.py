@@ -83,7 +83,7 @@ def back_to_queue(asked: signal.Signals | None) -> tuple[str, bool]:
 
 
 class Claim:
-    """A stage's mark in its checkpoint folder: two jobs never write the same state, and a hard kill gets its name.
+    """A stage's mark in its checkpoint folder: two jobs never write the same state, and after a kill the next attempt can say what ended the one before.
 
     Where the block raises `Preempted`, the Slurm job goes back to the queue if that is right, and the message says so.
 
