@@ -136,7 +136,7 @@ def restore_finished(job: StageJob) -> bool:
 def forget(checkpoints: Path) -> None:
     """Drop a saved run, so that it is computed again; a running attempt's mark stays."""
     for path in checkpoints.glob("*"):
-        if path.name != "attempt.json":
+        if path.name not in ("attempt.json", ".claim"):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

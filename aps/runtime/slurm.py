@@ -5,13 +5,17 @@ Outside a Slurm job every function answers at once and starts nothing. It knows 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import platform
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +25,7 @@ from aps.errors import Preempted, UserError
 from aps.files import read_json, write_json
 from aps.runtime.signals import received
 
+BEAT_SECONDS = 5.0  # between two touches of an attempt's mark
 KILL_SECONDS = 3.0  # how long a killed process may take to be gone
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "RESIZING", "STOPPED"}
 ENDINGS = {
@@ -83,12 +88,17 @@ def back_to_queue(asked: signal.Signals | None) -> tuple[str, bool]:
 
 
 class Claim:
-    """A stage's mark in its checkpoint folder: two jobs never write the same state, and after a kill the next attempt can say what ended the one before.
+    """A stage's mark in the folder of its run: two jobs never write the same state, and after a kill the next attempt can
+    say what ended the one before.
 
     Where the block raises `Preempted`, the Slurm job goes back to the queue if that is right, and the message says so.
 
     A mark that is still there when a stage starts means that the attempt before it wrote no last word: killed for its
     memory, lost with its node, or still at work because Snakemake was restarted and submitted it again.
+
+    Design: whoever looks at the mark and writes it holds a lock of the file system meanwhile, so of many that start at
+    once one goes in. Whether an attempt lives is asked of Slurm, or of the process by its number, start in ticks and boot
+    of its machine, which no clock changes. Of another machine's attempt one sees the mark being touched every few seconds.
 
     Raises:
         UserError: another job or process is at work in the folder.
@@ -96,23 +106,24 @@ class Claim:
 
     def __init__(self, folder: Path, stage: str) -> None:
         self._file, self._stage = folder / "attempt.json", stage
+        self._ended = threading.Event()
 
     def __enter__(self) -> Claim:
         if (where := allocation()) is not None:
             print(where, file=sys.stderr, flush=True)
-        if self._file.exists():
-            self._look_back(read_json(self._file))
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        me = psutil.Process()
-        write_json(
-            self._file,
-            {"slurm_job": job_id(), "host": _host(), "pid": me.pid, "born": me.create_time(), "at": time.time()},
-        )
+        with _alone(self._file.with_name(".claim")):
+            if self._file.exists():
+                self._look_back(_read_mark(self._file))
+            write_json(
+                self._file, {"slurm_job": job_id(), "host": _host(), "pid": os.getpid(), **_identity(os.getpid())}
+            )
+        threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
         waits = False
         if isinstance(error, Preempted):
             sentence, waits = back_to_queue(received())
@@ -120,29 +131,87 @@ class Claim:
         if not waits:
             self._file.unlink(missing_ok=True)
 
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(self._file)
+
     def _look_back(self, mark: dict[str, object]) -> None:
         job, host = mark.get("slurm_job"), mark.get("host")
-        if job is None:
-            if host == _host() and _outlives(mark):
-                raise UserError(
-                    f"process {mark['pid']} is already at work in {self._file.parent}; wait for it, or stop it first"
-                )
-            attempt, ending = f"on {host}", ""
-        elif job == job_id():
+        elsewhere = host != _host()
+        if job is not None and job == job_id():
             print(f"Slurm job {job} is back from the queue and goes on from its last checkpoint", file=sys.stderr)
             return
-        else:
-            state = job_fields(str(job)).get("JobState", "")
-            if state in ALIVE:
-                raise UserError(
-                    f"Slurm job {job} ({state}) already works in {self._file.parent}; wait for it, or `scancel {job}` first"
-                )
-            attempt, ending = f"Slurm job {job} on {host}", ENDINGS.get(state, "")
-        ending = ending.format(stage=self._stage) or "was ended from outside"
+        state = job_fields(str(job)).get("JobState", "") if job is not None else ""
+        if state in ALIVE:
+            raise UserError(
+                f"Slurm job {job} ({state}) already works in {self._file.parent}; wait for it, or `scancel {job}` first"
+            )
+        if not elsewhere and _outlives(mark):
+            raise UserError(
+                f"process {mark['pid']} is already at work in {self._file.parent}; wait for it, or stop it first"
+            )
+        if elsewhere and not state and self._is_touched():
+            raise UserError(
+                f"a process on {host} is already at work in {self._file.parent}; wait for it, or stop it first"
+            )
+        attempt = f"on {host}" if job is None else f"Slurm job {job} on {host}"
+        ending = ENDINGS.get(state, "").format(stage=self._stage) or "was ended from outside"
         print(
             f"the attempt before this one, {attempt}, {ending}; going on from its last checkpoint if it left one",
             file=sys.stderr,
         )
+
+    def _is_touched(self) -> bool:
+        """Whether somebody touches the mark; by its own changes, since two machines' clocks may differ."""
+        first, until = self._file.stat().st_mtime_ns, time.monotonic() + 3 * BEAT_SECONDS
+        while time.monotonic() < until:
+            time.sleep(BEAT_SECONDS / 5)
+            try:
+                if self._file.stat().st_mtime_ns != first:
+                    return True
+            except OSError:  # it has just ended
+                return False
+        return False
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Holds a lock of the file system; where there are none, a sentence says that nobody else may start meanwhile."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            print(
+                f"warning: {file}: this file system has no locks ({error.strerror}); start no second attempt",
+                file=sys.stderr,
+            )
+        yield
+
+
+def _read_mark(file: Path) -> dict[str, object]:
+    """A mark that can't be read says nothing of an attempt that lives: marks are written whole."""
+    try:
+        mark = read_json(file)
+    except UserError:
+        mark = None
+    if not isinstance(mark, dict):
+        print(f"warning: {file}: not a mark of an attempt; it is written anew", file=sys.stderr)
+        return {}
+    return mark
+
+
+def _identity(pid: int) -> dict[str, object]:
+    """What tells a process from another of its number: boot of the machine, start in ticks since then."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return {"boot": boot, "born": int(ticks)}
+    except (OSError, IndexError, ValueError):  # not Linux, or it is gone
+        with contextlib.suppress(psutil.Error):
+            return {"boot": None, "born": round(psutil.Process(pid).create_time())}
+        return {"boot": None, "born": None}
 
 
 def _host() -> str:
@@ -153,15 +222,23 @@ def _outlives(mark: dict[str, object]) -> bool:
     """Whether the process that left the mark stays at work; a killed one needs a moment to go."""
     until = time.monotonic() + KILL_SECONDS
     try:
-        process = psutil.Process(int(str(mark["pid"])))
-        # A number may be another program's by now, and where nobody reaps the dead (containers) they stay as zombies.
-        while abs(process.create_time() - float(str(mark["born"]))) < 1 and process.status() != psutil.STATUS_ZOMBIE:
-            if time.monotonic() > until:
-                return True
-            time.sleep(0.05)
-    except psutil.Error:
-        pass
+        pid = int(str(mark["pid"]))
+        theirs = {"boot": mark["boot"], "born": mark["born"]}
+    except (KeyError, ValueError):
+        return False
+    # A number may be another program's by now, and where nobody reaps the dead (containers) they stay as zombies.
+    while _identity(pid) == theirs and theirs["born"] is not None and not _is_zombie(pid):
+        if time.monotonic() > until:
+            return True
+        time.sleep(0.05)
     return False
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return True
 
 
 def _ask(*command: str) -> str:

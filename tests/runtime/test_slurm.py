@@ -145,7 +145,7 @@ def test_a_requeued_job_finds_its_own_mark(say: Say, tmp_path: Path, capsys: pyt
         raise Preempted("after 3 batches")
     with slurm.Claim(folder, "pretrain"):
         assert "Slurm job 7 is back from the queue and goes on from its last checkpoint" in capsys.readouterr().err
-    assert list(folder.iterdir()) == []
+    assert not (folder / "attempt.json").exists()
 
 
 def mark(folder: Path, **fields: object) -> None:
@@ -189,8 +189,8 @@ def test_a_living_process_of_this_machine_keeps_others_out_and_a_dead_one_does_n
 ) -> None:
     folder, host = tmp_path / "checkpoints", slurm._host()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        born = psutil.Process(other.pid).create_time()
-        mark(folder, host=host, pid=other.pid, born=born)
+        born = slurm._identity(other.pid)
+        mark(folder, host=host, pid=other.pid, **born)
         with pytest.raises(UserError, match=f"process {other.pid} is already at work in"):
             slurm.Claim(folder, "knn").__enter__()
         other.kill()
@@ -198,18 +198,75 @@ def test_a_living_process_of_this_machine_keeps_others_out_and_a_dead_one_does_n
             time.sleep(0.01)
         with slurm.Claim(folder, "knn"):
             assert f"the attempt before this one, on {host}, was ended from outside" in capsys.readouterr().err
-        mark(folder, host=host, pid=other.pid, born=born)
+        mark(folder, host=host, pid=other.pid, **born)
     with slurm.Claim(folder, "knn"):
         assert f"the attempt before this one, on {host}, was ended from outside" in capsys.readouterr().err
     # its number may have been given to another program since
-    mark(folder, host=host, pid=os.getpid(), born=born)
+    mark(folder, host=host, pid=os.getpid(), **born)
     with slurm.Claim(folder, "knn"):
         pass
 
 
 def test_a_killed_process_is_given_a_moment_to_go(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        mark(tmp_path, host=slurm._host(), pid=other.pid, born=psutil.Process(other.pid).create_time())
+        mark(tmp_path, host=slurm._host(), pid=other.pid, **slurm._identity(other.pid))
         threading.Timer(0.5, other.kill).start()
         with slurm.Claim(tmp_path, "knn"):
             assert other.wait() == -signal.SIGKILL
+
+
+START = """
+import sys, time
+from pathlib import Path
+from aps.errors import UserError
+from aps.runtime.slurm import Claim
+folder, go = Path(sys.argv[1]), Path(sys.argv[2])
+print("ready", flush=True)
+while not go.exists():
+    time.sleep(0.001)
+try:
+    with Claim(folder, "knn"):
+        print("in", flush=True)
+        sys.stdin.read()
+except UserError as error:
+    print("out" if "is already at work in" in str(error) else error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["nobody was there", "a killed attempt was there"])
+def test_of_many_that_start_at_once_one_goes_in(tmp_path: Path, left: bool) -> None:
+    folder, go = tmp_path / "run", tmp_path / "go"
+    if left:
+        mark(folder, host=slurm._host(), pid=2**22 - 1, boot="before", born=1)
+    command = [sys.executable, "-c", START, str(folder), str(go)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    started = [subprocess.Popen(command, **pipes) for _ in range(12)]  # type: ignore[call-overload]
+    try:
+        assert all(process.stdout.readline() == "ready\n" for process in started)
+        go.touch()
+        assert sorted(process.stdout.readline() for process in started) == ["in\n", *11 * ["out\n"]]
+    finally:
+        for process in started:
+            process.communicate()
+
+
+def test_an_attempt_on_another_machine_is_known_by_its_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slurm, "BEAT_SECONDS", 0.05)
+    with slurm.Claim(tmp_path, "knn"):
+        monkeypatch.setattr(slurm, "_host", lambda: "another")
+        with pytest.raises(UserError, match=r"a process on .* is already at work in"):
+            slurm.Claim(tmp_path, "knn").__enter__()
+    mark(tmp_path, host="a third")  # which touches nothing any more
+    with slurm.Claim(tmp_path, "knn"):
+        assert "the attempt before this one, on a third, was ended from outside" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]", "{", "null", "{}", '{"pid": "x"}', '{"pid": -1, "boot": 1, "born": []}']
+)
+def test_a_damaged_mark_keeps_nobody_out(tmp_path: Path, content: str) -> None:
+    (tmp_path / "attempt.json").write_text(content)
+    with slurm.Claim(tmp_path, "knn"):
+        assert json.loads((tmp_path / "attempt.json").read_text())["pid"] == os.getpid()
