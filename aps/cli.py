@@ -119,7 +119,11 @@ def parser() -> argparse.ArgumentParser:
     _study_options(p)
 
     p = verb("estimate", _estimate, "operations, GPU hours, memory and disk of every stage of a study, before it runs")
-    p.add_argument("--gpu", default="a100", help="kind of GPU; an unknown one lists them (default: a100)")
+    p.add_argument(
+        "--gpu",
+        default="a100",
+        help="kind of GPU, or cpu: cores of this machine; an unknown one lists them (default: a100)",
+    )
     p.add_argument(
         "--utilization", type=float, help="share of the GPU's peak that is reached (default: assumed by width)"
     )

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from aps.cost import Cost, Counts, half_precision
-from aps.methods import Method
 from aps.models.encoder import build_encoder
-from aps.registry import METHODS
 from aps.runtime.counting import Counted, autocast, count
 from aps.sampling import Geometry, global_noise
 from aps.settings.blocks import EncoderSettings
@@ -26,6 +24,7 @@ from aps.settings.study import StageSettings, blocks_of, stage_model
 from aps.training.features import BATCH
 from aps.training.knn import CHUNK, MONITOR_IMAGES
 from aps.training.linear_probe import Heads
+from aps.training.networks import at_least_float32, build_method, build_networks
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pretraining
@@ -50,18 +49,13 @@ def step_flops(settings: Any) -> float:
 def pretrain(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
     s, train = settings.pretrain, _train_images(settings, counts)
     part = _pretraining_part(settings, half_precision(s.precision, gpu))
-    method = _method(settings)
+    method = build_method(settings)
     flops = s.epochs * (train // s.batch_size) * method.steps * s.accumulate * part.flops
     if s.knn_every:
         flops += s.epochs // s.knn_every * min(MONITOR_IMAGES, train) * _image_flops(settings.encoder)
     pixels = sum(4 * 3 * view.size**2 for view in method.views())  # of one image's views
     waiting = (2 * s.batch_size - s.batch_size / s.accumulate) * pixels / gpus  # the batch's other parts and the next
     return Cost(flops, part.training_memory(gpus) + waiting, 4 * part.parameters * (1 + 2 * 3))
-
-
-def _method(settings: Any) -> Method:
-    method: Method = METHODS.load(settings.pretrain.method)(settings)
-    return method
 
 
 def _pretraining_part(settings: Any, half: bool = False) -> Counted:
@@ -82,33 +76,24 @@ def _pretraining_part(settings: Any, half: bool = False) -> Counted:
 def _count_pretraining(settings: str, half: bool) -> Counted:
     """settings: as JSON, all that the method reads."""
     chosen = StageSettings.from_json(settings)
-    method, B = _method(chosen), chosen.pretrain.batch_size // chosen.pretrain.accumulate
+    method, B = build_method(chosen), chosen.pretrain.batch_size // chosen.pretrain.accumulate
     sizes = [view.size for view in method.views()]
     # What is sampled depends on values, so it is drawn in earnest for two images, and its shapes are taken.
     whole = [Geometry(torch.tensor([[0.0, 0.0, S, S]] * 2), torch.zeros(2, dtype=torch.bool)) for S in sizes]
     drawn = method.sample(whole, global_noise(2, torch.device("cpu"), torch.Generator().manual_seed(0)))
     kinds = Counter(tuple((x.shape[1:], x.dtype) for x in sampled) for sampled in drawn)
 
-    def build() -> nn.Module:
-        encoder = build_encoder(chosen.encoder, method.drop_path)
-        encoder.set_grad_checkpointing(chosen.pretrain.activation_checkpointing)
-        return method.networks(encoder)
-
     def step(networks: Any, kind: tuple[tuple[torch.Size, torch.dtype], ...]) -> None:
         views = tuple(torch.empty(B, 3, S, S) for S in sizes)
         sampled = tuple(torch.empty(B, *shape, dtype=dtype) for shape, dtype in kind)
         with autocast(half):
-            outputs = method.forward(networks.train(), views, sampled)
-        loss, _ = method.loss(tree_map_only(Tensor, _at_least_float32, outputs), 0.0)
+            outputs = method.forward(networks, views, sampled)
+        loss, _ = method.loss(tree_map_only(Tensor, at_least_float32, outputs), 0.0)
         loss.backward()
 
-    parts = [(n, count(build, partial(step, kind=kind))) for kind, n in kinds.items()]
+    parts = [(n, count(lambda: build_networks(method), partial(step, kind=kind))) for kind, n in kinds.items()]
     flops = sum(n * part.flops for n, part in parts) / len(drawn)
     return max((part for _, part in parts), key=lambda part: part.peak)._replace(flops=flops)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
 
 
 # ----------------------------------------------------------------------------------------------------------------------

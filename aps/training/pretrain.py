@@ -18,10 +18,9 @@ from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.methods import Method, Sampled
-from aps.models.encoder import Encoder, build_encoder
+from aps.models.encoder import Encoder
 from aps.models.heads import synchronize_batch_norm
 from aps.models.weights import save_encoder, save_tensors
-from aps.registry import METHODS
 from aps.results import StageJob, StageRun
 from aps.runtime.compiling import compile_module
 from aps.runtime.memory import keep_memory
@@ -32,6 +31,7 @@ from aps.training.batches import Batch, Batches
 from aps.training.knn import monitor
 from aps.training.loop import Line, Loop
 from aps.training.meter import Meter
+from aps.training.networks import at_least_float32, build_method, build_networks
 from aps.training.order import SAMPLING, STEP, seed_of, seeded
 from aps.training.schedule import pretraining_lr
 
@@ -64,7 +64,7 @@ class Pretraining:
 
     def __init__(self, job: StageJob, distributed: Distributed) -> None:
         self.job, self.distributed, self.settings = job, distributed, job.settings.pretrain
-        method = build_method(job)
+        method = build_method(job.settings)
         self.normalization = Manifest.read(job.manifest).normalization(job.settings.dataset.statistics)
         self.split = load_split(job.manifest, "train", job.settings.dataset.train_limit)
         self.data = Batches(
@@ -119,17 +119,11 @@ class Pretraining:
         save_tensors(heads, stage.staging("heads.safetensors"))
 
 
-def build_method(job: StageJob) -> Method:
-    """The method that the settings name."""
-    method: Method = METHODS.load(job.settings.pretrain.method)(job.settings)
-    return method
-
-
 class Trainer:
     """Networks, optimizer and precision: everything that one optimizer step touches."""
 
     def __init__(self, job: StageJob, distributed: Distributed, method: Method | None = None) -> None:
-        self.method = method or build_method(job)
+        self.method = method or build_method(job.settings)
         self.settings, self.device = job.settings.pretrain, distributed.device
         own = self.settings.batch_size // distributed.world
         if own % self.settings.accumulate:
@@ -140,10 +134,7 @@ class Trainer:
         if self.device.type == "cpu":
             keep_memory()
         torch.manual_seed(job.settings.seed)
-        encoder = build_encoder(job.settings.encoder, self.method.drop_path)
-        encoder.any_size = any(view.size != job.settings.encoder.image_size for view in self.method.views())
-        encoder.set_grad_checkpointing(self.settings.activation_checkpointing)
-        self.networks = self.method.networks(encoder).to(self.device).train()
+        self.networks = build_networks(self.method).to(self.device)
         groups: list[Any] = list(self.method.parameters(self.networks))
         groups = groups if isinstance(groups[0], dict) else [{"params": groups}]
         self._scheduled = ["weight_decay" not in group for group in groups]
@@ -227,10 +218,6 @@ class Forward(nn.Module):
 
     def forward(self, views: tuple[Tensor, ...], sampled: Sampled) -> Any:
         return self.method.forward(self.networks, views, sampled)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
