@@ -25,7 +25,14 @@ PROBE_LR = {"tiny": 0.05, "small": 0.02, "base": 0.01}
 # What all twelve share. A value that the file sets and this lacks fails the last test below.
 SHARED: dict[str, dict[str, Any]] = {
     "dataset": {"statistics": "published"},
-    "encoder": {"image_size": 32, "patch_size": 2, "mlp_ratio": 4.0, "qkv_bias": False, "layer_norm_eps": 1e-5},
+    "encoder": {
+        "image_size": 32,
+        "patch_size": 2,
+        "mlp_ratio": 4.0,
+        "qkv_bias": False,
+        "layer_norm_eps": 1e-5,
+        "init": "torch",
+    },
     "views": {
         "crop_scale": (0.15, 1.0),
         "crop_ratio": (3 / 4, 4 / 3),

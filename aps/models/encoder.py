@@ -102,8 +102,12 @@ class Encoder(VisionTransformer):
 def build_encoder(settings: EncoderSettings, drop_path: float = 0.0) -> Encoder:
     """A freshly initialized encoder (method.md, Model).
 
+    Class token and position embedding: truncated normal of standard deviation 0.02. Linear layers and patch projection, by
+    `settings.init`: `torch` leaves them to PyTorch, weights and biases uniform within 1/sqrt(inputs), as the authors' release
+    does; `timm` draws the linear layers' weights from a truncated normal of 0.02 and sets their biases to zero.
+
     Args:
-        settings: architecture, image and patch size.
+        settings: architecture, image and patch size, initialization.
         drop_path: stochastic depth rate of the last block, rising linearly from 0 at the first.
     """
     dim, depth, heads = dimensions(settings)
@@ -122,4 +126,8 @@ def build_encoder(settings: EncoderSettings, drop_path: float = 0.0) -> Encoder:
         norm_layer=partial(nn.LayerNorm, eps=settings.layer_norm_eps),  # type: ignore[arg-type]
     )
     nn.init.trunc_normal_(encoder.cls_token, std=0.02)  # timm's own is a normal of std 1e-6
+    if settings.init == "torch":  # class token and position embedding stay
+        for module in encoder.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.reset_parameters()
     return encoder

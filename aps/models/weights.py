@@ -220,9 +220,9 @@ def load_state(
 
 
 def _as_built(settings: EncoderSettings) -> dict[str, Any]:
-    """Settings as plain data with width, depth and heads filled in; neither `arch` nor where the weights came from."""
+    """Settings as plain data with width, depth and heads filled in; neither `arch` nor how the weights came about."""
     dims = dimensions(settings)._asdict()
-    return {**settings.model_dump(mode="json", exclude={"arch", "weights"}), **dims}
+    return {**settings.model_dump(mode="json", exclude={"arch", "weights", "init"}), **dims}
 
 
 def _read_off(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:

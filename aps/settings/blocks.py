@@ -56,6 +56,10 @@ class EncoderSettings(Section):
     mlp_ratio: PositiveFloat = Field(4.0, description="hidden width of the MLP over the width")
     qkv_bias: bool = Field(False, description="bias of the query, key and value projection")
     layer_norm_eps: PositiveFloat = Field(1e-5, description="epsilon of every LayerNorm")
+    init: Literal["torch", "timm"] = Field(
+        "torch",
+        description="of linear layers where no weights are loaded: `torch`, as the authors' release, uniform within 1/sqrt(inputs); `timm`, normal of deviation 0.02, biases 0",
+    )
     weights: str = Field(
         "pretrain",
         description="`pretrain`: this experiment's own; `random`: none; `experiment:NAME`, `timm:NAME` or a .safetensors file",

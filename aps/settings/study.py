@@ -184,7 +184,7 @@ def method_of(raw: Any) -> str:
 
 def _of_method(base: Any, method: str) -> Any:
     own = METHODS.load(method)
-    pretrain: Any = (own.Settings, own.Settings())
+    pretrain: Any = (own.Settings, own.Settings(method=method))
     views: Any = (own.Views, own.Views())
     return create_model(base.__name__, __base__=base, pretrain=pretrain, views=views)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -151,6 +154,46 @@ def test_it_is_built_as_the_release_is() -> None:
     assert encoder.cls_token.std().item() == pytest.approx(0.02, rel=0.15)
     assert encoder.pos_embed.std().item() == pytest.approx(0.02, rel=0.02)
     assert all(block.attn.fused_attn for block in encoder.blocks)
+
+
+@pytest.mark.parametrize("init", ["torch", "timm"])
+def test_every_tensor_starts_with_the_distribution_of_its_initialization(init: str) -> None:
+    """Those of one kind in all blocks together, against the distribution function (Kolmogorov and Smirnov)."""
+    torch.manual_seed(0)
+    settings = EncoderSettings(arch="tiny", depth=4, image_size=32, patch_size=4, qkv_bias=True, init=init)
+    tensors: dict[str, list[Tensor]] = {}
+    for name, value in build_encoder(settings).named_parameters():
+        tensors.setdefault(re.sub(r"blocks\.\d+", "blocks", name), []).append(value.detach().flatten())
+    ones, zeros = "value is 1", "value is 0"
+    normal = stats.truncnorm(-100, 100, scale=0.02)  # cut at 2, which no value of this deviation reaches
+
+    def uniform(inputs: int) -> Any:
+        return stats.uniform(-(inputs**-0.5), 2 * inputs**-0.5)
+
+    expected: dict[str, Any] = {"cls_token": normal, "pos_embed": normal}
+    expected |= {f"{norm}.weight": ones for norm in ("blocks.norm1", "blocks.norm2", "norm")}
+    expected |= {f"{norm}.bias": zeros for norm in ("blocks.norm1", "blocks.norm2", "norm")}
+    expected |= {f"patch_embed.proj.{part}": uniform(3 * 4 * 4) for part in ("weight", "bias")}  # timm's is PyTorch's
+    for layer, inputs in {"attn.qkv": 192, "attn.proj": 192, "mlp.fc1": 192, "mlp.fc2": 768}.items():
+        weight, bias = (uniform(inputs), uniform(inputs)) if init == "torch" else (normal, zeros)
+        expected |= {f"blocks.{layer}.weight": weight, f"blocks.{layer}.bias": bias}
+    assert tensors.keys() == expected.keys()
+    for name, law in expected.items():
+        values = torch.cat(tensors[name]).double()
+        if law in (ones, zeros):
+            assert torch.equal(values, torch.full_like(values, law == ones)), name
+        else:
+            assert stats.kstest(values.numpy(), law.cdf).pvalue > 1e-4, name
+            assert values.std().item() == pytest.approx(law.std(), rel=5 * len(values) ** -0.5), name
+
+
+def test_the_releases_initialization_is_the_default() -> None:
+    assert EncoderSettings().init == "torch"
+    torch.manual_seed(0)
+    encoder = build_encoder(EncoderSettings(arch="tiny", depth=1))
+    deviations = {name: p.std().item() for name, p in encoder.blocks[0].named_parameters() if p.ndim == 2}
+    expected = {"attn.qkv.weight": 0.042, "attn.proj.weight": 0.042, "mlp.fc1.weight": 0.042, "mlp.fc2.weight": 0.021}
+    assert deviations == pytest.approx(expected, rel=0.02)  # docs/method.md, Model
 
 
 def test_drop_path_reaches_the_blocks_and_acts_in_training_only() -> None:

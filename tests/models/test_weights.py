@@ -16,7 +16,7 @@ from torch import Tensor
 from aps.errors import UserError
 from aps.models import weights
 from aps.models.encoder import Encoder, build_encoder
-from aps.models.weights import load_encoder, read_info, save_encoder, save_tensors
+from aps.models.weights import SETTINGS_KEY, load_encoder, read_info, read_tensors, save_encoder, save_tensors
 from aps.settings.blocks import EncoderSettings
 
 SETTINGS = EncoderSettings(arch="micro", image_size=16, patch_size=4, depth=2)
@@ -77,6 +77,11 @@ def test_a_difference_in_settings_names_key_and_both_values(file: Path, keys: di
     with pytest.raises(UserError) as error:
         load_encoder(file, changed(**keys))
     assert message in str(error.value) and str(file) in str(error.value)
+
+
+def test_how_weights_began_is_no_property_of_a_finished_encoder(file: Path, encoder: Encoder, images: Tensor) -> None:
+    assert torch.equal(load_encoder(file, changed(init="timm")).eval()(images), encoder(images))
+    assert "init" not in json.loads(read_tensors(file)[1][SETTINGS_KEY])
 
 
 def test_the_grid_is_resampled_only_when_asked_and_the_log_says_so(

@@ -15,19 +15,26 @@ from aps.errors import Preempted
 from aps.methods.aps import APS
 from aps.models.encoder import Encoder, build_encoder
 from aps.models.weights import save_encoder
+from aps.registry import METHODS
 from aps.results import StageJob, saved_run
 from aps.runtime.processes import Distributed
 from aps.settings.blocks import DatasetSettings, EncoderSettings, FinetuneSettings, KnnSettings, LinearProbeSettings
-from aps.settings.study import StageSettings
+from aps.settings.study import StageSettings, stage_model
 from aps.training import loop
 from aps.training.pretrain import Forward
 
 ONE = Distributed(0, 1, torch.device("cpu"))
 ENCODER = EncoderSettings(arch="micro", dim=24, depth=2, image_size=16, patch_size=4)  # N = 16
+OWN: dict[str, dict[str, Any]] = {  # of a method: heads that a test can afford
+    "aps": {"projector": (16, 16, 8), "predictor": (16, 16, 8)},
+    "byol": {"projector": (16, 8), "predictor": (16, 8)},
+    "dino": {"head": (16, 16, 8), "prototypes": 24, "teacher_warmup_epochs": 1},
+    "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "mocov3": {"projector": (16, 16, 8), "predictor": (16, 8)},
+    "simclr": {"projector": (16, 8)},
+}
 STAGES: dict[str, dict[str, Any]] = {  # 100 images: batches of 32 leave 4 over, and 90 leave 26
-    "pretrain": {
-        "pretrain": APS.Settings(epochs=2, batch_size=32, warmup_epochs=1, projector=(16, 16, 8), predictor=(16, 16, 8))
-    },
+    "pretrain": {"pretrain": APS.Settings(epochs=2, batch_size=32, warmup_epochs=1, **OWN["aps"])},
     "finetune": {"finetune": FinetuneSettings(epochs=3, batch_size=32, warmup_epochs=1, ema=0.9, holdout=0.1)},
     "linear_probe": {"linear_probe": LinearProbeSettings(epochs=2, batch_size=32, lrs=(0.1, 2.0))},
     "knn": {"knn": KnnSettings(k=(1, 5, 200))},
@@ -35,18 +42,21 @@ STAGES: dict[str, dict[str, Any]] = {  # 100 images: batches of 32 leave 4 over,
 CLOCK = {"time", "step_ms", "input_share", "images_per_second"}  # measured, hence never the same twice
 
 
-def job(stage: str, manifest: Path, folder: Path, seed: int = 0, **changes: Any) -> StageJob:
+def job(stage: str, manifest: Path, folder: Path, method: str = "", seed: int = 0, **changes: Any) -> StageJob:
     """`changes` go to the stage's own block, or replace a whole block (encoder, dataset, sampling, views, its own)."""
     blocks = {name: changes.pop(name) for name in ("dataset", "encoder", "sampling", "views") if name in changes}
-    own = changes.pop(stage, None) or STAGES[stage][stage].model_copy(update=changes)
-    settings = StageSettings(
+    own = changes.pop(stage, None) or STAGES[stage][stage]
+    if method:
+        shared = {"method": method, "epochs": 2, "batch_size": 32, "warmup_epochs": 1}
+        own = METHODS.load(method).Settings(**shared, **OWN.get(method, {}))
+    settings = stage_model(method or "aps")(
         **{
             "stage": stage,
             "experiment": "small",
             "seed": seed,
             "dataset": DatasetSettings(name="digits", train_limit=100),
             "encoder": ENCODER,
-            stage: own,
+            stage: own.model_copy(update=changes),
             **blocks,
         }
     )

@@ -14,13 +14,20 @@ import pytest
 import small
 from safetensors.torch import load_file
 
+from aps.registry import METHODS
 from aps.results import StageJob
 from aps.stages import STAGES
 
 # 100 images in batches of 32 are 3 batches an epoch; 90 are 2.
 # Stops in an epoch, at an epoch's end, after the last batch.
-STOPS = {"pretrain": (1, 3, 6), "finetune": (1, 2, 6), "linear_probe": (1, 2, 4)}
-FEW = {"pretrain": {"knn_every": 1}, "finetune": {}, "linear_probe": {}}
+PRETRAINING = {f"pretrain {method}": (1, 3, 6) for method in METHODS.names()}
+STOPS = {**PRETRAINING, "finetune": (1, 2, 6), "linear_probe": (1, 2, 4)}
+
+
+def few(name: str, digits: Path, folder: Path) -> StageJob:
+    """name: of a stage, or `pretrain METHOD`."""
+    stage, _, method = name.partition(" ")
+    return small.job(stage, digits, folder, method, **({"knn_every": 1} if method else {}))
 
 
 def left(job: StageJob) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
@@ -33,25 +40,25 @@ def left(job: StageJob) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str,
 def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     found: dict[str, Any] = {}
 
-    def result(stage: str) -> Any:
-        if stage not in found:
-            job = small.job(stage, digits, tmp_path_factory.mktemp(stage), **FEW[stage])
+    def result(name: str) -> Any:
+        if name not in found:
+            job = few(name, digits, tmp_path_factory.mktemp("undisturbed"))
             small.run(job)
-            found[stage] = left(job)
-        return found[stage]
+            found[name] = left(job)
+        return found[name]
 
     return result
 
 
-@pytest.mark.parametrize(("stage", "place"), [(stage, place) for stage, places in STOPS.items() for place in places])
+@pytest.mark.parametrize(("name", "place"), [(name, place) for name, places in STOPS.items() for place in places])
 def test_stopped_after_any_batch_it_ends_as_if_undisturbed(
-    stage: str, place: int, digits: Path, tmp_path: Path, undisturbed: Any
+    name: str, place: int, digits: Path, tmp_path: Path, undisturbed: Any
 ) -> None:
-    job = small.job(stage, digits, tmp_path, **FEW[stage])
+    job = few(name, digits, tmp_path)
     small.run(job, stop_after=place)
     assert not job.out.exists()
     small.run(job)
-    history, metrics, tensors = undisturbed(stage)
+    history, metrics, tensors = undisturbed(name)
     resumed = left(job)
     assert resumed[0] == history and len(history) > 1
     assert resumed[1] == metrics
@@ -62,7 +69,7 @@ def test_stopped_after_any_batch_it_ends_as_if_undisturbed(
 def test_killed_while_it_evaluates_it_only_evaluates_again(
     stage: str, digits: Path, tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = small.job(stage, digits, tmp_path, **FEW[stage])
+    job = few(stage, digits, tmp_path)
     load = small.module(stage).load_split
 
     def killed(manifest: Path, split: str, *limit: int | None) -> Any:
