@@ -99,6 +99,16 @@ def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
+def check_finite(x: Tensor, what: str, advice: str = "make it again") -> None:
+    """Raises UserError where `x`, called `what`, holds anything but finite floating-point numbers."""
+    if not x.is_floating_point():
+        kind = str(x.dtype).removeprefix("torch.")
+        raise UserError(f"{what} holds {kind} instead of floating-point numbers; {advice}")
+    if not bool(x.isfinite().all()):
+        count = int((~x.isfinite()).sum())
+        raise UserError(f"{what}: {count:,} of {x.numel():,} numbers are NaN or infinite; {advice}")
+
+
 def read_settings(metadata: Mapping[str, str], path: Path) -> EncoderSettings | None:
     """The settings stored by `save_encoder`; None where the file was written by other software."""
     if SETTINGS_KEY not in metadata:
@@ -163,7 +173,7 @@ def load_state(
         stored: settings known from elsewhere than the shapes (number of heads, LayerNorm eps).
 
     Raises:
-        UserError: a setting, a name or a shape differs.
+        UserError: a setting, a name or a shape differs, or a tensor holds something else than finite numbers.
     """
     state = dict(state)
     found = {**(stored or {}), **_read_off(state, source)}
@@ -175,6 +185,8 @@ def load_state(
                 f"{source}: its encoder has {key} {found[key]}, the settings ask for encoder.{key} {wanted[key]}; set them alike"
             )
 
+    for name, value in state.items():
+        check_finite(value, f"{source}: '{name}'")
     left = sorted(name for name in state if name.startswith("head."))
     for name in left:
         del state[name]
