@@ -11,6 +11,7 @@ would give figures without a meaning (split folders or a whole dataset taken for
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -160,17 +161,26 @@ def _outside(tree: Walk, inside: str) -> list[str]:
 
 
 def _held_out(images: trees.Listing, classes: list[str]) -> dict[str, trees.Listing]:
-    """Raises UserError where a class has fewer than two images."""
-    generator = np.random.default_rng(SPLIT_SEED)
-    labels = np.array(images.labels)
+    train, test = held_out(np.array(images.labels), SPLIT_SEED, lambda label: str(images.root / classes[label]))
+    return {"train": images.rows(train.tolist()), "test": images.rows(test.tolist())}
+
+
+def held_out(labels: np.ndarray, seed: int, called: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of train and of test, ascending: a fifth of each class is held out.
+
+    Args:
+        labels: (M,), from 0.
+        called: what to call a class in messages.
+
+    Raises:
+        UserError: a class has fewer than two images.
+    """
+    generator = np.random.default_rng(seed)
     test: list[int] = []
-    for label, name in enumerate(classes):
+    for label in range(int(labels.max()) + 1):
         rows = np.flatnonzero(labels == label)
         if len(rows) < 2:
-            raise UserError(f"{images.root / name}: one image can't be split into train and test; add more")
+            raise UserError(f"{called(label)}: one image can't be split into train and test; add more")
         test += generator.permutation(rows)[: max(1, round(HOLDOUT * len(rows)))].tolist()
-    held = set(test)
-    return {
-        "train": images.rows([i for i in range(len(labels)) if i not in held]),
-        "test": images.rows(sorted(test)),
-    }
+    held = np.sort(np.array(test))
+    return np.setdiff1d(np.arange(len(labels)), held), held

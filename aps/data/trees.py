@@ -56,7 +56,7 @@ class Seen(NamedTuple):
     """Some images, decoded."""
 
     sha256: list[str]
-    image_sizes: set[tuple[int, int]]
+    image_sizes: list[tuple[int, int]]  # height, width
     sums: Accumulator
     broken: list[UserError]
 
@@ -154,15 +154,15 @@ def describe(
     looked = splits
     if sample is not None and train.labels is not None and sample < len(train.names):
         looked = {"train": train.rows(limited(torch.tensor(train.labels), sample, seed=0).tolist())}
-    seen = {split: _look_at(folder, split, images) for split, images in looked.items()}
+    seen = {split: look_at(folder, split, images) for split, images in looked.items()}
     every = looked is splits
     over = f"every pixel of {'the' if every else 'a seeded, class-balanced sample of'} {len(looked['train'].names):,}"
-    notes = [*notes, *(_alike(folder, splits, {split: own.sha256 for split, own in seen.items()}) if every else [])]
+    notes = [*notes, *(alike(folder, splits, {split: own.sha256 for split, own in seen.items()}) if every else [])]
     contents = {
         split: [images.names, images.labels, seen[split].sha256 if every else images.sizes]
         for split, images in splits.items()
     }
-    image_sizes = set().union(*(images.image_sizes for images in seen.values()))
+    image_sizes = {size for images in seen.values() for size in images.image_sizes}
     written = {}
     for split, images in splits.items():
         write_index(folder / f"{split}.tsv", images.names, images.labels)
@@ -189,6 +189,48 @@ def describe(
     return with_sizes(manifest, folder)
 
 
+def look_at(folder: Path, split: str, images: Listing) -> Seen:
+    """Decode images, in threads.
+
+    Raises:
+        UserError: one is unreadable; all of those are listed in `folder`/unreadable.txt.
+    """
+    chunks = [images.names[i : i + 64] for i in range(0, len(images.names), 64)]
+    every = Seen([], [], Accumulator(), [])
+    for seen in parallel(lambda names: _look(images.root, names), chunks, f"decode {split}"):
+        every.sha256.extend(seen.sha256)
+        every.image_sizes.extend(seen.image_sizes)
+        every.sums.merge(seen.sums)
+        every.broken.extend(seen.broken)
+    if every.broken:
+        listed = folder / "unreadable.txt"
+        write_atomic(listed, "".join(f"{error}\n" for error in every.broken).encode())
+        count = f"{len(every.broken)} such file{'s' * (len(every.broken) > 1)}"
+        raise UserError(f"{every.broken[0]} ({count}, listed in {listed})")
+    return every
+
+
+def alike(folder: Path, splits: dict[str, Listing], contents: dict[str, list[str]]) -> list[str]:
+    """The note on images of train whose contents stand in another split too; `folder`/duplicates.txt lists them."""
+    train = dict(zip(contents["train"], splits["train"].names, strict=True))
+    pairs = [
+        f"train/{train[digest]} = {split}/{name}"
+        for split in splits
+        if split != "train"
+        for name, digest in zip(splits[split].names, contents[split], strict=True)
+        if digest in train
+    ]
+    if not pairs:
+        return []
+    listed = folder / "duplicates.txt"
+    write_atomic(listed, "".join(f"{printable(pair)}\n" for pair in pairs).encode())
+    held = " and ".join(split for split in splits if split != "train")
+    be = f"images of {held} stand" if len(pairs) > 1 else f"image of {held} stands"
+    return [
+        f"{len(pairs):,} {be} in train too, with the same content, which flatters {held} figures; {listed} lists them"
+    ]
+
+
 # --------------------------------------------------------------------------------------------------
 
 
@@ -206,44 +248,8 @@ def _readable(tree: Walk, inside: str = "") -> list[tuple[str, int]]:
     ]
 
 
-def _alike(folder: Path, splits: dict[str, Listing], contents: dict[str, list[str]]) -> list[str]:
-    """The note on images of train whose contents stand in another split too; `folder`/duplicates.txt lists them."""
-    train = dict(zip(contents["train"], splits["train"].names, strict=True))
-    pairs = [
-        f"train/{train[digest]} = {split}/{name}"
-        for split in splits
-        if split != "train"
-        for name, digest in zip(splits[split].names, contents[split], strict=True)
-        if digest in train
-    ]
-    if not pairs:
-        return []
-    listed = folder / "duplicates.txt"
-    write_atomic(listed, "".join(f"{printable(pair)}\n" for pair in pairs).encode())
-    be = "images of the test split stand" if len(pairs) > 1 else "image of the test split stands"
-    return [
-        f"{len(pairs):,} {be} in train too, with the same content, which flatters test figures ({listed} lists them)"
-    ]
-
-
-def _look_at(folder: Path, split: str, images: Listing) -> Seen:
-    chunks = [images.names[i : i + 64] for i in range(0, len(images.names), 64)]
-    every = Seen([], set(), Accumulator(), [])
-    for seen in parallel(lambda names: _look(images.root, names), chunks, f"decode {split}"):
-        every.sha256.extend(seen.sha256)
-        every.image_sizes.update(seen.image_sizes)
-        every.sums.merge(seen.sums)
-        every.broken.extend(seen.broken)
-    if every.broken:
-        listed = folder / "unreadable.txt"
-        write_atomic(listed, "".join(f"{error}\n" for error in every.broken).encode())
-        count = f"{len(every.broken)} such file{'s' * (len(every.broken) > 1)}"
-        raise UserError(f"{every.broken[0]} ({count}, listed in {listed})")
-    return every
-
-
 def _look(root: Path, names: list[str]) -> Seen:
-    seen = Seen([], set(), Accumulator(), [])
+    seen = Seen([], [], Accumulator(), [])
     for name in names:
         try:
             content = read_file(root / name)
@@ -252,6 +258,6 @@ def _look(root: Path, names: list[str]) -> Seen:
             seen.broken.append(error)
             continue
         seen.sha256.append(hashlib.sha256(content).hexdigest())
-        seen.image_sizes.add((image.shape[1], image.shape[2]))
+        seen.image_sizes.append((image.shape[1], image.shape[2]))
         seen.sums.add(image[None])
     return seen
