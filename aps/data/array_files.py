@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from aps.config import SourceSettings
 from aps.data import arrays
 from aps.data.fingerprint import take
 from aps.data.folder import SPLIT_SEED, held_out
 from aps.data.manifest import Manifest
 from aps.errors import UserError
+from aps.settings.blocks import SourceSettings
 
 # Ways to name the arrays of a split: images, labels.
 PATTERNS = (("{split}_images", "{split}_labels"), ("x_{split}", "y_{split}"), ("X_{split}", "y_{split}"))
@@ -46,6 +46,7 @@ def describe(folder: Path, name: str, source: SourceSettings, key: str, labels: 
     content = _read(path)
     fingerprint = take(folder, [], [path])
     found = _splits(path, content, labels)
+    notes: list[str] = []
     splits = {split: (_images(f"{path}: '{own[0]}'", content[own[0]]), own[1]) for split, own in found.items()}
     if not labels:
         pixels = np.concatenate(_alike(path, [images for images, _ in splits.values()]))
@@ -53,7 +54,8 @@ def describe(folder: Path, name: str, source: SourceSettings, key: str, labels: 
     else:
         pixels_and_labels, classes = _labelled(path, content, splits)
         manifest = arrays.store(folder, name, pixels_and_labels, classes, str(path.resolve()), source)
-    return manifest.model_copy(update={"fingerprint": fingerprint})
+        notes += _twice(*(pixels_and_labels[split][0] for split in ("train", "test")))
+    return manifest.model_copy(update={"fingerprint": fingerprint, "notes": tuple(notes)})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -61,9 +63,10 @@ def describe(folder: Path, name: str, source: SourceSettings, key: str, labels: 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError(f"{path}: holds one array without a name; save it by np.savez with the names {KNOWN}")
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise UserError(f"{path}: holds one array without a name; save it by np.savez with the names {KNOWN}")
+        with file:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, SyntaxError) as error:
         reason = " ".join(str(error).split())
@@ -147,10 +150,15 @@ def _labelled(
         )
     strange = np.setdiff1d(found["test"][1], values)
     if len(strange):
-        raise UserError(
-            f"{path}: label {strange[0]!r} of test is none of the {len(values)} labels of train; correct it"
-        )
+        raise UserError(f"{path}: label {strange[0]} of test is none of the {len(values)} labels of train; correct it")
     return {split: (images, np.searchsorted(values, own)) for split, (images, own) in found.items()}, classes
+
+
+def _twice(train: np.ndarray, test: np.ndarray) -> list[str]:
+    known = {image.tobytes() for image in train}
+    count = sum(image.tobytes() in known for image in test)
+    be = "images of test stand" if count > 1 else "image of test stands"
+    return [f"{count:,} {be} in train too, with the same content, which flatters test figures"] if count else []
 
 
 def _labels(path: Path, key: str, labels: np.ndarray, images: int) -> np.ndarray:

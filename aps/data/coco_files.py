@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
-from aps.config import SourceSettings
 from aps.data import trees
 from aps.data.fingerprint import take
 from aps.data.images import orientation
 from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes, write_atomic
 from aps.data.walk import printable, walk
 from aps.errors import UserError
+from aps.settings.blocks import SourceSettings
 
 OVERLAP = 0.5  # a given box that overlaps with its mask's by less (as IoU) is computed again
 INSIDE = 0.5  # a box or polygon of which less lies in the image is refused, not cut
@@ -57,7 +57,7 @@ class Report:
     def notes(self) -> list[str]:
         if not self.mended:
             return []
-        return [f"{self.file}: " + ", ".join(f"{what}: {count:,}" for what, count in self.mended.items())]
+        return [f"{self.file} mended: " + "; ".join(f"{what}: {count:,}" for what, count in self.mended.items())]
 
 
 def describe(
@@ -203,7 +203,7 @@ def _categories(raw: _Raw, report: Report) -> dict[int, str]:
     found = {}
     for identity, name in names.items():
         if times[name] > 1:
-            report.mended["names that several categories share, told apart by id"] += 1
+            report.mended["names that several categories share (told apart by id)"] += 1
             name = f"{name} ({identity})"
         found[ids[identity]] = name
     return dict(sorted(found.items()))
@@ -221,14 +221,14 @@ def _matched(raw: _Raw, classes: dict[int, str], report: Report) -> dict[Any, in
             found[identity] = number
         elif name in by_name:
             found[identity] = by_name[name]
-            report.mended["categories found in train by their names"] += 1
+            report.mended["categories with other ids than in train (matched by name)"] += 1
         elif identity in used:
             raise UserError(
                 f"{raw.file}: category {identity} '{name}' is none of train's ({', '.join(list(classes.values())[:5])}); "
                 "give both files the same categories"
             )
         else:
-            report.mended["categories without an instance that train lacks, left out"] += 1
+            report.mended["categories without an instance that train lacks (left out)"] += 1
     return found
 
 
@@ -277,7 +277,7 @@ def _images(raw: _Raw, folder: Path, report: Report) -> _Images:
                 f"{raw.file}: image {identity} stands twice, as {own[of[identity]].file} and {file}; give one another id"
             )
         if file in place:
-            report.mended["images listed twice, joined"] += 1
+            report.mended["images listed twice (joined)"] += 1
         else:
             place[file] = len(own)
             own.append(_Image(ids[identity], file, record))
@@ -292,7 +292,7 @@ def _found(folder: Path, name: str, report: Report) -> str | None:
     short = name.replace("\\", "/")
     for candidate in (short, short.rsplit("/", 1)[-1]):
         if candidate != name and (folder / candidate).is_file():
-            report.mended["file names with another path, found in the folder"] += 1
+            report.mended["file names with another path (found in the folder)"] += 1
             return candidate
     return None
 
@@ -354,10 +354,10 @@ def _annotations(
             raise UserError(f"{what} refers to category {category!r}, which is not listed; correct or remove it")
         of_image.setdefault(images.of[identity], []).append((number, annotation))
     if images.missing:
-        report.mended["images without a file and without annotations, left out"] += len(images.missing)
+        report.mended["images without a file and without annotations (left out)"] += len(images.missing)
     identities = [a.get("id") for a in raw.annotations]
-    if len({repr(i) for i in identities if _is_id(i)}) < len(identities):
-        report.mended["annotations with a missing or repeated id, numbered anew"] += 1
+    if (known := len({repr(i) for i in identities if _is_id(i)})) < len(identities):
+        report.mended["annotations with a missing or repeated id (numbered anew)"] += len(identities) - known
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for position, image in enumerate(images.own):
@@ -371,7 +371,7 @@ def _annotations(
             except _Unclear as unclear:
                 raise UserError(f"{raw.file}: {_called(annotation, number)} {unclear}") from None
             if mended is None:
-                report.mended["instances smaller than a pixel, left out"] += 1
+                report.mended["instances smaller than a pixel (left out)"] += 1
                 continue
             numbers = {
                 "id": len(annotations) + 1,
@@ -436,10 +436,10 @@ def _turn(
         return _Turn(1, *seen)
     found = orientation(path)
     if given == (seen[1], seen[0]) and found in (5, 6, 7, 8):
-        report.mended["images recorded before their EXIF orientation, annotations turned with them"] += 1
+        report.mended["images recorded before their EXIF orientation (annotations turned with them)"] += 1
         return _Turn(found, *given)
     if given == (None, None) or not annotations:
-        report.mended["images recorded without their size or with another, corrected"] += 1
+        report.mended["images recorded without their size or with another (corrected)"] += 1
         return _Turn(1, *seen)
     number, first = annotations[0]
     raise UserError(
@@ -458,7 +458,7 @@ def _mended(
     """
     crowd = annotation.get("iscrowd", 0)
     if "iscrowd" not in annotation:
-        report.mended["annotations without iscrowd, taken as 0"] += 1
+        report.mended["annotations without iscrowd (taken as 0)"] += 1
     if crowd not in (0, 1):
         raise _Unclear(f"has iscrowd {crowd!r}; set it to 0 or 1")
     box = _box(annotation, turn)
@@ -469,7 +469,7 @@ def _mended(
         if crowd and not given and box is not None:
             x, y, w, h = box
             given, turn = [[x, y, x + w, y, x + w, y + h, x, y + h]], _Turn(1, height, width)
-            report.mended["crowds without a mask, taken as their boxes"] += 1
+            report.mended["crowds without a mask (taken as their boxes)"] += 1
         segmentation = _segmentation(given, height, width, turn, report)
         encoded = _encoded(segmentation, height, width)
         area = float(rle.area(encoded))
@@ -480,10 +480,10 @@ def _mended(
         x, y, w, h = (float(value) for value in rle.toBbox(encoded))
         of_mask = (x, y, w, h)
         if box is None:
-            report.mended["boxes missing, computed from masks"] += 1
+            report.mended["boxes missing (computed from masks)"] += 1
             box = of_mask
         elif _iou(box, of_mask) < OVERLAP:
-            report.mended["boxes that don't fit their masks, computed from those"] += 1
+            report.mended["boxes that don't fit their masks (computed from those)"] += 1
             box = of_mask
         result["segmentation"] = segmentation
     if box is None:
@@ -497,12 +497,12 @@ def _mended(
             "width and height: correct it"
         )
     if share < 1:
-        report.mended["boxes that reach beyond their images, cut"] += 1
+        report.mended["boxes that reach beyond their images (cut)"] += 1
         box = inside
     if _is_number(annotation.get("area")) and annotation["area"] > 0:
         area = float(annotation["area"])
     else:
-        report.mended["areas missing, computed"] += 1
+        report.mended["areas missing (computed)"] += 1
     result["bbox"] = list(box)
     result["area"] = area if area is not None else box[2] * box[3]
     return result
@@ -541,7 +541,7 @@ def _segmentation(given: Any, height: int, width: int, turn: _Turn, report: Repo
     if not isinstance(given, list) or not given:
         raise _Unclear("has an empty segmentation; draw it again or remove the annotation")
     if all(_is_number(value) for value in given):
-        report.mended["polygons outside a list, put into one"] += 1
+        report.mended["polygons outside a list (put into one)"] += 1
         given = [given]
     polygons = []
     for part in given:
@@ -549,12 +549,12 @@ def _segmentation(given: Any, height: int, width: int, turn: _Turn, report: Repo
             raise _Unclear("has a polygon that is no list of x, y, x, y, ...; draw it again or remove the annotation")
         points = [turn.point(float(x), float(y)) for x, y in zip(part[::2], part[1::2], strict=True)]
         if len(points) < 3:  # of four numbers pycocotools would make a box
-            report.mended["polygons of fewer than three points, left out"] += 1
+            report.mended["polygons of fewer than three points (left out)"] += 1
             continue
         if all(0 <= x <= width and 0 <= y <= height for x, y in points):
             polygons.append([value for point in points for value in point])
             continue
-        report.mended["polygons that reach beyond their images, cut"] += 1
+        report.mended["polygons that reach beyond their images (cut)"] += 1
         if len(cut := _clipped(points, height, width)) >= 3:
             polygons.append([value for point in cut for value in point])
     if not polygons:

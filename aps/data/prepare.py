@@ -7,11 +7,14 @@ It deliberately does not know any dataset; they are found through `aps.registry`
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from aps.data import fetch
 from aps.data.fingerprint import changed
@@ -96,7 +99,7 @@ def _prepared(name: str, folder: Path, source: SourceSettings) -> Manifest | Non
         print(f"{name}: {error}; preparing it again", flush=True)
         return None
     moved = source.path is not None and source.path != manifest.source
-    problem = f"its source is now {source.path}" if moved else manifest.problem(folder) or changed(manifest, folder)
+    problem = f"its source is now {source.path}" if moved else changed(manifest, folder) or manifest.problem(folder)
     if problem is not None:
         print(f"{name}: prepared before, but {problem}; preparing it again", flush=True)
         return None
@@ -124,15 +127,33 @@ def _forget(folder: Path) -> None:
 @contextmanager
 def _alone(name: str, folder: Path) -> Iterator[None]:
     """Holds the dataset's folder against other processes, waiting for one that has it."""
-    with ExitStack() as stack:
-        # A folder that can't be written can still be found prepared, and some file systems have no locks.
-        with suppress(PermissionError):
-            lock = stack.enter_context(open(folder / LOCK, "a"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{name}: waiting for another process that prepares it in {folder}", flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError as error:
-                print(f"{name}: {folder}: no lock to be had ({error.strerror}); prepare it once at a time", flush=True)
+    lock = _hold(name, folder / LOCK)
+    try:
         yield
+    finally:
+        if lock is not None:
+            (folder / LOCK).unlink(missing_ok=True)
+            lock.close()
+
+
+def _hold(name: str, path: Path) -> IO[str] | None:
+    """The locked file; None in a folder that can't be written, where a dataset can still be found prepared."""
+    while True:
+        try:
+            lock = open(path, "a")  # noqa: SIM115 - it stays open for the caller
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                return None
+            raise
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{name}: waiting for another process that prepares it in {path.parent}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            print(f"{name}: {path}: no lock to be had ({error.strerror}); prepare it once at a time", flush=True)
+            return lock
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        lock.close()  # of a file that its holder took away when it was done

@@ -6,6 +6,7 @@ images and augmentations. It knows no engine: `aps.detection.engines` holds one 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -27,6 +28,7 @@ from aps.results import StageJob, StageRun
 from aps.runtime.processes import Distributed, processes
 from aps.training.loop import Line, Loop, finite
 
+NAME_LENGTH = 200  # of a class in a metric's key; MLflow takes 250 characters
 IMAGENET: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -57,6 +59,12 @@ def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
         workers=job.workers,
         processes=distributed,
     )
+    if not task.train.masks and distributed.main:
+        print(
+            f"{job.label}: instances have boxes only, so there is no mask head and no mask AP",
+            file=sys.stderr,
+            flush=True,
+        )
     engine: Engine = load_engine(settings.engine)(task)
     placed, report = load_weights(engine, job)
     loop = Loop(
@@ -87,6 +95,7 @@ def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
             {**metrics, "images_per_second": loop.rate},
             weights=placed.counts(),
             normalization={"mean": mean, "std": std},
+            masks=task.train.masks,
         )
 
 
@@ -123,8 +132,21 @@ def with_classes(metrics: dict[str, Any]) -> dict[str, float]:
     """Metrics with each class's as `mask_AP/CLASS`, in characters that MLflow takes."""
     numbers = {key: value for key, value in metrics.items() if key != "per_class"}
     for kind, values in metrics.get("per_class", {}).items():
-        numbers |= {f"{kind}/{re.sub(r'[^A-Za-z0-9_. -]', '_', label)}": value for label, value in values.items()}
+        names = plain_names(list(values))
+        numbers |= {f"{kind}/{names[label]}": value for label, value in values.items()}
     return numbers
+
+
+def plain_names(labels: list[str]) -> dict[str, str]:
+    """Label -> its name in a key of metrics: letters and digits of any script, `_`, `.`, `-` and spaces. Names that
+    would be alike get a number."""
+    names: dict[str, str] = {}
+    for label in labels:
+        plain = re.sub(r"[^\w. -]", "_", label)[:NAME_LENGTH]
+        plain = plain if plain.strip(". ") else re.sub(r"[. ]", "_", plain) or "_"
+        unique = (plain if number == 1 else f"{plain} {number}" for number in itertools.count(1))
+        names[label] = next(name for name in unique if name not in names.values())
+    return names
 
 
 def _save(stage: StageRun, engine: Engine, results: list[dict[str, Any]]) -> None:
