@@ -33,7 +33,8 @@ from aps.data.walk import printable, walk
 from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
 
-OVERLAP = 0.5  # a given box that overlaps with its mask's by less (as IoU) is computed again
+OVERLAP = 0.75  # a given box that overlaps with its mask's by less (as IoU) is computed again
+ROUNDING = 1e-3  # pixels
 INSIDE = 0.5  # a box or polygon of which less lies in the image is refused, not cut
 
 Box = tuple[float, float, float, float]  # left, top, width, height
@@ -482,21 +483,20 @@ def _mended(
         if box is None:
             report.mended["boxes missing (computed from masks)"] += 1
             box = of_mask
-        elif _iou(box, of_mask) < OVERLAP:
+        elif _iou(_cut(box, height, width), of_mask) < OVERLAP:
             report.mended["boxes that don't fit their masks (computed from those)"] += 1
             box = of_mask
         result["segmentation"] = segmentation
     if box is None:
         raise _Unclear(f"has bbox {annotation.get('bbox')!r}; give it left, top, width and height in pixels, above 0")
     inside = _cut(box, height, width)
-    share = max(0.0, inside[2]) * max(0.0, inside[3]) / (box[2] * box[3])
-    if share < INSIDE or inside[2] <= 0 or inside[3] <= 0:
+    if not masks and inside[2] * inside[3] < INSIDE * box[2] * box[3]:
         shown = ", ".join(f"{value:g}" for value in box)
         raise _Unclear(
             f"has bbox [{shown}] of which most lies outside its image of {width}x{height} pixels; boxes are left, top, "
             "width and height: correct it"
         )
-    if share < 1:
+    if any(abs(a - b) > ROUNDING for a, b in zip(inside, box, strict=True)):
         report.mended["boxes that reach beyond their images (cut)"] += 1
         box = inside
     if _is_number(annotation.get("area")) and annotation["area"] > 0:
@@ -518,9 +518,10 @@ def _box(annotation: dict[str, Any], turn: _Turn) -> Box | None:
 
 
 def _cut(box: Box, height: int, width: int) -> Box:
+    """The part of a box inside its image; without width and height where there is none."""
     left, top = max(0.0, box[0]), max(0.0, box[1])
     right, bottom = min(float(width), box[0] + box[2]), min(float(height), box[1] + box[3])
-    return left, top, right - left, bottom - top
+    return left, top, max(0.0, right - left), max(0.0, bottom - top)
 
 
 def _iou(one: Box, other: Box) -> float:
