@@ -19,7 +19,7 @@ from aps import __version__
 from aps.errors import Preempted, UserError
 from aps.files import DISK_ERRORS
 from aps.runtime.ranks import ranks, started_by_torchrun
-from aps.settings.blocks import SourceSettings
+from aps.settings.blocks import OwnDataset, SourceSettings
 from aps.settings.reading import load_study, parse_overrides
 from aps.settings.study import StageSettings, Study
 from aps.stages import STAGES, Stage
@@ -75,6 +75,10 @@ def parser() -> argparse.ArgumentParser:
         "--source", help="folder with the dataset's archives or unpacked files (default: the study's, or download)"
     )
     p.add_argument("--no-download", action="store_true", help="fail rather than download")
+    p.add_argument(
+        "--entry", metavar="JSON", help="its entry in a study's `datasets`, instead of a study (rules give it)"
+    )
+    p.add_argument("--again", action="store_true", help="prepare it again, whatever was prepared before")
     _study_options(p)
 
     for stage in STAGES.values():
@@ -281,17 +285,20 @@ def _data(args: argparse.Namespace) -> None:
     from aps.data.prepare import prepare
     from aps.layout import manifest_path
 
-    if args.source is None and args.out is not None and not Path(args.configfile[0]).exists():
-        source, folder = SourceSettings(), args.out
-    else:
-        study = _load(args)
-        source = study.sources.get(args.name, SourceSettings())
-        folder = args.out or manifest_path(study.results, args.name).parent
-    if args.source is not None:
-        source = source.model_copy(update={"path": args.source})
-    if args.no_download:
-        source = source.model_copy(update={"download": False})
-    prepare(args.name, folder, source)
+    given = args.source is not None or args.entry is not None
+    study = None if args.out is not None and (given or not Path(args.configfile[0]).exists()) else _load(args)
+    folder = args.out or manifest_path(study.results if study else "results", args.name).parent
+    source = study.source(args.name) if study else SourceSettings()
+    if args.entry is not None:
+        source = OwnDataset.from_json(args.entry)
+    if isinstance(source, SourceSettings):
+        if args.source is not None:
+            source = source.model_copy(update={"path": args.source})
+        if args.no_download:
+            source = source.model_copy(update={"download": False})
+    elif args.source is not None:
+        raise UserError(f"--source is for published datasets; datasets.{args.name} of the study says where yours lies")
+    prepare(args.name, folder, source, args.again)
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -151,7 +151,7 @@ def estimate(study: Study, gpu: str = "a100", share: float | None = None) -> str
         raise UserError(f"--gpu {gpu} is unknown; known: {', '.join([*GPUS, 'cpu'])}")
     if share is not None and not 0 < share <= 1:
         raise UserError(f"--utilization {share} is not in (0, 1]; give a share of the peak")
-    sizes = {name: dataset_counts(study, name) for name in study.datasets()}
+    sizes = {name: dataset_counts(study, name) for name in study.dataset_names()}
     on_gpu = gpu != "cpu"
     card = GPUS[gpu] if on_gpu else this_cpu()
     unit = "GPU" if on_gpu else "core"

@@ -29,8 +29,8 @@ CHANNELS = (1, 3)
 KNOWN = "'images' and 'labels', or 'train_images', 'train_labels', 'test_images' and 'test_labels'"
 
 
-def describe(folder: Path, name: str, source: SourceSettings, key: str, labels: bool) -> Manifest:
-    """The manifest of the file `source.path`.
+def describe(folder: Path, name: str, file: str, key: str, labels: bool) -> Manifest:
+    """The manifest of a .npz file.
 
     Args:
         key: of the setting that names the file, for messages.
@@ -39,8 +39,7 @@ def describe(folder: Path, name: str, source: SourceSettings, key: str, labels: 
     Raises:
         UserError: the file is missing or damaged, or its arrays are no images or labels.
     """
-    assert source.path is not None
-    path = Path(source.path).expanduser()
+    path, source = Path(file).expanduser(), SourceSettings(path=file)
     if not path.is_file():
         raise UserError(f"{key}: {path} is no file; set it to a .npz file with arrays {KNOWN}")
     content = _read(path)

@@ -31,7 +31,6 @@ from aps.data.images import orientation
 from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes, write_atomic
 from aps.data.walk import printable, walk
 from aps.errors import UserError
-from aps.settings.blocks import SourceSettings
 
 OVERLAP = 0.75  # a given box that overlaps with its mask's by less (as IoU) is computed again
 ROUNDING = 1e-3  # pixels
@@ -61,9 +60,7 @@ class Report:
         return [f"{self.file} mended: " + "; ".join(f"{what}: {count:,}" for what, count in self.mended.items())]
 
 
-def describe(
-    folder: Path, name: str, files: dict[str, Files], source: SourceSettings, key: str, masks: bool = True
-) -> Manifest:
+def describe(folder: Path, name: str, files: dict[str, Files], key: str, masks: bool = True) -> Manifest:
     """The manifest of a detection dataset.
 
     Args:
@@ -120,7 +117,6 @@ def describe(
         digest=content_digest(list(classes.items()), *contents),
         digest_of="class names, contents of the images, annotations as mended",
         origin=", ".join(str(own.annotations.resolve()) for own in files.values()),
-        source=source.path,
         fingerprint=fingerprint,
         masks=masks,
         notes=tuple(notes),

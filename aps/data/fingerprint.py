@@ -16,6 +16,7 @@ from pathlib import Path
 
 from aps.data.manifest import Fingerprint, Manifest, write_atomic
 from aps.data.walk import File, Walk, printable, walk
+from aps.settings.blocks import OwnDataset, SourceSettings
 
 RECORD = "files.tsv"  # a line a file: number of its root, slash, name below it, tab, bytes, tab, time of change in ns
 
@@ -35,6 +36,22 @@ def take(folder: Path, walks: Sequence[Walk], files: Iterable[Path] = ()) -> Fin
         count=sum(len(found) for _, found in seen),
         digest=_digest(lines),
     )
+
+
+def outdated(path: Path, source: SourceSettings | OwnDataset) -> str | None:
+    """Why a prepared dataset has to be prepared again, in a sentence's part; None where nothing speaks for it.
+
+    Args:
+        path: its manifest.json.
+        source: where the study says it comes from.
+
+    Raises:
+        UserError: the manifest is broken or of another version.
+    """
+    manifest = Manifest.read(path)
+    if source.identity is not None and source.identity != manifest.source:
+        return f"its source is now {source.identity}"
+    return changed(manifest, path.parent, source.trust)
 
 
 def changed(manifest: Manifest, folder: Path, trust: bool = False) -> str | None:

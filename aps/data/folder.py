@@ -40,33 +40,33 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
     key = f"sources.{name}.path"
     if source.path is None:
         raise UserError(f"dataset '{name}': {key} is not set; {_advice(key)}")
-    return describe(folder, name, source, key, labels=True)
+    return describe(folder, name, source.path, key, labels=True)
 
 
-def describe(folder: Path, name: str, source: SourceSettings, key: str, labels: bool) -> Manifest:
-    """The manifest of the tree `source.path`.
+def describe(folder: Path, name: str, tree: str, key: str, labels: bool) -> Manifest:
+    """The manifest of a tree of images.
 
     Args:
         key: of the setting that names the tree, for messages.
         labels: whether its folders are classes; else every image is a training image.
     """
     advice = _advice(key) if labels else f"set {key} to a folder with images"
-    assert source.path is not None
-    path = Path(source.path).expanduser()
+    path = Path(tree).expanduser()
     if not path.exists():
         raise UserError(f"{key}: {path} does not exist; {advice}")
     if not path.is_dir():
         raise UserError(f"{key}: {path} is not a folder; {advice}")
-    tree = trees.survey(path)
-    notes = trees.passed_over(tree)
+    found = trees.survey(path)
+    notes = trees.passed_over(found)
     classes: list[str] = []
     if labels:
-        classes, splits, more = _labelled(tree)
+        classes, splits, more = _labelled(found)
         notes += more
     else:
-        splits = {"train": trees.unlabelled(tree)}
+        splits = {"train": trees.unlabelled(found)}
+    source = SourceSettings(path=tree)
     return trees.describe(
-        folder, name, classes, splits, origin=str(path.resolve()), source=source, trees=[tree], notes=notes
+        folder, name, classes, splits, origin=str(path.resolve()), source=source, trees=[found], notes=notes
     )
 
 

@@ -73,7 +73,9 @@ class FileSplit:
         return read_image(self.path(i), at_least)
 
 
-def load_split(manifest_path: Path, split: str, limit: int | None = None, seed: int = 0) -> ArraySplit | FileSplit:
+def load_split(
+    manifest_path: Path, split: str, limit: int | None = None, seed: int = 0, labelled: bool = False
+) -> ArraySplit | FileSplit:
     """One split of a prepared dataset.
 
     Args:
@@ -81,12 +83,17 @@ def load_split(manifest_path: Path, split: str, limit: int | None = None, seed: 
         split: train or test.
         limit: keep this many images, chosen by `limited`; None keeps all.
         seed: of that choice.
+        labelled: whether labels are needed.
 
     Raises:
-        UserError: not prepared, no such split, its files are gone or altered, or `limit` exceeds it.
+        UserError: not prepared, without the labels that are needed, no such split, its files are gone or altered, or `limit` exceeds it.
     """
     manifest_path = Path(manifest_path)
     manifest, folder = Manifest.read(manifest_path), manifest_path.parent
+    if labelled and manifest.kind == "images":
+        raise UserError(
+            f"{manifest_path}: dataset '{manifest.name}' has no labels; name a labelled dataset for this stage"
+        )
     if split not in manifest.splits:
         raise UserError(
             f"{manifest_path}: dataset '{manifest.name}' has no split '{split}'; it has {', '.join(manifest.splits)}"

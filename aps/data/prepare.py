@@ -17,23 +17,23 @@ from pathlib import Path
 from typing import IO
 
 from aps.data import fetch
-from aps.data.fingerprint import changed
+from aps.data.fingerprint import outdated
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.files import DISK_ERRORS
-from aps.registry import DATASETS, DETECTION_DATASETS
-from aps.settings.blocks import SourceSettings
+from aps.registry import DATASETS, DETECTION_DATASETS, resolve
+from aps.settings.blocks import OwnDataset, SourceSettings
 
 COPY = "prepared.json"
 LOCK = ".lock"
 
 
-def prepare(name: str, folder: Path, source: SourceSettings, force: bool = False) -> Manifest:
+def prepare(name: str, folder: Path, source: SourceSettings | OwnDataset, force: bool = False) -> Manifest:
     """Make `folder`/manifest.json true; safe to kill and to call again, and for several processes at once: one works,
     the others wait for it.
 
     Args:
-        name: a dataset of `aps.registry`.
+        name: a dataset of `aps.registry`; any, where `source` is the user's own.
         folder: the dataset's own folder, results/data/NAME.
         source: where it comes from; `path` None means download (or no source needed).
         force: delete what was prepared before and do it again; downloads that are under way go on.
@@ -41,9 +41,12 @@ def prepare(name: str, folder: Path, source: SourceSettings, force: bool = False
     Raises:
         UserError: no such dataset, its source is missing, broken or incomplete, or the disk refuses.
     """
-    if name not in DATASETS and name not in DETECTION_DATASETS:
+    if isinstance(source, SourceSettings) and name not in DATASETS and name not in DETECTION_DATASETS:
         known = sorted([*DATASETS.names(), *DETECTION_DATASETS.names()])
-        raise UserError(f"dataset '{name}' is unknown; known: {', '.join(known)}")
+        raise UserError(
+            f"dataset '{name}' is unknown; known: {', '.join(known)}; one of your own is named in a study's `datasets` "
+            "(--configfile)"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(name, folder):
@@ -74,9 +77,12 @@ def summary(manifest: Manifest) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def _prepare(name: str, folder: Path, source: SourceSettings) -> Manifest:
-    registry = DATASETS if name in DATASETS else DETECTION_DATASETS
-    manifest: Manifest = registry.load(name)(folder, source, name)
+def _prepare(name: str, folder: Path, source: SourceSettings | OwnDataset) -> Manifest:
+    if isinstance(source, OwnDataset):
+        manifest: Manifest = resolve("aps.data.own:prepare")(folder, source, name)
+    else:
+        registry = DATASETS if name in DATASETS else DETECTION_DATASETS
+        manifest = registry.load(name)(folder, source, name)
     if constant := manifest.constant_channels:
         note = f"{' and '.join(constant)}: the same in every pixel of train, so normalized by 1 instead of a deviation of 0"
         manifest = manifest.model_copy(update={"notes": (*manifest.notes, note)})
@@ -87,7 +93,7 @@ def _prepare(name: str, folder: Path, source: SourceSettings) -> Manifest:
     return manifest
 
 
-def _prepared(name: str, folder: Path, source: SourceSettings) -> Manifest | None:
+def _prepared(name: str, folder: Path, source: SourceSettings | OwnDataset) -> Manifest | None:
     """The manifest of an earlier preparation that still holds."""
     path = folder / "manifest.json"
     known = path if path.exists() else folder / COPY
@@ -98,8 +104,7 @@ def _prepared(name: str, folder: Path, source: SourceSettings) -> Manifest | Non
     except UserError as error:
         print(f"{name}: {error}; preparing it again", flush=True)
         return None
-    moved = source.path is not None and source.path != manifest.source
-    problem = f"its source is now {source.path}" if moved else changed(manifest, folder) or manifest.problem(folder)
+    problem = outdated(known, source) or manifest.problem(folder)
     if problem is not None:
         print(f"{name}: prepared before, but {problem}; preparing it again", flush=True)
         return None

@@ -11,10 +11,8 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
 from aps.data.manifest import RGB, Manifest
@@ -23,7 +21,7 @@ from aps.detection.annotations import CocoSplit
 from aps.detection.engine import Engine, Task, lr_factor
 from aps.detection.figure import predictions_figure
 from aps.detection.placement import Placed, backbone_tensors, place, table
-from aps.models.weights import load_encoder, read_info, save_tensors
+from aps.models.weights import load_encoder, save_tensors, trained_with
 from aps.results import StageJob, StageRun
 from aps.runtime.processes import Distributed, processes
 from aps.training.loop import Line, Loop, finite
@@ -102,15 +100,8 @@ def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
 def normalization(job: StageJob) -> tuple[RGB, RGB]:
     """(mean, std) in [0, 1] units that the encoder was trained with, wherever known: its file's, else timm's; else those
     measured on the dataset, else ImageNet's, as ViTDet has for COCO."""
-    spec = str(job.encoder_spec)
-    if spec.startswith("timm:"):
-        config = timm.get_pretrained_cfg(spec.removeprefix("timm:"))
-        if config is not None:
-            return config.mean, config.std  # type: ignore[return-value]
-    elif spec != "random":
-        info = read_info(Path(spec))
-        if "mean" in info:
-            return tuple(info["mean"]), tuple(info["std"])
+    if (found := trained_with(job.encoder_spec)) is not None:
+        return found
     manifest = Manifest.read(job.manifest)
     return manifest.normalization("measured") if manifest.statistics.measured else IMAGENET
 

@@ -33,6 +33,8 @@ from aps.settings.blocks import EncoderSettings
 
 log = logging.getLogger(__name__)
 
+RGB = tuple[float, float, float]
+
 SETTINGS_KEY = "aps_encoder"
 INFO_KEY = "aps_info"
 SEAL_KEY = "aps_sha256"
@@ -126,6 +128,19 @@ def read_info(path: Path) -> dict[str, Any]:
     """What the producing stage stored beside the weights: normalization, experiment, stage, digest."""
     _, metadata = read_tensors(path)
     return json.loads(metadata.get(INFO_KEY, "{}"))
+
+
+def trained_with(spec: str | Path) -> tuple[RGB, RGB] | None:
+    """(mean, std) in [0, 1] units of the pixels that an encoder was trained on; None where its weights don't say.
+
+    Args:
+        spec: as of `load_encoder`.
+    """
+    if str(spec).startswith("timm:"):
+        config = timm.get_pretrained_cfg(str(spec).removeprefix("timm:"))
+        return (config.mean, config.std) if config is not None else None  # type: ignore[return-value]
+    info = read_info(Path(spec)) if str(spec) != "random" else {}
+    return (tuple(info["mean"]), tuple(info["std"])) if "mean" in info else None  # type: ignore[return-value]
 
 
 def load_encoder(

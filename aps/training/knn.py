@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aps.data.load import ArraySplit, FileSplit, load_split
-from aps.data.manifest import Manifest
 from aps.models.encoder import Encoder
 from aps.models.weights import check_finite, load_encoder
 from aps.results import StageJob, StageRun
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
-from aps.training.features import Normalization, features
+from aps.training.features import BROKEN_ENCODER, Normalization, features, normalization
 from aps.training.order import HOLDOUT, seeded
 
 CHUNK = 1024  # test images compared at once,
@@ -29,14 +28,13 @@ def run(job: StageJob) -> None:
     """The stage. Outputs metrics.json (top-1 for every k) and history.jsonl (a line a k, step = k)."""
     with processes() as distributed, StageRun(job) as stage:
         settings = job.settings.knn
-        normalization = Manifest.read(job.manifest).normalization(job.settings.dataset.statistics)
         torch.manual_seed(job.settings.seed)
         encoder = load_encoder(job.encoder_spec, job.settings.encoder).to(distributed.device)
         precision = Precision(settings.precision, distributed.device)
-        train = load_split(job.manifest, "train", job.settings.dataset.train_limit)
+        train = load_split(job.manifest, "train", job.settings.dataset.train_limit, labelled=True)
         test = load_split(job.manifest, "test")
         bank, queries = (
-            features(encoder, split, normalization, distributed, precision, job.workers, f"{job.label} {name}")
+            features(encoder, split, normalization(job), distributed, precision, job.workers, f"{job.label} {name}")
             for split, name in ((train, "train features"), (test, "test features"))
         )
         accuracies = knn_accuracy(bank, train.labels, queries, test.labels, settings.k, settings.temperature)
@@ -59,11 +57,8 @@ def knn_accuracy(
     Raises:
         UserError: a feature is not a finite number.
     """
-    advice = (
-        "the encoder is broken or overflows: compute in precision fp32, or train it again with a lower learning rate"
-    )
     for x, what in ((bank, "features of the train images"), (queries, "features of the test images")):
-        check_finite(x, what, advice)
+        check_finite(x, what, BROKEN_ENCODER)
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     bank_labels, labels = bank_labels.to(bank.device), labels.to(bank.device)
     classes = int(max(bank_labels.max(), labels.max())) + 1
@@ -100,10 +95,7 @@ def neighbours(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def monitor(
     encoder: Encoder, split: ArraySplit | FileSplit, normalization: Normalization, distributed: Distributed
 ) -> dict[str, float]:
-    """kNN during pretraining: a tenth of (at most 10,000) train images classified by the others; never the test set.
-    Nothing where the images have no labels."""
-    if not split.classes:
-        return {}
+    """kNN during pretraining: a tenth of (at most 10,000) train images classified by the others; never the test set."""
     order = torch.randperm(len(split), generator=seeded(0, HOLDOUT))[:MONITOR_IMAGES]
     few = split.select(order)
     found = features(encoder, few, normalization, distributed, Precision("auto", distributed.device), label="kNN")

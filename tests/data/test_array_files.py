@@ -14,7 +14,6 @@ from aps.data.fingerprint import changed
 from aps.data.load import ArraySplit, load_split
 from aps.data.manifest import Manifest
 from aps.errors import UserError
-from aps.settings.blocks import SourceSettings
 
 
 def pixels(count: int, *shape: int, seed: int = 0) -> np.ndarray:
@@ -26,8 +25,7 @@ def run(tmp_path: Path, labelled: bool = True, **content: Any) -> Manifest:
         np.savez(tmp_path / "mine.npz", **content)
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
-    source = SourceSettings(path=str(tmp_path / "mine.npz"))
-    manifest = describe(out, "mine", source, "datasets.mine.arrays", labelled)
+    manifest = describe(out, "mine", str(tmp_path / "mine.npz"), "datasets.mine.arrays", labelled)
     manifest.write(out / "manifest.json")
     return manifest
 

@@ -20,7 +20,6 @@ from aps.data.manifest import Manifest
 from aps.detection.annotations import CocoSplit, result_rows
 from aps.detection.score import coco_metrics
 from aps.errors import UserError
-from aps.settings.blocks import SourceSettings
 
 HEIGHT, WIDTH = 40, 60
 SQUARE = [5.0, 6.0, 20.0, 10.0]  # left, top, width, height
@@ -65,7 +64,7 @@ def run(
         files[split] = Files(folder / "images" / split, folder / f"{split}.json")
     out = folder / "out"
     out.mkdir(exist_ok=True)
-    manifest = describe(out, "cells", files, SourceSettings(), "datasets.cells.coco", masks)
+    manifest = describe(out, "cells", files, "datasets.cells.coco", masks)
     manifest.write(out / "manifest.json")
     return manifest
 
@@ -405,13 +404,13 @@ def test_a_broken_or_missing_file_is_one_sentence(folder: Path, text: str) -> No
     (folder / "val.json").write_bytes(text.encode("utf-8", errors="surrogatepass"))
     files = {s: Files(folder / "images" / s, folder / f"{s}.json") for s in ("train", "val")}
     with pytest.raises(UserError, match=r"val.json: (no whole JSON file|has no list of records)"):
-        describe(folder / "out", "cells", files, SourceSettings(), "datasets.cells.coco")
+        describe(folder / "out", "cells", files, "datasets.cells.coco")
     (folder / "val.json").unlink()
     with pytest.raises(UserError, match=r"datasets.cells.coco.val.annotations: .*val.json is no file"):
-        describe(folder / "out", "cells", files, SourceSettings(), "datasets.cells.coco")
+        describe(folder / "out", "cells", files, "datasets.cells.coco")
     files["train"] = files["train"]._replace(images=folder / "nowhere")
     with pytest.raises(UserError, match=r"datasets.cells.coco.train.images: .*nowhere is no folder"):
-        describe(folder / "out", "cells", files, SourceSettings(), "datasets.cells.coco")
+        describe(folder / "out", "cells", files, "datasets.cells.coco")
 
 
 def test_changed_images_and_annotations_are_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

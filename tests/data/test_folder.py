@@ -199,7 +199,7 @@ def test_layouts_whose_figures_would_mean_nothing_are_refused(layout: list[str],
 def unlabelled(tmp_path: Path, root: str = "mine"):  # type: ignore[no-untyped-def]
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
-    manifest = describe(out, "pool", SourceSettings(path=str(tmp_path / root)), "datasets.pool.folder", labels=False)
+    manifest = describe(out, "pool", str(tmp_path / root), "datasets.pool.folder", labels=False)
     manifest.write(out / "manifest.json")
     return manifest
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aps.data.load import ArraySplit, load_split
+from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.models.encoder import build_encoder
@@ -81,12 +81,6 @@ def test_features_that_are_not_finite_are_an_error_that_names_them(where: str, v
         UserError, match=rf"features of the {where} images: 1 of .* numbers are NaN or infinite; the encoder"
     ):
         knn_accuracy(bank, bank_labels, queries, labels, (5,), 0.07)
-
-
-def test_the_monitor_is_off_without_labels(digits: Path) -> None:
-    split = load_split(digits, "train", 50)
-    bare = ArraySplit(split.images, torch.full_like(split.labels, -1), ())
-    assert monitor(build_encoder(small.ENCODER), bare, ((0.0,) * 3, (1.0,) * 3), small.ONE) == {}
 
 
 def test_the_temperature_weighs_near_neighbours() -> None:
