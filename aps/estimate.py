@@ -128,11 +128,13 @@ def dataset_counts(study: Study, name: str) -> Counts:
         from aps.data.manifest import Manifest
 
         found = Manifest.read(manifest)
-        test = found.splits["val" if found.kind == "detection" else "test"]
+        test = found.splits.get("val" if found.kind == "detection" else "test")
         size = DATASETS[name].gigabytes if name in DATASETS else sum(found.sizes.values()) / 1e9
-        return Counts(found.splits["train"].count, test.count, len(found.classes), size)
+        return Counts(found.splits["train"].count, test.count if test else 0, len(found.classes), size, found.masks)
     if name not in DATASETS:
-        raise UserError(f"the size of dataset '{name}' is known once it is prepared; run `python -m aps data {name}`")
+        from aps.data.manifest import prepare_it
+
+        raise UserError(f"the size of dataset '{name}' is known once it is prepared; {prepare_it(name)}")
     return DATASETS[name]
 
 

@@ -153,6 +153,10 @@ class StageSettings(Blocks):
     upstream: str | None = None  # digest of the pretraining it starts from, so that it reruns with it
     dataset: DatasetSettings = DatasetSettings(name="")
 
+    def dataset_settings(self, stage: str) -> DatasetSettings:
+        """Which images the stage reads, as of an experiment's."""
+        return self.dataset
+
     @property
     def dataset_name(self) -> str:
         return str(self.detection.dataset) if STAGES[self.stage].detects else self.dataset.name

@@ -112,7 +112,10 @@ class Plan:
                 "or set another `results` folder"
             ) from None
         except OSError as error:
-            print(f"warning: {path}: this file system has no locks ({error.strerror}); start no second snakemake", file=sys.stderr)
+            print(
+                f"warning: {path}: this file system has no locks ({error.strerror}); start no second snakemake",
+                file=sys.stderr,
+            )
         self._lock.truncate(0)
         print(f"process {os.getpid()} on {platform.node()}", file=self._lock, flush=True)
 
