@@ -10,7 +10,10 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +28,7 @@ from aps.settings.study import StageSettings, Study
 from aps.stages import STAGES, Stage
 
 DEFAULT_STUDY = "config/config.yaml"
+ANY_STUDY = " --configfile STUDY.yaml"  # in hints of those who don't know the study
 PREEMPTED = 75  # EX_TEMPFAIL: the work is saved, start the same command again
 
 
@@ -35,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         args.run(args)
     except UserError as error:
         if ranks().rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_runnable(str(error), args)}", file=sys.stderr)
         return 2
     except Preempted as error:
         if ranks().rank == 0:
@@ -187,6 +191,23 @@ def _stage_options(p: argparse.ArgumentParser) -> None:
 
 def _load(args: argparse.Namespace) -> Study:
     return load_study(args.configfile, parse_overrides(args.overrides))
+
+
+def _runnable(text: str, args: argparse.Namespace) -> str:
+    """`text` with its commands such that they work as printed: on the study and settings of this command."""
+    if not hasattr(args, "configfile") or getattr(args, "settings", None) is not None:
+        return text
+    study = f" --configfile {shlex.join(args.configfile)}" if args.configfile != [DEFAULT_STUDY] else ""
+    for_us = f" --set {shlex.join(args.overrides)}" if args.overrides else ""
+    pairs = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in parse_overrides(args.overrides).items()]
+    for_snakemake = f" --config {' '.join(pairs)}" if pairs else ""
+
+    def complete(found: re.Match[str]) -> str:
+        command = found[1].removesuffix(ANY_STUDY)
+        return f"`{command}{study}{for_snakemake if command.startswith('snakemake') else for_us}`"
+
+    verbs = "|".join([*STAGES, "data", "sync", "results", "report", "check", "estimate"])
+    return re.sub(rf"`((?:python -m aps (?:{verbs})|snakemake )\b[^`]*)`", complete, text)
 
 
 def _address(study: Study) -> str:
@@ -352,11 +373,23 @@ def _show_views(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     study = _load(args)
+    from aps.preflight import hints, problems
+
     print(
         f"study '{study.study}': {len(study.experiments)} experiments, {len(study.jobs())} runs, results in {study.results}/"
     )
     for name, e in study.experiments.items():
-        print(f"  {name:<28} {e.dataset.name:<14} seeds {list(e.seeds)}  {', '.join(e.stages)}")
+        others = {f"{stage}: {e.dataset_of(stage)}" for stage in e.stages if e.dataset_of(stage) != e.dataset.name}
+        shown = f" ({', '.join(sorted(others))})" if others else ""
+        print(f"  {name:<28} {e.dataset.name:<14} seeds {list(e.seeds)}  {', '.join(e.stages)}{shown}")
+    for hint in hints(study):
+        print(_runnable(hint, args))
+    found = list(problems(study, _address(study)))
+    for problem in found[:-1]:
+        print(f"error: {_runnable(problem, args)}", file=sys.stderr)
+    if found:
+        raise UserError(found[-1])
+    print(_runnable("nothing speaks against it: `snakemake all`", args))
 
 
 def _estimate(args: argparse.Namespace) -> None:

@@ -132,9 +132,9 @@ def dataset_counts(study: Study, name: str) -> Counts:
         size = DATASETS[name].gigabytes if name in DATASETS else sum(found.sizes.values()) / 1e9
         return Counts(found.splits["train"].count, test.count if test else 0, len(found.classes), size, found.masks)
     if name not in DATASETS:
-        from aps.data.manifest import prepare_it
+        from aps.data.manifest import preparing
 
-        raise UserError(f"the size of dataset '{name}' is known once it is prepared; {prepare_it(name)}")
+        raise UserError(f"the size of dataset '{name}' is known once it is prepared; run {preparing(name)}")
     return DATASETS[name]
 
 

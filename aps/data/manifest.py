@@ -159,9 +159,14 @@ class Manifest(_Block):
 
 
 def prepare_it(name: str) -> str:
-    """The end of a sentence; a dataset of the user's own is known to the study that names it."""
+    """The end of a sentence."""
+    return f"prepare it by {preparing(name)}"
+
+
+def preparing(name: str) -> str:
+    """The command; a dataset of the user's own is known to the study that names it."""
     known = name in DATASETS or name in DETECTION_DATASETS
-    return f"prepare it by `python -m aps data {name}{'' if known else ' --configfile STUDY.yaml'}`"
+    return f"`python -m aps data {name}{'' if known else ' --configfile STUDY.yaml'}`"
 
 
 def with_sizes(manifest: Manifest, folder: Path) -> Manifest:
