@@ -10,7 +10,10 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +22,13 @@ from aps import __version__
 from aps.errors import Preempted, UserError
 from aps.files import DISK_ERRORS
 from aps.runtime.ranks import ranks, started_by_torchrun
-from aps.settings.blocks import SourceSettings
+from aps.settings.blocks import OwnDataset, SourceSettings
 from aps.settings.reading import load_study, parse_overrides
 from aps.settings.study import StageSettings, Study
 from aps.stages import STAGES, Stage
 
 DEFAULT_STUDY = "config/config.yaml"
+ANY_STUDY = " --configfile STUDY.yaml"  # in hints of those who don't know the study
 PREEMPTED = 75  # EX_TEMPFAIL: the work is saved, start the same command again
 
 
@@ -35,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         args.run(args)
     except UserError as error:
         if ranks().rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_runnable(str(error), args)}", file=sys.stderr)
         return 2
     except Preempted as error:
         if ranks().rank == 0:
@@ -75,6 +79,10 @@ def parser() -> argparse.ArgumentParser:
         "--source", help="folder with the dataset's archives or unpacked files (default: the study's, or download)"
     )
     p.add_argument("--no-download", action="store_true", help="fail rather than download")
+    p.add_argument(
+        "--entry", metavar="JSON", help="its entry in a study's `datasets`, instead of a study (rules give it)"
+    )
+    p.add_argument("--again", action="store_true", help="prepare it again, whatever was prepared before")
     _study_options(p)
 
     for stage in STAGES.values():
@@ -189,6 +197,23 @@ def _load(args: argparse.Namespace) -> Study:
     return load_study(args.configfile, parse_overrides(args.overrides))
 
 
+def _runnable(text: str, args: argparse.Namespace) -> str:
+    """`text` with its commands such that they work as printed: on the study and settings of this command."""
+    if not hasattr(args, "configfile") or getattr(args, "settings", None) is not None:
+        return text
+    study = f" --configfile {shlex.join(args.configfile)}" if args.configfile != [DEFAULT_STUDY] else ""
+    for_us = f" --set {shlex.join(args.overrides)}" if args.overrides else ""
+    pairs = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in parse_overrides(args.overrides).items()]
+    for_snakemake = f" --config {' '.join(pairs)}" if pairs else ""
+
+    def complete(found: re.Match[str]) -> str:
+        command = found[1].removesuffix(ANY_STUDY)
+        return f"`{command}{study}{for_snakemake if command.startswith('snakemake') else for_us}`"
+
+    verbs = "|".join([*STAGES, "data", "sync", "results", "report", "check", "estimate"])
+    return re.sub(rf"`((?:python -m aps (?:{verbs})|snakemake )\b[^`]*)`", complete, text)
+
+
 def _address(study: Study) -> str:
     from aps.tracking import tracking_address
 
@@ -285,17 +310,20 @@ def _data(args: argparse.Namespace) -> None:
     from aps.data.prepare import prepare
     from aps.layout import manifest_path
 
-    if args.source is None and args.out is not None and not Path(args.configfile[0]).exists():
-        source, folder = SourceSettings(), args.out
-    else:
-        study = _load(args)
-        source = study.sources.get(args.name, SourceSettings())
-        folder = args.out or manifest_path(study.results, args.name).parent
-    if args.source is not None:
-        source = source.model_copy(update={"path": args.source})
-    if args.no_download:
-        source = source.model_copy(update={"download": False})
-    prepare(args.name, folder, source)
+    given = args.source is not None or args.entry is not None
+    study = None if args.out is not None and (given or not Path(args.configfile[0]).exists()) else _load(args)
+    folder = args.out or manifest_path(study.results if study else "results", args.name).parent
+    source = study.source(args.name) if study else SourceSettings()
+    if args.entry is not None:
+        source = OwnDataset.from_json(args.entry)
+    if isinstance(source, SourceSettings):
+        if args.source is not None:
+            source = source.model_copy(update={"path": args.source})
+        if args.no_download:
+            source = source.model_copy(update={"download": False})
+    elif args.source is not None:
+        raise UserError(f"--source is for published datasets; datasets.{args.name} of the study says where yours lies")
+    prepare(args.name, folder, source, args.again)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -349,11 +377,23 @@ def _show_views(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     study = _load(args)
+    from aps.preflight import hints, problems
+
     print(
         f"study '{study.study}': {len(study.experiments)} experiments, {len(study.jobs())} runs, results in {study.results}/"
     )
     for name, e in study.experiments.items():
-        print(f"  {name:<28} {e.dataset.name:<14} seeds {list(e.seeds)}  {', '.join(e.stages)}")
+        others = {f"{stage}: {e.dataset_of(stage)}" for stage in e.stages if e.dataset_of(stage) != e.dataset.name}
+        shown = f" ({', '.join(sorted(others))})" if others else ""
+        print(f"  {name:<28} {e.dataset.name:<14} seeds {list(e.seeds)}  {', '.join(e.stages)}{shown}")
+    for hint in hints(study):
+        print(_runnable(hint, args))
+    found = list(problems(study, _address(study)))
+    for problem in found[:-1]:
+        print(f"error: {_runnable(problem, args)}", file=sys.stderr)
+    if found:
+        raise UserError(found[-1])
+    print(_runnable("nothing speaks against it: `snakemake all`", args))
 
 
 def _estimate(args: argparse.Namespace) -> None:

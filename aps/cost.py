@@ -20,9 +20,10 @@ class Counts(NamedTuple):
     """Size of a dataset."""
 
     train: int  # images
-    test: int  # val of detection datasets
+    test: int  # val of detection datasets; 0 of images without labels
     classes: int
     gigabytes: float  # of the prepared dataset and, where it is downloaded, its archives
+    masks: bool = True  # detection: false where instances have boxes only
 
 
 @dataclass(frozen=True)

@@ -128,11 +128,13 @@ def dataset_counts(study: Study, name: str) -> Counts:
         from aps.data.manifest import Manifest
 
         found = Manifest.read(manifest)
-        test = found.splits["val" if found.kind == "detection" else "test"]
+        test = found.splits.get("val" if found.kind == "detection" else "test")
         size = DATASETS[name].gigabytes if name in DATASETS else sum(found.sizes.values()) / 1e9
-        return Counts(found.splits["train"].count, test.count, len(found.classes), size)
+        return Counts(found.splits["train"].count, test.count if test else 0, len(found.classes), size, found.masks)
     if name not in DATASETS:
-        raise UserError(f"the size of dataset '{name}' is known once it is prepared; run `python -m aps data {name}`")
+        from aps.data.manifest import preparing
+
+        raise UserError(f"the size of dataset '{name}' is known once it is prepared; run {preparing(name)}")
     return DATASETS[name]
 
 
@@ -151,7 +153,7 @@ def estimate(study: Study, gpu: str = "a100", share: float | None = None) -> str
         raise UserError(f"--gpu {gpu} is unknown; known: {', '.join([*GPUS, 'cpu'])}")
     if share is not None and not 0 < share <= 1:
         raise UserError(f"--utilization {share} is not in (0, 1]; give a share of the peak")
-    sizes = {name: dataset_counts(study, name) for name in study.datasets()}
+    sizes = {name: dataset_counts(study, name) for name in study.dataset_names()}
     on_gpu = gpu != "cpu"
     card = GPUS[gpu] if on_gpu else this_cpu()
     unit = "GPU" if on_gpu else "core"

@@ -258,14 +258,21 @@ def _same_evaluation(a: ExperimentSettings, b: ExperimentSettings, stage: str) -
     """Whether a stage of two experiments differs in the encoder's weights alone."""
     if stage not in a.stages or stage not in b.stages or getattr(a, stage) != getattr(b, stage):
         return False
-    if not STAGES[stage].detects and a.dataset != b.dataset:
+    if not STAGES[stage].detects and a.dataset_settings(stage) != b.dataset_settings(stage):
         return False
     return a.encoder.model_copy(update={"weights": ""}) == b.encoder.model_copy(update={"weights": ""})
 
 
 def _differing(study: Study) -> tuple[list[str], dict[str, list[Any]]]:
     """Keys that are not the same in all experiments, and each experiment's values of them."""
-    flat = {name: flatten(e.model_dump(mode="json", exclude=NOT_COMPARED)) for name, e in study.experiments.items()}
+    classify = [stage.name for stage in STAGES.values() if not stage.detects]
+    flat = {
+        name: flatten(e.model_dump(mode="json", exclude=NOT_COMPARED))
+        | {f"{stage}.dataset": e.dataset_of(stage) for stage in classify if e.dataset_of(stage) != e.dataset.name}
+        for name, e in study.experiments.items()
+    }
+    every = dict.fromkeys(key for values in flat.values() for key in values)
+    flat = {name: {key: values.get(key) for key in every} for name, values in flat.items()}
     keys = [key for key in next(iter(flat.values())) if len({str(values[key]) for values in flat.values()}) > 1]
     return keys, {name: [values[key] for key in keys] for name, values in flat.items()}
 

@@ -45,6 +45,7 @@ class Stage:
     scores: tuple[Score, ...] = ()
     curves: tuple[Curve, ...] = ()
     encoder: bool = True  # whether it starts from an encoder
+    labels: bool = True  # whether it needs the labels of its images
     detects: bool = False  # whether its images come from `detection.dataset` and not from `dataset`
     traced: bool = False  # whether it has batches for --profile to record
     check: str | None = None  # a function of the experiment that raises ValueError where the stage can't be built
@@ -79,6 +80,7 @@ ROWS = (
             Curve("knn_train_top1", "kNN on held-out train images, %"),
         ),
         encoder=False,
+        labels=False,
         traced=True,
         cost="aps.training.cost:pretrain",
     ),

@@ -61,7 +61,7 @@ def test_the_paper_is_the_sum_of_its_studies() -> None:
             assert part.experiments[name] == paper.experiments[name], name
             asked, joined = part.stage_resources(stage, name), paper.stage_resources(stage, name)
             assert (asked.gpus, asked.nodes) == (joined.gpus, joined.nodes), (name, stage)
-    assert {"cifar10", "cifar100", "imagenet1k", "coco2017"} <= set(paper.datasets())
+    assert {"cifar10", "cifar100", "imagenet1k", "coco2017"} <= set(paper.dataset_names())
 
 
 def test_every_published_number_of_aps_is_repeated_by_one_experiment() -> None:

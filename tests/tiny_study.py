@@ -100,11 +100,11 @@ def fake_job(
 
 def pretend_finished(study: Study) -> list[Path]:
     """Every result of a study, without computing it: sealed, but with a few letters for weights -> the files."""
-    for dataset in study.datasets():
+    for dataset in study.dataset_names():
         manifest = manifest_path(study.results, dataset)
         manifest.parent.mkdir(parents=True, exist_ok=True)
         manifest.write_text(json.dumps({"name": dataset, "digest": f"images of {dataset}"}))
-    files = [manifest_path(study.results, dataset) for dataset in study.datasets()]
+    files = [manifest_path(study.results, dataset) for dataset in study.dataset_names()]
     for experiment, seed, stage in study.jobs():
         folder = stage_folder(study_folder(study), experiment, seed, stage)
         folder.mkdir(parents=True, exist_ok=True)

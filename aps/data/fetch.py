@@ -30,6 +30,7 @@ from aps.data.manifest import write_atomic
 from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
 
+VERIFIED = "verified.json"  # in a dataset's folder: archives whose checksums were found right
 DOWNLOADS = "download"  # a dataset's subfolder, removed once it is prepared
 ATTEMPTS = 5
 RETRY_SECONDS = 2.0  # doubled at each attempt
@@ -92,7 +93,7 @@ def verify(archive: Path, file: Published, folder: Path) -> None:
     Raises:
         UserError: another checksum.
     """
-    note = folder / "verified.json"
+    note = folder / VERIFIED
     verified = json.loads(note.read_text()) if note.exists() else {}
     stat = archive.stat()
     mark = [stat.st_size, stat.st_mtime_ns, file.md5]

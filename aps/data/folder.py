@@ -1,59 +1,186 @@
-"""The user's own images: any ImageFolder tree, used in place.
+"""The user's own images: any tree of image files, used in place.
 
-Either `train/` and `test/` (or `val/`, taken as the test split) with a folder a class, or one tree of class folders, of
-which a fixed, stratified fifth is held out as the test split. Every image is decoded once, so none fails in training.
+With labels, either `train/` and `test/` (or `val/`, taken as the test split; their usual spellings count) with a folder a
+class, or one tree of class folders, of which a fixed, stratified fifth is held out as the test split. Without labels,
+every image of the tree is a training image. Every image is decoded once, so none fails in training.
+
+Peculiar: a folder's layout is guessed from names alone, so this file is mostly about layouts that look like another. What
+would give figures without a meaning (split folders or a whole dataset taken for a class) is refused.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from aps.data import fetch, trees
+from aps.data import trees
 from aps.data.manifest import Manifest
+from aps.data.walk import Walk, printable
 from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
 
 HOLDOUT = 0.2  # of each class, rounded, at least one image
 SPLIT_SEED = 0
+# The names that folders of splits go by, in any case.
+SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "val": ("val", "valid", "validation"),
+}
+# Names that only look like those of splits: train_images, test2017.
+LIKE_SPLITS = re.compile(r"(train|test|val)", re.IGNORECASE)
 
 
 def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
-    """Raises UserError where there is no such tree, a class lacks images, or an image is unreadable."""
-    advice = f"set sources.{name}.path to a folder with train/ and test/ (or val/), or with one folder a class"
+    """Raises UserError where there is no such tree, its layout is none of the two, a class lacks images, or an image is
+    unreadable."""
+    key = f"sources.{name}.path"
     if source.path is None:
-        raise UserError(f"dataset '{name}': sources.{name}.path is not set; {advice}")
-    path = fetch.source_path(name, source, advice)
-    assert path is not None
+        raise UserError(f"dataset '{name}': {key} is not set; {_advice(key)}")
+    return describe(folder, name, source.path, key, labels=True)
+
+
+def describe(folder: Path, name: str, tree: str, key: str, labels: bool) -> Manifest:
+    """The manifest of a tree of images.
+
+    Args:
+        key: of the setting that names the tree, for messages.
+        labels: whether its folders are classes; else every image is a training image.
+    """
+    advice = _advice(key) if labels else f"set {key} to a folder with images"
+    path = Path(tree).expanduser()
+    if not path.exists():
+        raise UserError(f"{key}: {path} does not exist; {advice}")
     if not path.is_dir():
-        raise UserError(f"sources.{name}.path: {path} is not a folder; {advice}")
-    split = next((path / test for test in ("test", "val") if (path / test).is_dir()), None)
-    if (path / "train").is_dir():
-        if split is None:
-            raise UserError(
-                f"{path}: has train/ but neither test/ nor val/; add one, or name {path / 'train'} to split it"
-            )
-        classes = trees.class_folders(path / "train")
-        splits = {"train": trees.listing(path / "train", classes), "test": trees.listing(split, classes)}
+        raise UserError(f"{key}: {path} is not a folder; {advice}")
+    found = trees.survey(path)
+    notes = trees.passed_over(found)
+    classes: list[str] = []
+    if labels:
+        classes, splits, more = _labelled(found)
+        notes += more
     else:
-        classes = trees.class_folders(path)
-        splits = _held_out(trees.listing(path, classes), classes)
-    return trees.describe(folder, name, classes, splits, origin=str(path.resolve()), source=source)
+        splits = {"train": trees.unlabelled(found)}
+    source = SourceSettings(path=tree)
+    return trees.describe(
+        folder, name, classes, splits, origin=str(path.resolve()), source=source, trees=[found], notes=notes
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _advice(key: str) -> str:
+    return f"set {key} to a folder with train/ and test/ (or val/), or with one folder a class"
+
+
+def _role(name: str) -> str | None:
+    """The split that a folder's name stands for, if any."""
+    return next((split for split, names in SPLITS.items() if name.lower() in names), None)
+
+
+def _labelled(tree: Walk) -> tuple[list[str], dict[str, trees.Listing], list[str]]:
+    """Classes, splits and notes."""
+    root, inside = tree.root, tree.inside()
+    roles: dict[str, str] = {}
+    for name in inside:
+        if role := _role(name):
+            if role in roles:
+                raise UserError(f"{root}: has both {roles[role]}/ and {name}/; keep one of them as the {role} split")
+            roles[role] = name
+    if not roles:
+        classes = _classes(tree)
+        return classes, _held_out(trees.listing(tree, classes), classes), _outside(tree, "")
+    if "train" not in roles:
+        raise UserError(
+            f"{root}: has {_slashed(roles.values())} but no train/; put the training images, a folder a class, in {root / 'train'}"
+        )
+    train, test = roles["train"], roles.get("test", roles.get("val"))
+    if test is None:
+        raise UserError(f"{root}: has {train}/ but neither test/ nor val/; add one, or name {root / train} to split it")
+    classes = _classes(tree, train)
+    splits = {"train": trees.listing(tree, classes, train), "test": trees.listing(tree, classes, test)}
+    notes = [note for split in (train, test) for note in _outside(tree, split)]
+    for name in inside:
+        if name not in (train, test) and (count := len(tree.below(name))):
+            why = f"{test}/ is the test split" if _role(name) else f"it stands beside {train}/ and {test}/"
+            notes.append(f"{count:,} images of {printable(root / name)} are not used: {why}")
+    return classes, splits, notes
+
+
+def _classes(tree: Walk, inside: str = "") -> list[str]:
+    """Class folders in a folder of the tree. Raises UserError where these are no classes."""
+    where = tree.root / inside
+    found = tree.inside(inside)
+    below = {name: tree.inside(f"{inside}/{name}".lstrip("/")) for name in found}
+    if not found and (images := len(tree.below(inside)) if inside else len(tree.files)):
+        raise UserError(
+            f"{where}: holds {images:,} images and no class folders; put the images of each class in a folder of its "
+            "name, or use them without labels (labels: false)"
+        )
+    trees.class_folders(tree, inside)
+    if splits := [name for name in found if _role(name)]:
+        raise UserError(f"{where}: its folders {_slashed(splits)} are splits, not classes; name {where} as the dataset")
+    for name, folders in below.items():
+        if splits := [folder for folder in folders if _role(folder)]:
+            what = f"{where}: its folder {name}/ holds {_slashed(splits)}, so it is a dataset, not a class"
+            raise UserError(f"{what}; name {where / name}, or put the splits above the classes")
+    if len(found) == 1:
+        (only,) = found
+        inner = below[only]
+        what = f"{where}: has one class folder, {only}/" + (f", which holds {_slashed(inner)}" if inner else "")
+        deeper = f"name {where / only}" if len(inner) > 1 else "add the folder of another class"
+        raise UserError(
+            f"{what}; with one class every score is 100, so {deeper}, or use the images without labels (labels: false)"
+        )
+    if all(LIKE_SPLITS.match(name) for name in found) and any(name.lower().startswith("train") for name in found):
+        raise UserError(
+            f"{where}: its folders {_slashed(found)} look like splits, not classes; rename them to train and test"
+        )
+    return found
+
+
+def _slashed(names: object, shown: int = 4) -> str:
+    """`cat/, dog/ and 3 more`."""
+    every = [f"{printable(name)}/" for name in names]  # type: ignore[attr-defined]
+    return ", ".join(every[:shown]) + (f" and {len(every) - shown:,} more" if len(every) > shown else "")
+
+
+def _outside(tree: Walk, inside: str) -> list[str]:
+    """The note on images that lie beside the class folders."""
+    start = f"{inside}/" if inside else ""
+    count = sum(file.name.startswith(start) and "/" not in file.name[len(start) :] for file in tree.files)
+    return (
+        [f"{count:,} images of {printable(tree.root / inside)} are not used: they lie outside its class folders"]
+        if count
+        else []
+    )
 
 
 def _held_out(images: trees.Listing, classes: list[str]) -> dict[str, trees.Listing]:
-    """Raises UserError where a class has fewer than two images."""
-    generator = np.random.default_rng(SPLIT_SEED)
-    labels = np.array(images.labels)
+    train, test = held_out(np.array(images.labels), SPLIT_SEED, lambda label: str(images.root / classes[label]))
+    return {"train": images.rows(train.tolist()), "test": images.rows(test.tolist())}
+
+
+def held_out(labels: np.ndarray, seed: int, called: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of train and of test, ascending: a fifth of each class is held out.
+
+    Args:
+        labels: (M,), from 0.
+        called: what to call a class in messages.
+
+    Raises:
+        UserError: a class has fewer than two images.
+    """
+    generator = np.random.default_rng(seed)
     test: list[int] = []
-    for label, name in enumerate(classes):
+    for label in range(int(labels.max()) + 1):
         rows = np.flatnonzero(labels == label)
         if len(rows) < 2:
-            raise UserError(f"{images.root / name}: one image can't be split into train and test; add more")
+            raise UserError(f"{called(label)}: one image can't be split into train and test; add more")
         test += generator.permutation(rows)[: max(1, round(HOLDOUT * len(rows)))].tolist()
-    held = set(test)
-    return {
-        "train": images.rows([i for i in range(len(labels)) if i not in held]),
-        "test": images.rows(sorted(test)),
-    }
+    held = np.sort(np.array(test))
+    return np.setdiff1d(np.arange(len(labels)), held), held

@@ -54,12 +54,13 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
     else:
         extract(path, folder, name)
         root = folder
-    classes = trees.class_folders(root / "train")
+    found = {part: trees.survey(root / part) for part in COUNTS}
+    classes = trees.class_folders(found["train"])
     if len(classes) != CLASSES:
         raise UserError(f"{root / 'train'}: has {len(classes):,} class folders instead of {CLASSES:,}; complete it")
     splits = {}
     for split, part in (("train", "train"), ("test", "val")):
-        splits[split] = trees.listing(root / part, classes)
+        splits[split] = trees.listing(found[part], classes)
         if (count := len(splits[split].names)) != COUNTS[part]:
             raise UserError(f"{root / part}: has {count:,} images instead of {COUNTS[part]:,}; complete it")
     return trees.describe(
@@ -69,8 +70,10 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
         splits,
         origin=str(path.resolve()),
         source=source,
+        trees=list(found.values()),
         sample=STATISTICS_IMAGES,
         published=PUBLISHED,
+        notes=[note for part in found.values() for note in trees.passed_over(part)],
     )
 
 

@@ -1,5 +1,7 @@
 """Loading a split by its manifest: images in memory for small datasets, a reader of files for large ones.
 
+Files that preparing wrote are compared with their checksums first, once a process.
+
 It deliberately does not know datasets by name, augmentation or normalization.
 """
 
@@ -13,9 +15,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, read_file
 
-from aps.data.manifest import Manifest, prepare_it, read_index
+from aps.data.images import read_image
+from aps.data.manifest import NO_LABEL, Manifest, prepare_it, read_index, verify
 from aps.errors import UserError
 
 
@@ -24,7 +26,7 @@ class ArraySplit:
     """A split in memory."""
 
     images: Tensor  # uint8 (M, 3, H, W); a grayscale image's three channels share memory
-    labels: Tensor  # int64 (M,)
+    labels: Tensor  # int64 (M,); NO_LABEL where the dataset has none
     classes: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -45,7 +47,7 @@ class FileSplit:
 
     root: Path
     names: np.ndarray  # bytes (M,): paths under root
-    labels: Tensor  # int64 (M,)
+    labels: Tensor  # int64 (M,); NO_LABEL where the dataset has none
     classes: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -62,30 +64,18 @@ class FileSplit:
     def paths(self) -> list[Path]:
         return [self.path(i) for i in range(len(self))]
 
-    def read(self, i: int) -> Tensor:
-        """uint8 (3, H, W) in the image's own size. Raises UserError where the file is no readable image."""
-        return read_image(self.path(i))
+    def read(self, i: int, at_least: int | None = None) -> Tensor:
+        """uint8 (3, H, W), in the image's own size or, as `read_image` has it, a smaller one.
+
+        Raises:
+            UserError: the file is no readable image.
+        """
+        return read_image(self.path(i), at_least)
 
 
-def read_image(path: Path) -> Tensor:
-    """uint8 RGB (3, H, W) of a JPEG, PNG, WebP or GIF file (its first frame).
-
-    Raises:
-        UserError: the file is missing, truncated or no image.
-    """
-    try:
-        image = decode_image(read_file(str(path)), mode=ImageReadMode.RGB)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split("\n")[0].split())
-        raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from None
-    if image.ndim == 4:  # an animation
-        image = image[0]
-    if image.dtype == torch.uint16:  # 16-bit PNG
-        image = (image.to(torch.int32) >> 8).to(torch.uint8)
-    return image
-
-
-def load_split(manifest_path: Path, split: str, limit: int | None = None, seed: int = 0) -> ArraySplit | FileSplit:
+def load_split(
+    manifest_path: Path, split: str, limit: int | None = None, seed: int = 0, labelled: bool = False
+) -> ArraySplit | FileSplit:
     """One split of a prepared dataset.
 
     Args:
@@ -93,28 +83,35 @@ def load_split(manifest_path: Path, split: str, limit: int | None = None, seed: 
         split: train or test.
         limit: keep this many images, chosen by `limited`; None keeps all.
         seed: of that choice.
+        labelled: whether labels are needed.
 
     Raises:
-        UserError: not prepared, no such split, its files are gone, or `limit` exceeds it.
+        UserError: not prepared, without the labels that are needed, no such split, its files are gone or altered, or `limit` exceeds it.
     """
     manifest_path = Path(manifest_path)
     manifest, folder = Manifest.read(manifest_path), manifest_path.parent
+    if labelled and manifest.kind == "images":
+        raise UserError(
+            f"{manifest_path}: dataset '{manifest.name}' has no labels; name a labelled dataset for this stage"
+        )
     if split not in manifest.splits:
         raise UserError(
             f"{manifest_path}: dataset '{manifest.name}' has no split '{split}'; it has {', '.join(manifest.splits)}"
         )
     where = manifest.splits[split]
     file = where.tensors or where.index
-    if file is None or manifest.kind != "classification":
+    if file is None or manifest.kind == "detection":
         raise UserError(f"{manifest_path}: dataset '{manifest.name}' is for detection; name a classification dataset")
     if limit is not None and limit > where.count:
         raise UserError(
             f"limit {limit} exceeds the {where.count} {split} images of dataset '{manifest.name}'; lower dataset.train_limit"
         )
+    verify(manifest, folder, file)
     try:
         if where.tensors is not None:
             tensors = load_file(folder / file)
-            images, labels = tensors["images"], tensors["labels"]
+            images = tensors["images"]
+            labels = tensors.get("labels", torch.full((len(images),), NO_LABEL))
         else:
             listed, targets = read_index(folder / file)
             labels = torch.tensor(targets, dtype=torch.int64)
@@ -124,6 +121,7 @@ def load_split(manifest_path: Path, split: str, limit: int | None = None, seed: 
         raise UserError(
             f"{folder / file}: holds {len(labels)} images instead of {where.count}; {prepare_it(manifest.name)}"
         )
+    _check_labels(folder / file, labels, manifest)
     chosen = limited(labels, limit, seed) if limit is not None else None
     if where.tensors is not None:
         if chosen is not None:
@@ -133,6 +131,18 @@ def load_split(manifest_path: Path, split: str, limit: int | None = None, seed: 
     if chosen is not None:
         names, labels = names[chosen.numpy()], labels[chosen]
     return FileSplit(folder / (where.images or "."), names, labels, manifest.classes)
+
+
+def _check_labels(file: Path, labels: Tensor, manifest: Manifest) -> None:
+    low, high = (0, len(manifest.classes) - 1) if manifest.classes else (NO_LABEL, NO_LABEL)
+    if len(labels) and not (low <= int(labels.min()) and int(labels.max()) <= high):
+        wrong = int(labels.max()) if int(labels.max()) > high else int(labels.min())
+        raise UserError(
+            f"{file}: holds label {wrong}, but dataset '{manifest.name}' has classes {low} to {high}; "
+            f"{prepare_it(manifest.name)}"
+            if manifest.classes
+            else f"{file}: holds label {wrong}, but dataset '{manifest.name}' has no labels; {prepare_it(manifest.name)}"
+        )
 
 
 def limited(labels: Tensor, limit: int, seed: int) -> Tensor:

@@ -13,11 +13,15 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from aps.errors import UserError
+from aps.files import sha256
+from aps.registry import DATASETS, DETECTION_DATASETS
 
 RGB = tuple[float, float, float]
+ROUNDING = 1e-6  # of sums over many pixels
+CONSTANT = 1e-4  # a channel with a smaller deviation, a fortieth of a level, is taken for constant
 
 
 class _Block(BaseModel):
@@ -30,6 +34,14 @@ class ChannelStatistics(_Block):
     mean: RGB
     std: RGB
     over: str  # what was averaged, or who published the constants
+
+    @model_validator(mode="after")
+    def _check(self) -> ChannelStatistics:
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            for value in values:
+                if not -ROUNDING <= value <= 1 + ROUNDING:  # nor is NaN
+                    raise ValueError(f"{key} {value} is not between 0 and 1, where that of pixels in [0, 1] lies")
+        return self
 
 
 class Statistics(_Block):
@@ -47,20 +59,32 @@ class Split(_Block):
     annotations: str | None = None  # COCO json
 
 
+class Fingerprint(_Block):
+    """The files that a dataset was prepared from, by name, size and time (`aps.data.fingerprint`)."""
+
+    roots: tuple[str, ...]  # folders of images, and single files; relative to the manifest's folder, or absolute
+    count: int
+    digest: str
+
+
 class Manifest(_Block):
     """A prepared dataset."""
 
     name: str
-    kind: Literal["classification", "detection"]
-    classes: tuple[str, ...]
+    kind: Literal["classification", "images", "detection"]  # images: without labels
+    classes: tuple[str, ...]  # none where there are no labels
     image_size: tuple[int, int] | None  # height, width; None where images differ
-    splits: dict[str, Split]  # classification: train, test; detection: train, val
+    splits: dict[str, Split]  # classification: train, test; images: train; detection: train, val
     statistics: Statistics
     digest: str  # sha256 of what `digest_of` names
     digest_of: str
     origin: str  # where the images came from, for people
     source: str | None = None  # the sources.NAME.path it was prepared from
     sizes: dict[str, int] = {}  # bytes of the files it names, for quick verification
+    checksums: dict[str, str] = {}  # sha256 of the same files, compared when a split is loaded
+    fingerprint: Fingerprint | None = None  # None where nothing is used in place
+    masks: bool = True  # detection: false where instances have boxes only
+    notes: tuple[str, ...] = ()  # what preparing it passed over, mended or found, for people
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -86,17 +110,32 @@ class Manifest(_Block):
         write_atomic(path, (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode())
 
     def normalization(self, which: Literal["measured", "published"] = "measured") -> tuple[RGB, RGB]:
-        """(mean, std) in [0, 1] units. Raises UserError where the dataset has no such constants."""
+        """(mean, std) in [0, 1] units; a channel that is constant has std 1, so that it can be divided by.
+
+        Raises:
+            UserError: the dataset has no such constants.
+        """
         chosen = getattr(self.statistics, which)
         if chosen is None:
             raise UserError(
                 f"dataset '{self.name}' has no {which} channel statistics; set dataset.statistics: "
                 f"{'measured' if which == 'published' else 'published'}"
             )
-        return chosen.mean, chosen.std
+        red, green, blue = (std if std > CONSTANT else 1.0 for std in chosen.std)
+        return chosen.mean, (red, green, blue)
+
+    @property
+    def constant_channels(self) -> tuple[str, ...]:
+        """Names of the channels that are the same in every pixel measured."""
+        measured = self.statistics.measured
+        deviations = measured.std if measured else (1.0,) * 3
+        return tuple(name for name, std in zip(("red", "green", "blue"), deviations, strict=True) if std <= CONSTANT)
 
     def problem(self, folder: Path) -> str | None:
-        """What a quick look finds missing or changed (sizes, and 256 image files of each split), else None."""
+        """What a look at its files finds missing or changed, else None: the contents of those it names, and whether 256
+        image files of each split are there."""
+        if set(self.checksums) != set(self.sizes):
+            return "it was prepared by an earlier version"
         for file, size in self.sizes.items():
             try:
                 found = (folder / file).stat().st_size
@@ -104,6 +143,8 @@ class Manifest(_Block):
                 return f"{folder / file} is missing"
             if found != size:
                 return f"{folder / file} has {found} bytes instead of {size}"
+            if sha256(folder / file) != self.checksums[file]:
+                return f"{folder / file} was altered"
         for split in self.splits.values():
             if split.images is None:
                 continue
@@ -118,36 +159,74 @@ class Manifest(_Block):
 
 
 def prepare_it(name: str) -> str:
-    return f"prepare it by `python -m aps data {name}`"
+    """The end of a sentence."""
+    return f"prepare it by {preparing(name)}"
+
+
+def preparing(name: str) -> str:
+    """The command; a dataset of the user's own is known to the study that names it."""
+    known = name in DATASETS or name in DETECTION_DATASETS
+    return f"`python -m aps data {name}{'' if known else ' --configfile STUDY.yaml'}`"
 
 
 def with_sizes(manifest: Manifest, folder: Path) -> Manifest:
-    """The manifest with the bytes of every file it names filled in."""
-    sizes = {}
-    for split in manifest.splits.values():
-        for file in (split.tensors, split.index, split.annotations):
-            if file is not None:
-                sizes[file] = (folder / file).stat().st_size
-    return manifest.model_copy(update={"sizes": sizes})
+    """The manifest with the bytes and the checksum of every file it names filled in."""
+    files = [
+        file
+        for split in manifest.splits.values()
+        for file in (split.tensors, split.index, split.annotations)
+        if file is not None
+    ]
+    return manifest.model_copy(
+        update={
+            "sizes": {file: (folder / file).stat().st_size for file in files},
+            "checksums": {file: sha256(folder / file) for file in files},
+        }
+    )
+
+
+def verify(manifest: Manifest, folder: Path, file: str) -> None:
+    """Compare a file that the manifest names with its checksum; it is read once a process.
+
+    Raises:
+        UserError: it is gone, or its contents are not what was prepared.
+    """
+    expected = manifest.checksums.get(file)
+    if expected is None:
+        return
+    if not (folder / file).is_file():
+        problem = "it is missing"
+    elif sha256(folder / file) == expected:
+        return
+    else:
+        problem = f"damaged or altered since dataset '{manifest.name}' was prepared"
+    raise UserError(f"{folder / file}: cannot be read ({problem}); {prepare_it(manifest.name)}")
+
+
+NO_LABEL = -1  # of an image of a dataset without labels
 
 
 def read_index(path: Path) -> tuple[list[str], list[int]]:
-    """Names under the split's image folder and labels, a line each."""
+    """Names under the split's image folder and labels, a line each; NO_LABEL where a line is a name only."""
     names, labels = [], []
     for line in path.read_text(encoding="utf-8", errors="surrogateescape").split("\n"):
         if line:
-            name, _, label = line.rpartition("\t")
+            name, _, label = line.partition("\t")
             names.append(name)
-            labels.append(int(label))
+            labels.append(int(label) if label else NO_LABEL)
     return names, labels
 
 
-def write_index(path: Path, names: list[str], labels: list[int]) -> None:
-    """Raises UserError for a file name with a line break or tab, which the index can't hold."""
+def write_index(path: Path, names: list[str], labels: list[int] | None) -> None:
+    """labels: None where there are none. Raises UserError for a file name with a line break or tab, which the index
+    can't hold."""
     if broken := next((name for name in names if "\n" in name or "\t" in name), None):
         raise UserError(f"image {broken!r}: its name holds a tab or line break; rename it")
-    text = "".join(f"{name}\t{label}\n" for name, label in zip(names, labels, strict=True))
-    write_atomic(path, text.encode("utf-8", errors="surrogateescape"))
+    if labels is None:
+        lines = [f"{name}\n" for name in names]
+    else:
+        lines = [f"{name}\t{label}\n" for name, label in zip(names, labels, strict=True)]
+    write_atomic(path, "".join(lines).encode("utf-8", errors="surrogateescape"))
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:

@@ -7,43 +7,54 @@ It deliberately does not know any dataset; they are found through `aps.registry`
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-from aps.data.fetch import DOWNLOADS
+from aps.data import fetch
+from aps.data.fingerprint import outdated
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.files import DISK_ERRORS
-from aps.registry import DATASETS, DETECTION_DATASETS
-from aps.settings.blocks import SourceSettings
+from aps.registry import DATASETS, DETECTION_DATASETS, resolve
+from aps.settings.blocks import OwnDataset, SourceSettings
 
 COPY = "prepared.json"
+LOCK = ".lock"
 
 
-def prepare(name: str, folder: Path, source: SourceSettings) -> Manifest:
-    """Make `folder`/manifest.json true; safe to kill and to call again.
+def prepare(name: str, folder: Path, source: SourceSettings | OwnDataset, force: bool = False) -> Manifest:
+    """Make `folder`/manifest.json true; safe to kill and to call again, and for several processes at once: one works,
+    the others wait for it.
 
     Args:
-        name: a dataset of `aps.registry`.
+        name: a dataset of `aps.registry`; any, where `source` is the user's own.
         folder: the dataset's own folder, results/data/NAME.
         source: where it comes from; `path` None means download (or no source needed).
+        force: delete what was prepared before and do it again; downloads that are under way go on.
 
     Raises:
         UserError: no such dataset, its source is missing, broken or incomplete, or the disk refuses.
     """
-    registry = DATASETS if name in DATASETS else DETECTION_DATASETS
-    if name not in registry:
+    if isinstance(source, SourceSettings) and name not in DATASETS and name not in DETECTION_DATASETS:
         known = sorted([*DATASETS.names(), *DETECTION_DATASETS.names()])
-        raise UserError(f"dataset '{name}' is unknown; known: {', '.join(known)}")
+        raise UserError(
+            f"dataset '{name}' is unknown; known: {', '.join(known)}; one of your own is named in a study's `datasets` "
+            "(--configfile)"
+        )
     try:
-        manifest = _prepared(name, folder, source)
-        if manifest is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            manifest = registry.load(name)(folder, source, name)
-            manifest.write(folder / COPY)
-            manifest.write(folder / "manifest.json")
-            shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)
-            print(f"{name}: prepared: {summary(manifest)}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(name, folder):
+            manifest = None if force else _prepared(name, folder, source)
+            if manifest is None:
+                if force:
+                    _forget(folder)
+                manifest = _prepare(name, folder, source)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -52,18 +63,48 @@ def prepare(name: str, folder: Path, source: SourceSettings) -> Manifest:
             f"dataset '{name}': {where}: {error.strerror}; free the disk or make it accessible, then run again "
             "(what is done is kept)"
         ) from error
+    for note in manifest.notes:
+        print(f"{name}: {note}", flush=True)
     return manifest
 
 
-def _prepared(name: str, folder: Path, source: SourceSettings) -> Manifest | None:
+def summary(manifest: Manifest) -> str:
+    counts = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
+    labels = f"of {len(manifest.classes):,} classes" if manifest.classes else "without labels"
+    return f"{counts} images {labels}, digest {manifest.digest[:12]}"
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _prepare(name: str, folder: Path, source: SourceSettings | OwnDataset) -> Manifest:
+    if isinstance(source, OwnDataset):
+        manifest: Manifest = resolve("aps.data.own:prepare")(folder, source, name)
+    else:
+        registry = DATASETS if name in DATASETS else DETECTION_DATASETS
+        manifest = registry.load(name)(folder, source, name)
+    if constant := manifest.constant_channels:
+        note = f"{' and '.join(constant)}: the same in every pixel of train, so normalized by 1 instead of a deviation of 0"
+        manifest = manifest.model_copy(update={"notes": (*manifest.notes, note)})
+    manifest.write(folder / COPY)
+    manifest.write(folder / "manifest.json")
+    shutil.rmtree(folder / fetch.DOWNLOADS, ignore_errors=True)
+    print(f"{name}: prepared: {summary(manifest)}", flush=True)
+    return manifest
+
+
+def _prepared(name: str, folder: Path, source: SourceSettings | OwnDataset) -> Manifest | None:
     """The manifest of an earlier preparation that still holds."""
     path = folder / "manifest.json"
     known = path if path.exists() else folder / COPY
     if not known.exists():
         return None
-    manifest = Manifest.read(known)
-    moved = source.path is not None and source.path != manifest.source
-    problem = f"its source is now {source.path}" if moved else manifest.problem(folder)
+    try:
+        manifest = Manifest.read(known)
+    except UserError as error:
+        print(f"{name}: {error}; preparing it again", flush=True)
+        return None
+    problem = outdated(known, source) or manifest.problem(folder)
     if problem is not None:
         print(f"{name}: prepared before, but {problem}; preparing it again", flush=True)
         return None
@@ -73,6 +114,51 @@ def _prepared(name: str, folder: Path, source: SourceSettings) -> Manifest | Non
     return manifest
 
 
-def summary(manifest: Manifest) -> str:
-    counts = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
-    return f"{counts} images of {len(manifest.classes):,} classes, digest {manifest.digest[:12]}"
+def _forget(folder: Path) -> None:
+    """Delete what was prepared: the manifest, and what of the files and folders it names lies in here."""
+    own = {COPY, "manifest.json", fetch.VERIFIED}
+    for known in (folder / COPY, folder / "manifest.json"):
+        with suppress(UserError):
+            manifest = Manifest.read(known)
+            named = [*manifest.sizes, *(split.images or "" for split in manifest.splits.values())]
+            own |= {Path(name).parts[0] for name in named if name and not Path(name).is_absolute()}
+    for path in (folder / name for name in own - {"..", "."}):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(name: str, folder: Path) -> Iterator[None]:
+    """Holds the dataset's folder against other processes, waiting for one that has it."""
+    lock = _hold(name, folder / LOCK)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            (folder / LOCK).unlink(missing_ok=True)
+            lock.close()
+
+
+def _hold(name: str, path: Path) -> IO[str] | None:
+    """The locked file; None in a folder that can't be written, where a dataset can still be found prepared."""
+    while True:
+        try:
+            lock = open(path, "a")  # noqa: SIM115 - it stays open for the caller
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                return None
+            raise
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{name}: waiting for another process that prepares it in {path.parent}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            print(f"{name}: {path}: no lock to be had ({error.strerror}); prepare it once at a time", flush=True)
+            return lock
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        lock.close()  # of a file that its holder took away when it was done

@@ -1,20 +1,24 @@
 """Datasets that are folders of image files: listed, checked and described, never copied.
 
-The layout is torchvision's ImageFolder: one folder a class, images anywhere below it.
-It deliberately does not know where a tree came from.
+The layout is torchvision's ImageFolder, one folder a class with images anywhere below it; or, without labels, images
+anywhere. It deliberately does not know where a tree came from.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from aps.data.fetch import parallel
-from aps.data.load import limited, read_image
+from aps.data.fingerprint import take
+from aps.data.images import decode_image, read_file, supported
+from aps.data.load import limited
 from aps.data.manifest import (
     ChannelStatistics,
     Manifest,
@@ -26,11 +30,9 @@ from aps.data.manifest import (
     write_index,
 )
 from aps.data.statistics import Accumulator
+from aps.data.walk import Walk, counted, printable, walk
 from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
-
-READABLE = (".jpg", ".jpeg", ".png", ".webp", ".gif")
-UNREADABLE = (".bmp", ".ppm", ".pgm", ".tif", ".tiff")  # images that torchvision's decoder does not read
 
 
 class Listing(NamedTuple):
@@ -38,14 +40,14 @@ class Listing(NamedTuple):
 
     root: Path
     names: list[str]  # paths under root
-    labels: list[int]
+    labels: list[int] | None  # None: without labels
     sizes: list[int]  # bytes
 
     def rows(self, chosen: list[int]) -> Listing:
         return Listing(
             self.root,
             [self.names[i] for i in chosen],
-            [self.labels[i] for i in chosen],
+            None if self.labels is None else [self.labels[i] for i in chosen],
             [self.sizes[i] for i in chosen],
         )
 
@@ -54,37 +56,73 @@ class Seen(NamedTuple):
     """Some images, decoded."""
 
     sha256: list[str]
-    image_sizes: set[tuple[int, int]]
+    image_sizes: list[tuple[int, int]]  # height, width
     sums: Accumulator
     broken: list[UserError]
 
 
-def class_folders(root: Path) -> list[str]:
-    """Names of a tree's class folders, sorted. Raises UserError where it has none."""
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise UserError(f"{root}: has no class folders; put the images of each class in a folder of its name")
+def survey(root: Path) -> Walk:
+    """All that lies below `root`. Raises UserError where something is wrong with it, listing what."""
+    tree = walk(root)
+    tree.check()
+    return tree
+
+
+def class_folders(tree: Walk, inside: str = "") -> list[str]:
+    """Names of the class folders in a folder of the tree, sorted. Raises UserError where it has none."""
+    if not (classes := tree.inside(inside)):
+        raise UserError(
+            f"{printable(tree.root / inside)}: has no class folders; put the images of each class in a folder of its name"
+        )
     return classes
 
 
-def listing(root: Path, classes: list[str]) -> Listing:
-    """Every image of `root`, whose class folders must be exactly `classes`.
+def listing(tree: Walk, classes: list[str], inside: str = "") -> Listing:
+    """Every image of a folder of the tree, whose class folders must be exactly `classes`.
 
     Raises:
-        UserError: a class folder is missing, unknown or empty, or holds images of a format that can't be read.
+        UserError: a class folder is missing, unknown or empty.
     """
-    found = class_folders(root)
+    root = tree.root / inside
+    found = class_folders(tree, inside)
     if missing := sorted(set(classes) - set(found)):
-        raise UserError(f"{root}: class folder '{missing[0]}' is missing{_more(missing)}; add it")
+        twin = unicodedata.normalize("NFC", missing[0])
+        if any(unicodedata.normalize("NFC", name) == twin for name in found):
+            raise UserError(
+                f"{printable(root)}: class folder '{missing[0]}'{_more(missing)} has its name in another Unicode form in "
+                "this split; rename it like the other split's"
+            )
+        raise UserError(f"{printable(root)}: class folder '{missing[0]}' is missing{_more(missing)}; add it")
     if unknown := sorted(set(found) - set(classes)):
         raise UserError(
-            f"{root}: class folder '{unknown[0]}' is in this split only{_more(unknown)}; add it to the other"
+            f"{printable(root)}: class folder '{unknown[0]}' is in this split only{_more(unknown)}; add it to the other"
         )
-    per_class = parallel(lambda name: _images(root, name), classes, f"list {root.name}")
-    names = [name for images in per_class for name, _ in images]
-    sizes = [size for images in per_class for _, size in images]
-    labels = [label for label, images in enumerate(per_class) for _ in images]
-    return Listing(root, names, labels, sizes)
+    per_class: dict[str, list[tuple[str, int]]] = {name: [] for name in classes}
+    for name, size in _readable(tree, inside):
+        own, slash, _ = name.partition("/")
+        if slash:
+            per_class[own].append((name, size))
+    if empty := [name for name, images in per_class.items() if not images]:
+        raise UserError(
+            f"{printable(root / empty[0])}: class folder has no images{_more(empty)}; add some or remove it"
+        )
+    images = [(name, size, label) for label, own in enumerate(per_class.values()) for name, size in sorted(own)]
+    return Listing(root, [x[0] for x in images], [x[2] for x in images], [x[1] for x in images])
+
+
+def unlabelled(tree: Walk) -> Listing:
+    """Every image of the tree, at any depth. Raises UserError where there is none."""
+    images = sorted(_readable(tree))
+    if not images:
+        passed = f" (passed over: {counted(tree.passed)})" if tree.passed else ""
+        raise UserError(f"{printable(tree.root)}: holds no images{passed}; name a folder with images")
+    return Listing(tree.root, [name for name, _ in images], None, [size for _, size in images])
+
+
+def passed_over(tree: Walk) -> list[str]:
+    """The note that says what of the tree is not read; none where all of it is."""
+    kinds = tree.passed + Counter(f"{file.suffix}" for file in tree.files if not supported(file.suffix))
+    return [f"passed over in {printable(tree.root)}: {counted(kinds)}"] if kinds else []
 
 
 def describe(
@@ -94,31 +132,37 @@ def describe(
     splits: dict[str, Listing],
     origin: str,
     source: SourceSettings,
+    trees: Sequence[Walk],
     sample: int | None = None,
     published: ChannelStatistics | None = None,
+    notes: Sequence[str] = (),
 ) -> Manifest:
     """Write the index of each split, and the manifest's content.
 
     Args:
-        splits: train and test.
+        classes: none for images without labels.
+        splits: train and test; train alone for images without labels.
+        trees: what the splits were listed from, for the fingerprint.
         sample: decode this many train images, balanced over classes, for the statistics, and let the digest cover
             names, sizes and labels; None decodes every image of every split and covers their contents.
 
     Raises:
         UserError: an image that was decoded is unreadable; all of those are listed in `folder`/unreadable.txt.
     """
+    fingerprint = take(folder, trees)  # before any image is read, so that a change meanwhile is seen next time
     train = splits["train"]
     looked = splits
-    if sample is not None and sample < len(train.names):
+    if sample is not None and train.labels is not None and sample < len(train.names):
         looked = {"train": train.rows(limited(torch.tensor(train.labels), sample, seed=0).tolist())}
-    seen = {split: _look_at(folder, split, images) for split, images in looked.items()}
+    seen = {split: look_at(folder, split, images) for split, images in looked.items()}
     every = looked is splits
     over = f"every pixel of {'the' if every else 'a seeded, class-balanced sample of'} {len(looked['train'].names):,}"
+    notes = [*notes, *(alike(folder, splits, {split: own.sha256 for split, own in seen.items()}) if every else [])]
     contents = {
         split: [images.names, images.labels, seen[split].sha256 if every else images.sizes]
         for split, images in splits.items()
     }
-    image_sizes = set().union(*(images.image_sizes for images in seen.values()))
+    image_sizes = {size for images in seen.values() for size in images.image_sizes}
     written = {}
     for split, images in splits.items():
         write_index(folder / f"{split}.tsv", images.names, images.labels)
@@ -127,7 +171,7 @@ def describe(
         written[split] = Split(count=len(images.names), images=str(where), index=f"{split}.tsv")
     manifest = Manifest(
         name=name,
-        kind="classification",
+        kind="classification" if classes else "images",
         classes=tuple(classes),
         image_size=image_sizes.pop() if every and len(image_sizes) == 1 else None,
         splits=written,
@@ -135,45 +179,27 @@ def describe(
             measured=seen["train"].sums.result(f"{over} train images, each image counting equally"), published=published
         ),
         digest=content_digest(classes, contents),
-        digest_of=f"class names, file names, {'file contents' if every else 'file sizes'} and labels",
+        digest_of=f"{'class names, ' if classes else ''}file names, {'file contents' if every else 'file sizes'}"
+        f"{' and labels' if classes else ''}",
         origin=origin,
         source=source.path,
+        fingerprint=fingerprint,
+        notes=tuple(notes),
     )
     return with_sizes(manifest, folder)
 
 
-# --------------------------------------------------------------------------------------------------
+def look_at(folder: Path, split: str, images: Listing) -> Seen:
+    """Decode images, in threads.
 
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _images(root: Path, name: str) -> list[tuple[str, int]]:
-    """(path under root, bytes) of a class, sorted."""
-    images = []
-    folders = [name]
-    while folders:
-        inside = folders.pop()
-        for entry in os.scandir(root / inside):
-            path = f"{inside}/{entry.name}"
-            if entry.is_dir():
-                folders.append(path)
-            elif entry.name.lower().endswith(UNREADABLE):
-                raise UserError(f"{root / path}: images of this format can't be read; convert it to PNG or JPEG")
-            elif entry.name.lower().endswith(READABLE):
-                images.append((path, entry.stat().st_size))
-    if not images:
-        raise UserError(f"{root / name}: class folder has no images ({', '.join(READABLE)}); add some or remove it")
-    return sorted(images)
-
-
-def _look_at(folder: Path, split: str, images: Listing) -> Seen:
+    Raises:
+        UserError: one is unreadable; all of those are listed in `folder`/unreadable.txt.
+    """
     chunks = [images.names[i : i + 64] for i in range(0, len(images.names), 64)]
-    every = Seen([], set(), Accumulator(), [])
+    every = Seen([], [], Accumulator(), [])
     for seen in parallel(lambda names: _look(images.root, names), chunks, f"decode {split}"):
         every.sha256.extend(seen.sha256)
-        every.image_sizes.update(seen.image_sizes)
+        every.image_sizes.extend(seen.image_sizes)
         every.sums.merge(seen.sums)
         every.broken.extend(seen.broken)
     if every.broken:
@@ -184,15 +210,54 @@ def _look_at(folder: Path, split: str, images: Listing) -> Seen:
     return every
 
 
+def alike(folder: Path, splits: dict[str, Listing], contents: dict[str, list[str]]) -> list[str]:
+    """The note on images of train whose contents stand in another split too; `folder`/duplicates.txt lists them."""
+    train = dict(zip(contents["train"], splits["train"].names, strict=True))
+    pairs = [
+        f"train/{train[digest]} = {split}/{name}"
+        for split in splits
+        if split != "train"
+        for name, digest in zip(splits[split].names, contents[split], strict=True)
+        if digest in train
+    ]
+    if not pairs:
+        return []
+    listed = folder / "duplicates.txt"
+    write_atomic(listed, "".join(f"{printable(pair)}\n" for pair in pairs).encode())
+    held = " and ".join(split for split in splits if split != "train")
+    be = f"images of {held} stand" if len(pairs) > 1 else f"image of {held} stands"
+    return [
+        f"{len(pairs):,} {be} in train too, with the same content, which flatters {held} figures; {listed} lists them"
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _readable(tree: Walk, inside: str = "") -> list[tuple[str, int]]:
+    """(path below that folder of the tree, bytes) of the images that this Pillow reads."""
+    start = f"{inside}/" if inside else ""
+    return [
+        (file.name[len(start) :], file.size)
+        for file in tree.files
+        if file.name.startswith(start) and supported(file.suffix)
+    ]
+
+
 def _look(root: Path, names: list[str]) -> Seen:
-    seen = Seen([], set(), Accumulator(), [])
+    seen = Seen([], [], Accumulator(), [])
     for name in names:
         try:
-            image = read_image(root / name)
+            content = read_file(root / name)
+            image = decode_image(content, root / name)
         except UserError as error:
             seen.broken.append(error)
             continue
-        seen.sha256.append(hashlib.sha256((root / name).read_bytes()).hexdigest())
-        seen.image_sizes.add((image.shape[1], image.shape[2]))
+        seen.sha256.append(hashlib.sha256(content).hexdigest())
+        seen.image_sizes.append((image.shape[1], image.shape[2]))
         seen.sums.add(image[None])
     return seen

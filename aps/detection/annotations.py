@@ -24,8 +24,8 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from aps.data.load import read_image
-from aps.data.manifest import Manifest, prepare_it
+from aps.data.images import read_image
+from aps.data.manifest import Manifest, prepare_it, verify
 from aps.errors import UserError
 
 
@@ -35,7 +35,7 @@ class Target:
 
     boxes: Tensor  # float (K, 4): left, top, right, bottom in pixels; right and bottom are outside
     labels: Tensor  # int64 (K,), in [0, classes)
-    masks: Tensor  # uint8 (K, H, W)
+    masks: Tensor | None  # uint8 (K, H, W); None where the dataset has boxes only
 
 
 class CocoSplit:
@@ -47,18 +47,20 @@ class CocoSplit:
         ids: ids of its images, ascending; for training only those with an instance that is no crowd.
         categories: the json's category ids, ascending; a label is a position in this list.
         classes: their names.
+        masks: whether instances have masks; else they have boxes only.
     """
 
     def __init__(self, manifest_path: Path, split: str, training: bool) -> None:
-        """Raises UserError where the dataset is not prepared or its annotations are broken or without instances."""
+        """Raises UserError where the dataset is not prepared or its annotations are altered, broken or without
+        instances."""
         manifest = Manifest.read(manifest_path)
         if manifest.kind != "detection":
-            raise UserError(
-                f"{manifest_path}: dataset '{manifest.name}' has no boxes and masks; name a detection dataset"
-            )
+            raise UserError(f"{manifest_path}: dataset '{manifest.name}' has no boxes; name a detection dataset")
         where = manifest.splits[split]
         self.annotations = manifest_path.parent / str(where.annotations)
         self.folder = manifest_path.parent / str(where.images)
+        self.masks = manifest.masks
+        verify(manifest, manifest_path.parent, str(where.annotations))
         self.name = f"{manifest.name}_{split}_{manifest.digest[:12]}"
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress by print
@@ -89,30 +91,33 @@ class CocoSplit:
         record = self.coco.imgs[self.ids[index]]
         instances = [a for a in self.coco.imgToAnns[self.ids[index]] if not a.get("iscrowd", 0)]
         corner = torch.tensor([a["bbox"] for a in instances], dtype=torch.float32).reshape(-1, 4)
-        masks = [torch.from_numpy(self.coco.annToMask(a)) for a in instances]
+        masks = None
+        if self.masks:
+            each = [torch.from_numpy(self.coco.annToMask(a)) for a in instances]
+            masks = torch.stack(each) if each else torch.zeros(0, record["height"], record["width"], dtype=torch.uint8)
         return Target(
             boxes=torch.cat([corner[:, :2], corner[:, :2] + corner[:, 2:]], dim=1),
             labels=torch.tensor([self.categories.index(a["category_id"]) for a in instances], dtype=torch.int64),
-            masks=torch.stack(masks) if masks else torch.zeros(0, record["height"], record["width"], dtype=torch.uint8),
+            masks=masks,
         )
 
     @property
     def run_lengths(self) -> bool:
         """Whether instances (not crowds) come as run-length masks rather than polygons."""
-        return any(isinstance(a["segmentation"], dict) for a in self.coco.anns.values() if not a.get("iscrowd", 0))
+        return any(isinstance(a.get("segmentation"), dict) for a in self.coco.anns.values() if not a.get("iscrowd", 0))
 
 
 def result_rows(
-    split: CocoSplit, image_id: int, boxes: Tensor, scores: Tensor, labels: Tensor, masks: Tensor
+    split: CocoSplit, image_id: int, boxes: Tensor, scores: Tensor, labels: Tensor, masks: Tensor | None
 ) -> list[dict[str, Any]]:
     """Detections of one image in COCO's result format.
 
     Args:
-        boxes: (K, 4) left, top, right, bottom; scores: (K,); labels: (K,); masks: bool (K, H, W).
+        boxes: (K, 4) left, top, right, bottom; scores: (K,); labels: (K,); masks: bool (K, H, W), or
+            None of a detector without.
     """
-    rows = []
-    for box, score, label, mask in zip(boxes.tolist(), scores.tolist(), labels.tolist(), masks, strict=True):
-        encoded = rle.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
+    rows: list[dict[str, Any]] = []
+    for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True):
         left, top, right, bottom = box
         rows.append(
             {
@@ -120,9 +125,11 @@ def result_rows(
                 "category_id": split.categories[label],
                 "bbox": [left, top, right - left, bottom - top],
                 "score": score,
-                "segmentation": {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")},
             }
         )
+    for row, mask in zip(rows, masks if masks is not None else (), strict=masks is not None):
+        encoded = rle.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
+        row["segmentation"] = {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Large-scale jitter (Simple Copy-Paste, arXiv 2012.07177, section 3): flip, rescale, crop; boxes follow the masks.
+"""Large-scale jitter (Simple Copy-Paste, arXiv 2012.07177, section 3): flip, rescale, crop; boxes follow the masks, where there are any.
 
 Torch only, drawn from a generator that is passed in. Engine detectron2 has its own of the same meaning.
 """
@@ -29,20 +29,30 @@ def jitter(
         uint8 (3, h, w) with h, w <= S, and its instances.
     """
     flip, scale, down, right = torch.rand(4, generator=generator).tolist()
-    masks = target.masks
-    if flip < settings.flip:
-        image, masks = T.horizontal_flip(image), T.horizontal_flip(masks)
-    low, high = settings.jitter_scale
+    masks, boxes = target.masks, target.boxes
     H, W = image.shape[-2:]
+    if flip < settings.flip:
+        image = T.horizontal_flip(image)
+        masks = None if masks is None else T.horizontal_flip(masks)
+        boxes = torch.stack([W - boxes[:, 2], boxes[:, 1], W - boxes[:, 0], boxes[:, 3]], dim=1)
+    low, high = settings.jitter_scale
     size = scaled_size(H, W, (low + scale * (high - low)) * settings.image_size)
     if size != [H, W]:
         image = T.resize(image, size, antialias=True)
-        masks = T.resize(masks, size, interpolation=T.InterpolationMode.NEAREST_EXACT)  # NEAREST is half a pixel off
+        if masks is not None:  # NEAREST is half a pixel off
+            masks = T.resize(masks, size, interpolation=T.InterpolationMode.NEAREST_EXACT)
+        boxes = boxes * torch.tensor([size[1] / W, size[0] / H] * 2)
     height, width = (min(side, settings.image_size) for side in size)
     top, left = round(down * (size[0] - height)), round(right * (size[1] - width))
-    image, masks = (T.crop(x, top, left, height, width) for x in (image, masks))
-    kept = masks.flatten(1).any(dim=1).bool()
-    return image, Target(mask_boxes(masks[kept]), target.labels[kept], masks[kept])
+    image = T.crop(image, top, left, height, width)
+    if masks is not None:
+        masks = T.crop(masks, top, left, height, width)
+        kept = masks.flatten(1).any(dim=1).bool()
+        return image, Target(mask_boxes(masks[kept]), target.labels[kept], masks[kept])
+    boxes = boxes - torch.tensor([left, top] * 2)
+    boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2).flatten(1)
+    kept = (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
+    return image, Target(boxes[kept], target.labels[kept], None)
 
 
 def scaled_size(height: int, width: int, longer: float) -> list[int]:

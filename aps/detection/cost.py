@@ -34,20 +34,22 @@ def detection(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) ->
     fields = DetectionSettings.model_fields
     alike = s.model_copy(update={name: fields[name].default for name in SCHEDULE})
     half = half_precision(s.precision, gpu)
-    trained, tested = (_count(encoder, alike, counts.classes, half, train) for train in (True, False))
+    trained, tested = (_count(encoder, alike, counts.classes, counts.masks, half, train) for train in (True, False))
     flops = s.iterations * trained.flops + counts.test * tested.flops
     return Cost(flops, trained.training_memory(gpus), 4 * trained.parameters * (1 + 2 * 3))
 
 
 @cache
-def _count(encoder: EncoderSettings, settings: DetectionSettings, classes: int, half: bool, train: bool) -> Counted:
+def _count(
+    encoder: EncoderSettings, settings: DetectionSettings, classes: int, has_masks: bool, half: bool, train: bool
+) -> Counted:
     """A batch forward and backward, or one image of a test."""
     B, S, C = settings.batch_size if train else 1, settings.image_size, settings.pyramid_dim
     boxes = B * (settings.rois if train else settings.proposals)
     masks = B * (int(settings.rois * MASKED) if train else DETECTIONS)
     task: Any = SimpleNamespace(
         settings=settings, encoder=encoder, seed=0, mean=(0.5,) * 3, std=(0.5,) * 3,
-        train=SimpleNamespace(classes=range(classes)),
+        train=SimpleNamespace(classes=range(classes), masks=has_masks),
     )  # fmt: skip
 
     def forward(model: Any) -> list[Tensor]:
@@ -59,7 +61,9 @@ def _count(encoder: EncoderSettings, settings: DetectionSettings, classes: int, 
 
         scores, deltas = model.rpn.head(features)
         found = heads.box_predictor(heads.box_head(pooled(boxes, 7)))
-        return [*scores, *deltas, *found, heads.mask_predictor(heads.mask_head(pooled(masks, 14)))]
+        if has_masks:
+            found = (*found, heads.mask_predictor(heads.mask_head(pooled(masks, 14))))
+        return [*scores, *deltas, *found]
 
     def run(model: Any) -> None:
         with torch.set_grad_enabled(train), autocast(half):

@@ -55,11 +55,11 @@ class Prediction:
     boxes: Tensor  # float (K, 4): left, top, right, bottom in pixels of the image as given
     scores: Tensor  # (K,)
     labels: Tensor  # int64 (K,), in [0, classes)
-    masks: Tensor  # bool (K, H, W)
+    masks: Tensor | None  # bool (K, H, W); None where the dataset has boxes only
 
 
 class Engine(ABC):
-    """A detector with its optimizer.
+    """A detector with its optimizer. Where the training images have boxes only (`task.train.masks`), it has no mask head.
 
     Attributes:
         model: the detector; its encoder's parameters are under `backbone.net.` with timm's names.

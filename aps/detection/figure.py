@@ -48,7 +48,7 @@ def _draw(axes: Axes, image: np.ndarray, split: CocoSplit, rows: list[dict[str, 
         max(10, len(split.classes))
     )
     shown = image.astype(float) / 255
-    for row in rows:
+    for row in rows if split.masks else ():
         colour = np.array(colours(split.categories.index(row["category_id"]))[:3])
         mask = rle.decode(split.coco.annToRLE(row)).astype(bool)
         shown[mask] = (1 - ALPHA) * shown[mask] + ALPHA * colour

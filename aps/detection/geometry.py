@@ -9,7 +9,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from aps.models.archs import dimensions
-from aps.registry import DETECTION_DATASETS, ENGINES
+from aps.registry import ENGINES
 from aps.settings.base import check_range
 from aps.settings.blocks import DetectionSettings, EncoderSettings
 
@@ -41,8 +41,6 @@ def check(experiment: ExperimentSettings) -> None:
     """Raises ValueError where the experiment's detector can't be built."""
     s: DetectionSettings = experiment.detection
     encoder = experiment.encoder
-    if s.dataset not in DETECTION_DATASETS:
-        raise ValueError(f"detection.dataset '{s.dataset}' is unknown; {DETECTION_DATASETS.unknown(s.dataset)}")
     if s.engine not in ENGINES:
         raise ValueError(f"detection.engine '{s.engine}' is unknown; {ENGINES.unknown(s.engine)}")
     coarsest = strides(s, encoder.patch_size)[-1]

@@ -7,7 +7,7 @@
 | box_AP_small   | of instances under 32^2 pixels; medium under 96^2; large above |
 | box_AR1, 10, 100 | recall with so many detections an image; also by size        |
 
-and likewise mask_... A key whose average is over nothing (no large instance, say) is left out.
+and likewise mask_..., where instances have masks. A key whose average is over nothing (no large instance, say) is left out.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ def coco_metrics(split: CocoSplit, results: list[dict[str, Any]]) -> dict[str, A
     metrics: dict[str, Any] = {}
     per_class: dict[str, dict[str, float]] = {}
     for kind, name in KINDS.items():
+        if kind == "segm" and not split.masks:
+            continue
         with contextlib.redirect_stdout(io.StringIO()):  # it prints tables
             found = split.coco.loadRes([dict(row) for row in results]) if results else _nothing(split.coco)
             evaluation = COCOeval(split.coco, found, kind)

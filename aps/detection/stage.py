@@ -6,14 +6,13 @@ images and augmentations. It knows no engine: `aps.detection.engines` holds one 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
 from aps.data.manifest import RGB, Manifest
@@ -22,11 +21,12 @@ from aps.detection.annotations import CocoSplit
 from aps.detection.engine import Engine, Task, lr_factor
 from aps.detection.figure import predictions_figure
 from aps.detection.placement import Placed, backbone_tensors, place, table
-from aps.models.weights import load_encoder, read_info, save_tensors
+from aps.models.weights import load_encoder, save_tensors, trained_with
 from aps.results import StageJob, StageRun
 from aps.runtime.processes import Distributed, processes
 from aps.training.loop import Line, Loop, finite
 
+NAME_LENGTH = 200  # of a class in a metric's key; MLflow takes 250 characters
 IMAGENET: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -57,6 +57,12 @@ def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
         workers=job.workers,
         processes=distributed,
     )
+    if not task.train.masks and distributed.main:
+        print(
+            f"{job.label}: instances have boxes only, so there is no mask head and no mask AP",
+            file=sys.stderr,
+            flush=True,
+        )
     engine: Engine = load_engine(settings.engine)(task)
     placed, report = load_weights(engine, job)
     loop = Loop(
@@ -87,21 +93,15 @@ def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
             {**metrics, "images_per_second": loop.rate},
             weights=placed.counts(),
             normalization={"mean": mean, "std": std},
+            masks=task.train.masks,
         )
 
 
 def normalization(job: StageJob) -> tuple[RGB, RGB]:
     """(mean, std) in [0, 1] units that the encoder was trained with, wherever known: its file's, else timm's; else those
     measured on the dataset, else ImageNet's, as ViTDet has for COCO."""
-    spec = str(job.encoder_spec)
-    if spec.startswith("timm:"):
-        config = timm.get_pretrained_cfg(spec.removeprefix("timm:"))
-        if config is not None:
-            return config.mean, config.std  # type: ignore[return-value]
-    elif spec != "random":
-        info = read_info(Path(spec))
-        if "mean" in info:
-            return tuple(info["mean"]), tuple(info["std"])
+    if (found := trained_with(job.encoder_spec)) is not None:
+        return found
     manifest = Manifest.read(job.manifest)
     return manifest.normalization("measured") if manifest.statistics.measured else IMAGENET
 
@@ -123,8 +123,21 @@ def with_classes(metrics: dict[str, Any]) -> dict[str, float]:
     """Metrics with each class's as `mask_AP/CLASS`, in characters that MLflow takes."""
     numbers = {key: value for key, value in metrics.items() if key != "per_class"}
     for kind, values in metrics.get("per_class", {}).items():
-        numbers |= {f"{kind}/{re.sub(r'[^A-Za-z0-9_. -]', '_', label)}": value for label, value in values.items()}
+        names = plain_names(list(values))
+        numbers |= {f"{kind}/{names[label]}": value for label, value in values.items()}
     return numbers
+
+
+def plain_names(labels: list[str]) -> dict[str, str]:
+    """Label -> its name in a key of metrics: letters and digits of any script, `_`, `.`, `-` and spaces. Names that
+    would be alike get a number."""
+    names: dict[str, str] = {}
+    for label in labels:
+        plain = re.sub(r"[^\w. -]", "_", label)[:NAME_LENGTH]
+        plain = plain if plain.strip(". ") else re.sub(r"[. ]", "_", plain) or "_"
+        unique = (plain if number == 1 else f"{plain} {number}" for number in itertools.count(1))
+        names[label] = next(name for name in unique if name not in names.values())
+    return names
 
 
 def _save(stage: StageRun, engine: Engine, results: list[dict[str, Any]]) -> None:

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from aps.errors import UserError
 from aps.models.encoder import build_encoder
 from aps.models.heads import projection_head
-from aps.models.weights import INFO_KEY, load_state, read_settings, read_tensors, save_encoder, save_tensors
+from aps.models.weights import (
+    INFO_KEY,
+    check_finite,
+    load_state,
+    read_settings,
+    read_tensors,
+    save_encoder,
+    save_tensors,
+)
 from aps.settings.blocks import EncoderSettings
 
 # What the release normalizes 32-pixel images with: CIFAR's statistics in pretraining, but ImageNet's in finetuning
@@ -179,6 +187,9 @@ def _load(module: nn.Module, state: Mapping[str, Tensor], prefix: str, source: s
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UserError(f"{source}: its {prefix.rstrip('.')} is not the release's: {reason}") from None
+    for name, x in state.items():
+        if not name.endswith(".num_batches_tracked"):  # a whole number
+            check_finite(x, f"{source}: '{name}'")
 
 
 def _release_name(name: str) -> str:

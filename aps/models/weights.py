@@ -33,6 +33,8 @@ from aps.settings.blocks import EncoderSettings
 
 log = logging.getLogger(__name__)
 
+RGB = tuple[float, float, float]
+
 SETTINGS_KEY = "aps_encoder"
 INFO_KEY = "aps_info"
 SEAL_KEY = "aps_sha256"
@@ -99,6 +101,16 @@ def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
+def check_finite(x: Tensor, what: str, advice: str = "make it again") -> None:
+    """Raises UserError where `x`, called `what`, holds anything but finite floating-point numbers."""
+    if not x.is_floating_point():
+        kind = str(x.dtype).removeprefix("torch.")
+        raise UserError(f"{what} holds {kind} instead of floating-point numbers; {advice}")
+    if not bool(x.isfinite().all()):
+        count = int((~x.isfinite()).sum())
+        raise UserError(f"{what}: {count:,} of {x.numel():,} numbers are NaN or infinite; {advice}")
+
+
 def read_settings(metadata: Mapping[str, str], path: Path) -> EncoderSettings | None:
     """The settings stored by `save_encoder`; None where the file was written by other software."""
     if SETTINGS_KEY not in metadata:
@@ -116,6 +128,19 @@ def read_info(path: Path) -> dict[str, Any]:
     """What the producing stage stored beside the weights: normalization, experiment, stage, digest."""
     _, metadata = read_tensors(path)
     return json.loads(metadata.get(INFO_KEY, "{}"))
+
+
+def trained_with(spec: str | Path) -> tuple[RGB, RGB] | None:
+    """(mean, std) in [0, 1] units of the pixels that an encoder was trained on; None where its weights don't say.
+
+    Args:
+        spec: as of `load_encoder`.
+    """
+    if str(spec).startswith("timm:"):
+        config = timm.get_pretrained_cfg(str(spec).removeprefix("timm:"))
+        return (config.mean, config.std) if config is not None else None  # type: ignore[return-value]
+    info = read_info(Path(spec)) if str(spec) != "random" else {}
+    return (tuple(info["mean"]), tuple(info["std"])) if "mean" in info else None  # type: ignore[return-value]
 
 
 def load_encoder(
@@ -163,7 +188,7 @@ def load_state(
         stored: settings known from elsewhere than the shapes (number of heads, LayerNorm eps).
 
     Raises:
-        UserError: a setting, a name or a shape differs.
+        UserError: a setting, a name or a shape differs, or a tensor holds something else than finite numbers.
     """
     state = dict(state)
     found = {**(stored or {}), **_read_off(state, source)}
@@ -175,6 +200,8 @@ def load_state(
                 f"{source}: its encoder has {key} {found[key]}, the settings ask for encoder.{key} {wanted[key]}; set them alike"
             )
 
+    for name, value in state.items():
+        check_finite(value, f"{source}: '{name}'")
     left = sorted(name for name in state if name.startswith("head."))
     for name in left:
         del state[name]

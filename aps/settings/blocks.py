@@ -8,11 +8,14 @@ A pretraining method adds its own keys to the block `pretrain` (`aps.methods`).
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
+from aps.errors import UserError
 from aps.registry import ARCHS, METHODS, STRATEGIES
 from aps.settings.base import (
     Natural,
@@ -37,9 +40,34 @@ class DatasetSettings(Section):
     train_limit: Positive | None = Field(
         None, description="use the first so many images of a seeded shuffle of train; null: all"
     )
-    statistics: Literal["measured", "published"] = Field(
-        "measured", description="channel mean and deviation: measured on this train split, or the published ones"
+    statistics: Literal["measured", "published", "encoder"] = Field(
+        "measured",
+        description="channel mean and deviation: measured on this train split, the published ones, or those the encoder "
+        "was trained with (where its file says them, else measured)",
     )
+
+
+class StageDatasetSettings(DatasetSettings):
+    """The dataset of one stage, other than the one its encoder was pretrained on."""
+
+    statistics: Literal["measured", "published", "encoder"] = Field("encoder", description="as dataset.statistics")
+
+
+def name_only(value: Any) -> Any:
+    """`dataset: NAME` is short for `dataset: {name: NAME}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+StageDataset = Annotated[
+    StageDatasetSettings | None,
+    BeforeValidator(name_only),
+    # Left out of what is dumped: a stage's own settings have their dataset in the block `dataset`.
+    Field(
+        exclude=True,
+        description="another dataset for this stage, by name or as a block like `dataset`; null: the experiment's",
+        json_schema_extra=lambda schema: schema["anyOf"].insert(0, {"type": "string"}),
+    ),
+]
 
 
 class EncoderSettings(Section):
@@ -200,6 +228,7 @@ class FinetuneSettings(Section):
     holdout: Share = Field(0.0, description="share of train held out to pick a best epoch; 0: the last epoch")
     precision: Precision = Field("auto", description="as in pretrain")
     compile: bool = Field(False, description="torch.compile")
+    dataset: StageDataset = None
 
 
 class LinearProbeSettings(Section):
@@ -220,6 +249,7 @@ class LinearProbeSettings(Section):
         0.1, description="share of train on which the learning rate is picked"
     )
     precision: Precision = Field("auto", description="as in pretrain")
+    dataset: StageDataset = None
 
     @model_validator(mode="after")
     def _check(self) -> LinearProbeSettings:
@@ -233,6 +263,7 @@ class KnnSettings(Section):
     )
     temperature: PositiveFloat = Field(0.07, description="of the votes")
     precision: Precision = Field("auto", description="as in pretrain")
+    dataset: StageDataset = None
 
 
 class DetectionSettings(Section):
@@ -281,6 +312,35 @@ class DetectionSettings(Section):
     evaluate_every: Natural = Field(0, description="iterations; 0: only at the end")
 
 
+def minutes(value: Any) -> Any:
+    """A time limit as Slurm or people write it: minutes, 36h, 90m, 2d, 1h30m, H:M:S, M:S, D-H, D-H:M, D-H:M:S.
+
+    Raises:
+        ValueError: text that is none of these.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    if found := re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text):  # Slurm's
+        days, *parts = (int(part) if part else None for part in found.groups())
+        if days is None and parts[2] is None:  # minutes, minutes:seconds
+            parts = [0, *parts[:2]]
+        hours, mins, seconds = (part or 0 for part in parts)
+        return (days or 0) * 1440 + hours * 60 + mins + -(-seconds // 60)
+    number = r"(?:(\d+(?:\.\d+)?)"
+    if text and (found := re.fullmatch(rf"{number}d)?\s*{number}h)?\s*{number}m(?:in)?)?", text)):
+        d, h, m = (float(part or 0) for part in found.groups())
+        return math.ceil(d * 1440 + h * 60 + m)
+    raise ValueError(f"'{value}' is no time limit; write minutes, or 36h, 90m, 12:00:00, 1-12:00:00")
+
+
+Runtime = Annotated[
+    Positive,
+    BeforeValidator(minutes),
+    WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string"}]}),
+]
+
+
 class ResourceSettings(Section):
     """What a stage asks the cluster for; keys of Snakemake's resources. None: the executor's default."""
 
@@ -295,7 +355,7 @@ class ResourceSettings(Section):
     cpus_per_gpu: Positive | None = Field(None, description="CPU cores for each GPU")
     threads: Positive | None = Field(None, description="CPU cores a node")
     mem_mb: Positive | None = Field(None, description="memory; each further attempt gets half as much again")
-    runtime: Positive | None = Field(None, description="minutes")
+    runtime: Runtime | None = Field(None, description="minutes, or text such as 36h, 90m, 12:00:00 or 1-12:00:00")
     partition: str | None = Field(None, description="queue of the cluster")
     account: str | None = Field(None, description="whom the cluster charges")
     qos: str | None = Field(None, description="quality of service")
@@ -309,3 +369,79 @@ class SourceSettings(Section):
 
     path: str | None = Field(None, description="folder with the dataset's archives or unpacked files; null: download")
     download: bool = Field(True, description="false: fail rather than download")
+    trust: bool = Field(False, description="true: don't look for changed files in a tree each time the DAG is planned")
+
+    @property
+    def identity(self) -> str | None:
+        """What a prepared dataset says it was made from."""
+        return self.path
+
+
+class CocoFiles(Section):
+    """One split of a detection dataset."""
+
+    images: str = Field(description="folder of the images")
+    annotations: str = Field(description="COCO json file")
+
+
+class CocoSplits(Section):
+    """The splits of a detection dataset."""
+
+    train: CocoFiles
+    val: CocoFiles
+
+
+class OwnDataset(Section):
+    """A dataset of the user's own, by one of `folder`, `arrays` and `coco`."""
+
+    folder: str | None = Field(None, description="tree of image files, one folder a class")
+    arrays: str | None = Field(None, description=".npz file with images and labels")
+    coco: CocoSplits | None = Field(None, description="images and annotations of train and val, for detection")
+    labels: bool = Field(True, description="false: use the images without labels, for pretraining; a tree of any depth")
+    masks: bool = Field(True, description="false: detection trains boxes only")
+    trust: bool = Field(False, description="true: don't look for changed files in a tree each time the DAG is planned")
+
+    @property
+    def kind(self) -> Literal["classification", "images", "detection"]:
+        if self.coco is not None:
+            return "detection"
+        return "classification" if self.labels else "images"
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Every path it names, by its key."""
+        if self.coco is None:
+            return {key: path for key in ("folder", "arrays") if (path := getattr(self, key)) is not None}
+        splits = {"train": self.coco.train, "val": self.coco.val}
+        return {
+            f"coco.{split}.{key}": getattr(own, key) for split, own in splits.items() for key in CocoFiles.model_fields
+        }
+
+    @property
+    def identity(self) -> str:
+        """What a prepared dataset says it was made from."""
+        return json.dumps(self.model_dump(mode="json", exclude_defaults=True, exclude={"trust"}), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> OwnDataset:
+        """Raises UserError where the text is not a dump of such an entry."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise UserError(f"--entry: not an entry of `datasets`: {error.errors()[0]['msg']}") from None
+
+    @model_validator(mode="after")
+    def _check(self) -> OwnDataset:
+        given = [key for key in ("folder", "arrays", "coco") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"names {' and '.join(given) or 'no source'}; give one of folder (a tree of images), arrays (a .npz file) and "
+                "coco (images and annotations)"
+            )
+        if self.coco is not None and not self.labels:
+            raise ValueError(
+                "labels: false is for folder and arrays; name the images of a detection dataset as a folder"
+            )
+        if self.coco is None and not self.masks:
+            raise ValueError("masks: false is for coco; remove it")
+        return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aps.errors import UserError
 from aps.registry import CHECKS, DATASETS, DETECTION_DATASETS, METHODS, nearest, resolve
-from aps.settings.study import Study
+from aps.settings.study import ExperimentSettings, Study
 from aps.stages import STAGES
 
 
@@ -12,11 +12,17 @@ def check(study: Study, where: str) -> None:
     """Raises UserError where the study names what is not there, or a component can't be built of its settings."""
     known = {*DATASETS.names(), *DETECTION_DATASETS.names()}
     if unknown := sorted(set(study.sources) - known):
+        if unknown[0] in study.datasets:
+            raise UserError(
+                f"{where}: sources names dataset '{unknown[0]}', which datasets.{unknown[0]} describes; remove one"
+            )
         raise UserError(f"{where}: sources names dataset '{unknown[0]}'; {nearest(unknown[0], known)}")
+    if taken := sorted(set(study.datasets) & known):
+        raise UserError(f"{where}: datasets.{taken[0]} has the name of a known dataset; choose another name")
     for name, e in study.experiments.items():
         prefix = f"{where}: experiment '{name}':"
-        if not all(STAGES[stage].detects for stage in e.stages) and e.dataset.name not in DATASETS:
-            raise UserError(f"{prefix} dataset '{e.dataset.name}' is unknown; {DATASETS.unknown(e.dataset.name)}")
+        for stage in e.stages:
+            _check_dataset(study, e, stage, prefix)
         components = [resolve(path) for path in (*CHECKS, *(STAGES[stage].check for stage in e.stages)) if path]
         if "pretrain" in e.stages:
             components.append(METHODS.load(e.pretrain.method).check)
@@ -46,3 +52,34 @@ def check(study: Study, where: str) -> None:
             raise UserError(
                 f"{prefix} encoder.{different[0]} differs from that of '{source}', whose weights it takes; set them alike"
             )
+
+
+def _check_dataset(study: Study, e: ExperimentSettings, stage: str, prefix: str) -> None:
+    """Raises UserError where a stage's dataset is none, or not of the kind that the stage needs."""
+    row, name = STAGES[stage], e.dataset_of(stage)
+    own = getattr(getattr(e, stage), "dataset", None) is not None
+    key = f"{stage}.dataset" if row.detects or own else "dataset"
+    kind = study.kind_of(name)
+    wanted = ("detection",) if row.detects else ("classification",) if row.labels else ("classification", "images")
+    if kind is None or (kind not in wanted and name not in study.datasets):
+        registry = DETECTION_DATASETS if row.detects else DATASETS
+        mine = [other for other in study.datasets if study.datasets[other].kind in wanted]
+        raise UserError(f"{prefix} {key} '{name}' is unknown; {nearest(name, [*registry.names(), *mine])}")
+    if kind not in wanted:
+        if kind == "images":
+            raise UserError(
+                f"{prefix} {stage} needs labels and {key} '{name}' has none (datasets.{name}.labels: false); give the stage a "
+                f"labelled dataset by {stage}.dataset, or remove it from stages"
+            )
+        needs = (
+            "images with boxes"
+            if row.detects
+            else "images of classes"
+            if row.labels
+            else "images of classes or without labels"
+        )
+        raise UserError(f"{prefix} {stage} needs {needs}, and {key} '{name}' is for {kind}; name another dataset")
+    if not row.detects and name in study.datasets and e.dataset_settings(stage).statistics == "published":
+        raise UserError(
+            f"{prefix} {key} '{name}' is your own, so it has no published statistics; set {key}.statistics: measured"
+        )

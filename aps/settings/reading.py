@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from aps.errors import UserError
 from aps.registry import nearest
 from aps.settings.base import NAME
+from aps.settings.blocks import name_only
 from aps.settings.checks import check
 from aps.settings.sentences import sentence, shown
 from aps.settings.study import Study, StudySettings, experiment_model, method_of
@@ -92,10 +93,33 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool 
 
 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-# YAML 1.1 reads 1e-3 as text; researchers write it, so read it as the number it is.
+
+# Numbers as people mean them, which is YAML 1.2's way and not 1.1's: 010 is ten and not octal, 24:00:00 is text and not a
+# number of base sixty, 1e-3 is a number and not text.
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_UniqueKeyLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in (_INT, _FLOAT)]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    _INT, re.compile(r"^[-+]?(0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$"), list("-+0123456789")
 )
+_UniqueKeyLoader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"^[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node)).replace("_", "")
+    return int(text, 0 if re.match(r"[-+]?0[box]", text) else 10)
+
+
+_UniqueKeyLoader.add_constructor(_INT, _whole_number)
 
 
 def _read(file: Path, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -145,15 +169,11 @@ def _merge(below: Any, above: Any) -> Any:
         merged = dict(below)
         for key, value in above.items():
             if key == "dataset" and {type(value), type(below.get(key))} == {str, dict}:
-                merged[key] = _merge(_name_only(below[key]), _name_only(value))
+                merged[key] = _merge(name_only(below[key]), name_only(value))
             else:
                 merged[key] = _merge(below[key], value) if key in below else value
         return merged
     return below if isinstance(below, dict) and above is None else above
-
-
-def _name_only(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
 
 
 def _inherit(

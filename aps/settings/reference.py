@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from aps.files import atomic_path
 from aps.registry import METHODS
-from aps.settings.blocks import ResourceSettings, SourceSettings
+from aps.settings.blocks import CocoFiles, OwnDataset, ResourceSettings, SourceSettings
 from aps.settings.study import ExperimentSettings, StudySettings, experiment_model
 from aps.stages import STAGES
 
@@ -28,7 +28,13 @@ def tables() -> dict[str, list[Row]]:
     study = [row for row in _rows(StudySettings, "") if row[0] != "experiments"]
     experiments = ("experiments", "block", "required", "the experiments by name; a name becomes a folder")
     found = {
-        "A study": [*study, experiments, *_rows(SourceSettings, "sources.NAME.")],
+        "A study": [
+            *study,
+            experiments,
+            *_rows(SourceSettings, "sources.NAME."),
+            *_rows(OwnDataset, "datasets.NAME."),
+            *_rows(CocoFiles, "datasets.NAME.coco.SPLIT."),
+        ],
         "An experiment": [row for row in _rows(ExperimentSettings, "") if row[0] not in (*BLOCKS, "resources")],
     }
     shared = {}

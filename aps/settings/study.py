@@ -19,16 +19,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, ValidationError, create_model, field_validator, model_validator
 
 from aps.errors import UserError
-from aps.registry import METHODS, nearest
+from aps.registry import DATASETS, DETECTION_DATASETS, METHODS, nearest
 from aps.settings.base import NAME, Natural, Section
 from aps.settings.blocks import (
     DatasetSettings,
     EncoderSettings,
+    OwnDataset,
     PretrainSettings,
     ResourceSettings,
     SamplingSettings,
     SourceSettings,
     ViewSettings,
+    name_only,
 )
 from aps.settings.sentences import sentence
 from aps.stages import ROWS, STAGES
@@ -84,7 +86,7 @@ class ExperimentSettings(Blocks):
     @field_validator("dataset", mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        return name_only(value)
 
     @model_validator(mode="after")
     def _check(self) -> ExperimentSettings:
@@ -97,11 +99,20 @@ class ExperimentSettings(Blocks):
                 f"encoder.weights is '{self.encoder.weights}' but stages lists pretrain; "
                 "remove pretrain from stages or set encoder.weights: pretrain"
             )
+        if "pretrain" in self.stages and self.dataset.statistics == "encoder":
+            raise ValueError(
+                "dataset.statistics is 'encoder' but stages lists pretrain, which starts from none; set measured or published"
+            )
         return self
 
     def dataset_of(self, stage: str) -> str:
         """Name of the dataset whose images a stage reads."""
-        return str(self.detection.dataset) if STAGES[stage].detects else self.dataset.name
+        return str(self.detection.dataset) if STAGES[stage].detects else self.dataset_settings(stage).name
+
+    def dataset_settings(self, stage: str) -> DatasetSettings:
+        """Which images a stage that classifies or pretrains reads: its own dataset, else the experiment's."""
+        own = getattr(getattr(self, stage), "dataset", None)
+        return DatasetSettings(**own.model_dump()) if isinstance(own, DatasetSettings) else self.dataset
 
 
 class StudySettings(Section):
@@ -123,6 +134,9 @@ class StudySettings(Section):
         "`MLFLOW_TRACKING_URI` wins",
     )
     sources: dict[str, SourceSettings] = Field({}, description="where a dataset comes from, by its name")
+    datasets: dict[Annotated[str, Field(pattern=f"^{NAME}$")], OwnDataset] = Field(
+        {}, description="data of your own, by names that `dataset` and `detection.dataset` can use"
+    )
     resources: dict[Asking, ResourceSettings] = Field(
         {}, description="what stages ask the executor for, by stage, over those of `default`"
     )
@@ -138,6 +152,10 @@ class StageSettings(Blocks):
     seed: Natural
     upstream: str | None = None  # digest of the pretraining it starts from, so that it reruns with it
     dataset: DatasetSettings = DatasetSettings(name="")
+
+    def dataset_settings(self, stage: str) -> DatasetSettings:
+        """Which images the stage reads, as of an experiment's."""
+        return self.dataset
 
     @property
     def dataset_name(self) -> str:
@@ -227,6 +245,8 @@ class Study(StudySettings):
             raise UserError(f"experiment '{experiment}' has no seed {seed}; its seeds are {list(chosen.seeds)}")
         method = chosen.pretrain.method
         blocks = {name: getattr(chosen, name) for name in blocks_of(stage, method)}
+        if "dataset" in blocks:
+            blocks["dataset"] = chosen.dataset_settings(stage)
         source = self.pretrain_source(experiment) if STAGES[stage].encoder else None
         upstream = self.stage_settings(source, seed, "pretrain").digest if source else None
         given = {"stage": stage, "experiment": experiment, "seed": seed, "upstream": upstream}
@@ -244,11 +264,21 @@ class Study(StudySettings):
             return experiment
         return weights.removeprefix("experiment:") if weights.startswith("experiment:") else None
 
+    def source(self, dataset: str) -> SourceSettings | OwnDataset:
+        """Where a dataset comes from."""
+        return self.datasets.get(dataset) or self.sources.get(dataset) or SourceSettings()
+
+    def kind_of(self, dataset: str) -> str | None:
+        """`classification`, `images` (without labels) or `detection`; None where no dataset has that name."""
+        if dataset in self.datasets:
+            return self.datasets[dataset].kind
+        return "classification" if dataset in DATASETS else "detection" if dataset in DETECTION_DATASETS else None
+
     def jobs(self) -> list[tuple[str, int, str]]:
         """Every (experiment, seed, stage) of the study."""
         return [(name, seed, stage) for name, e in self.experiments.items() for seed in e.seeds for stage in e.stages]
 
-    def datasets(self) -> list[str]:
+    def dataset_names(self) -> list[str]:
         """Every dataset that some stage reads."""
         return sorted({e.dataset_of(stage) for e in self.experiments.values() for stage in e.stages})
 

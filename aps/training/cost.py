@@ -22,7 +22,7 @@ from aps.sampling import Geometry, global_noise
 from aps.settings.blocks import EncoderSettings
 from aps.settings.study import StageSettings, blocks_of, stage_model
 from aps.training.features import BATCH
-from aps.training.knn import CHUNK, MONITOR_IMAGES
+from aps.training.knn import BLOCK, CHUNK, MONITOR_IMAGES
 from aps.training.linear_probe import Heads
 from aps.training.networks import at_least_float32, build_method, build_networks
 
@@ -47,7 +47,7 @@ def step_flops(settings: Any) -> float:
 
 
 def pretrain(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
-    s, train = settings.pretrain, _train_images(settings, counts)
+    s, train = settings.pretrain, _train_images(settings, "pretrain", counts)
     part = _pretraining_part(settings, half_precision(s.precision, gpu))
     method = build_method(settings)
     flops = s.epochs * (train // s.batch_size) * method.steps * s.accumulate * part.flops
@@ -101,7 +101,7 @@ def _count_pretraining(settings: str, half: bool) -> Counted:
 
 
 def finetune(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
-    s, train, encoder = settings.finetune, _train_images(settings, counts), _shape(settings.encoder)
+    s, train, encoder = settings.finetune, _train_images(settings, "finetune", counts), _shape(settings.encoder)
     part = _count_finetuning(encoder, counts.classes, s.batch_size, half_precision(s.precision, gpu))
     tested = _image_flops(encoder) + _head_flops(_width(encoder), counts.classes)
     tests = 1 + (s.ema > 0) + (s.holdout > 0)  # last epoch, its average, best epoch on what was held out
@@ -127,7 +127,7 @@ def _count_finetuning(encoder: EncoderSettings, classes: int, batch: int, half: 
 
 
 def linear_probe(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
-    s, train, encoder = settings.linear_probe, _train_images(settings, counts), _shape(settings.encoder)
+    s, train, encoder = settings.linear_probe, _train_images(settings, "linear_probe", counts), _shape(settings.encoder)
     frozen = _count_frozen(encoder, half_precision(s.precision, gpu))
     heads = _count_probing(_width(encoder), counts.classes, len(s.lrs), s.batch_norm, s.batch_size)
     seen, probed = frozen.flops / BATCH, heads.flops / s.batch_size
@@ -145,10 +145,10 @@ def _count_probing(width: int, classes: int, heads: int, batch_norm: bool, batch
 
 
 def knn(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
-    train, encoder = _train_images(settings, counts), _shape(settings.encoder)
+    train, encoder = _train_images(settings, "knn", counts), _shape(settings.encoder)
     frozen, width = _count_frozen(encoder, half_precision(settings.knn.precision, gpu)), _width(encoder)
     flops = (train + counts.test) * frozen.flops / BATCH + 2.0 * train * counts.test * width
-    features, similarities = 4.0 * width * (train + counts.test), 4.0 * train * min(CHUNK, counts.test)
+    features, similarities = 4.0 * width * (train + counts.test), 4.0 * min(BLOCK, train) * min(CHUNK, counts.test)
     return Cost(flops, features + max(frozen.peak, 4 * frozen.parameters + similarities), 1e5)
 
 
@@ -188,5 +188,5 @@ def _shape(encoder: EncoderSettings) -> EncoderSettings:
     return encoder.model_copy(update={"weights": "random"})
 
 
-def _train_images(settings: Any, counts: Counts) -> int:
-    return min(counts.train, settings.dataset.train_limit or counts.train)
+def _train_images(settings: Any, stage: str, counts: Counts) -> int:
+    return min(counts.train, settings.dataset_settings(stage).train_limit or counts.train)

@@ -11,8 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
 from aps.data.load import ArraySplit, FileSplit
+from aps.data.manifest import Manifest
 from aps.models.encoder import Encoder
+from aps.models.weights import trained_with
 from aps.progress import Progress
+from aps.results import StageJob
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed
 
@@ -21,7 +24,25 @@ CENTRE = (
     256 / 224
 )  # file images: shorter side resized to this share of the view, then the centre cut (ImageNet's custom)
 
+BROKEN_ENCODER = (
+    "the encoder is broken or overflows: compute in precision fp32, or train it again with a lower learning rate"
+)
+
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def normalization(job: StageJob) -> Normalization:
+    """Mean and std by which a stage normalizes every image, as `dataset.statistics` says.
+
+    Raises:
+        UserError: the dataset is not prepared, or has no such statistics.
+    """
+    which = job.settings.dataset.statistics
+    if which == "encoder":
+        if (found := trained_with(job.encoder_spec)) is not None:
+            return found
+        which = "measured"
+    return Manifest.read(job.manifest).normalization(which)
 
 
 def normalize(images: Tensor, normalization: Normalization) -> Tensor:

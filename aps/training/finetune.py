@@ -36,7 +36,7 @@ from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
 from aps.settings.blocks import FinetuneSettings
 from aps.training.classify import accuracy, seed_everything
-from aps.training.features import Normalization
+from aps.training.features import Normalization, normalization
 from aps.training.loop import Line, Loop, finite
 from aps.training.order import IMAGE, KeyedLoader, Order, held_out
 from aps.training.schedule import finetuning_lr
@@ -72,8 +72,8 @@ class Finetuning:
         self.job, self.distributed, self.settings = job, distributed, job.settings.finetune
         seed, size = job.settings.seed, job.settings.encoder.image_size
         self.manifest = Manifest.read(job.manifest)
-        self.normalization = self.manifest.normalization(job.settings.dataset.statistics)
-        train = load_split(job.manifest, "train", job.settings.dataset.train_limit)
+        self.normalization = normalization(job)
+        train = load_split(job.manifest, "train", job.settings.dataset.train_limit, labelled=True)
         rows, held_rows = held_out(len(train), self.settings.holdout, seed)
         self.held = train.select(held_rows) if len(held_rows) else None
         self.order = Order(rows, self.settings.batch_size, seed, distributed, "finetune")

@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aps.data.load import ArraySplit, FileSplit, load_split
-from aps.data.manifest import Manifest
 from aps.models.encoder import Encoder
-from aps.models.weights import load_encoder
+from aps.models.weights import check_finite, load_encoder
 from aps.results import StageJob, StageRun
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
-from aps.training.features import Normalization, features
+from aps.training.features import BROKEN_ENCODER, Normalization, features, normalization
 from aps.training.order import HOLDOUT, seeded
 
-CHUNK = 1024  # test images compared at once
+CHUNK = 1024  # test images compared at once,
+BLOCK = 65_536  # with so many train images at once: memory does not grow with either
 MONITOR_K, MONITOR_TEMPERATURE, MONITOR_IMAGES = 20, 0.07, 10_000
 
 
@@ -28,14 +28,13 @@ def run(job: StageJob) -> None:
     """The stage. Outputs metrics.json (top-1 for every k) and history.jsonl (a line a k, step = k)."""
     with processes() as distributed, StageRun(job) as stage:
         settings = job.settings.knn
-        normalization = Manifest.read(job.manifest).normalization(job.settings.dataset.statistics)
         torch.manual_seed(job.settings.seed)
         encoder = load_encoder(job.encoder_spec, job.settings.encoder).to(distributed.device)
         precision = Precision(settings.precision, distributed.device)
-        train = load_split(job.manifest, "train", job.settings.dataset.train_limit)
+        train = load_split(job.manifest, "train", job.settings.dataset.train_limit, labelled=True)
         test = load_split(job.manifest, "test")
         bank, queries = (
-            features(encoder, split, normalization, distributed, precision, job.workers, f"{job.label} {name}")
+            features(encoder, split, normalization(job), distributed, precision, job.workers, f"{job.label} {name}")
             for split, name in ((train, "train features"), (test, "test features"))
         )
         accuracies = knn_accuracy(bank, train.labels, queries, test.labels, settings.k, settings.temperature)
@@ -54,20 +53,43 @@ def knn_accuracy(
     """Top-1 accuracy in percent for each k; a k above the number of train images means all of them.
 
     bank: (M, D) float32, bank_labels: (M,) int64, queries: (Q, D), labels: (Q,).
+
+    Raises:
+        UserError: a feature is not a finite number.
     """
+    for x, what in ((bank, "features of the train images"), (queries, "features of the test images")):
+        check_finite(x, what, BROKEN_ENCODER)
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     bank_labels, labels = bank_labels.to(bank.device), labels.to(bank.device)
     classes = int(max(bank_labels.max(), labels.max())) + 1
-    most = min(max(ks), len(bank))
     right = dict.fromkeys(ks, 0)
     for start in range(0, len(queries), CHUNK):
-        similarity, nearest = (queries[start : start + CHUNK] @ bank.T).topk(most, dim=1)  # (q, most), descending
-        votes = F.one_hot(bank_labels[nearest], classes) * (similarity / temperature).exp().unsqueeze(2)
-        counted = votes.cumsum(1)  # (q, most, classes)
-        for k in ks:
-            guess = counted[:, min(k, most) - 1].argmax(1)
-            right[k] += int((guess == labels[start : start + CHUNK]).sum())
+        similarity, nearest = neighbours(queries[start : start + CHUNK], bank, min(max(ks), len(bank)))  # (q, most)
+        # Of the nearest 1: exp(1 / temperature) itself is beyond float32 from 0.0113 down. Float64, in which an order of
+        # addition that differs between runs (on GPUs) decides no vote.
+        weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
+        votes = weights.new_zeros(len(weights), classes)
+        counted = 0
+        for k in sorted(set(ks)):
+            few = slice(counted, k)
+            votes.scatter_add_(1, bank_labels[nearest[:, few]], weights[:, few])
+            counted = k
+            right[k] += int((votes.argmax(1) == labels[start : start + CHUNK]).sum())
     return {k: 100 * n / len(queries) for k, n in right.items()}
+
+
+def neighbours(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Similarity (q, k), descending, and rows (q, k) of the nearest vectors of `bank` (M, D), block by block."""
+    similarity = queries.new_empty(len(queries), 0)
+    nearest = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(bank), BLOCK):
+        block = queries @ bank[start : start + BLOCK].T
+        found, rows = block.topk(min(k, block.shape[1]), dim=1)
+        similarity, nearest = torch.cat([similarity, found], 1), torch.cat([nearest, rows + start], 1)
+        if start:
+            similarity, best = similarity.topk(min(k, similarity.shape[1]), dim=1)
+            nearest = nearest.gather(1, best)
+    return similarity, nearest
 
 
 def monitor(

@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional
 
 from aps.data.load import ArraySplit, FileSplit, load_split
 from aps.data.manifest import Manifest
+from aps.errors import UserError
 from aps.models.heads import synchronize_batch_norm
 from aps.models.weights import load_encoder, save_tensors
 from aps.results import StageJob, StageRun
@@ -26,7 +27,7 @@ from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
 from aps.settings.blocks import LinearProbeSettings, ViewSettings
 from aps.training.classify import accuracy
-from aps.training.features import normalize
+from aps.training.features import BROKEN_ENCODER, normalization, normalize
 from aps.training.loop import Line, Loop
 from aps.training.order import IMAGE, VIEWS, KeyedLoader, Order, held_out, seeded
 from aps.training.schedule import cosine, scaled_lr
@@ -62,8 +63,8 @@ class Probing:
         self.job, self.distributed, self.settings = job, distributed, job.settings.linear_probe
         settings, seed, device = self.settings, job.settings.seed, distributed.device
         manifest = Manifest.read(job.manifest)
-        self.normalization = manifest.normalization(job.settings.dataset.statistics)
-        train = load_split(job.manifest, "train", job.settings.dataset.train_limit)
+        self.normalization = normalization(job)
+        train = load_split(job.manifest, "train", job.settings.dataset.train_limit, labelled=True)
         rows, held_rows = held_out(len(train), settings.holdout, seed)
         self.held = train.select(held_rows)
         self.order = Order(rows, settings.batch_size, seed, distributed, "linear_probe")
@@ -116,9 +117,12 @@ class Probing:
     def evaluate(self) -> dict[str, float]:
         """Accuracies of every head on test and on the held-out part of train, on which the headline's is picked."""
         self.heads.eval()
+        finite = torch.ones((), dtype=torch.bool, device=self.distributed.device)
 
         def classify(x: Tensor) -> Tensor:
-            return self.heads(self.encoder(x).float())
+            features = self.encoder(x).float()
+            finite.logical_and_(features.isfinite().all())
+            return self.heads(features)
 
         size, lrs = self.job.settings.encoder.image_size, self.settings.lrs
         on_held, on_test = (
@@ -127,6 +131,8 @@ class Probing:
             ).tolist()
             for split in (self.held, load_split(self.job.manifest, "test"))
         )
+        if not finite:
+            raise UserError(f"features of the held-out or test images are NaN or infinite; {BROKEN_ENCODER}")
         pick = max(range(len(lrs)), key=lambda i: on_held[i])
         metrics = {"test_top1": on_test[pick], "holdout_top1": on_held[pick], "lr": lrs[pick]}
         for lr, held_top1, test_top1 in zip(lrs, on_held, on_test, strict=True):

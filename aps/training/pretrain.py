@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from aps.data.load import load_split
-from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.methods import Method, Sampled
 from aps.models.encoder import Encoder
@@ -28,6 +27,7 @@ from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
 from aps.sampling import global_noise
 from aps.training.batches import Batch, Batches
+from aps.training.features import normalization
 from aps.training.knn import monitor
 from aps.training.loop import Line, Loop
 from aps.training.meter import Meter
@@ -65,7 +65,7 @@ class Pretraining:
     def __init__(self, job: StageJob, distributed: Distributed) -> None:
         self.job, self.distributed, self.settings = job, distributed, job.settings.pretrain
         method = build_method(job.settings)
-        self.normalization = Manifest.read(job.manifest).normalization(job.settings.dataset.statistics)
+        self.normalization = normalization(job)
         self.split = load_split(job.manifest, "train", job.settings.dataset.train_limit)
         self.data = Batches(
             self.split, method.views(), self.settings.batch_size, self.normalization, job.settings.seed, distributed,
@@ -99,7 +99,7 @@ class Pretraining:
         per_epoch, every = self.data.batches, self.settings.knn_every
         if done % per_epoch == 0 or (done % per_epoch) % LOG_BATCHES == 0:
             yield {"epoch": done / per_epoch, "lr": self.lr, **self.meter.read()}
-        if every and done % (every * per_epoch) == 0:
+        if every and done % (every * per_epoch) == 0 and self.split.classes:
             yield monitor(self.trainer.encoder, self.split, self.normalization, self.distributed)
 
     def state_dict(self) -> dict[str, Any]:

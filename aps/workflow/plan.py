@@ -32,6 +32,7 @@ from aps.layout import (
     study_folder,
 )
 from aps.results import forget, saved_run
+from aps.settings.blocks import OwnDataset
 from aps.settings.reading import load_study, read_value
 from aps.settings.study import StageSettings, Study
 from aps.stages import STAGES
@@ -137,7 +138,7 @@ class Plan:
     # -- targets ----------------------------------------------------------------------------------
 
     def manifests(self) -> list[str]:
-        return [str(manifest_path(self.study.results, name)) for name in self.study.datasets()]
+        return [str(manifest_path(self.study.results, name)) for name in self.study.dataset_names()]
 
     def everything(self) -> list[str]:
         """Every file of every run."""
@@ -268,9 +269,9 @@ class Plan:
         return rule_threads(self.study, stage)
 
     def source_options(self, dataset: str) -> str:
-        source = self.study.sources.get(dataset)
-        if source is None:
-            return ""
+        source = self.study.source(dataset)
+        if isinstance(source, OwnDataset):
+            return f"--entry {shlex.quote(source.model_dump_json(exclude_defaults=True))}"
         path = f"--source {shlex.quote(source.path)}" if source.path else ""
         return f"{path} {'' if source.download else '--no-download'}".strip()
 

@@ -5,8 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from miniatures import image, jpeg, png
+from safetensors.torch import load_file, save_file
 
+from aps import files
 from aps.data.load import ArraySplit, FileSplit, limited, load_split, read_image
+from aps.data.manifest import Manifest, with_sizes
 from aps.data.prepare import prepare
 from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
@@ -132,3 +135,50 @@ def test_files_are_read_by_row(tmp_path: Path) -> None:
     few = load_split(tmp_path / "folder" / "manifest.json", "train", limit=2)
     assert few.labels.tolist() == [0, 1]
     assert isinstance(few, FileSplit) and few.path(0) in split.paths and few.path(1) in split.paths
+
+
+@pytest.mark.parametrize("kind", ["tensors", "index"])
+def test_a_flipped_byte_is_one_sentence_that_names_the_file(tmp_path: Path, kind: str) -> None:
+    from miniatures import tree
+
+    if kind == "tensors":
+        prepare("digits", tmp_path / "data", SourceSettings())
+        file = tmp_path / "data" / "train.safetensors"
+    else:
+        tree(tmp_path / "mine", ["cat", "dog"], 5)
+        prepare("folder", tmp_path / "data", SourceSettings(path=str(tmp_path / "mine")))
+        file = tmp_path / "data" / "train.tsv"
+    load_split(tmp_path / "data" / "manifest.json", "train")
+    whole = file.read_bytes()
+    for at in range(0, len(whole), max(1, len(whole) // 7)):
+        content = bytearray(whole)
+        content[at] ^= 4
+        file.write_bytes(bytes(content))
+        with pytest.raises(UserError, match=rf"{file}: cannot be read \(damaged or altered since .*; prepare it by"):
+            load_split(tmp_path / "data" / "manifest.json", "train")
+    file.write_bytes(whole)
+    assert len(load_split(tmp_path / "data" / "manifest.json", "train"))
+
+
+def test_contents_are_verified_once_a_process(tmp_path: Path) -> None:
+    prepare("digits", tmp_path / "digits", SourceSettings())
+    files._sha256.cache_clear()
+    for _ in range(3):
+        load_split(tmp_path / "digits" / "manifest.json", "train")
+        load_split(tmp_path / "digits" / "manifest.json", "test")
+    assert files._sha256.cache_info().misses == 2  # files read
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_out_of_range_are_refused(tmp_path: Path, label: int) -> None:
+    prepare("digits", tmp_path / "digits", SourceSettings())
+    file = tmp_path / "digits" / "test.safetensors"
+    tensors = load_file(file)
+    tensors["labels"][7] = label
+    save_file(tensors, file)
+    path = tmp_path / "digits" / "manifest.json"
+    with_sizes(Manifest.read(path), tmp_path / "digits").write(path)
+    with pytest.raises(
+        UserError, match=rf"test.safetensors: holds label {label}, but dataset 'digits' has classes 0 to 9"
+    ):
+        load_split(path, "test")

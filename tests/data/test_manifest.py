@@ -71,3 +71,26 @@ def test_a_digest_tells_where_one_part_ends_and_the_next_begins() -> None:
     assert content_digest(b"ab", b"c") != content_digest(b"a", b"bc")
     assert content_digest(b"ab", b"c") == content_digest(memoryview(b"ab"), b"c")
     assert content_digest({"a": 1, "b": 2}) == content_digest({"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [("mean", [128.0, 0.1, 0.1]), ("mean", [-0.5, 0.1, 0.1]), ("std", [0.2, -0.1, 0.2]), ("std", [0.2, 0.2, 1.5])],
+)
+def test_statistics_that_can_not_be_those_of_pixels_are_refused(tmp_path: Path, key: str, values: list[float]) -> None:
+    content = manifest().model_dump(mode="json")
+    content["statistics"]["measured"][key] = values
+    path = tmp_path / "toy" / "manifest.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(content))
+    wrong = next(value for value in values if not 0 <= value <= 1)
+    with pytest.raises(UserError, match=rf"statistics.measured: Value error, {key} {wrong} is not between 0 and 1"):
+        Manifest.read(path)
+    path.write_text(json.dumps(content).replace(str(wrong), "NaN"))
+    with pytest.raises(UserError, match=r"not a manifest of this version"):
+        Manifest.read(path)
+
+
+def test_an_index_without_labels_reads_back_as_no_label(tmp_path: Path) -> None:
+    write_index(tmp_path / "i.tsv", ["a b.png", "c/d.png"], None)
+    assert read_index(tmp_path / "i.tsv") == (["a b.png", "c/d.png"], [-1, -1])

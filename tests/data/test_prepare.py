@@ -1,5 +1,8 @@
 import errno
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -144,3 +147,74 @@ def test_a_moved_results_folder_still_loads(digits: Path) -> None:
     moved.parent.mkdir()
     digits.rename(moved)
     assert len(load_split(moved / "manifest.json", "train")) == 1438
+
+
+def test_forced_it_prepares_again_and_leaves_nothing_of_before(
+    digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (digits / "manifest.json").read_bytes()
+    (digits / "train.safetensors").write_bytes(b"x" * (digits / "train.safetensors").stat().st_size)
+    (digits / "mine.txt").write_text("not ours")
+    capsys.readouterr()
+    prepare("digits", digits, HERE, force=True)
+    said = capsys.readouterr().out
+    assert "digits: prepared: 1,438 train" in said and "already" not in said
+    assert (digits / "manifest.json").read_bytes() == before and len(
+        load_split(digits / "manifest.json", "train")
+    ) == 1438
+    assert (digits / "mine.txt").read_text() == "not ours"
+
+
+def test_a_file_of_the_right_size_with_other_contents_is_prepared_again(
+    digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = bytearray((digits / "test.safetensors").read_bytes())
+    whole = bytes(content)
+    content[-1] ^= 1
+    (digits / "test.safetensors").write_bytes(bytes(content))
+    prepare("digits", digits, HERE)
+    assert "test.safetensors was altered; preparing it again" in capsys.readouterr().out
+    assert (digits / "test.safetensors").read_bytes() == whole
+
+
+def test_a_broken_manifest_is_prepared_again(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = (digits / "manifest.json").read_bytes()
+    (digits / "manifest.json").write_bytes(whole[:50])
+    prepare("digits", digits, HERE)
+    assert "not a manifest of this version" in capsys.readouterr().out
+    assert (digits / "manifest.json").read_bytes() == whole
+
+
+def test_of_two_at_once_one_waits_and_finds_it_prepared(tmp_path: Path) -> None:
+    """The first holds the folder while it works; the second starts meanwhile."""
+    begun, go = tmp_path / "begun", tmp_path / "go"
+    slow = f"""
+import time
+from pathlib import Path
+from aps.data import arrays, digits
+store = arrays.store
+def waits(*args, **kwargs):
+    Path({str(begun)!r}).touch()
+    while not Path({str(go)!r}).exists():
+        time.sleep(0.01)
+    return store(*args, **kwargs)
+arrays.store = waits
+"""
+    run = f"""
+from pathlib import Path
+from aps.data.prepare import prepare
+from aps.settings.blocks import SourceSettings
+prepare("digits", Path({str(tmp_path / "digits")!r}), SourceSettings())
+"""
+    first = subprocess.Popen([sys.executable, "-c", slow + run], stdout=subprocess.PIPE, text=True)
+    while not begun.exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    second = subprocess.Popen([sys.executable, "-u", "-c", run], stdout=subprocess.PIPE, text=True)
+    assert second.stdout is not None
+    assert second.stdout.readline().startswith("digits: waiting for another process that prepares it")
+    go.touch()
+    assert "digits: prepared" in first.communicate()[0]
+    assert "digits: already prepared and verified" in second.communicate()[0]
+    assert first.returncode == second.returncode == 0
+    assert not (tmp_path / "digits" / ".lock").exists()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from aps.data.manifest import Manifest, with_sizes
 from aps.detection.annotations import CocoSplit, Positions, image_at, result_rows, seed_of
 from aps.errors import UserError
 
@@ -59,9 +60,9 @@ def test_training_leaves_out_images_without_instances_and_crowds(manifest: Path,
     coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] != bare]
     for annotation in coco["annotations"]:
         annotation["iscrowd"] = int(annotation["image_id"] == crowded)
-    for name in ("manifest.json", "instances_val.json"):
-        (tmp_path / name).write_bytes((manifest.parent / name).read_bytes())
+    (tmp_path / "instances_val.json").write_bytes((manifest.parent / "instances_val.json").read_bytes())
     (tmp_path / "instances_train.json").write_text(json.dumps(coco))
+    with_sizes(Manifest.read(manifest), tmp_path).write(tmp_path / "manifest.json")
     training = CocoSplit(tmp_path / "manifest.json", "train", training=True)
     everything = CocoSplit(tmp_path / "manifest.json", "train", training=False)
     assert set(everything.ids) - set(training.ids) == {bare, crowded}
@@ -71,6 +72,10 @@ def test_training_leaves_out_images_without_instances_and_crowds(manifest: Path,
 def test_broken_annotations_are_named(manifest: Path, tmp_path: Path):
     (tmp_path / "manifest.json").write_bytes(manifest.read_bytes())
     (tmp_path / "instances_val.json").write_text("{")
+    with pytest.raises(UserError, match=r"instances_val\.json: cannot be read \(damaged or altered .*prepare it by"):
+        CocoSplit(tmp_path / "manifest.json", "val", training=False)
+    (tmp_path / "instances_train.json").write_text("{")
+    with_sizes(Manifest.read(manifest), tmp_path).write(tmp_path / "manifest.json")
     with pytest.raises(UserError, match=r"instances_val\.json: not COCO annotations .*prepare it by"):
         CocoSplit(tmp_path / "manifest.json", "val", training=False)
 

@@ -196,3 +196,34 @@ def test_a_failed_write_leaves_the_old_file(encoder: Encoder, file: Path, monkey
     with pytest.raises(UserError, match=r"cannot be written .*No space left.*; free space"):
         save_encoder(encoder, SETTINGS, file)
     assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("name", ["blocks.1.mlp.fc2.weight", "cls_token", "norm.bias", "head.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_an_error_that_names_the_tensor(file: Path, name: str, value: float) -> None:
+    state, metadata = weights.read_tensors(file)
+    state.setdefault("head.weight", torch.zeros(2, 96))
+    state[name].view(-1)[3] = value
+    save_tensors(state, file, metadata)
+    with pytest.raises(
+        UserError, match=rf"encoder.safetensors: '{name}': 1 of [\d,]+ numbers are NaN or infinite; make it"
+    ):
+        load_encoder(file, SETTINGS)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool])
+def test_weights_that_are_not_floating_point_are_an_error_that_names_the_tensor(file: Path, dtype: torch.dtype) -> None:
+    state, metadata = weights.read_tensors(file)
+    state["norm.weight"] = state["norm.weight"].to(dtype)
+    save_tensors(state, file, metadata)
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(UserError, match=rf"'norm.weight' holds {kind} instead of floating-point numbers"):
+        load_encoder(file, SETTINGS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_in_another_precision_are_read(file: Path, encoder: Encoder, dtype: torch.dtype) -> None:
+    state, metadata = weights.read_tensors(file)
+    save_tensors({name: x.to(dtype) for name, x in state.items()}, file, metadata)
+    loaded = load_encoder(file, SETTINGS)
+    assert torch.allclose(loaded.pos_embed, encoder.pos_embed, atol=1e-2) and loaded.pos_embed.dtype == torch.float32

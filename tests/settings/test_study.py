@@ -112,7 +112,7 @@ def test_every_key_of_a_study_is_read(tmp_path: Path) -> None:
             given, read = given[key], read[key]
         if not isinstance(given, dict):
             assert read == given, path
-    assert study.datasets() == ["digits", "digits_coco"]
+    assert study.dataset_names() == ["digits", "digits_coco"]
     assert study.pretrain_source("taken") == "base" and study.pretrain_source("floor") is None
     assert study.sources["cifar10"].path == "/data/cifar"
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aps.data.load import load_split
 from aps.data.manifest import Manifest
+from aps.errors import UserError
 from aps.models.encoder import build_encoder
 from aps.runtime.precision import Precision
 from aps.settings.blocks import KnnSettings
@@ -41,8 +42,10 @@ def clouds(rows: int, seed: int) -> tuple[Tensor, Tensor]:
     return x * torch.rand(rows, 1, generator=generator).mul(3).exp(), labels
 
 
+@pytest.mark.parametrize("block", [37, 65_536])
 @pytest.mark.parametrize("temperature", [0.02, 0.07, 5.0])
-def test_every_k_is_the_vote_counted_by_hand(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_k_is_the_vote_counted_by_hand(temperature: float, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "BLOCK", block)  # 150 train images
     monkeypatch.setattr(knn, "CHUNK", 50)  # 120 queries: the last chunk is smaller
     (bank, bank_labels), (queries, labels) = clouds(150, 0), clouds(120, 1)
     found = knn_accuracy(bank, bank_labels, queries, labels, (1, 5, 40, 150, 999), temperature)
@@ -50,6 +53,34 @@ def test_every_k_is_the_vote_counted_by_hand(temperature: float, monkeypatch: py
         assert accuracy == pytest.approx(by_hand(bank, bank_labels, queries, labels, k, temperature)), k
     assert found[150] == found[999]  # a k above the bank is all of it
     assert len(set(found.values())) > 1
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.005, 1e-4, 1e-30, 1e-300])
+def test_at_a_low_temperature_the_nearest_neighbour_decides(temperature: float) -> None:
+    (bank, bank_labels), (queries, labels) = clouds(150, 0), clouds(120, 1)
+    alone = knn_accuracy(bank, bank_labels, queries, labels, (1,), 0.07)[1]
+    found = knn_accuracy(bank, bank_labels, queries, labels, (20, 150), temperature)
+    if temperature <= 1e-4:  # another vote is worth nothing
+        assert found == {20: alone, 150: alone}
+    assert min(found.values()) > 60 and alone > 60
+
+
+def test_votes_take_no_memory_for_each_neighbour_and_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tensor of (queries, k, classes) this would take 16 GB."""
+    bank, queries = torch.randn(5000, 4), torch.randn(200, 4)
+    labels = torch.arange(5000) * 20
+    assert 0 <= knn_accuracy(bank, labels, queries, labels[:200], (200,), 0.07)[200] <= 100
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["train", "test"])
+def test_features_that_are_not_finite_are_an_error_that_names_them(where: str, value: float) -> None:
+    (bank, bank_labels), (queries, labels) = clouds(30, 0), clouds(20, 1)
+    (bank if where == "train" else queries)[3, 2] = value
+    with pytest.raises(
+        UserError, match=rf"features of the {where} images: 1 of .* numbers are NaN or infinite; the encoder"
+    ):
+        knn_accuracy(bank, bank_labels, queries, labels, (5,), 0.07)
 
 
 def test_the_temperature_weighs_near_neighbours() -> None:

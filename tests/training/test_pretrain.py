@@ -144,10 +144,11 @@ def coloured(kind: str, folder: Path) -> ArraySplit | FileSplit:
     images = torch.stack([torch.stack([6 * y, 6 * x, 40 * i + 0 * x]) for i in range(6)]).to(torch.uint8)
     if kind == "arrays":
         return ArraySplit(images, torch.zeros(6, dtype=torch.int64), ("a",))
-    for split, chosen in (("train", images), ("test", images[:1])):
-        (folder / "tree" / split / "a").mkdir(parents=True)
+    for split, chosen in (("train", images), ("test", images[:2])):
         for i, image in enumerate(chosen):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "tree" / split / "a" / f"{i}.png")
+            file = folder / "tree" / split / "ab"[i % 2] / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
     prepare("folder", folder / "prepared", SourceSettings(path=str(folder / "tree")))
     return load_split(folder / "prepared" / "manifest.json", "train")
 

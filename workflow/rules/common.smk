@@ -45,7 +45,7 @@ onstart:
 
 wildcard_constraints:
     experiment="|".join(map(re.escape, PLAN.study.experiments)),
-    dataset="|".join(PLAN.study.datasets()),
+    dataset="|".join(map(re.escape, PLAN.study.dataset_names())),
     seed=r"\d+",
 
 

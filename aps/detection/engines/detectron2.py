@@ -144,20 +144,24 @@ class Engine(engine.Engine):
         with self.precision.autocast():
             found = [output["instances"].to("cpu") for output in self.model(inputs)]
         self.model.train(training)
-        return [Prediction(x.pred_boxes.tensor, x.scores, x.pred_classes, x.pred_masks) for x in found]
+        masks = [x.pred_masks if x.has("pred_masks") else None for x in found]
+        return [
+            Prediction(x.pred_boxes.tensor, x.scores, x.pred_classes, own) for x, own in zip(found, masks, strict=True)
+        ]
 
     def score(self, results: list[dict[str, Any]]) -> dict[str, Any]:
         val = self.task.val
         if not results:  # its evaluator gives nothing then
             return coco_metrics(val, results)
-        evaluator = _Evaluator(val.name, tasks=("bbox", "segm"), distributed=False)
+        tasks = ("bbox", "segm") if val.masks else ("bbox",)
+        evaluator = _Evaluator(val.name, tasks=tasks, distributed=False)
         evaluator.reset()
         label_of = {category: label for label, category in enumerate(val.categories)}
         rows = [{**row, "category_id": label_of[row["category_id"]]} for row in results]
         evaluator.process([{"rows": rows}], [{}])
         with contextlib.redirect_stdout(io.StringIO()):  # it prints tables
             found = evaluator.evaluate()
-        metrics = {**found["bbox"], **found["segm"]}
+        metrics = {key: value for task in tasks for key, value in found[task].items()}
         return {**metrics, "per_class": evaluator.per_class}
 
 
@@ -212,6 +216,16 @@ def model_config(task: Task) -> Any:
     levels = [f"p{side.bit_length() - 1}" for side in sides]
     pooled = {"scales": [1 / stride for stride in sides[:-1]], "sampling_ratio": 0, "pooler_type": "ROIAlignV2"}
     C, classes = settings.pyramid_dim, len(task.train.classes)
+    masks = {
+        "mask_in_features": levels[:-1],
+        "mask_pooler": L(ROIPooler)(output_size=14, **pooled),
+        "mask_head": L(MaskRCNNConvUpsampleHead)(
+            input_shape=ShapeSpec(channels=C, width=14, height=14),
+            num_classes=classes,
+            conv_dims=[C] * (settings.head_convs + 1),  # the last is the upsampling one's
+            conv_norm="LN",
+        ),
+    }
     return L(GeneralizedRCNN)(
         backbone=backbone_config(encoder, settings),
         proposal_generator=L(RPN)(
@@ -250,14 +264,7 @@ def model_config(task: Task) -> Any:
                 box2box_transform=L(Box2BoxTransform)(weights=(10, 10, 5, 5)),
                 num_classes=classes,
             ),
-            mask_in_features=levels[:-1],
-            mask_pooler=L(ROIPooler)(output_size=14, **pooled),
-            mask_head=L(MaskRCNNConvUpsampleHead)(
-                input_shape=ShapeSpec(channels=C, width=14, height=14),
-                num_classes=classes,
-                conv_dims=[C] * (settings.head_convs + 1),  # the last is the upsampling one's
-                conv_norm="LN",
-            ),
+            **(masks if task.train.masks else {}),
         ),
         pixel_mean=[255 * value for value in task.mean],
         pixel_std=[255 * value for value in task.std],
@@ -303,9 +310,9 @@ def loader(task: Task, start: int) -> Any:
             L(T.FixedSizeCrop)(crop_size=(S, S), pad=False),
         ],
         image_format="RGB",
-        use_instance_mask=True,
+        use_instance_mask=task.train.masks,
         instance_mask_format="bitmask" if task.train.run_lengths else "polygon",
-        recompute_boxes=True,
+        recompute_boxes=task.train.masks,  # from them
     )
     return build_detection_train_loader(
         dataset=_Samples(task, instantiate(mapper)),

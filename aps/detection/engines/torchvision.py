@@ -91,8 +91,9 @@ class Engine(engine.Engine):
 
     def _read(self, total: Tensor, losses: dict[str, Tensor]) -> dict[str, float]:
         """Losses of this iteration on the host, averaged over processes."""
-        values = torch.stack([total, *(losses[name] for name in LOSSES)]).detach()
-        return dict(zip(["loss", *LOSSES.values()], self.task.processes.mean(values).tolist(), strict=True))
+        known = {name: ours for name, ours in LOSSES.items() if name in losses}
+        values = torch.stack([total, *(losses[name] for name in known)]).detach()
+        return dict(zip(["loss", *known.values()], self.task.processes.mean(values).tolist(), strict=True))
 
     def state(self) -> dict[str, Any]:
         return {
@@ -125,8 +126,8 @@ class Engine(engine.Engine):
         for image, (h, w), x in zip(images, sizes, found, strict=True):
             H, W = image.shape[1:]
             boxes = x["boxes"].float() * torch.tensor([W / w, H / h, W / w, H / h], device=self.device)
-            masks = paste(x["crops"].float(), boxes, H, W)
-            predictions.append(Prediction(boxes.cpu(), x["scores"].cpu(), x["labels"].cpu() - 1, masks.cpu()))
+            masks = paste(x["crops"].float(), boxes, H, W).cpu() if "crops" in x else None
+            predictions.append(Prediction(boxes.cpu(), x["scores"].cpu(), x["labels"].cpu() - 1, masks))
         return predictions
 
     def score(self, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -144,7 +145,8 @@ class _Samples(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         index = image_at(position, len(task.train), task.seed)
         generator = torch.Generator().manual_seed(seed_of(task.seed, position))
         image, target = jitter(task.train.read(index), task.train.target(index), task.settings, generator)
-        return image, {"boxes": target.boxes, "labels": target.labels + 1, "masks": target.masks}
+        masks = {} if target.masks is None else {"masks": target.masks}
+        return image, {"boxes": target.boxes, "labels": target.labels + 1, **masks}
 
 
 def build_model(task: Task) -> GeneralizedRCNN:
@@ -172,10 +174,11 @@ def build_model(task: Task) -> GeneralizedRCNN:
     )
     box_head = FastRCNNConvFCHead((C, 7, 7), [C] * settings.head_convs, [settings.head_dim], norm_layer=LayerNorm2d)
     box_predictor = FastRCNNPredictor(settings.head_dim, classes)
-    mask_predictor = MaskRCNNPredictor(C, C, classes)
+    mask_predictor = MaskRCNNPredictor(C, C, classes) if task.train.masks else None
     nn.init.normal_(box_predictor.cls_score.weight, std=0.01)
     nn.init.normal_(box_predictor.bbox_pred.weight, std=0.001)
-    nn.init.normal_(mask_predictor.mask_fcn_logits.weight, std=0.001)
+    if mask_predictor is not None:
+        nn.init.normal_(mask_predictor.mask_fcn_logits.weight, std=0.001)
     for layer in (box_predictor.cls_score, box_predictor.bbox_pred):
         nn.init.zeros_(layer.bias)
     heads = RoIHeads(
@@ -190,8 +193,8 @@ def build_model(task: Task) -> GeneralizedRCNN:
         score_thresh=0.05,
         nms_thresh=0.5,
         detections_per_img=100,
-        mask_roi_pool=AlignedPooler(backbone.names[:-1], sides, 14),
-        mask_head=MaskRCNNHeads(C, [C] * settings.head_convs, 1, norm_layer=LayerNorm2d),
+        mask_roi_pool=AlignedPooler(backbone.names[:-1], sides, 14) if mask_predictor else None,
+        mask_head=MaskRCNNHeads(C, [C] * settings.head_convs, 1, norm_layer=LayerNorm2d) if mask_predictor else None,
         mask_predictor=mask_predictor,
     )
     transform = GeneralizedRCNNTransform(
@@ -217,17 +220,20 @@ class RoIHeads(roi_heads.RoIHeads):
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """As torchvision's: (detections, losses), of which one is empty. A detection has its mask as `crops`, probabilities
-        (K, 1, m, m) over its box, for `paste`."""
+        (K, 1, m, m) over its box, for `paste`; none where there is no mask head."""
         if self.training:
             proposals, matched, labels, regression = self.select_training_samples(proposals, targets)
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
         if not self.training:
             boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
-            crops = roi_heads.maskrcnn_inference(self._mask_logits(features, boxes, image_shapes), labels)
-            keys = ("boxes", "scores", "labels", "crops")
-            return [dict(zip(keys, found, strict=True)) for found in zip(boxes, scores, labels, crops, strict=True)], {}
+            found = {"boxes": boxes, "scores": scores, "labels": labels}
+            if self.has_mask():
+                found["crops"] = roi_heads.maskrcnn_inference(self._mask_logits(features, boxes, image_shapes), labels)
+            return [dict(zip(found, own, strict=True)) for own in zip(*found.values(), strict=True)], {}
         assert targets is not None
         loss_class, loss_box = roi_heads.fastrcnn_loss(logits, deltas, labels, regression)
+        if not self.has_mask():
+            return [], {"loss_classifier": loss_class, "loss_box_reg": loss_box}
         objects = [torch.nonzero(own > 0).squeeze(1) for own in labels]
         boxes = [own[i] for own, i in zip(proposals, objects, strict=True)]
         masks = self._mask_logits(features, boxes, image_shapes)

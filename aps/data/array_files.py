@@ -1,0 +1,186 @@
+"""The user's own arrays: images and labels in one .npz file.
+
+Names of its arrays, the first that fit: `images`, `labels` (a fixed, stratified fifth is held out as the test split);
+`train_images`, `train_labels`, `test_images`, `test_labels` (MedMNIST's); `x_train`, `y_train`, `x_test`, `y_test`
+(Keras's). A split `val` stands in for a missing `test`. Labels are whole numbers or names; without any, all images are
+training images. An optional array `classes` names the labels 0, 1, ...
+
+It deliberately does not convert what has no one meaning: floating-point pixels are refused.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from aps.data import arrays
+from aps.data.fingerprint import take
+from aps.data.folder import SPLIT_SEED, held_out
+from aps.data.manifest import Manifest
+from aps.errors import UserError
+from aps.settings.blocks import SourceSettings
+
+# Ways to name the arrays of a split: images, labels.
+PATTERNS = (("{split}_images", "{split}_labels"), ("x_{split}", "y_{split}"), ("X_{split}", "y_{split}"))
+CHANNELS = (1, 3)
+KNOWN = "'images' and 'labels', or 'train_images', 'train_labels', 'test_images' and 'test_labels'"
+
+
+def describe(folder: Path, name: str, file: str, key: str, labels: bool) -> Manifest:
+    """The manifest of a .npz file.
+
+    Args:
+        key: of the setting that names the file, for messages.
+        labels: false: leave its labels out, and take all images for training.
+
+    Raises:
+        UserError: the file is missing or damaged, or its arrays are no images or labels.
+    """
+    path, source = Path(file).expanduser(), SourceSettings(path=file)
+    if not path.is_file():
+        raise UserError(f"{key}: {path} is no file; set it to a .npz file with arrays {KNOWN}")
+    content = _read(path)
+    fingerprint = take(folder, [], [path])
+    found = _splits(path, content, labels)
+    notes: list[str] = []
+    splits = {split: (_images(f"{path}: '{own[0]}'", content[own[0]]), own[1]) for split, own in found.items()}
+    if not labels:
+        pixels = np.concatenate(_alike(path, [images for images, _ in splits.values()]))
+        manifest = arrays.store(folder, name, {"train": (pixels, None)}, (), str(path.resolve()), source)
+    else:
+        pixels_and_labels, classes = _labelled(path, content, splits)
+        manifest = arrays.store(folder, name, pixels_and_labels, classes, str(path.resolve()), source)
+        notes += _twice(*(pixels_and_labels[split][0] for split in ("train", "test")))
+    return manifest.model_copy(update={"fingerprint": fingerprint, "notes": tuple(notes)})
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise UserError(f"{path}: holds one array without a name; save it by np.savez with the names {KNOWN}")
+        with file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, SyntaxError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path}: no readable .npz file of plain arrays ({reason}); save it again by np.savez"
+        ) from None
+
+
+def _splits(path: Path, content: dict[str, np.ndarray], labels: bool) -> dict[str, tuple[str, str]]:
+    """Split: names of its arrays of images and of labels."""
+    if "images" in content:
+        found = {"": ("images", "labels")}
+    else:
+        found = {}
+        for images, targets in PATTERNS:
+            for split in ("train", "test", "val"):
+                names = (images.format(split=split), targets.format(split=split))
+                if names[0] in content:
+                    found.setdefault(split, names)
+    if not found or ("" not in found and "train" not in found):
+        raise UserError(f"{path}: holds arrays {_quoted(content)}; name them {KNOWN}")
+    if labels:
+        if missing := [names[1] for names in found.values() if names[1] not in content]:
+            raise UserError(
+                f"{path}: has no array '{missing[0]}'; add it, or use the images without labels (labels: false)"
+            )
+        if "test" in found:
+            found.pop("val", None)
+        elif "val" in found:
+            found["test"] = found.pop("val")
+    return found
+
+
+def _quoted(names: object) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "none"  # type: ignore[attr-defined]
+
+
+def _images(what: str, images: np.ndarray) -> np.ndarray:
+    """uint8 (M, C, H, W) of (M, H, W), (M, H, W, C) or (M, C, H, W)."""
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim == 4 and images.shape[3] in CHANNELS:
+        images = images.transpose(0, 3, 1, 2)
+    if images.ndim != 4 or images.shape[1] not in CHANNELS or 0 in images.shape:
+        shape = "x".join(map(str, images.shape))
+        raise UserError(f"{what} has shape {shape}; store images as (M, H, W), (M, H, W, 3) or (M, 3, H, W)")
+    if images.dtype == np.uint16:
+        images = (images >> 8).astype(np.uint8)
+    if images.dtype != np.uint8:
+        raise UserError(f"{what} holds {images.dtype}; store pixels as uint8, 0 to 255")
+    return images
+
+
+def _alike(path: Path, images: list[np.ndarray]) -> list[np.ndarray]:
+    if len({x.shape[1:] for x in images}) > 1:
+        raise UserError(f"{path}: its splits have images of different shapes; store one size, or one split")
+    return images
+
+
+def _labelled(
+    path: Path, content: dict[str, np.ndarray], splits: dict[str, tuple[np.ndarray, str]]
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, ...]]:
+    """Splits train and test with labels from 0, and the classes."""
+    found = {split: (images, _labels(path, key, content[key], len(images))) for split, (images, key) in splits.items()}
+    _alike(path, [images for images, _ in found.values()])
+    first, key = next(iter(found.values()))[1], next(iter(splits.values()))[1]
+    values = np.unique(first)
+    if len(values) < 2:
+        raise UserError(
+            f"{path}: '{key}' holds one class; labelled use needs two or more, or use the images without labels (labels: false)"
+        )
+    classes = _classes(path, content, values)
+    if "" in found:
+        images, own = found.pop("")
+        targets = np.searchsorted(values, own)
+        train, test = held_out(targets, SPLIT_SEED, lambda label: f"{path}: class '{classes[label]}'")
+        return {"train": (images[train], targets[train]), "test": (images[test], targets[test])}, classes
+    if "test" not in found:
+        raise UserError(
+            f"{path}: has training images and no test images; add 'test_images' and 'test_labels', or name all 'images' and 'labels'"
+        )
+    strange = np.setdiff1d(found["test"][1], values)
+    if len(strange):
+        raise UserError(f"{path}: label {strange[0]} of test is none of the {len(values)} labels of train; correct it")
+    return {split: (images, np.searchsorted(values, own)) for split, (images, own) in found.items()}, classes
+
+
+def _twice(train: np.ndarray, test: np.ndarray) -> list[str]:
+    known = {image.tobytes() for image in train}
+    count = sum(image.tobytes() in known for image in test)
+    be = "images of test stand" if count > 1 else "image of test stands"
+    return [f"{count:,} {be} in train too, with the same content, which flatters test figures"] if count else []
+
+
+def _labels(path: Path, key: str, labels: np.ndarray, images: int) -> np.ndarray:
+    what = f"{path}: '{key}'"
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or len(labels) != images:
+        raise UserError(
+            f"{what} has shape {'x'.join(map(str, labels.shape))} for {images:,} images; give each one label"
+        )
+    if labels.dtype.kind not in "iuUS":
+        raise UserError(f"{what} holds {labels.dtype}; store labels as whole numbers or as names")
+    if labels.dtype.kind == "i" and labels.min() < 0:
+        raise UserError(f"{what} holds label {labels.min()}; labels start at 0 (labels: false uses the images without)")
+    return labels
+
+
+def _classes(path: Path, content: dict[str, np.ndarray], values: np.ndarray) -> tuple[str, ...]:
+    if "classes" not in content or values.dtype.kind in "US":
+        return tuple(value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist())
+    names = [str(name) for name in content["classes"].tolist()]
+    if values.max() >= len(names):
+        raise UserError(
+            f"{path}: label {values.max()} is beyond the {len(names)} names in 'classes'; correct one of them"
+        )
+    return tuple(names[value] for value in values.tolist())

@@ -1,0 +1,157 @@
+"""Image files as pixels: the one place where they are decoded, for stages and detection alike.
+
+Whatever Pillow reads is read: 16 bit, CMYK, palettes, animations (their first frame); an EXIF orientation is applied, so
+that an image stands as people see it.
+
+Peculiar: plain JPEG files are decoded by torchvision, which takes two thirds of Pillow's time and gives the same pixels,
+because both are libjpeg-turbo; a test compares the two. Everything else, PNG above all, goes through Pillow: a
+flipped byte can crash torchvision's PNG decoder, and libpng prints warnings that name no file. A PNG's own checksums are
+checked before it is decoded. Colour profiles are not applied, transparency is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import warnings
+import zlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError, features
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from aps.data.walk import SUFFIXES, printable
+from aps.errors import UserError
+
+# Pillow warns, without a file's name, of what is refused or harmless here: a damaged EXIF block, a large image.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+ORIENTATION = 0x0112  # EXIF tag
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def read_image(path: Path, at_least: int | None = None) -> Tensor:
+    """Pixels of an image file, uint8 RGB (3, H, W).
+
+    Args:
+        at_least: a smaller version will do, in which the shorter side has at least this many pixels (where the file's
+            has): by a whole factor, JPEG files while they are decoded. None: the file's own size.
+
+    Raises:
+        UserError: the file is missing, damaged, no image, or of a kind that has no 8-bit colours.
+    """
+    return decode_image(read_file(path), path, at_least)
+
+
+def read_file(path: Path) -> bytes:
+    """Raises UserError where it can't be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{printable(path)}: cannot be read as an image ({error.strerror}); replace or remove it"
+        ) from None
+
+
+def decode_image(content: bytes, path: Path, at_least: int | None = None) -> Tensor:
+    """`read_image` of a file whose bytes are there; `path` is for messages."""
+    try:
+        return _decode(content, at_least)
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(
+            f"{printable(path)}: cannot be read as an image ({_reason(error)}); replace or remove it"
+        ) from None
+
+
+def orientation(path: Path) -> int:
+    """The EXIF orientation of an image file, 1 (as stored) to 8; 1 where it has none."""
+    with Image.open(path) as image:
+        return _orientation(image)
+
+
+@cache
+def supported(suffix: str) -> bool:
+    """Whether this installation of Pillow reads files of a suffix of SUFFIXES: some formats are optional there."""
+    Image.init()
+    optional = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}.get(SUFFIXES[suffix])
+    return SUFFIXES[suffix] in Image.OPEN and (optional is None or bool(features.check(optional)))
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _decode(content: bytes, at_least: int | None) -> Tensor:
+    if content.startswith(PNG_SIGNATURE):
+        _check_png(content)
+    with Image.open(io.BytesIO(content)) as image:
+        turned = _orientation(image) != 1
+        factor = max(1, min(image.size) // at_least) if at_least else 1
+        if image.format == "JPEG" and image.mode in ("L", "RGB") and factor == 1 and not turned:
+            with contextlib.suppress(RuntimeError):  # Pillow says better what is wrong, if it is
+                return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        if factor > 1:
+            image.draft(None, (image.width // factor, image.height // factor))  # of other formats: nothing
+        image.load()
+        if turned:
+            _turn(image)
+        rgb = _rgb(image)
+        if at_least and (left := min(rgb.size) // at_least) > 1:
+            rgb = rgb.reduce(left)
+        pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+        return pixels.view(rgb.height, rgb.width, 3).permute(2, 0, 1)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # a damaged EXIF block says nothing about the pixels
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def _turn(image: Image.Image) -> None:
+    """In place. Pillow has turned some formats (TIFF) while loading them, and then dropped the tag."""
+    if _orientation(image) != 1:
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB; of 16 bits the upper 8."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError("its pixels have more than 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; store them in 8 or 16 bits")
+    elif "transparency" in image.info and image.mode == "P":
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _check_png(content: bytes) -> None:
+    """Every chunk against its checksum. Raises ValueError for a PNG that is truncated or altered."""
+    at, kind = len(PNG_SIGNATURE), b""
+    while kind != b"IEND":
+        if at + 12 > len(content):
+            raise ValueError("truncated PNG")
+        (length,) = struct.unpack_from(">I", content, at)
+        kind = content[at + 4 : at + 8]
+        end = at + 8 + length
+        if end + 4 > len(content):
+            raise ValueError("truncated PNG")
+        if zlib.crc32(memoryview(content)[at + 4 : end]) != struct.unpack_from(">I", content, end)[0]:
+            raise ValueError("damaged PNG: a checksum is wrong")
+        at = end + 4
+
+
+def _reason(error: Exception) -> str:
+    """On one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is empty or of no format that Pillow knows"
+    return " ".join(str(error).split("\n")[0].split()) or type(error).__name__

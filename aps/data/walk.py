@@ -1,0 +1,193 @@
+"""What lies below a folder: images, what is passed over, and what is wrong with it.
+
+One pass with `os.scandir`, for listing a dataset and for its fingerprint alike. Links are followed, of folders too.
+
+Peculiar: nothing is raised here. A walk collects all that is wrong, so that one message can list it; `Walk.check` raises.
+It imports nothing heavy, because planning walks too, and deliberately does not know classes or splits.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from aps.errors import UserError
+
+# Suffix of each kind of file that is taken for an image -> Pillow's name of its format.
+SUFFIXES = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "JPEG"),
+    **dict.fromkeys((".png", ".apng"), "PNG"),
+    ".webp": "WEBP",
+    ".avif": "AVIF",
+    ".gif": "GIF",
+    **dict.fromkeys((".bmp", ".dib"), "BMP"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **dict.fromkeys((".pbm", ".pgm", ".ppm", ".pnm"), "PPM"),
+    **dict.fromkeys((".jp2", ".j2k", ".jpx"), "JPEG2000"),
+    ".tga": "TGA",
+    ".pcx": "PCX",
+    ".qoi": "QOI",
+}
+# What systems and tools leave among people's files, beside names that begin with a dot.
+HOUSEKEEPING = {
+    "@eadir",
+    "__macosx",
+    "thumbs.db",
+    "desktop.ini",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+    "#recycle",
+    "#snapshot",
+    "icon\r",
+}
+LISTED = 3  # of each kind of problem, in a message
+
+DANGLING = "a link that leads nowhere"
+LOOP = "a link to a folder that holds it"
+CLOSED = "a folder that can't be opened"
+NOT_UTF8 = "a name that is not UTF-8"
+TWO_FORMS = "a name that stands there in two Unicode forms"
+BROKEN_NAME = "a name with a tab or line break"
+
+
+class File(NamedTuple):
+    name: str  # path under the root
+    size: int  # bytes
+    mtime: int  # nanoseconds
+
+    @property
+    def suffix(self) -> str:
+        return os.path.splitext(self.name)[1].lower()
+
+
+@dataclass
+class Walk:
+    """A folder as it was found."""
+
+    root: Path
+    files: list[File] = field(default_factory=list)  # images, by suffix; sorted within each folder
+    folders: list[str] = field(default_factory=list)  # paths under root, hidden ones left out
+    passed: Counter[str] = field(default_factory=Counter)  # kind of what was passed over: how many
+    problems: list[tuple[str, str]] = field(default_factory=list)  # kind, path under root
+
+    def below(self, folder: str) -> list[File]:
+        """Its images below a folder of it."""
+        return [file for file in self.files if file.name.startswith(folder + "/")]
+
+    def inside(self, folder: str = "") -> list[str]:
+        """Names of the folders that lie directly in a folder of it, sorted."""
+        start = f"{folder}/" if folder else ""
+        own = (name[len(start) :] for name in self.folders if name.startswith(start))
+        return sorted(name for name in own if name and "/" not in name)
+
+    def check(self) -> None:
+        """Raises UserError where something is wrong, with all kinds of it and some of their names."""
+        if not self.problems:
+            return
+        kinds: dict[str, list[str]] = {}
+        for kind, name in self.problems:
+            kinds.setdefault(kind, []).append(name)
+        parts = []
+        for kind, names in kinds.items():
+            shown = ", ".join(printable(name) for name in names[:LISTED])
+            parts.append(f"{kind}: {shown}" + (f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""))
+        raise UserError(f"{printable(self.root)}: holds {'; '.join(parts)}; rename, mend or remove these")
+
+
+HIDDEN_FILE, HIDDEN_FOLDER, NO_SUFFIX, SPECIAL = "hidden file", "hidden folder", "without suffix", "pipe or device"
+PLURAL = (HIDDEN_FILE, HIDDEN_FOLDER, SPECIAL)
+
+
+def walk(root: Path) -> Walk:
+    """Everything below an existing folder."""
+    found = Walk(Path(root))
+    _enter(found, str(root), "", ())
+    return found
+
+
+def counted(kinds: Counter[str]) -> str:
+    """`40 .heic, 3 .npy, 2 hidden folders`, most frequent first."""
+    ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count:,} {kind}{'s' * (count > 1 and kind in PLURAL)}" for kind, count in ordered)
+
+
+def printable(path: Path | str) -> str:
+    """A path for messages: bytes that are not UTF-8 and control characters escaped."""
+    text = str(path).encode("utf-8", errors="surrogateescape").decode("utf-8", errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _enter(found: Walk, path: str, inside: str, above: tuple[tuple[int, int], ...]) -> None:
+    """inside: `path` under the root, "" or ending in a slash; above: device and inode of the folders that hold it."""
+    try:
+        with os.scandir(path) as entries:
+            here = sorted(entries, key=lambda entry: entry.name)
+        own = os.stat(path)
+    except OSError:
+        found.problems.append((CLOSED, inside.rstrip("/") or "."))
+        return
+    above = (*above, (own.st_dev, own.st_ino))
+    seen: dict[str, str] = {}
+    for entry in here:
+        name = entry.name
+        if name.startswith(".") or name.lower() in HOUSEKEEPING:
+            found.passed[HIDDEN_FOLDER if _is_folder(entry) else HIDDEN_FILE] += 1
+            continue
+        if not (name.isascii() and name.isprintable()) and (problem := _problem(name, seen)):
+            found.problems.append((problem, inside + name))
+            continue
+        if _is_folder(entry):
+            if entry.is_symlink() and _identity(entry) in above:
+                found.problems.append((LOOP, inside + name))
+                continue
+            found.folders.append(inside + name)
+            _enter(found, f"{path}/{name}", f"{inside}{name}/", above)
+            continue
+        dot = name.rfind(".")
+        suffix = name[dot:].lower() if dot > 0 else ""
+        try:
+            stat = entry.stat()
+        except OSError:
+            found.problems.append((DANGLING, inside + name))
+            continue
+        if not entry.is_file():
+            found.passed[SPECIAL] += 1
+        elif suffix in SUFFIXES:
+            found.files.append(File(inside + name, stat.st_size, stat.st_mtime_ns))
+        else:
+            found.passed[suffix or NO_SUFFIX] += 1
+
+
+def _problem(name: str, seen: dict[str, str]) -> str | None:
+    """seen: the folder's names that are not ASCII, by their composed form."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return NOT_UTF8
+    if "\t" in name or "\n" in name or "\r" in name:
+        return BROKEN_NAME
+    composed = unicodedata.normalize("NFC", name)
+    if composed in seen:
+        return TWO_FORMS
+    seen[composed] = name
+    return None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _identity(entry: os.DirEntry[str]) -> tuple[int, int]:
+    stat = entry.stat()
+    return stat.st_dev, stat.st_ino

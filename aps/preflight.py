@@ -1,0 +1,160 @@
+"""What a job of a study would stumble over, found before the first one: `python -m aps check`.
+
+Settings alone are checked whenever a study is read (`aps.settings.checks`); here is what they say about this machine:
+sources that are not there, batches larger than the images, resources, the address of the tracking server.
+
+It imports nothing heavy, opens no image and asks no server.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from aps.data import NEED_A_PATH
+from aps.data.fingerprint import outdated
+from aps.data.manifest import Manifest
+from aps.errors import UserError
+from aps.layout import encoder_file, manifest_path
+from aps.registry import nearest
+from aps.settings.blocks import SourceSettings
+from aps.settings.study import Study
+from aps.stages import STAGES
+from aps.tracking import OFF
+from aps.workflow.resources import check_resources
+
+# What MLflow takes before the `:` of an address; databases with a driver too, as in mysql+pymysql.
+SCHEMES = ("http", "https", "sqlite", "file", "postgresql", "mysql", "mssql", "databricks", "databricks-uc")
+
+
+def problems(study: Study, address: str) -> Iterator[str]:
+    """A sentence for everything that would stop a job.
+
+    address: where MLflow is.
+    """
+    for name in study.dataset_names():
+        yield from _source(study, name)
+    for experiment, e in study.experiments.items():
+        for stage in e.stages:
+            yield from _batch(study, experiment, stage)
+        file = encoder_file(study, experiment, e.seeds[0]) if study.pretrain_source(experiment) is None else None
+        if file is not None and not file.exists():
+            yield f"experiment '{experiment}': encoder.weights: {file} does not exist; give the path of a .safetensors file"
+    for stage in (*STAGES, "data", "report"):
+        try:
+            check_resources(study, stage)
+        except UserError as error:
+            yield str(error)
+    yield from _address(address)
+
+
+def hints(study: Study) -> Iterator[str]:
+    """A sentence for each dataset that has to be prepared first, or again."""
+    for name in study.dataset_names():
+        path = manifest_path(study.results, name)
+        if not path.exists():
+            yield f"dataset '{name}' is not prepared yet: `python -m aps data {name}`"
+        else:
+            try:
+                reason = outdated(path, study.source(name))
+            except UserError as error:
+                reason = str(error)
+            if reason is not None:
+                yield f"dataset '{name}' will be prepared again ({reason}): `python -m aps data {name}`"
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _source(study: Study, name: str) -> Iterator[str]:
+    source = study.source(name)
+    if isinstance(source, SourceSettings):
+        key, paths = f"sources.{name}", {"path": source.path} if source.path else {}
+        if name in NEED_A_PATH and not paths:
+            yield f"{key}.path is not set, and dataset '{name}' can't be downloaded; set it to the folder with its files"
+    else:
+        key, paths = f"datasets.{name}", source.paths
+    for part, path in paths.items():
+        if not Path(path).expanduser().exists():
+            yield f"{key}.{part}: {path} does not exist; correct the path"
+
+
+def _batch(study: Study, experiment: str, stage: str) -> Iterator[str]:
+    """Batches that don't share out, and, where the manifest is there, that the images can't fill."""
+    e, block = study.experiments[experiment], getattr(study.experiments[experiment], stage)
+    batch, what = getattr(block, "batch_size", None), f"experiment '{experiment}': {stage}.batch_size"
+    asked = study.stage_resources(stage, experiment)
+    processes = asked.gpus or asked.processes or asked.nodes or 1
+    if batch is not None and batch % processes:
+        yield f"{what} {batch} is not a multiple of the {processes} processes; change either"
+    elif batch is not None and (batch // processes) % (parts := getattr(block, "accumulate", 1)):
+        yield (
+            f"experiment '{experiment}': {stage}.accumulate {parts} does not divide the {batch // processes} images of a "
+            "process; change either"
+        )
+    path = manifest_path(study.results, e.dataset_of(stage))
+    if STAGES[stage].detects or not path.exists():
+        return
+    try:
+        images = Manifest.read(path).splits["train"].count
+    except UserError as error:
+        yield str(error)
+        return
+    limit = e.dataset_settings(stage).train_limit
+    if limit is not None and limit > images:
+        yield (
+            f"experiment '{experiment}': dataset.train_limit {limit} exceeds the {images} training images of dataset "
+            f"'{e.dataset_of(stage)}'; lower it"
+        )
+        return
+    images = min(images, limit or images)
+    share = getattr(block, "holdout", 0.0)
+    held = round(images * share)
+    if share and not held:
+        yield f"experiment '{experiment}': {stage}.holdout {share} of {images} training images keeps none aside; raise it"
+    elif batch is not None and batch > images - held:
+        less = f" ({held} of {images} are held out)" if held else ""
+        yield f"{what} {batch} exceeds the {images - held} training images{less}; lower it"
+
+
+def _address(address: str) -> Iterator[str]:
+    what = f"tracking_uri {address}"
+    if address == OFF:
+        return
+    if re.match(r"[\w.-]+:\d+(/|$)", address):
+        yield f"{what}: has no scheme, so MLflow would take it for a folder; write http://{address}"
+        return
+    scheme = re.match(r"([\w+.-]+):", address)
+    if scheme is None:
+        if address.startswith(("databricks", "/", ".", "~")) or Path(address).is_dir():
+            return
+        yield f"{what}: is no address and no folder; write http://HOST:PORT, sqlite:///FILE or {OFF}"
+        return
+    plain = scheme[1].split("+")[0].lower()
+    if plain not in SCHEMES:
+        yield f"{what}: MLflow knows no '{scheme[1]}:'; {nearest(plain, SCHEMES)}"
+    elif plain not in ("file", "databricks", "databricks-uc") and not address.startswith(f"{scheme[1]}://"):
+        yield f"{what}: write {scheme[1]}:// with two slashes"
+    elif plain == "sqlite" and not address.startswith("sqlite:///"):
+        yield f"{what}: write sqlite:///FILE, with three slashes (four before an absolute path)"
+    elif plain in ("http", "https"):
+        yield from _host(what, address)
+
+
+def _host(what: str, address: str) -> Iterator[str]:
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        yield f"{what}: {error}; write http://HOST:PORT"
+        return
+    if not host:
+        yield f"{what}: names no host; write http://HOST:PORT"
+        return
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError:
+        yield f"{what}: no host '{host}' is known from here; correct its name"
