@@ -137,7 +137,9 @@ class SamplingSettings(Section):
     @staticmethod
     def unread(strategy: str) -> frozenset[str]:
         """Keys that a strategy does not read."""
-        return frozenset({"random": ("gamma", "flip_aware"), "full": ("ratio", "gamma", "flip_aware")}.get(strategy, ()))
+        return frozenset(
+            {"random": ("gamma", "flip_aware"), "full": ("ratio", "gamma", "flip_aware")}.get(strategy, ())
+        )
 
 
 class PretrainSettings(Section):

@@ -79,7 +79,9 @@ def problem(address: str) -> str | None:
         return None
     if scheme == "sqlite":
         return "a database in memory ends with the process; name a file" if ":memory:" in rest or rest == "//" else None
-    advice = f"write http://{address}" if re.fullmatch(r"\d+(/.*)?", rest) else "write http://HOST:PORT or sqlite:///FILE"
+    advice = (
+        f"write http://{address}" if re.fullmatch(r"\d+(/.*)?", rest) else "write http://HOST:PORT or sqlite:///FILE"
+    )
     return f"MLflow has no scheme '{scheme}'; {advice}"
 
 

@@ -83,7 +83,9 @@ def finals(metrics: Mapping[str, Any]) -> dict[str, float]:
     metrics: the content of metrics.json.
     """
     stage, settings = str(metrics["stage"]), metrics["settings"].get(metrics["stage"], {})
-    figures = {metric_name(stage, key): value for key, value in numbers(metrics["metrics"]).items() if key not in settings}
+    figures = {
+        metric_name(stage, key): value for key, value in numbers(metrics["metrics"]).items() if key not in settings
+    }
     return figures | {f"cost/{key}": value for key, value in numbers(metrics.get("cost") or {}).items()}
 
 
@@ -148,7 +150,9 @@ def _tags(metrics: Mapping[str, Any], made: Mapping[str, Any] | None) -> dict[st
         "mlflow.source.name": metrics.get("command"),
         "mlflow.source.type": "JOB" if hardware.get("slurm_job") else "LOCAL",
         "mlflow.source.git.commit": commit or None,
-        "mlflow.source.git.dirty": "true" if commit and dirty is not None and "-dirty" in str(metrics["commit"]) else None,
+        "mlflow.source.git.dirty": "true"
+        if commit and dirty is not None and "-dirty" in str(metrics["commit"])
+        else None,
         "mlflow.aps.settings_digest": metrics["settings_digest"],
         "mlflow.aps.dataset_digest": (metrics.get("dataset") or {}).get("digest"),
         "mlflow.aps.encoder": encoder.get("source"),

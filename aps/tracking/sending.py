@@ -112,31 +112,35 @@ class Sender:
     def _send(self) -> bool:
         state = self.state
         if self._run is None:
-            self._open()
+            state.experiment_id = self.server.experiment(state.about.study)
+            self._run = self.server.run(str(state.experiment_id), state.about, state.run_id)
+            state.run_id = self._run.info.run_id
         if not self._described:
             self._describe()
         self._send_points()
         if state.finals is not None:
             return self._finish()
         if state.status != RUNNING:
-            self._server.client.set_terminated(self._run.info.run_id, state.status)
+            self.server.client.set_terminated(self._run.info.run_id, state.status)
             state.status, self._described = RUNNING, False  # a run that goes on is set running again
         return False
 
-    def _open(self) -> None:
-        state = self.state
-        self._server = self._server or Server(state.address)
-        state.experiment_id = self._server.experiment(state.about.study)
-        self._run = self._server.run(state.experiment_id, state.about, state.run_id)
-        state.run_id = self._run.info.run_id
+    @property
+    def server(self) -> Server:
+        if self._server is None:
+            self._server = Server(self.state.address)
+        return self._server
 
     def _describe(self) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
-        run, about, client = self._run, self.state.about, self._server.client
+        run, about, client = self._run, self.state.about, self.server.client
         has = run.data.params  # parameters cannot change
         params = [Param(key, value) for key, value in about.params.items() if key not in has]
-        tags = about.tags | {KEY: about.key, NOTE: describing.note(about, self.state.experiment_id or "", run.info.run_id)}
+        tags = about.tags | {
+            KEY: about.key,
+            NOTE: describing.note(about, self.state.experiment_id or "", run.info.run_id),
+        }
         new = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
         for start in range(0, max(len(params), len(new)), min(PARAMS, TAGS)):
             client.log_batch(run.info.run_id, params=params[start : start + PARAMS], tags=new[start : start + TAGS])
@@ -170,20 +174,20 @@ class Sender:
         once = {(point.key, point.step): point for point in reversed(points)}  # of two lines the first counts
         metrics = [Metric(p.key, p.value, p.time, p.step) for p in reversed(once.values())]
         if metrics:
-            self._server.client.log_batch(self._run.info.run_id, metrics=metrics)
+            self.server.client.log_batch(self._run.info.run_id, metrics=metrics)
         for key, step in once:
             self._steps(key).add(step)
 
     def _steps(self, key: str) -> set[int]:
         if key not in self._held:
-            client, run = self._server.client, self._run
+            client, run = self.server.client, self._run
             history = client.get_metric_history(run.info.run_id, key) if key in run.data.metrics else []
             self._held[key] = {metric.step for metric in history}
         return self._held[key]
 
     def _finish(self) -> bool:
         """The final figures, a look at what the run has, its end, its files."""
-        state, server, run_id = self.state, self._server, self._run.info.run_id
+        state, server, run_id = self.state, self.server, self._run.info.run_id
         self._send_finals()
         self._look_again()
         server.only(state.experiment_id or "", state.about, run_id)
@@ -195,7 +199,7 @@ class Sender:
 
     def _look_again(self) -> None:
         """Sends what the run lacks though it was sent: whoever sits between may have swallowed it."""
-        sent, self._run = self._held, self._server.client.get_run(self._run.info.run_id)
+        sent, self._run = self._held, self.server.client.get_run(self._run.info.run_id)
         self._held = {key: steps for key, steps in sent.items() if len(steps) == 1 and key in self._run.data.metrics}
         if all(steps <= self._steps(key) for key, steps in sent.items()):
             return

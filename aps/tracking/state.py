@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from aps.files import write_json
+from aps.tracking.addresses import settled
 from aps.tracking.describing import About
 
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"  # as MLflow calls them
@@ -49,3 +50,19 @@ def read_state(path: Path) -> State | None:
         what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
         print(f"warning: {path}: damaged ({what}); it is replaced, and its run is looked up in MLflow", file=sys.stderr)
         return None
+
+
+def adopt(kept: Path, made: Path, about: About, address: str) -> State:
+    """The state of a finished run beside its outputs, in the file `kept`.
+
+    What is kept there already counts, else what the run left in `made`, where either is of this job in this study; else
+    the run is a new one to MLflow.
+    """
+    for file in (kept, made):
+        state = read_state(file)
+        if state is not None and state.about.key == about.key:
+            break
+    else:
+        state = State(address=settled(address), about=about)
+    state.write(kept)
+    return state

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from aps.tracking.describing import EPOCH, prefix
+from aps.settings.study import ExperimentSettings, Study
+from aps.stages import ROWS, Stage
+from aps.tracking.describing import EPOCH, metric_name, parameters, prefix
 
 SHARED = "mlflow.sharedViewState."
 MACHINE_LEARNING = "custom_model_development"  # else MLflow opens its pages for language models
@@ -51,14 +53,24 @@ class View:
             "searchFilter": f"tags.stage = '{self.stage}'",
             "orderByKey": f"metrics.`{metrics[0]}`",
             "orderByAsc": not self.scores,
-            "selectedColumns": [*(f"params.`{key}`" for key in ("seed", *varied)), *(f"metrics.`{key}`" for key in metrics)],
+            "selectedColumns": [
+                *(f"params.`{key}`" for key in ("seed", *varied)),
+                *(f"metrics.`{key}`" for key in metrics),
+            ],
             "columnWidths": {"attributes.`Run Name`": 250, **{f"metrics.`{key}`": 150 for key in metrics}},
             "groupBy": {"aggregateFunction": "average", "groupByKeys": groups},
             "runsHiddenMode": "SHOW_ALL",
             "useGroupedValuesInCharts": True,
             "compareRunCharts": charts,
             "compareRunSections": [
-                {"uuid": name, "name": name, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
+                {
+                    "uuid": name,
+                    "name": name,
+                    "display": True,
+                    "isReordered": True,
+                    "deleted": False,
+                    "isGenerated": False,
+                }
                 for name in dict.fromkeys(chart["metricSectionId"] for chart in charts)
             ],
             "isAccordionReordered": True,
@@ -70,15 +82,22 @@ class View:
         shown = [self._chart("BAR", section, metricKey=key, displayName=key) for key in self.scores]
         if self.scores:
             shown.append(
-                self._chart("SCATTER", section, xaxis=_axis(COSTS[1]), yaxis=_axis(self.scores[0]), runsCountToCompare=100)
+                self._chart(
+                    "SCATTER", section, xaxis=_axis(COSTS[1]), yaxis=_axis(self.scores[0]), runsCountToCompare=100
+                )
             )
             shown.append(
                 self._chart(
-                    "PARALLEL", section, selectedParams=axis, selectedMetrics=[self.scores[0], COSTS[1]], showAllRuns=True
+                    "PARALLEL",
+                    section,
+                    selectedParams=axis,
+                    selectedMetrics=[self.scores[0], COSTS[1]],
+                    showAllRuns=True,
                 )
             )
         return shown + [
-            self._chart("LINE", section, metricKey=key, selectedMetricKeys=[key], displayName=key) for key in self.curves
+            self._chart("LINE", section, metricKey=key, selectedMetricKeys=[key], displayName=key)
+            for key in self.curves
         ]
 
     def _hidden(self) -> list[dict[str, Any]]:
@@ -91,16 +110,52 @@ class View:
         return {"type": kind, "uuid": identity, "metricSectionId": section} | plain | more
 
 
+def views_of(study: Study) -> list[View]:
+    """A view for each stage that the study runs, the evaluations first."""
+    found = []
+    for row in sorted(ROWS, key=lambda row: not row.scores):
+        ran = [e for e in study.experiments.values() if row.name in e.stages]
+        if not ran:
+            continue
+        scores = [metric_name(row.name, key) for key in headlines(row, ran[0])]
+        curves = [metric_name(row.name, curve.key) for curve in row.curves]
+        found.append(View(row.name, tuple(scores), tuple(curves), varying(study_parameters(study, row.name))))
+    return found
+
+
+def headlines(row: Stage, experiment: ExperimentSettings) -> list[str]:
+    """Keys of metrics.json that are a stage's scores; of a list of neighbours the preferred one comes first."""
+    found = []
+    for score in row.scores:
+        values = getattr(getattr(experiment, row.name), "k", None) or ()
+        ks = sorted(values, key=lambda k: k != score.prefer)
+        found += [score.metric.format(k=k) for k in ks] if "{k}" in score.metric else [score.metric]
+    return found
+
+
+def study_parameters(study: Study, stage: str) -> dict[str, dict[str, str]]:
+    """What MLflow is told of the settings of each experiment that runs a stage."""
+    found = {}
+    for name, experiment in study.experiments.items():
+        if stage not in experiment.stages:
+            continue
+        source = study.pretrain_source(name) if stage != "pretrain" else None
+        seed = experiment.seeds[0]
+        made = study.stage_settings(source, seed, "pretrain").relevant() if source else None
+        found[name] = parameters(study.stage_settings(name, seed, stage).relevant(), made)
+    return found
+
+
 def _axis(metric: str) -> dict[str, str]:
     return {"key": metric, "type": "METRIC"}
 
 
-def tags(views: Sequence[View], description: str, experiment_id: str) -> dict[str, str]:
-    """Of the experiment: its views, and its description with a link to each."""
+def tags(views: Sequence[View], experiment_id: str) -> dict[str, str]:
+    """Of the experiment: its views, and a description with a link to each."""
     links = " · ".join(f"[{view.stage}]({page(experiment_id, view.name)})" for view in views)
     return {
         "mlflow.experimentKind": MACHINE_LEARNING,
-        "mlflow.note.content": "\n\n".join(part for part in (description, f"Runs of each stage: {links}") if part),
+        "mlflow.note.content": f"The runs of each stage: {links}",
     } | {f"{SHARED}{view.name}": json.dumps(view.state()) for view in views}
 
 
