@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= 2
+STUDY ?= config/config.yaml
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slow lint format reference bench docs install clean
+.PHONY: help demo ui test test-fast test-slow lint format reference bench docs install clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -15,6 +16,9 @@ help:  ## what there is
 demo: $(VENV)/.installed  ## install, run the whole DAG on embedded data, print the results
 	$(BIN)/snakemake all --cores $(CORES) --quiet rules host reason
 	@$(BIN)/python -m aps results
+
+ui: $(VENV)/.installed  ## MLflow's page of the demo's runs; STUDY=config/NAME.yaml: of another study's
+	$(BIN)/python -m aps ui --configfile $(STUDY)
 
 test: $(VENV)/.dev lint  ## install, check style and types, run every test but the slow ones
 	$(BIN)/python -m pytest -m "not slow" -n $(CORES)

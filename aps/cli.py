@@ -123,6 +123,12 @@ def parser() -> argparse.ArgumentParser:
     p = verb("results", _results, "print the table of a study's finished runs, where they lie and how to browse them")
     _study_options(p)
 
+    p = verb(
+        "ui", _ui, "show a study's runs in MLflow: start its server where there is none, and print the page's address"
+    )
+    p.add_argument("--port", type=int, default=5000, help="of the server that it starts (default: 5000)")
+    _study_options(p)
+
     p = verb("check", _check, "validate a study and list what it would run")
     _study_options(p)
 
@@ -215,7 +221,7 @@ def _runnable(text: str, args: argparse.Namespace) -> str:
 
 
 def _address(study: Study) -> str:
-    from aps.tracking import tracking_address
+    from aps.tracking.addresses import tracking_address
 
     return tracking_address(study.tracking_uri, study.results)
 
@@ -249,13 +255,14 @@ def _run_stage(stage: Stage) -> Callable[[argparse.Namespace], None]:
 def _job(stage: Stage, args: argparse.Namespace):  # type: ignore[no-untyped-def]  # StageJob, imported late
     from aps.layout import encoder_file, manifest_path, stage_folder, study_folder
     from aps.results import StageJob, saved_run
-    from aps.tracking import OFF
+    from aps.tracking.addresses import OFF
 
     if args.profile is not None and not stage.traced:
         traced = ", ".join(row.name for row in STAGES.values() if row.traced)
         raise UserError(f"--profile traces {traced}, not {stage.name}; leave it out")
     if args.settings is not None:
         settings, study_name, results = StageSettings.from_json(args.settings), args.study, args.results
+        description = ""
         folder = results / study_name
         encoder, tracking = args.encoder, args.tracking or os.environ.get("MLFLOW_TRACKING_URI", OFF)
         if settings.stage != stage.name:
@@ -267,8 +274,9 @@ def _job(stage: Stage, args: argparse.Namespace):  # type: ignore[no-untyped-def
         name = args.experiment or next(iter(study.experiments))
         seed = args.seed if args.seed is not None else study.experiment(name).seeds[0]
         settings, study_name, results = study.stage_settings(name, seed, stage.name), study.study, Path(study.results)
-        encoder, tracking = args.encoder, args.tracking or _address(study)
-        folder = study_folder(study)
+        address = _address(study)  # whatever is given, it may carry what the server wants to know
+        encoder, tracking = args.encoder, args.tracking or address
+        folder, description = study_folder(study), study.experiments[name].description
         if encoder is None and stage.encoder:
             encoder = encoder_file(study, name, seed)
             if not started_by_torchrun():
@@ -280,6 +288,7 @@ def _job(stage: Stage, args: argparse.Namespace):  # type: ignore[no-untyped-def
     return StageJob(
         settings=settings,
         study=study_name,
+        description=description,
         tracking=tracking,
         manifest=manifest,
         encoder=encoder,
@@ -330,16 +339,17 @@ def _report(args: argparse.Namespace) -> None:
     """Brings MLflow up to date and writes the report."""
     study = _load(args)
     from aps.findings import Findings
-    from aps.layout import report_folder, study_folder
+    from aps.layout import report_folder
     from aps.report import write_report
-    from aps.tracking import log_report, sync
+    from aps.tracking.syncing import log_report, sync
 
     address = _address(study)
-    sync(study_folder(study), address)
+    away = sync(study, address).away
     folder = args.out or report_folder(study)
     files, runs = write_report(study, folder, address)
     Findings(study).stamp_report(folder)
-    log_report(address, study.study, files)
+    if not away:
+        log_report(study, address, files)
     print(f"report on {len(runs)} of {len(study.jobs())} runs: {files[0]}, {files[1]}")
 
 
@@ -348,6 +358,13 @@ def _results(args: argparse.Namespace) -> None:
     from aps.report import terminal
 
     print(terminal(study, _address(study)))
+
+
+def _ui(args: argparse.Namespace) -> None:
+    study = _load(args)
+    from aps.tracking.browsing import show
+
+    show(study, _address(study), args.port)
 
 
 def _import_weights(args: argparse.Namespace) -> None:
@@ -404,14 +421,16 @@ def _estimate(args: argparse.Namespace) -> None:
 
 def _sync(args: argparse.Namespace) -> None:
     study = _load(args)
-    from aps.layout import study_folder
-    from aps.tracking import sync
+    from aps.tracking.syncing import sync
 
     address = _address(study)
-    sent, missing = sync(study_folder(study), address)
-    print(f"MLflow: {sent} runs brought up to date, {missing} could not be sent")
-    if missing:
-        raise UserError(f"MLflow at {address} did not take {missing} runs; start it and run `python -m aps sync` again")
+    found = sync(study, address)
+    print(f"MLflow: {found.sent} runs brought up to date, {found.missing} could not be sent")
+    if found.missing:
+        raise UserError(
+            f"MLflow at {address} did not take {found.missing} runs ({found.reason}); mend that and run "
+            "`python -m aps sync` again"
+        )
 
 
 def _gc(args: argparse.Namespace) -> None:

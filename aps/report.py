@@ -31,7 +31,7 @@ from aps.results import flatten
 from aps.seals import damage
 from aps.settings.study import ExperimentSettings, Study
 from aps.stages import STAGES
-from aps.tracking import OFF
+from aps.tracking.browsing import how_to_look
 
 Run = dict[str, Any]  # the content of a metrics.json
 
@@ -211,7 +211,7 @@ def terminal(study: Study, address: str) -> str:
             f"Report   {report / 'report.html'}" + ("" if (report / "report.html").exists() else " (not yet made)"),
             f"Table    {report / 'results.csv'}",
             f"Results  {study_folder(study)}/EXPERIMENT/seedN/STAGE/",
-            f"MLflow   {_browse(address)}",
+            f"MLflow   {how_to_look(study, address)}",
         ]
     )
 
@@ -224,19 +224,6 @@ def _reasons(table: Table) -> list[str]:
     lines = [f"  {finding.label}: {finding.problem}" for finding in stale[:REASONS]]
     more = [f"  and {len(stale) - REASONS} more"] if len(stale) > REASONS else []
     return ["", "Not this study's figures, so not shown (`snakemake all` makes them again):", *lines, *more]
-
-
-def _browse(uri: str) -> str:
-    if uri == OFF:
-        return "off (tracking_uri: none)"
-    if not uri.startswith("sqlite:///"):
-        return uri
-    path = Path(uri.removeprefix("sqlite:///"))
-    here = Path.cwd()
-    shown = path.relative_to(here) if path.is_relative_to(here) else path
-    program = Path(sys.executable).with_name("mlflow")
-    command = program.relative_to(here) if program.is_relative_to(here) else program.name
-    return f"{command} server --backend-store-uri sqlite:///{shown} --port 5000    then open http://127.0.0.1:5000"
 
 
 # --------------------------------------------------------------------------------------------------

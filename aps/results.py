@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import sys
 import time
-import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -30,15 +29,20 @@ from types import TracebackType
 from typing import Any
 
 from aps import __version__
-from aps.errors import UserError
+from aps.cost import Counts
+from aps.errors import Preempted, UserError
 from aps.files import read_json, remove, sha256, write_json
 from aps.journal import read_history
 from aps.layout import run_folder
 from aps.runtime.ranks import ranks
 from aps.seals import contents, damage, read_metrics, seal
 from aps.settings.study import StageSettings
+from aps.spent import spent
 from aps.stages import STAGES
-from aps.tracking import OFF, Tracker
+from aps.tracking.addresses import OFF, settled
+from aps.tracking.describing import About, command, describe, finals
+from aps.tracking.state import FAILED, KILLED, adopt
+from aps.tracking.tracker import Tracker, say_missing
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class StageJob:
     checkpoints: Path
     encoder: Path | None = None
     study: str = "study"
+    description: str = ""  # of the experiment
     tracking: str = OFF  # address of MLflow's server or store
     workers: int = 0  # decoding processes of each training process
     checkpoint_minutes: float = 10.0
@@ -155,21 +160,14 @@ def _track(job: StageJob, finished: Path, metrics: dict[str, Any]) -> dict[str, 
 
     Where another study or experiment made the run, it becomes a run of its own in this one's, which `sync` sends.
     """
-    kept, name = job.out / "tracking.json", run_name(job)
-    state = read_json(kept) if kept.exists() else {}
-    if (state.get("study"), state.get("name"), state.get("tags", {}).get("run")) != (job.study, name, metrics["key"]):
-        state = read_json(finished / "tracking.json")
-    if (state["study"], state["name"]) != (job.study, name):
-        state |= {"study": job.study, "name": name, "tags": state["tags"] | {"experiment": job.settings.experiment}}
-        state |= {"key": uuid.uuid4().hex, "run_id": None, "described": False, "sent": 0}
-    write_json(kept, state)
-    complete = state["uri"] == OFF or (state["run_id"] is not None and metrics["mlflow_complete"])
-    return {"mlflow_run_id": state["run_id"], "mlflow_complete": complete}
+    about = about_run(job, metrics, upstream_of(job.encoder))
+    state = adopt(job.out / "tracking.json", finished / "tracking.json", about, job.tracking)
+    return {"mlflow_run_id": state.run_id, "mlflow_complete": state.complete or settled(job.tracking) == OFF}
 
 
-def run_name(job: StageJob) -> str:
-    """What MLflow calls the run."""
-    return f"{job.settings.experiment}/seed{job.settings.seed}/{job.settings.stage}"
+def about_run(job: StageJob, metrics: dict[str, Any], made: dict[str, Any]) -> About:
+    """What MLflow is told of a run."""
+    return describe(metrics, job.study, made or None, job.description)
 
 
 @dataclass
@@ -191,25 +189,9 @@ class StageRun:
         fresh: dict[str, Any] = {"started": _now(), "seconds": 0.0}
         self._state = read_json(self._state_file) if self._state_file.exists() else fresh
         self._before = float(self._state["seconds"])
-        upstream = upstream_of(self.job.encoder)
-        self.tracker = Tracker(
-            address=self.job.tracking,
-            folder=self.job.checkpoints,
-            study=self.job.study,
-            name=run_name(self.job),
-            params=flatten(self.job.settings.relevant()),
-            tags={
-                "stage": self.job.settings.stage,
-                "experiment": self.job.settings.experiment,
-                "seed": str(self.job.settings.seed),
-                "dataset": self.job.settings.dataset_name,
-                "settings_digest": self.job.settings.digest,
-                "run": self.job.checkpoints.name,
-                "encoder": str(self.job.encoder_spec),
-                "results": str(self.job.out),
-            }
-            | ({"encoder_run_id": upstream["mlflow_run_id"]} if upstream.get("mlflow_run_id") else {}),
-        )
+        self._upstream = upstream_of(self.job.encoder)
+        about = about_run(self.job, self._known(), self._upstream)
+        self.tracker = Tracker(self.job.tracking, self.job.checkpoints, about)
         self.tracker.start()
         return self
 
@@ -254,9 +236,11 @@ class StageRun:
         self.journal.touch()
         self.save_clock()
         shutil.copyfile(self.journal, self.staging("history.jsonl"))
-        tracked = self.tracker.finish({k: v for k, v in metrics.items() if isinstance(v, int | float)}, self._figures)
+        described = self._report(metrics, extra)
+        tracked = self.tracker.finish(finals(described), self._figures)
         staged = self.staging("metrics.json").parent
-        metrics_file = self._report(metrics, extra, tracked) | {"files": contents(staged)}
+        described |= {"mlflow_run_id": self.tracker.run_id, "mlflow_complete": tracked}
+        metrics_file = described | {"files": contents(staged)}
         write_json(staged / "metrics.json", seal(metrics_file))
         shutil.copyfile(self.tracker.state_file, staged / "tracking.json")
         missing = [name for name in STAGES[self.job.settings.stage].files if not (staged / name).exists()]
@@ -269,46 +253,63 @@ class StageRun:
         for state in self.job.checkpoints.glob("state-*"):
             state.unlink()
         if not tracked:
-            print(
-                f"{self.job.label}: MLflow did not take everything; `python -m aps sync` sends it later",
-                file=sys.stderr,
-            )
+            say_missing(self.job.label, self.tracker.reason)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.writes:
             self.save_clock() if kind is not None else None
-            self.tracker.stop(failed=kind is not None)
+            stopped = kind is not None and issubclass(kind, Preempted | KeyboardInterrupt)
+            self.tracker.stop(None if kind is None else KILLED if stopped else FAILED)
 
-    def _report(self, metrics: dict[str, Any], extra: dict[str, Any], tracked: bool) -> dict[str, Any]:
-        settings = self.job.settings
-        manifest = read_json(self.job.manifest)
-        upstream = upstream_of(self.job.encoder)
+    def _known(self) -> dict[str, Any]:
+        """The part of metrics.json that is known from the start."""
+        settings, manifest = self.job.settings, read_json(self.job.manifest)
+        counts = {split: content["count"] for split, content in manifest.get("splits", {}).items()}
         return {
             "stage": settings.stage,
             "experiment": settings.experiment,
             "seed": settings.seed,
-            "metrics": metrics,
-            **extra,
             "settings": settings.relevant(),
             "settings_digest": settings.digest,
             "key": self.job.checkpoints.name,
-            "dataset": {"name": manifest["name"], "digest": manifest["digest"]},
+            "dataset": {"name": manifest["name"], "digest": manifest["digest"], "origin": manifest.get("origin"),
+                        "source": manifest.get("source"), "images": counts},
             "encoder": {
                 "source": str(self.job.encoder_spec),
                 "sha256": sha256(self.job.encoder) if self.job.encoder else None,
-                "settings_digest": upstream.get("settings_digest"),
-                "finished": upstream.get("finished"),
-                "mlflow_run_id": upstream.get("mlflow_run_id"),
+                "settings_digest": self._upstream.get("settings_digest"),
+                "finished": self._upstream.get("finished"),
+                "mlflow_run_id": self._upstream.get("mlflow_run_id"),
             },
             "started": self._state["started"],
-            "finished": _now(),
-            "wall_seconds": round(self._state["seconds"], 2),
-            "mlflow_run_id": self.tracker.run_id,
-            "mlflow_complete": tracked,
             **provenance(),
+        }  # fmt: skip
+
+    def _report(self, metrics: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        known, seconds = self._known(), round(self._state["seconds"], 2)
+        made = self._upstream.get("cost")
+        return {
+            "stage": known.pop("stage"),
+            "experiment": known.pop("experiment"),
+            "seed": known.pop("seed"),
+            "metrics": metrics,
+            **extra,
+            **known,
+            "finished": _now(),
+            "wall_seconds": seconds,
+            "cost": spent(self.job.settings, self._counts(), seconds, known["hardware"], made),
         }
+
+    def _counts(self) -> Counts | None:
+        """Of its dataset; None where the manifest does not say."""
+        manifest = read_json(self.job.manifest)
+        splits = manifest.get("splits", {})
+        test = splits.get("test") or splits.get("val")
+        if "train" not in splits or test is None:
+            return None
+        return Counts(splits["train"]["count"], test["count"], len(manifest["classes"]), 0.0)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -330,7 +331,7 @@ def provenance() -> dict[str, Any]:
     return {
         "version": __version__,
         "commit": _commit(),
-        "command": " ".join(["python -m aps", *sys.argv[1:2]]),
+        "command": command(),
         "hardware": hardware(),
         "packages": {"python": platform.python_version(), **packages},
     }

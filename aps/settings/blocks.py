@@ -166,6 +166,13 @@ class SamplingSettings(Section):
             raise ValueError(f"strategy '{value}' is unknown; {STRATEGIES.unknown(value)}")
         return value
 
+    @staticmethod
+    def unread(strategy: str) -> frozenset[str]:
+        """Keys that a strategy does not read."""
+        return frozenset(
+            {"random": ("gamma", "flip_aware"), "full": ("ratio", "gamma", "flip_aware")}.get(strategy, ())
+        )
+
 
 class PretrainSettings(Section):
     """What every method has; a method's own keys come with it (method.md, Pretraining recipe)."""

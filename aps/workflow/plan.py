@@ -36,7 +36,7 @@ from aps.settings.blocks import OwnDataset
 from aps.settings.reading import load_study, read_value
 from aps.settings.study import StageSettings, Study
 from aps.stages import STAGES
-from aps.tracking import tracking_address
+from aps.tracking.addresses import settled, tracking_address
 from aps.workflow.resources import check_resources, rule_resources, rule_threads, runs_here
 
 DEFAULT_STUDY = Path("config/config.yaml")
@@ -277,7 +277,9 @@ class Plan:
 
     def config_options(self) -> str:
         files = " ".join(shlex.quote(str(file)) for file in self._files)
-        pairs = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in self._overrides.items()]
+        address = self._overrides.get("tracking_uri")
+        given = self._overrides | ({"tracking_uri": settled(address)} if isinstance(address, str) else {})
+        pairs = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in given.items()]
         return f"--configfile {files}" + (f" --set {' '.join(pairs)}" if pairs else "")
 
 

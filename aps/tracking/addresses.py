@@ -1,0 +1,124 @@
+"""Where MLflow is, and what of that may be shown.
+
+An address may carry a user and a password, or a token. They go into this process's environment, where mlflow and the jobs
+that this process starts find them; whatever is stored, printed or put on a command line is `shown(address)`.
+
+It imports no mlflow: planning uses it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+OFF = "none"  # tracking_uri that turns MLflow off
+HTTP = ("http", "https")
+DATABASES = ("postgresql", "mysql", "mssql", "oracle")
+FULL = "APS_TRACKING_URI"  # a database's address with its password, for this process and its children
+
+_SECRET = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+_USER_INFORMATION = re.compile(r"(?<=://)[^\s'\"<>]*@")
+_LEAST_SECRET = 4  # letters; anything shorter would blot out innocent words
+
+
+def tracking_address(wanted: str | None, results: str | Path) -> str:
+    """MLFLOW_TRACKING_URI, else the address `wanted` by the study, else SQLite in its results folder; as `settled`."""
+    default = f"sqlite:///{Path(results).resolve() / 'mlflow.db'}"
+    return settled(os.environ.get("MLFLOW_TRACKING_URI") or wanted or default)
+
+
+def settled(address: str) -> str:
+    """The address as it may be shown: absolute, without user information, which goes into the environment."""
+    address = address.strip()
+    if address.lower() == OFF:
+        return OFF
+    scheme, rest = _split(address)
+    if scheme is None or scheme == "file":
+        path = unquote(rest.removeprefix("//localhost").removeprefix("//")) if scheme else rest
+        return Path(path).expanduser().resolve().as_uri()
+    if scheme == "sqlite":
+        return _absolute_database(address)
+    if scheme in HTTP:
+        _keep_credentials(rest)
+    elif _is_database(scheme) and shown(address) != address:
+        os.environ[FULL] = address
+    return shown(address)
+
+
+def shown(address: str) -> str:
+    """Without user information, and without the query and fragment, in which tokens travel."""
+    scheme, rest = _split(address)
+    if scheme in (None, "file", "sqlite"):
+        return address
+    rest = rest.removeprefix("//").rpartition("@")[2]
+    return f"{scheme}://{re.split('[?#]', rest)[0].rstrip('/')}"
+
+
+def full(address: str) -> str:
+    """What mlflow is given for a settled address: a database's password is in its address, so it is put back."""
+    kept = os.environ.get(FULL) or os.environ.get("MLFLOW_TRACKING_URI") or ""
+    scheme, _ = _split(address)
+    return kept if scheme and _is_database(scheme) and shown(kept) == address else address
+
+
+def scrubbed(text: str) -> str:
+    """`text` without user information of addresses and without the values of variables that hold secrets."""
+    text = _USER_INFORMATION.sub("", text)
+    for name, value in os.environ.items():
+        if _SECRET.search(name) and len(value) >= _LEAST_SECRET:
+            text = text.replace(value, "***")
+    return text
+
+
+def problem(address: str) -> str | None:
+    """Why MLflow cannot be at this address, whatever runs there; None where it can."""
+    scheme, rest = _split(address)
+    if scheme is None or scheme in (*HTTP, "file", "databricks", "databricks-uc", "uc") or _is_database(scheme):
+        return None
+    if scheme == "sqlite":
+        return "a database in memory ends with the process; name a file" if ":memory:" in rest or rest == "//" else None
+    advice = (
+        f"write http://{address}" if re.fullmatch(r"\d+(/.*)?", rest) else "write http://HOST:PORT or sqlite:///FILE"
+    )
+    return f"MLflow has no scheme '{scheme}'; {advice}"
+
+
+def database_file(address: str) -> Path | None:
+    """The file of a SQLite store."""
+    scheme, rest = _split(address)
+    return Path(rest.removeprefix("///").partition("?")[0]) if scheme == "sqlite" and rest.startswith("///") else None
+
+
+def _split(address: str) -> tuple[str | None, str]:
+    """Scheme in small letters, None where there is none, and what follows its colon."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", address, re.DOTALL)
+    return (match[1].lower(), match[2]) if match else (None, address)
+
+
+def _is_database(scheme: str) -> bool:
+    return scheme.partition("+")[0] in DATABASES
+
+
+def _absolute_database(address: str) -> str:
+    """sqlite:///x.db is relative to where the command runs; its jobs may run elsewhere."""
+    file = database_file(address)
+    if file is None or ":memory:" in address:
+        return address
+    query = address.partition("?")[2]
+    return f"sqlite:///{file.expanduser().resolve()}" + (f"?{query}" if query else "")
+
+
+def _keep_credentials(rest: str) -> None:
+    """A user and a password, or a token in the user's place, into the variables that mlflow reads."""
+    information, at, _ = rest.removeprefix("//").rpartition("@")
+    if not at:
+        return
+    user, colon, password = information.partition(":")
+    if colon:
+        os.environ |= {"MLFLOW_TRACKING_USERNAME": unquote(user), "MLFLOW_TRACKING_PASSWORD": unquote(password)}
+    elif os.environ.get("MLFLOW_TRACKING_PASSWORD"):
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(user)
+    else:
+        os.environ["MLFLOW_TRACKING_TOKEN"] = unquote(user)

@@ -1,0 +1,178 @@
+"""What MLflow's page opens with: for each stage a table of its runs by what differs, with scores and cost, and its plots.
+
+Design: MLflow keeps a view that people share as a tag of the experiment, and an address names it. These views are written
+there, so the first screen answers which setting is best and at what cost, over seeds, and no click is needed. A later
+MLflow that doesn't know the tag shows its ordinary table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from aps.settings.study import ExperimentSettings, Study
+from aps.stages import ROWS, Stage
+from aps.tracking.describing import EPOCH, metric_name, parameters, prefix
+
+SHARED = "mlflow.sharedViewState."
+MACHINE_LEARNING = "custom_model_development"  # else MLflow opens its pages for language models
+COSTS = ("cost/gpu_hours", "cost/seconds")
+COLUMNS = 5  # settings that differ; of more, a table shows the first
+
+
+@dataclass(frozen=True)
+class View:
+    """Of one stage's runs.
+
+    Attributes:
+        scores: headline metrics, by MLflow's names.
+        curves: metrics over the steps.
+        varied: parameters that differ between experiments.
+    """
+
+    stage: str
+    scores: tuple[str, ...]
+    curves: tuple[str, ...]
+    varied: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"aps-{prefix(self.stage)}"
+
+    def state(self) -> dict[str, Any]:
+        """As MLflow's page keeps it: what is searched, columns, groups, charts."""
+        metrics = [*self.scores, *(() if self.scores else self.curves[:1]), *COSTS]
+        varied = list(self.varied[:COLUMNS])
+        groups = [{"mode": "param", "groupByData": "experiment"}]
+        charts = [*self._charts(varied), *self._hidden()]
+        return {
+            "searchFilter": f"tags.stage = '{self.stage}'",
+            "orderByKey": f"metrics.`{metrics[0]}`",
+            "orderByAsc": not self.scores,
+            "selectedColumns": [
+                *(f"params.`{key}`" for key in ("seed", *varied)),
+                *(f"metrics.`{key}`" for key in metrics),
+            ],
+            "columnWidths": {"attributes.`Run Name`": 250, **{f"metrics.`{key}`": 150 for key in metrics}},
+            "groupBy": {"aggregateFunction": "average", "groupByKeys": groups},
+            "runsHiddenMode": "SHOW_ALL",
+            "useGroupedValuesInCharts": True,
+            "compareRunCharts": charts,
+            "compareRunSections": [
+                {
+                    "uuid": name,
+                    "name": name,
+                    "display": True,
+                    "isReordered": True,
+                    "deleted": False,
+                    "isGenerated": False,
+                }
+                for name in dict.fromkeys(chart["metricSectionId"] for chart in charts)
+            ],
+            "isAccordionReordered": True,
+        }
+
+    def _charts(self, varied: Sequence[str]) -> list[dict[str, Any]]:
+        section = prefix(self.stage)
+        axis = [key for key in varied if "." in key] or ["seed"]
+        shown = [self._chart("BAR", section, metricKey=key, displayName=key) for key in self.scores]
+        if self.scores:
+            shown.append(
+                self._chart(
+                    "SCATTER", section, xaxis=_axis(COSTS[1]), yaxis=_axis(self.scores[0]), runsCountToCompare=100
+                )
+            )
+            shown.append(
+                self._chart(
+                    "PARALLEL",
+                    section,
+                    selectedParams=axis,
+                    selectedMetrics=[self.scores[0], COSTS[1]],
+                    showAllRuns=True,
+                )
+            )
+        return shown + [
+            self._chart("LINE", section, metricKey=key, selectedMetricKeys=[key], displayName=key)
+            for key in self.curves
+        ]
+
+    def _hidden(self) -> list[dict[str, Any]]:
+        """The epoch is an axis to choose, not a plot."""
+        return [self._chart("LINE", "Model metrics", metricKey=EPOCH, displayName=EPOCH) | {"deleted": True}]
+
+    def _chart(self, kind: str, section: str, **more: Any) -> dict[str, Any]:
+        identity = hashlib.sha256(json.dumps([kind, section, more], sort_keys=True).encode()).hexdigest()[:16]
+        plain = {"runsCountToCompare": 30, "deleted": False, "isGenerated": False}
+        return {"type": kind, "uuid": identity, "metricSectionId": section} | plain | more
+
+
+def views_of(study: Study) -> list[View]:
+    """A view for each stage that the study runs, the evaluations first."""
+    found = []
+    for row in sorted(ROWS, key=lambda row: not row.scores):
+        ran = [e for e in study.experiments.values() if row.name in e.stages]
+        if not ran:
+            continue
+        scores = [metric_name(row.name, key) for key in headlines(row, ran[0])]
+        curves = [metric_name(row.name, curve.key) for curve in row.curves]
+        found.append(View(row.name, tuple(scores), tuple(curves), varying(study_parameters(study, row.name))))
+    return found
+
+
+def headlines(row: Stage, experiment: ExperimentSettings) -> list[str]:
+    """Keys of metrics.json that are a stage's scores; of a list of neighbours the preferred one comes first."""
+    found = []
+    for score in row.scores:
+        values = getattr(getattr(experiment, row.name), "k", None) or ()
+        ks = sorted(values, key=lambda k: k != score.prefer)
+        found += [score.metric.format(k=k) for k in ks] if "{k}" in score.metric else [score.metric]
+    return found
+
+
+def study_parameters(study: Study, stage: str) -> dict[str, dict[str, str]]:
+    """What MLflow is told of the settings of each experiment that runs a stage."""
+    found = {}
+    for name, experiment in study.experiments.items():
+        if stage not in experiment.stages:
+            continue
+        source = study.pretrain_source(name) if stage != "pretrain" else None
+        seed = experiment.seeds[0]
+        made = study.stage_settings(source, seed, "pretrain").relevant() if source else None
+        found[name] = parameters(study.stage_settings(name, seed, stage).relevant(), made)
+    return found
+
+
+def _axis(metric: str) -> dict[str, str]:
+    return {"key": metric, "type": "METRIC"}
+
+
+def tags(views: Sequence[View], experiment_id: str) -> dict[str, str]:
+    """Of the experiment: its views, and a description with a link to each."""
+    links = " · ".join(f"[{view.stage}]({page(experiment_id, view.name)})" for view in views)
+    return {
+        "mlflow.experimentKind": MACHINE_LEARNING,
+        "mlflow.note.content": f"The runs of each stage: {links}",
+    } | {f"{SHARED}{view.name}": json.dumps(view.state()) for view in views}
+
+
+def page(experiment_id: str, view: str | None = None) -> str:
+    """The fragment of MLflow's page with the runs of an experiment."""
+    shared = f"&viewStateShareKey={quote(view)}" if view else ""
+    return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning{shared}"
+
+
+def run_page(experiment_id: str, run_id: str) -> str:
+    return f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
+def varying(parameters: Mapping[str, Mapping[str, str]]) -> tuple[str, ...]:
+    """Parameters that differ between experiments, those of the pretraining first. parameters: by experiment."""
+    first = ("method", "sampling.", "pretrain.", "views.", "encoder.")
+    keys = dict.fromkeys(key for values in parameters.values() for key in values if key not in ("experiment", "seed"))
+    differing = [key for key in keys if len({values.get(key) for values in parameters.values()}) > 1]
+    rank = {key: next((i for i, start in enumerate(first) if key.startswith(start)), len(first)) for key in differing}
+    return tuple(sorted((key for key in differing if key != "pretrain.method"), key=rank.__getitem__))
