@@ -11,6 +11,7 @@ import argparse
 import errno
 import importlib
 import json
+import math
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ from aps.files import DISK_ERRORS
 from aps.runtime.ranks import ranks, started_by_torchrun
 from aps.settings.blocks import OwnDataset, SourceSettings
 from aps.settings.reading import load_study, parse_overrides
+from aps.settings.sentences import shown
 from aps.settings.study import StageSettings, Study
 from aps.stages import STAGES, Stage
 
@@ -98,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="folder for encoder.safetensors and heads.safetensors, or model.safetensors",
     )
-    p.add_argument("--attention-heads", type=int, help="heads of its encoder (default: of width 64)")
+    p.add_argument("--attention-heads", type=_number(1, 10_000), help="heads of its encoder (default: of width 64)")
 
     p = verb(
         "export",
@@ -110,10 +112,15 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("show-views", _show_views, "draw images of a dataset with their views, kept cells and coverage")
     p.add_argument("--out", type=Path, required=True, help="the .png file to write")
-    p.add_argument("--images", type=int, default=5, help="how many (default: 5)")
+    p.add_argument("--images", type=_number(1, 10_000), default=5, help="how many (default: 5)")
     p.add_argument("--experiment", help="the experiment whose settings to show (default: the study's first)")
     p.add_argument("--manifest", type=Path, help="manifest.json of another dataset than the experiment's")
-    p.add_argument("--seed", type=int, default=0, help="of the choice of images and of everything drawn (default: 0)")
+    p.add_argument(
+        "--seed",
+        type=_number(0, 2**64 - 1),
+        default=0,
+        help="of the choice of images and of everything drawn (default: 0)",
+    )
     _study_options(p)
 
     p = verb("report", _report, "tables and figures over the finished runs of a study")
@@ -126,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     p = verb(
         "ui", _ui, "show a study's runs in MLflow: start its server where there is none, and print the page's address"
     )
-    p.add_argument("--port", type=int, default=5000, help="of the server that it starts (default: 5000)")
+    p.add_argument("--port", type=_number(1, 65_535), default=5000, help="of the server that it starts (default: 5000)")
     _study_options(p)
 
     p = verb("check", _check, "validate a study and list what it would run")
@@ -158,6 +165,29 @@ def parser() -> argparse.ArgumentParser:
 # Options that several verbs have.
 
 
+def _number(least: int, most: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number in a range."""
+
+    def read(text: str) -> int:
+        try:
+            if least <= (value := int(text)) <= most:
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {least} to {most}; give one")
+
+    return read
+
+
+def _minutes(text: str) -> float:
+    try:
+        if 0 <= (value := float(text)) < math.inf:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{shown(text)} is no number of minutes from 0; give one, for example 10")
+
+
 def _study_options(p: argparse._ActionsContainer) -> None:
     p.add_argument(
         "--configfile", nargs="+", default=[DEFAULT_STUDY], metavar="YAML", help=f"study (default: {DEFAULT_STUDY})"
@@ -171,7 +201,7 @@ def _stage_options(p: argparse.ArgumentParser) -> None:
     people = p.add_argument_group("which run (people)")
     _study_options(people)
     people.add_argument("--experiment", help="an experiment of the study (default: its first)")
-    people.add_argument("--seed", type=int, help="one of the experiment's seeds (default: its first)")
+    people.add_argument("--seed", type=_number(0, 2**64 - 1), help="one of the experiment's seeds (default: its first)")
     rules = p.add_argument_group("which run (rules give all of it)")
     rules.add_argument("--settings", metavar="JSON", help="resolved settings of the stage, instead of a study")
     rules.add_argument("--study", default="study", help="name under which MLflow groups the runs (default: study)")
@@ -182,10 +212,14 @@ def _stage_options(p: argparse.ArgumentParser) -> None:
     rules.add_argument("--out", type=Path, help="folder for the results")
     how = p.add_argument_group("how to run it (changes no result)")
     how.add_argument("--again", action="store_true", help="start afresh, whatever is saved or finished")
-    how.add_argument("--processes", type=int, default=1, help="over all nodes, one a GPU, by torchrun (default: 1)")
-    how.add_argument("--nodes", type=int, default=1, help="of this Slurm job, by srun (default: 1)")
-    how.add_argument("--workers", type=int, default=0, help="image-decoding workers of each process (default: 0)")
-    how.add_argument("--checkpoint-minutes", type=float, default=10.0, help="between checkpoints (default: 10)")
+    how.add_argument(
+        "--processes", type=_number(1, 100_000), default=1, help="over all nodes, one a GPU, by torchrun (default: 1)"
+    )
+    how.add_argument("--nodes", type=_number(1, 10_000), default=1, help="of this Slurm job, by srun (default: 1)")
+    how.add_argument(
+        "--workers", type=_number(0, 10_000), default=0, help="image-decoding workers of each process (default: 0)"
+    )
+    how.add_argument("--checkpoint-minutes", type=_minutes, default=10.0, help="between checkpoints (default: 10)")
     traced = ", ".join(row.name for row in STAGES.values() if row.traced)
     how.add_argument(
         "--profile",
@@ -207,9 +241,13 @@ def _runnable(text: str, args: argparse.Namespace) -> str:
     """`text` with its commands such that they work as printed: on the study and settings of this command."""
     if not hasattr(args, "configfile") or getattr(args, "settings", None) is not None:
         return text
+    try:
+        overrides = parse_overrides(args.overrides)
+    except UserError:  # which is what the text says
+        return text
     study = f" --configfile {shlex.join(args.configfile)}" if args.configfile != [DEFAULT_STUDY] else ""
     for_us = f" --set {shlex.join(args.overrides)}" if args.overrides else ""
-    pairs = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in parse_overrides(args.overrides).items()]
+    pairs = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in overrides.items()]
     for_snakemake = f" --config {' '.join(pairs)}" if pairs else ""
 
     def complete(found: re.Match[str]) -> str:

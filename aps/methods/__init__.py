@@ -58,6 +58,7 @@ class Method:
         Views: the block `views`; a subclass has other default augmentations, or more keys.
         blocks: names of other shared blocks of settings that the method reads.
         evaluated: the name among `networks` of the encoder that is saved and evaluated.
+        least_images: that a part of a batch needs: 2 where it has BatchNorm or contrasts images with each other.
         drop_path: stochastic depth of the encoder's last block in training, rising linearly from 0 at the first.
     """
 
@@ -65,6 +66,7 @@ class Method:
     Views: ClassVar[type[ViewSettings]] = ViewSettings
     blocks: ClassVar[tuple[str, ...]] = ()
     evaluated: ClassVar[str] = "encoder"
+    least_images: ClassVar[int] = 1
     drop_path: float = 0.0
 
     def __init__(self, experiment: ExperimentSettings | StageSettings) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from aps.methods import F, Method, Sampled, collectives, heads, lazy, nn, torch
-from aps.settings.base import Positive, PositiveFloat
+from aps.settings.base import Positive, Temperature
 from aps.settings.blocks import PretrainSettings
 from aps.settings.study import ExperimentSettings
 
@@ -31,8 +31,10 @@ else:
 
 
 class APS(Method):
+    least_images = 2
+
     class Settings(PretrainSettings):
-        temperature: PositiveFloat = Field(0.1, description="tau of the contrastive loss")
+        temperature: Temperature = Field(0.1, description="tau of the contrastive loss")
         projector: tuple[Positive, Positive, Positive] = Field(
             (512, 512, 128), description="widths of its three layers"
         )

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 
 class BYOL(Method):
+    least_images = 2
+
     class Settings(PretrainSettings):
         epochs: Positive = Field(300, description="E; MoCo v3's with a ViT, and the paper's shorter one")
         batch_size: Positive = Field(4096, description="B, over all processes; section 3.2")

@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from aps.methods import F, Method, Sampled, collectives, lazy, nn, torch
-from aps.settings.base import Natural, NonNegative, Positive, PositiveFloat, Probability, Share, check_range
+from aps.settings.base import (
+    Natural,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Share,
+    Side,
+    Temperature,
+    check_range,
+)
 from aps.settings.blocks import PretrainSettings, ViewSettings
 from aps.settings.study import ExperimentSettings
 
@@ -45,8 +55,8 @@ class DINO(Method):
         )
         final_weight_decay: NonNegative = Field(0.4, description="at the end, along a cosine; section 3.2")
         momentum: Share = Field(0.996, description="of the teacher, rising to 1 as a cosine; section 3.1")
-        temperature: PositiveFloat = Field(0.1, description="the student's; section 3.2")
-        teacher_temperature: tuple[PositiveFloat, PositiveFloat] = Field(
+        temperature: Temperature = Field(0.1, description="the student's; section 3.2")
+        teacher_temperature: tuple[Temperature, Temperature] = Field(
             (0.04, 0.07), description="[first, last], the teacher's, rising linearly; section 3.2"
         )
         teacher_warmup_epochs: Natural = Field(30, description="of the teacher's temperature; section 3.2")
@@ -69,7 +79,7 @@ class DINO(Method):
         local_scale: tuple[PositiveFloat, PositiveFloat] = Field(
             (0.05, 0.4), description="[low, high] share of the image's area in a small crop; the release's"
         )
-        local_size: Positive | None = Field(
+        local_size: Side | None = Field(
             None,
             description="side of a small crop, pixels; null: the multiple of P nearest to 3/7 of S, the paper's 96 of 224",
         )

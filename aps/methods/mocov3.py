@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from aps.methods import F, Method, Sampled, collectives, heads, nn, torch
-from aps.settings.base import Natural, NonNegative, Positive, PositiveFloat, Share
+from aps.settings.base import Natural, NonNegative, Positive, PositiveFloat, Share, Temperature
 from aps.settings.blocks import PretrainSettings
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 class MoCoV3(Method):
+    least_images = 2
+
     class Settings(PretrainSettings):
         epochs: Positive = Field(300, description="E; section 5")
         batch_size: Positive = Field(4096, description="B, over all processes; section 4.1")
@@ -30,7 +32,7 @@ class MoCoV3(Method):
         warmup_epochs: Natural = Field(40, description="of the learning rate; section 4.1")
         schedule: Literal["release", "cosine"] = Field("cosine", description="section 4.1")
         weight_decay: NonNegative = Field(0.1, description="AdamW's, on all parameters; section 4.1")
-        temperature: PositiveFloat = Field(0.2, description="tau; the release's for ViT-S and ViT-B")
+        temperature: Temperature = Field(0.2, description="tau; the release's for ViT-S and ViT-B")
         momentum: Share = Field(0.99, description="of the moving average, rising to 1 as a cosine; the release's")
         projector: tuple[Positive, Positive, Positive] = Field(
             (4096, 4096, 256), description="widths of its three layers; section 4"

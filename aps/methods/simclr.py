@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from aps.methods import F, Method, Sampled, collectives, heads, nn, torch
-from aps.settings.base import Natural, NonNegative, Positive, PositiveFloat
+from aps.settings.base import Natural, NonNegative, Positive, PositiveFloat, Temperature
 from aps.settings.blocks import PretrainSettings
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 class SimCLR(Method):
+    least_images = 2
+
     class Settings(PretrainSettings):
         epochs: Positive = Field(300, description="E; MoCo v3's with a ViT")
         batch_size: Positive = Field(4096, description="B, over all processes; the paper's, sections 2.2 and 5.2")
@@ -32,7 +34,7 @@ class SimCLR(Method):
         warmup_epochs: Natural = Field(40, description="of the learning rate; MoCo v3's with a ViT")
         schedule: Literal["release", "cosine"] = Field("cosine", description="the paper's, section 2.2")
         weight_decay: NonNegative = Field(0.1, description="AdamW's, on all parameters; MoCo v3's with a ViT")
-        temperature: PositiveFloat = Field(0.1, description="tau; table 5 (0.5 on CIFAR-10, section B.9)")
+        temperature: Temperature = Field(0.1, description="tau; table 5 (0.5 on CIFAR-10, section B.9)")
         projector: tuple[Positive, Positive] = Field(
             (2048, 128), description="widths of its two layers; section 2.1, its hidden layer as wide as a ResNet-50"
         )

@@ -12,9 +12,13 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Temperature = Annotated[float, Field(ge=1e-3, le=100)]  # of a softmax in float32: beyond, all of one or none of any
+Seed = Annotated[int, Field(ge=0, lt=2**64)]  # as torch takes it
+Side = Annotated[int, Field(gt=0, le=8192)]  # of an image, pixels
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
-NAME = r"[A-Za-z0-9][\w.-]*"  # of what becomes a folder
+NAME_LETTERS = 100  # a file's name may have 255 bytes, and temporary ones are longer
+NAME = rf"[A-Za-z0-9][\w.-]{{0,{NAME_LETTERS - 1}}}"  # of what becomes a folder
 
 
 class Section(BaseModel):
@@ -34,6 +38,12 @@ class Section(BaseModel):
             for key, inner in value.items()
             if inner is not None or key not in blocks
         }
+
+
+def check_distinct(key: str, values: tuple[Any, ...]) -> None:
+    """Raises ValueError where a value is there twice."""
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"{key} lists {twice[0]} twice; remove one")
 
 
 def check_range(key: str, pair: tuple[float, float]) -> None:

@@ -26,10 +26,14 @@ from aps.settings.base import (
     Probability,
     Section,
     Share,
+    Side,
+    Temperature,
     check_crop,
+    check_distinct,
     check_range,
 )
 
+MOST_CELLS = 65_536  # of an image: attention is quadratic in them
 RAND_AUGMENT = r"^rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?)*$"
 
 
@@ -76,7 +80,7 @@ class EncoderSettings(Section):
     arch: str = Field(
         "tiny", description="width, depth and heads by name (`aps/models/archs.py`): micro, tiny, small, base"
     )
-    image_size: Positive = Field(32, description="S, pixels")
+    image_size: Side = Field(32, description="S, pixels")
     patch_size: Positive = Field(2, description="P, pixels; divides S")
     dim: Positive | None = Field(None, description="width, instead of the arch's")
     depth: Positive | None = Field(None, description="blocks, instead of the arch's")
@@ -104,6 +108,11 @@ class EncoderSettings(Section):
             raise ValueError(f"arch '{self.arch}' is unknown; {ARCHS.unknown(self.arch)}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.grid**2 > MOST_CELLS:
+            raise ValueError(
+                f"image_size {self.image_size} and patch_size {self.patch_size} make {self.grid**2:,} cells of an image, above "
+                f"{MOST_CELLS:,}; lower image_size or raise patch_size"
+            )
         if not re.fullmatch(r"pretrain|random|experiment:[\w.-]+|timm:[\w.-]+|.*\.safetensors", self.weights):
             raise ValueError(
                 f"weights '{self.weights}' is not one of pretrain, random, experiment:NAME, timm:NAME, FILE.safetensors"
@@ -237,6 +246,14 @@ class FinetuneSettings(Section):
     compile: bool = Field(False, description="torch.compile")
     dataset: StageDataset = None
 
+    @model_validator(mode="after")
+    def _check(self) -> FinetuneSettings:
+        if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
+            raise ValueError(
+                f"batch_size {self.batch_size} is odd, and mixup pairs the images; make it even, or set mixup and cutmix to 0"
+            )
+        return self
+
 
 class LinearProbeSettings(Section):
     """Linear probing (method.md, Linear probe and kNN): all learning rates are heads trained in one pass."""
@@ -261,6 +278,11 @@ class LinearProbeSettings(Section):
     @model_validator(mode="after")
     def _check(self) -> LinearProbeSettings:
         check_crop(self.crop_scale)
+        check_distinct("lrs", self.lrs)
+        if self.batch_norm and self.batch_size < 2:
+            raise ValueError(
+                "batch_size 1 has no statistics for batch_norm; raise batch_size, or set batch_norm: false"
+            )
         return self
 
 
@@ -268,9 +290,14 @@ class KnnSettings(Section):
     k: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
         (10, 20, 100, 200), description="numbers of neighbours; each gives a figure"
     )
-    temperature: PositiveFloat = Field(0.07, description="of the votes")
+    temperature: Temperature = Field(0.07, description="of the votes")
     precision: Precision = Field("auto", description="as in pretrain")
     dataset: StageDataset = None
+
+    @model_validator(mode="after")
+    def _check(self) -> KnnSettings:
+        check_distinct("k", self.k)
+        return self
 
 
 class DetectionSettings(Section):
@@ -281,7 +308,7 @@ class DetectionSettings(Section):
 
     engine: str = Field("torchvision", description="a file of `aps/detection/engines`: torchvision, detectron2")
     dataset: str = Field("digits_coco", description="detection dataset")
-    image_size: Positive = Field(1024, description="longest side of a test image, side of a training crop, pixels")
+    image_size: Side = Field(1024, description="longest side of a test image, side of a training crop, pixels")
     iterations: Positive = Field(184375, description="optimizer steps")
     batch_size: Positive = Field(64, description="over all processes")
     lr: PositiveFloat = Field(1e-4, description="as given, whatever the batch")
@@ -317,6 +344,12 @@ class DetectionSettings(Section):
     flip: Probability = Field(0.5, description="probability")
     precision: Precision = Field("auto", description="as in pretrain")
     evaluate_every: Natural = Field(0, description="iterations; 0: only at the end")
+
+    @model_validator(mode="after")
+    def _check(self) -> DetectionSettings:
+        check_distinct("global_blocks", self.global_blocks)
+        check_distinct("pyramid_scales", self.pyramid_scales)
+        return self
 
 
 def minutes(value: Any) -> Any:

@@ -7,6 +7,8 @@ from aps.registry import CHECKS, DATASETS, DETECTION_DATASETS, METHODS, nearest,
 from aps.settings.study import ExperimentSettings, Study
 from aps.stages import STAGES
 
+MONITOR_LEAST = 10  # images of which kNN monitoring holds out a tenth
+
 
 def check(study: Study, where: str) -> None:
     """Raises UserError where the study names what is not there, or a component can't be built of its settings."""
@@ -23,9 +25,10 @@ def check(study: Study, where: str) -> None:
         prefix = f"{where}: experiment '{name}':"
         for stage in e.stages:
             _check_dataset(study, e, stage, prefix)
+            _check_limit(e, stage, prefix)
         components = [resolve(path) for path in (*CHECKS, *(STAGES[stage].check for stage in e.stages)) if path]
         if "pretrain" in e.stages:
-            components.append(METHODS.load(e.pretrain.method).check)
+            components += [_check_parts, METHODS.load(e.pretrain.method).check]
         for component in components:
             try:
                 component(e)
@@ -82,4 +85,43 @@ def _check_dataset(study: Study, e: ExperimentSettings, stage: str, prefix: str)
     if not row.detects and name in study.datasets and e.dataset_settings(stage).statistics == "published":
         raise UserError(
             f"{prefix} {key} '{name}' is your own, so it has no published statistics; set {key}.statistics: measured"
+        )
+
+
+def _check_parts(e: ExperimentSettings) -> None:
+    """Raises ValueError where a part of a pretraining batch is too small for its method, whatever the processes."""
+    batch, parts, least = e.pretrain.batch_size, e.pretrain.accumulate, METHODS.load(e.pretrain.method).least_images
+    if batch % parts:
+        raise ValueError(f"pretrain.accumulate {parts} does not divide pretrain.batch_size {batch}; change either")
+    if batch // parts < least:
+        cut = f" cut by pretrain.accumulate {parts}" if parts > 1 else ""
+        raise ValueError(
+            f"pretrain.batch_size {batch}{cut} leaves a step {batch // parts} image, and {e.pretrain.method} needs at least "
+            f"{least} (it compares images, or takes their statistics); raise pretrain.batch_size"
+            + (" or lower pretrain.accumulate" if parts > 1 else "")
+        )
+
+
+def _check_limit(e: ExperimentSettings, stage: str, prefix: str) -> None:
+    """Raises UserError where a stage's `train_limit` leaves too few images for its batch, holdout or monitoring."""
+    limit = None if STAGES[stage].detects else e.dataset_settings(stage).train_limit
+    if limit is None:
+        return
+    block = getattr(e, stage)
+    key = f"{stage}.dataset" if getattr(block, "dataset", None) is not None else "dataset"
+    share, batch = getattr(block, "holdout", 0.0), getattr(block, "batch_size", None)
+    held = round(limit * share)
+    if share and not held:
+        raise UserError(
+            f"{prefix} {stage}.holdout {share} of {key}.train_limit {limit} keeps no image aside; raise either"
+        )
+    if batch is not None and batch > limit - held:
+        less = f" less the {held} held out" if held else ""
+        raise UserError(
+            f"{prefix} {stage}.batch_size {batch} exceeds {key}.train_limit {limit}{less}; lower the batch or raise the limit"
+        )
+    if stage == "pretrain" and e.pretrain.knn_every and limit < MONITOR_LEAST:
+        raise UserError(
+            f"{prefix} {key}.train_limit {limit} leaves pretrain.knn_every none to hold out; raise it to {MONITOR_LEAST} at "
+            "least, or set pretrain.knn_every: 0"
         )

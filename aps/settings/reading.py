@@ -16,12 +16,13 @@ from pydantic import ValidationError
 
 from aps.errors import UserError
 from aps.registry import nearest
-from aps.settings.base import NAME
+from aps.settings.base import NAME, NAME_LETTERS
 from aps.settings.blocks import name_only
 from aps.settings.checks import check
 from aps.settings.sentences import sentence, shown
 from aps.settings.study import Study, StudySettings, experiment_model, method_of
 
+DEEPEST = 50  # blocks within blocks of YAML; a study has five
 RESERVED_NAMES = (
     "data",
     "report",
@@ -58,6 +59,8 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"--set {pair}: write KEY=VALUE, for example --set defaults.pretrain.epochs=10")
         nested = read_value(text, f"--set {pair}")
+        if key.count(".") > DEEPEST:
+            raise UserError(_too_deep(f"--set {shown(pair)}"))
         for part in reversed(key.split(".")):
             nested = {part: nested}
         result = _merge(result, nested)
@@ -67,9 +70,30 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 def read_value(text: str, where: str) -> Any:
     """One value as a study's file would have it. Raises UserError where it is not YAML."""
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(_too_deep(where)) from None
+    except ValueError as error:  # a date that is none, a number of more digits than Python reads
+        raise UserError(f"{where}: not valid YAML: {error}; correct the value, or quote it if it is text") from None
+    if _depth_exceeds(value, DEEPEST):
+        raise UserError(_too_deep(where))
+    return value
+
+
+def _too_deep(where: str) -> str:
+    return f"{where}: blocks are nested more than {DEEPEST} deep, or hold themselves; write a study's keys only"
+
+
+def _depth_exceeds(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        inner = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)]
+        level = list({id(x): x for values in inner for x in values}.values())  # an alias counts once
+        if not level:
+            return False
+    return True
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -203,7 +227,7 @@ def _validate(raw: dict[str, Any], where: str) -> Study:
     for name in experiments:
         if not re.fullmatch(NAME, name, re.ASCII) or name in RESERVED_NAMES:
             raise UserError(
-                f"{where}: experiment name '{name}' can't be used as a folder; use letters, digits, _ . - and none of {', '.join(RESERVED_NAMES)}"
+                f"{where}: experiment name '{name if len(name) <= 60 else name[:57] + '...'}' can't be used as a folder; use at most {NAME_LETTERS} letters, digits, _ . - and none of {', '.join(RESERVED_NAMES)}"
             )
     defaults = raw.get("defaults") or {}
     resolved = {}

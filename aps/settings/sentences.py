@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from aps.registry import nearest
+from aps.settings.base import NAME_LETTERS
 
 
 def sentence(where: str, prefix: str, error: ValidationError, model: type[BaseModel]) -> str:
@@ -44,7 +45,10 @@ WORDS = (
     (r"a valid string", "text"),
     (r"a valid boolean", "true or false"),
     (r"a valid integer", "a whole number"),
-    (r"should match pattern '\^\[A-Za-z0-9\].*", "should be letters, digits, _ . and -, because it becomes a folder"),
+    (
+        r"should match pattern '\^\[A-Za-z0-9\].*",
+        f"should be at most {NAME_LETTERS} letters, digits, _ . and -, because it becomes a folder",
+    ),
     (r" after validation", ""),
 )
 

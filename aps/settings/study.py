@@ -20,7 +20,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, create_model, field
 
 from aps.errors import UserError
 from aps.registry import DATASETS, DETECTION_DATASETS, METHODS, nearest
-from aps.settings.base import NAME, Natural, Section
+from aps.settings.base import NAME, Section, Seed, check_distinct
 from aps.settings.blocks import (
     DatasetSettings,
     EncoderSettings,
@@ -73,9 +73,7 @@ class ExperimentSettings(Blocks):
         None, description="another experiment, whose keys are laid under this one's (but `description` and `published`)"
     )
     description: str = Field("", description="for the report")
-    seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = Field(
-        (0,), description="every stage runs once for each"
-    )
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = Field((0,), description="every stage runs once for each")
     stages: tuple[Stage, ...] = Field(("pretrain", "finetune", "linear_probe", "knn"), description="which stages run")
     published: str | None = Field(
         None, description="entry of `published.yaml` that this experiment repeats, shown beside it in the report"
@@ -90,10 +88,8 @@ class ExperimentSettings(Blocks):
 
     @model_validator(mode="after")
     def _check(self) -> ExperimentSettings:
-        for key in ("seeds", "stages"):
-            given = getattr(self, key)
-            if twice := [value for value in given if given.count(value) > 1]:
-                raise ValueError(f"{key} lists {twice[0]} twice; remove one")
+        check_distinct("seeds", self.seeds)
+        check_distinct("stages", self.stages)
         if "pretrain" in self.stages and self.encoder.weights != "pretrain":
             raise ValueError(
                 f"encoder.weights is '{self.encoder.weights}' but stages lists pretrain; "
@@ -125,7 +121,7 @@ class StudySettings(Section):
         (),
         description="studies laid under this one, paths relative to this file; their `defaults` reach their own experiments only",
     )
-    results: Annotated[str, Field(pattern=r"^[^{}~\s]+$")] = Field(
+    results: Annotated[str, Field(pattern=r"^[^{}~\s\x00-\x1f]+$")] = Field(
         "results", description="folder of everything that is written"
     )
     tracking_uri: str | None = Field(
@@ -149,7 +145,7 @@ class StageSettings(Blocks):
 
     stage: Stage
     experiment: str
-    seed: Natural
+    seed: Seed
     upstream: str | None = None  # digest of the pretraining it starts from, so that it reruns with it
     dataset: DatasetSettings = DatasetSettings(name="")
 
@@ -180,8 +176,10 @@ class StageSettings(Blocks):
         """Raises UserError where the text is not what `to_json` writes."""
         try:
             raw = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"--settings: not valid JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"--settings: not valid JSON: {error}; give what a rule gives, or a study instead"
+            ) from None
         try:
             return stage_model(method_of(raw)).model_validate_json(text)
         except ValidationError as error:

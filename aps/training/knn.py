@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aps.data.load import ArraySplit, FileSplit, load_split
+from aps.errors import UserError
 from aps.models.encoder import Encoder
 from aps.models.weights import check_finite, load_encoder
 from aps.results import StageJob, StageRun
@@ -100,6 +101,10 @@ def monitor(
     few = split.select(order)
     found = features(encoder, few, normalization, distributed, Precision("auto", distributed.device), label="kNN")
     held = len(order) // 10
+    if not held:
+        raise UserError(
+            f"pretrain.knn_every holds out a tenth of {len(order)} train images, which is none; set pretrain.knn_every: 0"
+        )
     accuracy = knn_accuracy(
         found[held:], few.labels[held:], found[:held], few.labels[:held], (MONITOR_K,), MONITOR_TEMPERATURE
     )

@@ -36,7 +36,7 @@ WHOLE: dict[str, Any] = {
             "description": "the method",
             "seeds": [0, 1],
             "stages": list(STAGES),
-            "dataset": {"train_limit": 100, "statistics": "published"},
+            "dataset": {"train_limit": 1000, "statistics": "published"},
             "encoder": {"arch": "micro", "image_size": 16, "patch_size": 4, "dim": 24, "depth": 3, "heads": 3},
             "views": {"crop_scale": [0.2, 0.9], "color_jitter": [0.1, 0.2, 0.3, 0.4], "blur": [1.0, 0.1]},
             "sampling": {"strategy": "random", "ratio": 0.5, "samplings": 2, "gamma": 2, "flip_aware": False},
@@ -139,12 +139,12 @@ def test_defaults_lie_under_every_experiment_and_a_parent_under_its_child(tmp_pa
 @given(st.permutations(range(5)))
 def test_inheritance_does_not_depend_on_the_order_in_the_file(order: list[int]) -> None:
     chain: dict[str, dict[str, Any]] = {
-        f"e{n}": {"inherits": f"e{n - 1}", "pretrain": {("epochs", "batch_size")[n % 2]: n}} for n in range(1, 5)
+        f"e{n}": {"inherits": f"e{n - 1}", "pretrain": {("epochs", "batch_size")[n % 2]: n + 1}} for n in range(1, 5)
     }
     chain["e0"] = {"dataset": "digits", "pretrain": {"lr": 0.5}}
     study = load_study([], {"experiments": {f"e{n}": chain[f"e{n}"] for n in order}})
     last = study.experiment("e4").pretrain
-    assert (last.lr, last.epochs, last.batch_size) == (0.5, 4, 3)
+    assert (last.lr, last.epochs, last.batch_size) == (0.5, 5, 4)
 
 
 def test_later_files_and_overrides_are_laid_over_earlier_ones(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "include that is not there": ("include: [a.yaml]", "a.yaml: cannot be read (No such file or directory)"),
     "include of itself": ("include: [study.yaml]", "study.yaml: includes itself through study.yaml"),
     "results that are a pattern": ({**one(), "results": "out/{x}"}, 'results = "out/{x}": should match'),
-    "study that is no folder": ({**one(), "study": "a/b"}, 'study = "a/b": should be letters, digits, _ . and -'),
+    "study that is no folder": ({**one(), "study": "a/b"}, 'study = "a/b": should be at most 100 letters, digits, _ . and -'),
 }  # fmt: skip
 
 
@@ -507,7 +507,7 @@ EVERY_BASE = {("base", stage) for stage in STAGES} | {("taken", "finetune")}
         ("pretrain.epochs", 6, EVERY_BASE),  # and not the floor, which has random weights
         ("sampling.gamma", 1.0, EVERY_BASE),
         ("views.flip", 0.1, EVERY_BASE),
-        ("dataset.train_limit", 50, {*EVERY_BASE, ("floor", "knn")}),
+        ("dataset.train_limit", 900, {*EVERY_BASE, ("floor", "knn")}),
         ("encoder.qkv_bias", True, {*EVERY_BASE, ("floor", "knn")}),
         ("description", "other", set()),
         ("published", "cifar10-tiny-1600", set()),
