@@ -57,7 +57,8 @@ lock:  ## uv.lock, and constraints.txt from it (needs uv); LOCK=--upgrade takes 
 	uv lock $(LOCK)
 	{ echo '# The versions this release was tested with, for pip --constraint. `make lock` writes them from uv.lock.'; \
 	uv export --quiet --frozen --no-hashes --no-emit-project --no-annotate --no-header --all-extras --no-extra detectron2 | \
-	sed "s/ ; sys_platform == 'darwin' or sys_platform == 'linux'$$//"; } > constraints.txt
+	awk -F ' ; ' '{ line[NR] = $$0; pin[NR] = $$1; split($$1, part, "=="); name[NR] = part[1]; times[part[1]]++ } \
+	END { for (i = 1; i <= NR; i++) print (times[name[i]] > 1) ? line[i] : pin[i] }'; } > constraints.txt
 
 install: $(VENV)/.installed  ## the environment alone, in .venv
 
