@@ -142,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _study_options(p: argparse._ActionsContainer) -> None:
     p.add_argument(
-        "--configfile", nargs="+", default=[DEFAULT_STUDY], metavar="YAML", help=f"study (default: {DEFAULT_STUDY})"
+        "--configfile", nargs="*", default=[DEFAULT_STUDY], metavar="YAML", help=f"study (default: {DEFAULT_STUDY})"
     )
     p.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="lay settings over the study"
@@ -281,7 +281,7 @@ def _data(args: argparse.Namespace) -> None:
     from aps.data.prepare import prepare
     from aps.layout import manifest_path
 
-    if args.source is None and args.out is not None and not Path(args.configfile[0]).exists():
+    if args.out is not None and not any(Path(file).exists() for file in args.configfile):
         source, folder = SourceSettings(), args.out
     else:
         study = _load(args)
