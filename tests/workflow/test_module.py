@@ -6,14 +6,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from snakemake.common.configfile import load_configfile
 from tiny_study import STUDY, put
 
+from aps.cli import parser
+from aps.settings.reading import load_study, parse_overrides
 from aps.workflow.plan import Plan
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +58,7 @@ def test_another_workflow_uses_it_as_a_module_under_a_prefix(outer: Path) -> Non
     run = snakemake(outer, "--cores", "2", "table", "shell")
     assert run.returncode == 0, run.stdout
     assert len((outer / "table.csv").read_text().splitlines()) == 3  # a head and two runs
-    metrics = json.loads((outer / "vision/results/aps/seed0/knn/metrics.json").read_text())
+    metrics = json.loads((outer / "vision/results/mine/aps/seed0/knn/metrics.json").read_text())
     assert metrics["metrics"]
     assert (outer / "vision/results/mlflow.db").exists()
     assert not (outer / "results").exists()
@@ -76,20 +81,19 @@ def test_a_wrong_setting_of_a_module_is_one_sentence(outer: Path) -> None:
     assert "unknown key 'knn.kk'; did you mean 'knn.k'?" in run.stdout and "Traceback" not in run.stdout
 
 
-def test_the_demo_is_the_same_study_as_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Snakemake reads 6e-3 as text, YAML's merge keys otherwise than we do not at all."""
+def test_the_demo_is_the_same_study_as_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snakemake's own YAML takes 6e-3 for text."""
     monkeypatch.chdir(ROOT)
-    from snakemake.common.configfile import load_configfile
-
-    class Workflow:
-        class deployment_settings:  # noqa: N801
-            deployment_method: frozenset[str] = frozenset()
-
-        class modifier:  # noqa: N801
-            is_main_snakefile = staticmethod(lambda: False)
-
-    module = Plan.of(Workflow, load_configfile("config/config.yaml"))
-    assert module.study == Plan.load(["config/config.yaml"], {}).study
+    paths = SimpleNamespace(replace_prefix=lambda path: f"vision/{path}")
+    modifier = SimpleNamespace(is_main_snakefile=lambda: False, path_modifier=paths)
+    settings = SimpleNamespace(deployment_method=frozenset())
+    workflow = SimpleNamespace(modifier=modifier, deployment_settings=settings, is_main_process=False)
+    module = Plan.of(workflow, load_configfile("config/config.yaml"))
+    demo = Plan.load(["config/config.yaml"], {}).study
+    assert module.written == demo
+    assert module.study == demo.model_copy(update={"results": "vision/results"})
+    args = parser().parse_args(["check", *shlex.split(module.config_options())])
+    assert load_study(args.configfile, parse_overrides(args.overrides)) == module.study, "a job reads another study"
 
 
 def test_it_runs_in_any_working_directory(tmp_path: Path) -> None:
@@ -97,9 +101,8 @@ def test_it_runs_in_any_working_directory(tmp_path: Path) -> None:
     assert "pretrain_encoder" in snakemake(tmp_path, "-n", "--quiet", "rules", "--snakefile", str(SNAKEFILE)).stdout
     (tmp_path / "config").mkdir()
     (tmp_path / "config/config.yaml").write_text(yaml.safe_dump(SMALL))
-    run = snakemake(tmp_path, "knn", "--cores", "2", "--snakefile", str(SNAKEFILE))
-    assert run.returncode == 0, run.stdout
-    assert (tmp_path / "results/aps/seed0/knn/metrics.json").exists()
+    run = snakemake(tmp_path, "results/tiny/aps/seed0/knn/metrics.json", "-n", "--snakefile", str(SNAKEFILE))
+    assert run.returncode == 0 and "knn_encoder" in run.stdout, run.stdout
 
 
 @pytest.mark.parametrize("snakefile", ["Snakefile", "workflow/Snakefile"])
@@ -135,7 +138,7 @@ def test_snakedeploy_deploys_it(tmp_path: Path) -> None:
     (there / "config/config.yaml").write_text(yaml.safe_dump(SMALL))
     run = snakemake(there, "all", "--cores", "2")
     assert run.returncode == 0, run.stdout
-    assert (there / "results/report/tiny/report.html").exists()
+    assert (there / "results/tiny/report/report.html").exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -157,6 +160,7 @@ os.execvp(words[at + 1], words[at + 1 :])
 """
 
 
+@pytest.mark.slow
 def test_jobs_run_in_the_studys_container(tmp_path: Path) -> None:
     inside, outside = tmp_path / "inside", tmp_path / "bin"
     inside.mkdir()
@@ -178,7 +182,7 @@ def test_jobs_run_in_the_studys_container(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout
     asked = (tmp_path / "asked").read_text().splitlines()
     assert len(asked) == 3 and all("--nv --bind /data" in line and line.endswith("mine.sif") for line in asked), asked
-    assert "the container's" in (tmp_path / "results/logs/aps/seed0/knn.log").read_text()
+    assert "the container's" in (tmp_path / "results/tiny/logs/aps/seed0/knn.log").read_text()
 
 
 def test_the_conda_environment_is_python_alone_and_gets_the_tested_versions(tmp_path: Path) -> None:
