@@ -2,7 +2,7 @@
 #
 #   docker build --tag aps .                                     NVIDIA GPUs, and CPUs
 #   docker build --tag aps:cpu --build-arg TORCH_INDEX=URL .     CPUs alone, small: URL is PyTorch's index of CPU builds
-#   docker run --rm --gpus all --shm-size 8g --volume "$PWD":/work aps snakemake --snakefile /opt/aps/Snakefile all --cores 4
+#   docker run --rm --gpus all --shm-size 8g --volume "$PWD":/work aps snakemake --snakefile /opt/aps/workflow/Snakefile all --cores 4
 ARG BASE=debian:12-slim
 
 FROM ${BASE} AS build
@@ -17,7 +17,6 @@ RUN mkdir aps && touch aps/__init__.py \
     && python3 -m venv .venv \
     && if [ -n "${TORCH_INDEX}" ]; then .venv/bin/pip install --no-cache-dir --constraint constraints.txt --index-url "${TORCH_INDEX}" torch torchvision; fi \
     && .venv/bin/pip install --no-cache-dir --constraint constraints.txt --editable .
-COPY Snakefile ./
 COPY aps aps
 COPY config config
 COPY workflow workflow

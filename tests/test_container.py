@@ -128,7 +128,7 @@ def test_the_steps_of_the_dockerfile_make_an_environment_that_plans_a_study(tmp_
     for command in (
         "python -m aps --version",
         "python -m aps --help",
-        f"snakemake -s {tmp_path}/opt/aps/Snakefile -n --quiet",
+        f"snakemake -s {tmp_path}/opt/aps/workflow/Snakefile -n --quiet",
     ):
         run = subprocess.run(["sh", "-euc", command], cwd=here, env=own, capture_output=True, text=True)
         assert run.returncode == 0, f"{command}\n{run.stdout}{run.stderr}"
