@@ -46,12 +46,11 @@ bench: $(VENV)/.dev  ## every benchmark (benchmarks/README.md)
 	$(BIN)/python -m benchmarks
 
 docs: $(VENV)/.dev  ## the documentation as a site, in site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo 'site/index.html is its first page; $(BIN)/mkdocs serve shows it while you write'
 
-pictures: demo  ## redraw the pictures of the DAG and of the demo in docs/images (needs graphviz)
-	$(BIN)/snakemake --rulegraph 2>/dev/null | dot -Tpng -Gdpi=80 -o docs/images/dag.png
-	cp results/report/demo/scores.png docs/images/scores.png
+pictures: demo  ## redraw docs/images from the demo: the DAG, its scores, report and MLflow (needs graphviz, chromium)
+	$(BIN)/python docs/pictures.py
 
 lock:  ## uv.lock, and constraints.txt from it (needs uv); LOCK=--upgrade takes newer versions
 	uv lock $(LOCK)
