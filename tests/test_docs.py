@@ -27,15 +27,15 @@ import yaml
 from PIL import Image
 
 from aps.cli import parser
-from aps.settings import load_study
-from aps.workflow.plan import JOB_RULES, Plan
+from aps.settings.reading import load_study
+from aps.workflow.plan import RULE_OF_TARGET, Plan
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("docs/*.md"), *map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md", "config/README.md"))])
 # What a shell block may hold besides our own commands, and why these are not run: they need another machine, a person, or
 # change this one.
 ELSEWHERE = {"ssh", "cd", "git", "cp", "tmux", "source", "pip", "mlflow", "docker", "apptainer", "#"}
-TARGETS = {"all", "report", *JOB_RULES}
+TARGETS = {"all", "report", *RULE_OF_TARGET}
 WALKED = ["tutorial.md", "own-images.md", "mlflow.md", "sweep.md", "ablation.md"]  # given as they are printed
 
 
@@ -103,6 +103,12 @@ def test_a_block_that_another_test_runs_is_named_there() -> None:
     assert elsewhere
     for block in elsewhere:
         assert block.page.name in (ROOT / block.run_by).read_text(), f"{block} is not run by {block.run_by}"
+
+
+@pytest.mark.parametrize("block", of("python"), ids=str)
+def test_a_block_of_python_is_on_a_page_that_is_walked(block: Block) -> None:
+    compile(block.text, str(block), "exec")
+    assert block.page.name in WALKED, f"{block}: add the page to WALKED, or say which test runs it"
 
 
 @pytest.mark.parametrize("block", of("yaml"), ids=str)
