@@ -160,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _study_options(p: argparse._ActionsContainer) -> None:
     p.add_argument(
-        "--configfile", nargs="+", default=[DEFAULT_STUDY], metavar="YAML", help=f"study (default: {DEFAULT_STUDY})"
+        "--configfile", nargs="*", default=[DEFAULT_STUDY], metavar="YAML", help=f"study (default: {DEFAULT_STUDY})"
     )
     p.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="lay settings over the study"
@@ -320,7 +320,11 @@ def _data(args: argparse.Namespace) -> None:
     from aps.layout import manifest_path
 
     given = args.source is not None or args.entry is not None
-    study = None if args.out is not None and (given or not Path(args.configfile[0]).exists()) else _load(args)
+    study = (
+        None
+        if args.out is not None and (given or not any(Path(file).exists() for file in args.configfile))
+        else _load(args)
+    )
     folder = args.out or manifest_path(study.results if study else "results", args.name).parent
     source = study.source(args.name) if study else SourceSettings()
     if args.entry is not None:

@@ -23,7 +23,7 @@ from aps.registry import nearest
 from aps.settings.blocks import SourceSettings
 from aps.settings.study import Study
 from aps.stages import STAGES
-from aps.tracking import OFF
+from aps.tracking.addresses import OFF
 from aps.workflow.resources import check_resources
 
 # What MLflow takes before the `:` of an address; databases with a driver too, as in mysql+pymysql.
