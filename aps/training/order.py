@@ -17,7 +17,7 @@ from aps.errors import UserError
 from aps.runtime.processes import Distributed
 
 # Independent streams of random numbers of one seed.
-ORDER, VIEWS, SAMPLING, STEP, IMAGE, HOLDOUT = range(6)
+ORDER, VIEWS, SAMPLING, STEP, IMAGE, HOLDOUT, NOISE = range(7)
 
 
 def seed_of(seed: int, stream: int, *position: int) -> int:
