@@ -71,13 +71,19 @@ class Parameters(NamedTuple):
     boxes: Tensor  # (B, 4) int64: top, left, height, width of the crop; of `pad` in the padded picture
     flips: Tensor  # (B,) bool
     program: Program
-    erased: Tensor  # (B, 4) int64: top, left, height, width; height 0: nothing is erased
+    erased: Tensor | None  # (B, 4) int64: top, left, height, width; height 0: nothing is erased
     mix: Mix | None
 
     def rows(self, rows: slice) -> Parameters:
         """Those of some images of the batch, but for `erased`: `erase` needs all of them."""
         program = Program(*(field[:, rows] for field in self.program))
         return self._replace(boxes=self.boxes[rows], flips=self.flips[rows], program=program)
+
+
+def joined(parts: list[Parameters]) -> tuple[Tensor, Tensor, Program]:
+    """Boxes, flips and programs of several batches, one after another."""
+    program = Program(*(torch.cat(field, 1) for field in zip(*(part.program for part in parts), strict=True)))
+    return torch.cat([part.boxes for part in parts]), torch.cat([part.flips for part in parts]), program
 
 
 # --------------------------------------------------------------------------------------------------
@@ -152,10 +158,10 @@ class Draw:
         operators = torch.where(skipped > self._probability, NONE, self._operators[chosen])
         return Program(operators, values.clamp(least, greatest), linear >= 0.5)
 
-    def erased(self, batch: int, generator: torch.Generator) -> Tensor:
+    def erased(self, batch: int, generator: torch.Generator) -> Tensor | None:
         """(B, 4) int64; boxes of timm's RandomErasing, one for each image that it hits."""
         if not self.settings.erasing:
-            return torch.zeros(batch, 4, dtype=torch.int64)
+            return None
         hit = torch.rand(batch, 1, generator=generator) < self.settings.erasing
         area, aspect, down, right = torch.rand(4, batch, TRIES, generator=generator, dtype=torch.float64)
         area = (ERASED_AREA[0] + (ERASED_AREA[1] - ERASED_AREA[0]) * area) * self.size**2
@@ -230,10 +236,15 @@ SCALES = {
 # Crops
 
 
-def on_device(parameters: Parameters, device: torch.device) -> tuple[Tensor, Tensor]:
+def on_device(boxes: Tensor, flips: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Boxes (B, 4) int64 and flips (B,) bool there, in one transfer that waits for nothing."""
-    table = _send(torch.cat([parameters.boxes, parameters.flips[:, None]], 1), device)
+    table = _send(torch.cat([boxes, flips[:, None]], 1), device)
     return table[:, :4], table[:, 4] > 0
+
+
+def flip(images: Tensor, flips: Tensor) -> Tensor:
+    """Mirrored where `flips`, (B,) bool, says so."""
+    return torch.where(flips[:, None, None, None], images.flip(3), images)
 
 
 def padding(size: int) -> int:

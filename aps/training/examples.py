@@ -25,6 +25,9 @@ from aps.training.distributed import Distributed
 from aps.training.features import Normalization
 from aps.training.order import IMAGE, NOISE, VIEWS, KeyedLoader, Order, seeded
 
+# Pixels of the images made at once, several batches of small ones: what is done once for all costs each less.
+TOGETHER = 2**20
+
 
 class Examples(NamedTuple):
     """A batch of one process."""
@@ -71,7 +74,9 @@ class AugmentedExamples:
         self._order = Order(rows, settings.batch_size, seed, distributed, "finetune")
         self.batches = self._order.batches
         self._draw = augment.Draw(settings, size)
-        self._crop = augment.resized_crop if settings.crop == "resized" else augment.pad_crop
+        self._pads = settings.crop == "pad"
+        self._crop = augment.pad_crop if self._pads else augment.resized_crop
+        self._together = max(1, TOGETHER * distributed.world // (settings.batch_size * size**2))
         self._mean, self._std = (torch.tensor(x, device=device).view(3, 1, 1) for x in normalization)
         self._fill = (255 * self._mean).round().flatten()  # moves let the mean colour in, as timm's do
         self._labels = split.labels.to(device)
@@ -84,30 +89,36 @@ class AugmentedExamples:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Examples]:
         """Batches `first`, `first`+1, ... of an epoch, this process's rows of each."""
-        device, own = self.distributed.device, self.distributed.rows(self.settings.batch_size)
         rows = self._order.epoch(epoch)
         loaded = self._loader.epoch(epoch, rows[first:]) if self._loader is not None else None
-        rows = rows.to(device)
+        rows = rows.to(self.distributed.device)
+        for start in range(first, self.batches, self._together):
+            batches = range(start, min(start + self._together, self.batches))
+            yield from self._several(epoch, batches, rows[start : batches.stop], loaded)
+
+    def _several(self, epoch: int, batches: range, rows: Tensor, loaded: Iterator[Tensor] | None) -> Iterator[Examples]:
+        """rows: (batches, B) indices of images."""
+        device, own = self.distributed.device, self.distributed.rows(self.settings.batch_size)
         height, width = (self.size, self.size) if self._array is None else self._array.shape[2:]
-        for batch in range(first, self.batches):
-            drawn = self._draw(self.settings.batch_size, height, width, seeded(self.seed, VIEWS, epoch, batch))
-            parameters = drawn.rows(own)
-            boxes, flips = augment.on_device(parameters, device)
-            if loaded is None:
-                assert self._array is not None
-                images = self._crop(self._array[rows[batch]], boxes, flips, self.size)
-            else:
-                images = next(loaded).to(device, non_blocking=True)
-                if self.settings.crop == "pad":
-                    images = augment.pad_crop(images, boxes, flips, self.size)
-                else:
-                    images = torch.where(flips[:, None, None, None], images.flip(3), images)
-            images = augment.run_program(images, parameters.program, self._fill)
-            x = images.float().div_(255).sub_(self._mean).div_(self._std)
-            x = augment.erase(x, drawn.erased, own, seeded(self.seed, NOISE, epoch, batch, device=device))
-            labels = self._labels[rows[batch]]
-            targets = augment.soft_targets(labels, self.classes, self.settings.label_smoothing, drawn.mix)
-            yield Examples(augment.mix_images(x, drawn.mix), targets, labels)
+        generators = [seeded(self.seed, VIEWS, epoch, batch) for batch in batches]
+        drawn = [self._draw(self.settings.batch_size, height, width, generator) for generator in generators]
+        boxes, flips, program = augment.joined([parameters.rows(own) for parameters in drawn])
+        boxes, flips = augment.on_device(boxes, flips, device)
+        if loaded is None:
+            assert self._array is not None
+            images = self._crop(self._array[rows.flatten()], boxes, flips, self.size)
+        else:
+            images = torch.cat([next(loaded) for _ in batches]).to(device, non_blocking=True)
+            images = augment.pad_crop(images, boxes, flips, self.size) if self._pads else augment.flip(images, flips)
+        images = augment.run_program(images, program, self._fill)
+        normalized = images.float().div_(255).sub_(self._mean).div_(self._std)
+        for batch, x, parameters, row in zip(batches, normalized.chunk(len(batches)), drawn, rows, strict=True):
+            if parameters.erased is not None:
+                noise = seeded(self.seed, NOISE, epoch, batch, device=device)
+                x = augment.erase(x, parameters.erased, own, noise)
+            labels = self._labels[row]
+            targets = augment.soft_targets(labels, self.classes, self.settings.label_smoothing, parameters.mix)
+            yield Examples(augment.mix_images(x, parameters.mix), targets, labels)
 
 
 class _Decoded(Dataset):

@@ -366,6 +366,7 @@ def test_erased_boxes_are_drawn_as_timm_draws_them() -> None:
             top, left = int(rows[0]), int(columns[0])
             theirs.append((top, left, int(rows[-1]) + 1 - top, int(columns[-1]) + 1 - left))
     boxes = Draw(FinetuneSettings(erasing=0.6), size).erased(images, generator(15))
+    assert boxes is not None
     ours = boxes[boxes[:, 2] > 0].tolist()
     assert stats.chi2_contingency([[len(x), images - len(x)] for x in (ours, theirs)]).pvalue > 1e-4
     for column in range(4):
@@ -379,6 +380,7 @@ def test_erased_boxes_are_drawn_as_timm_draws_them() -> None:
 def test_a_box_is_filled_with_normal_noise_and_nothing_else_changes() -> None:
     x = torch.full((400, 3, 16, 16), 9.0)
     boxes = Draw(FinetuneSettings(erasing=0.7), 16).erased(400, generator(16))
+    assert boxes is not None
     erased = augment.erase(x.clone(), boxes, slice(0, 400), generator(17))
     noise = []
     for i, (top, left, height, width) in enumerate(boxes.tolist()):

@@ -16,6 +16,7 @@ from aps.config import FinetuneSettings
 from aps.data.load import ArraySplit, FileSplit
 from aps.errors import UserError
 from aps.training import augment
+from aps.training import examples as module
 from aps.training.distributed import Distributed
 from aps.training.examples import AugmentedExamples, Examples
 
@@ -104,6 +105,15 @@ def test_an_epoch_goes_on_from_its_middle_with_the_same_batches(tmp_path: Path) 
         other, again = list(found.epoch(1)), list(examples(split, seed=1).epoch(2))
         assert not any(torch.equal(a.images, b.images) for a, b in zip(whole, other, strict=True))
         assert not any(torch.equal(a.images, b.images) for a, b in zip(whole, again, strict=True))
+
+
+def test_how_many_batches_are_made_at_once_changes_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for split in (arrays(), files(tmp_path)):
+        at_once = list(examples(split).epoch(0))
+        for pixels in (2 * 8 * 16**2, 1):
+            monkeypatch.setattr(module, "TOGETHER", pixels)
+            assert all(same(a, b) for a, b in zip(at_once, examples(split).epoch(0), strict=True))
+        monkeypatch.undo()
 
 
 def test_batches_do_not_depend_on_the_global_generators() -> None:
