@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from aps.config import FinetuneSettings
 from aps.data.load import ArraySplit
-from aps.training.distributed import processes
+from aps.runtime.memory import keep_memory
+from aps.runtime.processes import processes
+from aps.settings.blocks import FinetuneSettings
 from aps.training.examples import AugmentedExamples
-from aps.training.memory import keep_memory
 from benchmarks.common import arguments, compare, plot, row, write
 from benchmarks.ordinary import OrdinaryExamples, finished
 

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from aps.config import FinetuneSettings
+from aps.settings.blocks import FinetuneSettings
 
 Box = tuple[int, int, int, int]  # top, left, height, width in source pixels
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from aps.config import FinetuneSettings
 from aps.data.load import ArraySplit, FileSplit
 from aps.errors import UserError
+from aps.runtime.processes import Distributed
+from aps.settings.blocks import FinetuneSettings
 from aps.training import augment
-from aps.training.distributed import Distributed
 from aps.training.features import Normalization
 from aps.training.order import IMAGE, NOISE, VIEWS, KeyedLoader, Order, seeded
 

@@ -20,7 +20,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms.v2 import ColorJitter, functional
 
-from aps.config import FinetuneSettings
+from aps.settings.blocks import FinetuneSettings
 from aps.training import augment
 from aps.training.augment import BLENDS, MOVES, NONE, OPERATORS, SCALES, TABLES, Draw, Mix, Program
 

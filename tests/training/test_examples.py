@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aps.config import FinetuneSettings
 from aps.data.load import ArraySplit, FileSplit
 from aps.errors import UserError
+from aps.runtime.processes import Distributed
+from aps.settings.blocks import FinetuneSettings
 from aps.training import augment
 from aps.training import examples as module
-from aps.training.distributed import Distributed
 from aps.training.examples import AugmentedExamples, Examples
 
 NORMALIZATION = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
