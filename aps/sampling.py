@@ -133,7 +133,7 @@ def least(values: Tensor, kept: int) -> Tensor:
     keys = bits.long().bitwise_left_shift_(32).bitwise_or_(torch.arange(bits.shape[-1])).numpy()
     if 2 * kept <= keys.shape[-1]:  # then it pays to set the least apart before they are sorted
         keys.partition(kept - 1, axis=-1)
-    keys = keys[..., :kept] if 2 * kept <= keys.shape[-1] else keys
+        keys = keys[..., :kept]
     keys.sort(axis=-1)
     return torch.from_numpy(keys)[..., :kept].bitwise_and(0xFFFFFFFF)
 
