@@ -34,6 +34,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from aps.runtime.ahead import send
 from aps.settings.blocks import FinetuneSettings, ViewSettings
 from aps.views import draw_boxes
 
@@ -238,7 +239,7 @@ SCALES = {
 
 def on_device(boxes: Tensor, flips: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Boxes (B, 4) int64 and flips (B,) bool there, in one transfer that waits for nothing."""
-    table = _send(torch.cat([boxes, flips[:, None]], 1), device)
+    table = send(torch.cat([boxes, flips[:, None]], 1), device)
     return table[:, :4], table[:, 4] > 0
 
 
@@ -327,7 +328,7 @@ def run_program(images: Tensor, program: Program, fill: Tensor) -> Tensor:
     places = order.argsort(1)  # of each image in a layer's order
     before = torch.cat([torch.arange(batch)[None], places[:-1]]).gather(1, order)  # from one layer's order to the next
     table = torch.stack([before.double(), places.double(), program.values.gather(1, order)])
-    table = _send(table, images.device)
+    table = send(table, images.device)
     steps, back, values = table[0].long(), table[1, -1].long(), table[2]
     for layer in range(layers):
         images = images.index_select(0, steps[layer])  # a copy, which the layer overwrites
@@ -545,7 +546,7 @@ def erase(x: Tensor, boxes: Tensor, own: slice, generator: torch.Generator) -> T
         return x
     values = 3 * boxes[:, 2] * boxes[:, 3]  # of noise for each image
     noise = torch.randn(int(values.sum()), generator=generator, device=x.device)[int(values[: own.start].sum()) :]
-    table = _send(torch.cat([boxes[mine], mine[:, None] - own.start], 1), x.device)
+    table = send(torch.cat([boxes[mine], mine[:, None] - own.start], 1), x.device)
     top, left, height, width, rows = table.unbind(1)
     inside = _within(top, height, x.shape[2])[:, None, :, None] & _within(left, width, x.shape[3])[:, None, None, :]
     x[rows] = x[rows].masked_scatter_(inside.expand(-1, 3, -1, -1), noise)
@@ -578,10 +579,3 @@ def soft_targets(labels: Tensor, classes: int, smoothing: float, mix: Mix | None
         return targets
     other = targets.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return targets * mix.share + other * (1 - mix.share)
-
-
-def _send(table: Tensor, device: torch.device | str) -> Tensor:
-    """To the device without waiting for it: a copy from pageable memory would."""
-    if torch.device(device).type == "cuda":
-        table = table.pin_memory()
-    return table.to(device, non_blocking=True)

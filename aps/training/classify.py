@@ -33,7 +33,7 @@ def accuracy(
     normalization: Normalization,
     distributed: Distributed,
     precision: Precision,
-    workers: int = 0,
+    workers: int | None = None,
 ) -> Tensor:
     """Top-1 in percent over the whole split, the work shared among processes.
 

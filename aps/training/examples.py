@@ -1,7 +1,8 @@
 """Batches of augmented, labelled images for finetuning, the same ones however many processes share them.
 
 Images that fit in memory live on the training device as uint8 and nothing is done for one image at a time. Image files
-are decoded and cut to size by workers; the rest is batched on the device too.
+are decoded and cut to size by workers; the rest is batched on the device too. On a GPU the next batch is made on a stream
+of its own while the current one trains.
 
 Everything random is a function of (seed, epoch, batch) or (seed, epoch, image), so nothing has to be saved to go on
 from the middle of an epoch.
@@ -19,6 +20,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 
 from aps.data.load import ArraySplit, FileSplit
 from aps.errors import UserError
+from aps.runtime.ahead import ahead
 from aps.runtime.processes import Distributed
 from aps.settings.blocks import FinetuneSettings
 from aps.training import augment
@@ -46,7 +48,7 @@ class AugmentedExamples:
         size: S, side of an image in pixels.
         classes: C.
         normalization: mean and std, each of 3 channels in [0, 1] units.
-        workers: decoding processes for image files.
+        workers: decoding processes for image files; None: as many as cores.
 
     Raises:
         UserError: the batch exceeds the images or does not divide among the processes, or into pairs where images are mixed.
@@ -62,7 +64,7 @@ class AugmentedExamples:
         normalization: Normalization,
         seed: int,
         distributed: Distributed,
-        workers: int = 0,
+        workers: int | None = None,
     ) -> None:
         self.settings, self.size, self.classes, self.seed = settings, size, classes, seed
         self.distributed, device = distributed, distributed.device
@@ -89,6 +91,9 @@ class AugmentedExamples:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Examples]:
         """Batches `first`, `first`+1, ... of an epoch, this process's rows of each."""
+        return ahead(self._epoch(epoch, first), self.distributed.device)
+
+    def _epoch(self, epoch: int, first: int) -> Iterator[Examples]:
         rows = self._order.epoch(epoch)
         loaded = self._loader.epoch(epoch, rows[first:]) if self._loader is not None else None
         rows = rows.to(self.distributed.device)

@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional
 from aps.data.load import ArraySplit, FileSplit
 from aps.models.encoder import Encoder
 from aps.progress import Progress
+from aps.runtime.cores import decoding_workers
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed
 
@@ -45,14 +46,16 @@ def centred(image: Tensor, size: int) -> Tensor:
 
 
 def images_of(
-    split: ArraySplit | FileSplit, size: int, device: torch.device, rows: range, workers: int = 0
+    split: ArraySplit | FileSplit, size: int, device: torch.device, rows: range, workers: int | None = None
 ) -> Iterator[Tensor]:
     """Batches (B, 3, S, S) in [0, 1] on the device, in the order of `rows`."""
     if isinstance(split, ArraySplit):
         for start in range(rows.start, rows.stop, BATCH):
             yield resized(split.images[start : min(start + BATCH, rows.stop)].to(device), size)
     else:
-        loader = DataLoader(_Centred(split, size, rows), BATCH, num_workers=workers, pin_memory=device.type == "cuda")
+        loader = DataLoader(
+            _Centred(split, size, rows), BATCH, num_workers=decoding_workers(workers), pin_memory=device.type == "cuda"
+        )
         for batch in loader:
             yield batch.to(device, non_blocking=True).float() / 255
 
@@ -75,7 +78,7 @@ def features(
     normalization: Normalization,
     distributed: Distributed,
     precision: Precision,
-    workers: int = 0,
+    workers: int | None = None,
     label: str = "features",
 ) -> Tensor:
     """(M, D) float32 of every image, on every process; processes share the work in contiguous parts."""

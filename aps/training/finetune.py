@@ -200,7 +200,7 @@ class Finetuner:
             self.ema.update(self.model)
         return torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
 
-    def accuracy(self, model: nn.Module, split: ArraySplit | FileSplit, workers: int) -> float:
+    def accuracy(self, model: nn.Module, split: ArraySplit | FileSplit, workers: int | None) -> float:
         """Top-1 in percent, in eval mode."""
         training = model.training
         model.eval()
