@@ -68,13 +68,13 @@ class AugmentedExamples:
     ) -> None:
         self.settings, self.size, self.classes, self.seed = settings, size, classes, seed
         self.distributed, device = distributed, distributed.device
+        self._order = Order(rows, settings.batch_size, seed, distributed, "finetune")
+        self.batches = self._order.batches
         if (settings.mixup or settings.cutmix) and settings.batch_size // distributed.world % 2:
             raise UserError(
                 f"finetune.batch_size {settings.batch_size} gives each of the {distributed.world} processes an odd number "
                 "of images, and mixup pairs them; make it even, or set finetune.mixup and finetune.cutmix to 0"
             )
-        self._order = Order(rows, settings.batch_size, seed, distributed, "finetune")
-        self.batches = self._order.batches
         self._draw = augment.Draw(settings, size)
         self._pads = settings.crop == "pad"
         self._crop = augment.pad_crop if self._pads else augment.resized_crop
