@@ -7,6 +7,7 @@ expression over all pairs of cells. For finetuning a worker makes an image, timm
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -98,10 +99,14 @@ class OrdinaryPairs(Dataset):
 
 
 class OrdinaryExamples(Dataset):
-    """images: (M, H, W, 3) uint8, labels: (M,) -> image (3, S, S) uint8, label; the finetuning recipe up to RandAugment."""
+    """images: (M, H, W, 3) uint8, labels: (M,) -> image (3, S, S) uint8, label; the finetuning recipe up to RandAugment.
 
-    def __init__(self, images: np.ndarray, labels: Tensor, settings: FinetuneSettings, size: int) -> None:
-        self.images, self.labels = images, labels
+    seeded: each image's random numbers are its own, so that a run that is interrupted goes on with the same images, as ours
+    does; all three generators that the transforms draw from are seeded for it.
+    """
+
+    def __init__(self, images: np.ndarray, labels: Tensor, settings: FinetuneSettings, size: int, seeded: bool) -> None:
+        self.images, self.labels, self.seeded = images, labels, seeded
         steps: list[Callable] = []
         if images.shape[1:3] != (size, size):
             steps += [transforms.Resize([size, size])]
@@ -118,6 +123,11 @@ class OrdinaryExamples(Dataset):
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        if self.seeded:
+            seed = int(np.random.SeedSequence((0, i)).generate_state(1)[0])
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
         return self.transform(Image.fromarray(self.images[i])), self.labels[i]
 
 

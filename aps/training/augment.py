@@ -163,8 +163,8 @@ class Draw:
         """(B, 4) int64; boxes of timm's RandomErasing, one for each image that it hits."""
         if not self.settings.erasing:
             return None
-        hit = torch.rand(batch, 1, generator=generator) < self.settings.erasing
-        area, aspect, down, right = torch.rand(4, batch, TRIES, generator=generator, dtype=torch.float64)
+        hit = (torch.rand(batch, generator=generator) < self.settings.erasing).nonzero()[:, 0]
+        area, aspect, down, right = torch.rand(4, batch, TRIES, generator=generator, dtype=torch.float64)[:, hit]
         area = (ERASED_AREA[0] + (ERASED_AREA[1] - ERASED_AREA[0]) * area) * self.size**2
         narrow, wide = (math.log(x) for x in ERASED_ASPECT)
         aspect = torch.exp(narrow + (wide - narrow) * aspect)
@@ -172,8 +172,8 @@ class Draw:
         fits = (height < self.size) & (width < self.size)
         top, left = (down * (self.size - height + 1)).floor(), (right * (self.size - width + 1)).floor()
         first = (fits * torch.arange(TRIES, 0, -1)).argmax(1)
-        boxes = torch.stack([top, left, height, width], 2)[torch.arange(batch), first].long()
-        return boxes * (hit & fits.any(1, keepdim=True))
+        boxes = torch.stack([top, left, height, width], 2)[torch.arange(len(hit)), first].long()
+        return torch.zeros(batch, 4, dtype=torch.int64).index_copy_(0, hit, boxes * fits.any(1, keepdim=True))
 
     def mix(self, generator: torch.Generator) -> Mix | None:
         """Of the whole batch; None: its images stay apart."""

@@ -116,8 +116,8 @@ class AugmentedExamples:
             images = torch.cat([next(loaded) for _ in batches]).to(device, non_blocking=True)
             images = augment.pad_crop(images, boxes, flips, self.size) if self._pads else augment.flip(images, flips)
         images = augment.run_program(images, program, self._fill)
-        normalized = images.float().div_(255).sub_(self._mean).div_(self._std)
-        for batch, x, parameters, row in zip(batches, normalized.chunk(len(batches)), drawn, rows, strict=True):
+        for batch, pixels, parameters, row in zip(batches, images.chunk(len(batches)), drawn, rows, strict=True):
+            x = pixels.float().div_(255).sub_(self._mean).div_(self._std)
             if parameters.erased is not None:
                 noise = seeded(self.seed, NOISE, epoch, batch, device=device)
                 x = augment.erase(x, parameters.erased, own, noise)
