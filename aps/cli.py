@@ -184,7 +184,9 @@ def _stage_options(p: argparse.ArgumentParser) -> None:
     how.add_argument("--again", action="store_true", help="start afresh, whatever is saved or finished")
     how.add_argument("--processes", type=int, default=1, help="over all nodes, one a GPU, by torchrun (default: 1)")
     how.add_argument("--nodes", type=int, default=1, help="of this Slurm job, by srun (default: 1)")
-    how.add_argument("--workers", type=int, default=0, help="image-decoding workers of each process (default: 0)")
+    how.add_argument(
+        "--workers", type=int, help="image-decoding workers of each process, for image files (default: its cores)"
+    )
     how.add_argument("--checkpoint-minutes", type=float, default=10.0, help="between checkpoints (default: 10)")
     traced = ", ".join(row.name for row in STAGES.values() if row.traced)
     how.add_argument(
