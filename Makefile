@@ -5,10 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= 2
 STUDY ?= config/config.yaml
+# make test CONSTRAINTS=/dev/null UV= takes the newest versions that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+UV ?= $(shell command -v uv 2>/dev/null)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui test test-fast test-slow lint format reference bench docs install clean
+.PHONY: help demo ui test test-fast test-slow lint format reference bench docs pictures lock install clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,14 +32,16 @@ test-fast: $(VENV)/.dev  ## the tests that take seconds
 test-slow: $(VENV)/.dev  ## the slow ones: a real Slurm, detectron2
 	$(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/.dev  ## style (ruff) and types (mypy)
+lint: $(VENV)/.dev  ## style (ruff, snakefmt) and types (mypy)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/mypy
 
-format: $(VENV)/.dev  ## let ruff lay out the code
+format: $(VENV)/.dev  ## let ruff and snakefmt lay out the code
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile workflow
 
 reference: $(VENV)/.dev  ## make the tables of settings and their schema again
 	$(BIN)/python -m aps.settings.reference
@@ -44,9 +49,19 @@ reference: $(VENV)/.dev  ## make the tables of settings and their schema again
 bench: $(VENV)/.dev  ## every benchmark (benchmarks/README.md)
 	$(BIN)/python -m benchmarks
 
-docs: demo  ## redraw the README's pictures of the DAG and of the demo (needs graphviz)
-	$(BIN)/snakemake --rulegraph 2>/dev/null | dot -Tpng -Gdpi=80 -o docs/images/dag.png
-	cp results/report/demo/scores.png docs/images/scores.png
+docs: $(VENV)/.dev  ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'site/index.html is its first page; $(BIN)/mkdocs serve shows it while you write'
+
+pictures: demo  ## redraw docs/images from the demo: the DAG, its scores, report and MLflow (needs graphviz, chromium)
+	$(BIN)/python docs/pictures.py
+
+lock:  ## uv.lock, and constraints.txt from it (needs uv); LOCK=--upgrade takes newer versions
+	uv lock $(LOCK)
+	{ echo '# The versions this release was tested with, for pip --constraint. `make lock` writes them from uv.lock.'; \
+	uv export --quiet --frozen --no-hashes --no-emit-project --no-annotate --no-header --all-extras --no-extra detectron2 | \
+	awk -F ' ; ' '{ line[NR] = $$0; pin[NR] = $$1; split($$1, part, "=="); name[NR] = part[1]; times[part[1]]++ } \
+	END { for (i = 1; i <= NR; i++) print (times[name[i]] > 1) ? line[i] : pin[i] }'; } > constraints.txt
 
 install: $(VENV)/.installed  ## the environment alone, in .venv
 
@@ -57,10 +72,17 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("APS needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 
+# uv and pip install the same versions: one reads uv.lock, the other constraints.txt, and a test compares the two.
+ifneq ($(UV),)
+install-with = UV_PROJECT_ENVIRONMENT=$(VENV) $(UV) sync --quiet --frozen --inexact --python $(BIN)/python $(if $(1),--extra $(1))
+else
+install-with = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.$(if $(1),[$(1)])'
+endif
+
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(call install-with)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(call install-with,dev)
 	@touch $@

@@ -190,7 +190,7 @@ def _minutes(text: str) -> float:
 
 def _study_options(p: argparse._ActionsContainer) -> None:
     p.add_argument(
-        "--configfile", nargs="+", default=[DEFAULT_STUDY], metavar="YAML", help=f"study (default: {DEFAULT_STUDY})"
+        "--configfile", nargs="*", default=[DEFAULT_STUDY], metavar="YAML", help=f"study (default: {DEFAULT_STUDY})"
     )
     p.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="lay settings over the study"
@@ -217,7 +217,9 @@ def _stage_options(p: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--nodes", type=_number(1, 10_000), default=1, help="of this Slurm job, by srun (default: 1)")
     how.add_argument(
-        "--workers", type=_number(0, 10_000), default=0, help="image-decoding workers of each process (default: 0)"
+        "--workers",
+        type=_number(0, 10_000),
+        help="image-decoding workers of each process, for image files (default: its cores)",
     )
     how.add_argument("--checkpoint-minutes", type=_minutes, default=10.0, help="between checkpoints (default: 10)")
     traced = ", ".join(row.name for row in STAGES.values() if row.traced)
@@ -358,7 +360,11 @@ def _data(args: argparse.Namespace) -> None:
     from aps.layout import manifest_path
 
     given = args.source is not None or args.entry is not None
-    study = None if args.out is not None and (given or not Path(args.configfile[0]).exists()) else _load(args)
+    study = (
+        None
+        if args.out is not None and (given or not any(Path(file).exists() for file in args.configfile))
+        else _load(args)
+    )
     folder = args.out or manifest_path(study.results if study else "results", args.name).parent
     source = study.source(args.name) if study else SourceSettings()
     if args.entry is not None:

@@ -57,7 +57,7 @@ class StageJob:
     study: str = "study"
     description: str = ""  # of the experiment
     tracking: str = OFF  # address of MLflow's server or store
-    workers: int = 0  # decoding processes of each training process
+    workers: int | None = None  # decoding processes of each training process; None: as many as it has cores
     checkpoint_minutes: float = 10.0
     profile: Path | None = None  # where to save a profiler trace of the first steps
 

@@ -130,9 +130,12 @@ def least(values: Tensor, kept: int) -> Tensor:
     bits = values.view(torch.int32)
     if bits.device.type != "cpu":
         return bits.sort(dim=-1, stable=True).indices[..., :kept]
-    keys = bits.long().bitwise_left_shift_(32).bitwise_or_(torch.arange(bits.shape[-1]))
-    keys.numpy().sort(axis=-1)
-    return keys[..., :kept].bitwise_and(0xFFFFFFFF)
+    keys = bits.long().bitwise_left_shift_(32).bitwise_or_(torch.arange(bits.shape[-1])).numpy()
+    if 2 * kept <= keys.shape[-1]:  # then it pays to set the least apart before they are sorted
+        keys.partition(kept - 1, axis=-1)
+        keys = keys[..., :kept]
+    keys.sort(axis=-1)
+    return torch.from_numpy(keys)[..., :kept].bitwise_and(0xFFFFFFFF)
 
 
 # --------------------------------------------------------------------------------------------------

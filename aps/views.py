@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from aps.runtime.ahead import send
 from aps.sampling import Geometry
 from aps.settings.blocks import ViewSettings
 
@@ -73,7 +74,7 @@ class ViewParameters(NamedTuple):
 
     def geometry(self, device: torch.device | str = "cpu") -> Geometry:
         """Boxes and flips for the sampler, on its device."""
-        table = _send(torch.cat([self.boxes, self.flips[:, None]], 1).float(), device)
+        table = send(torch.cat([self.boxes, self.flips[:, None]], 1).float(), device)
         return Geometry(table[:, :4], table[:, 4] > 0)
 
 
@@ -260,7 +261,7 @@ class _Branches:
                    p.sigma[:, None], p.solarize[:, None]]  # fmt: skip
         table = torch.cat([c.float() for c in columns], 1)[sorting]
         table = torch.cat([table, sorting[:, None].float(), sorting.argsort()[:, None].float()], 1)
-        table = _send(table, device)
+        table = send(table, device)
         widths = [c.shape[1] for c in columns] + [1, 1]
         boxes, flips, hue, own, to_gray, to_mean, mix, sigma, solarize, sorting, inverse = table.split(widths, 1)
         self.boxes, self.flips, self.hue = boxes, flips[:, 0] > 0, hue[:, 0]
@@ -317,10 +318,3 @@ def turn_hue(x: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     away = torch.stack([hue + 0.5, hue + 1 / 6, hue - 1 / 6], 1)
     away = away.sub_(away.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
     return torch.addcmul(high[:, None], away, chroma[:, None], value=-1, out=out)
-
-
-def _send(table: Tensor, device: torch.device | str) -> Tensor:
-    """To the device without waiting for it: a copy from pageable memory would."""
-    if torch.device(device).type == "cuda":
-        table = table.pin_memory()
-    return table.to(device, non_blocking=True)

@@ -8,7 +8,7 @@ import sys
 
 from benchmarks.common import arguments, label, table_line
 
-NAMES = ("views", "sampler", "step", "ceiling", "probe", "scaling", "choices")
+NAMES = ("views", "sampler", "step", "ceiling", "probe", "scaling", "choices", "augment")
 
 
 def main() -> int:

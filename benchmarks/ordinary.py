@@ -1,19 +1,27 @@
-"""The ordinary way, as a baseline: an image at a time through PIL, torchvision transforms and a NumPy sampler.
+"""The ordinary way, as a baseline: an image at a time through PIL, torchvision's and timm's transforms and a NumPy sampler.
 
 Written for the comparison, with the care such code usually gets: a loader's worker makes both views and all T
 samplings of an image; the sampler loops over images and samplings, and the overlaps of two views' cells are one NumPy
-expression over all pairs of cells.
+expression over all pairs of cells. For finetuning a worker makes an image, timm's erasing and mixup follow on the batch.
 """
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import Mixup
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import functional
+
+from aps.settings.blocks import FinetuneSettings
 
 Box = tuple[int, int, int, int]  # top, left, height, width in source pixels
 
@@ -88,3 +96,61 @@ class OrdinaryPairs(Dataset):
         random = np.random.default_rng(int(torch.randint(2**31, ())))
         kept = sample_image(box1, flip1, box2, flip2, self.grid, 0.25, self.samplings, 3.0, random)
         return view1, view2, *map(torch.from_numpy, kept)
+
+
+class OrdinaryExamples(Dataset):
+    """images: (M, H, W, 3) uint8, labels: (M,) -> image (3, S, S) uint8, label; the finetuning recipe up to RandAugment.
+
+    seeded: each image's random numbers are its own, so that a run that is interrupted goes on with the same images, as ours
+    does; all three generators that the transforms draw from are seeded for it.
+    """
+
+    def __init__(self, images: np.ndarray, labels: Tensor, settings: FinetuneSettings, size: int, seeded: bool) -> None:
+        self.images, self.labels, self.seeded = images, labels, seeded
+        steps: list[Callable] = []
+        if images.shape[1:3] != (size, size):
+            steps += [transforms.Resize([size, size])]
+        steps += [transforms.RandomCrop(size, padding=max(1, size // 8))]
+        if settings.flip:
+            steps += [transforms.RandomHorizontalFlip(settings.flip)]
+        if settings.rand_augment is not None:
+            steps += [
+                rand_augment_transform(settings.rand_augment, {"img_mean": (124, 116, 104), "magnitude_max": 9.999})
+            ]
+        self.transform = transforms.Compose([*steps, transforms.PILToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        if self.seeded:
+            seed = int(np.random.SeedSequence((0, i)).generate_state(1)[0])
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+
+
+def finished(
+    settings: FinetuneSettings, classes: int, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The rest of the recipe on a batch: normalization, timm's erasing, timm's mixup and cutmix."""
+    erase = RandomErasing(settings.erasing, mode="pixel", device=str(device)) if settings.erasing else None
+    mixes = settings.mixup > 0 or settings.cutmix > 0
+    mixup = (
+        Mixup(
+            settings.mixup, settings.cutmix, switch_prob=settings.mixup_switch,
+            label_smoothing=settings.label_smoothing, num_classes=classes,
+        )
+        if mixes
+        else None
+    )  # fmt: skip
+    mean_, std_ = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
+
+    def finish(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        x = (images.to(device, non_blocking=True).float() / 255 - mean_) / std_
+        x = erase(x) if erase is not None else x
+        labels = labels.to(device, non_blocking=True)
+        return mixup(x, labels) if mixup is not None else (x, labels)
+
+    return finish

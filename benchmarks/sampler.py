@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from aps.runtime.memory import keep_memory
 from aps.runtime.processes import processes
 from aps.sampling import sample
 from aps.settings.blocks import SamplingSettings, ViewSettings
@@ -28,6 +29,8 @@ def main() -> None:
     flips1, flips2 = (p.flips.tolist() for p in parameters)
     random = np.random.default_rng(0)
     with processes() as distributed:
+        if distributed.device.type == "cpu":
+            keep_memory()  # as the stage does
         view1, view2 = (p.geometry(distributed.device) for p in parameters)
         on_device = torch.Generator(distributed.device).manual_seed(0)
 

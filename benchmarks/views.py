@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from aps.data.load import ArraySplit
+from aps.runtime.memory import keep_memory
 from aps.runtime.processes import processes
 from aps.sampling import sample
 from aps.settings.blocks import SamplingSettings, ViewSettings
@@ -32,6 +33,8 @@ def main() -> None:
     settings = SamplingSettings()
     pixels = np.random.default_rng(0).integers(0, 256, (images, size, size, 3), np.uint8)
     with processes() as distributed:
+        if distributed.device.type == "cpu":
+            keep_memory()  # as the stage does
         device = distributed.device
         split = ArraySplit(
             torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.zeros(images).long(), ("a",)

@@ -72,7 +72,7 @@ def metrics(study: Path, *job: Any) -> dict[str, Any]:
 def test_a_stage_leaves_its_files_and_metrics_that_say_how_they_came_about(
     study: Path, job: tuple[str, int, str]
 ) -> None:
-    assert {file.name for file in of(study, *job).iterdir()} == {*STAGES[job[2].files], "tracking.json"}
+    assert {file.name for file in of(study, *job).iterdir()} == {*STAGES[job[2]].files, "tracking.json"}
     found = metrics(study, *job)
     settings = STUDY_OBJECT.stage_settings(*job)
     assert set(found) >= FIELDS
@@ -94,7 +94,7 @@ def test_weights_are_safetensors_under_timms_names(study: Path) -> None:
     encoder = load_file(of(study, "aps", 0, "pretrain") / "encoder.safetensors")
     assert encoder["cls_token"].shape == (1, 1, 24) and "blocks.0.attn.qkv.weight" in encoder
     for job in JOBS:
-        for name in STAGES[job[2].files]:
+        for name in STAGES[job[2]].files:
             if name.endswith(".safetensors"):
                 assert all(tensor.isfinite().all() for tensor in load_file(of(study, *job) / name).values())
 

@@ -1,4 +1,4 @@
-"""README's tree of the repository is true: what it lists is there, and every room is in it."""
+"""The tree of docs/layout.md is true: what it lists is there, and every room is in it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EVERYWHERE = {"README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md"}  # known by their names
+PAGE = ROOT / "docs/layout.md"
+# Known by their names, everywhere.
+EVERYWHERE = {
+    "README.md",
+    "LICENSE",
+    "CITATION.cff",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "CODE_OF_CONDUCT.md",
+    "SECURITY.md",
+}
 
 
 def listed() -> dict[str, str]:
-    """Path -> what README says of it, from the fenced block under the heading that has `tree` or `layout` in it.
+    """Path -> what the page says of it, from the fenced block under the heading that has `tree` or `layout` in it.
 
     A line is `name  half a line about it`, deeper ones indented or drawn with tree lines; several names share a line
     when commas separate them.
     """
-    text = (ROOT / "README.md").read_text()
+    text = PAGE.read_text()
     found = re.search(r"^#+ [^\n]*\b(?:tree|layout|repository)\b.*?^```\w*\n(.*?)^```", text, re.I | re.M | re.S)
-    if found is None:
-        pytest.skip("README.md has no tree of the repository yet")
+    assert found, f"{PAGE} has no tree of the repository"
     paths: dict[str, str] = {}
     above: list[tuple[int, str]] = []  # (indent, folder)
     for line in found.group(1).splitlines():
@@ -60,14 +69,14 @@ def test_every_top_level_room_and_every_folder_of_the_package_is_in_the_tree() -
     rooms = {file.split("/")[0] for file in files if not file.startswith(".")} - EVERYWHERE
     packages = {str(Path(file).parent) for file in files if re.fullmatch(r"aps/\w+/\w+\.py", file)}
     missing = {room for room in rooms | packages if room not in paths}
-    assert not missing, f"README's tree lacks {', '.join(sorted(missing))}"
+    assert not missing, f"docs/layout.md lacks {', '.join(sorted(missing))}"
 
 
 def test_every_room_has_half_a_line_about_it() -> None:
     paths = listed()
     above = {str(parent) for path in paths for parent in Path(path).parents}  # its own rooms say it
     silent = [path for path, words in paths.items() if not words and path.rstrip("/") not in above]
-    assert not silent, f"README's tree says nothing about {', '.join(silent)}"
+    assert not silent, f"docs/layout.md says nothing about {', '.join(silent)}"
 
 
 def test_docs_and_configs_link_to_files_that_exist() -> None:

@@ -23,6 +23,7 @@ from aps.detection.figure import predictions_figure
 from aps.detection.placement import Placed, backbone_tensors, place, table
 from aps.models.weights import load_encoder, save_tensors, trained_with
 from aps.results import StageJob, StageRun
+from aps.runtime.cores import decoding_workers
 from aps.runtime.processes import Distributed, processes
 from aps.training.loop import Line, Loop, finite
 
@@ -54,7 +55,7 @@ def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
         val=CocoSplit(job.manifest, "val", training=False),
         mean=mean,
         std=std,
-        workers=job.workers,
+        workers=decoding_workers(job.workers),
         processes=distributed,
     )
     if not task.train.masks and distributed.main:

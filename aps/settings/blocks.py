@@ -400,7 +400,9 @@ class ResourceSettings(Section):
     account: str | None = Field(None, description="whom the cluster charges")
     qos: str | None = Field(None, description="quality of service")
     constraint: str | None = Field(None, description="node features")
-    workers: Natural | None = Field(None, description="image-decoding processes of each process")
+    workers: Natural | None = Field(
+        None, description="image-decoding processes of each process, for image files; null: as many as its cores"
+    )
     checkpoint_minutes: PositiveFloat | None = Field(None, description="between checkpoints")
 
 

@@ -129,6 +129,9 @@ class StudySettings(Section):
         description="MLflow's server or store; null: SQLite under `results`; `none`: no MLflow. The variable "
         "`MLFLOW_TRACKING_URI` wins",
     )
+    container: str | None = Field(
+        None, description="image of `--sdm apptainer`, a file or an address; null: `aps.sif` (docs/containers.md)"
+    )
     sources: dict[str, SourceSettings] = Field({}, description="where a dataset comes from, by its name")
     datasets: dict[Annotated[str, Field(pattern=f"^{NAME}$")], OwnDataset] = Field(
         {}, description="data of your own, by names that `dataset` and `detection.dataset` can use"

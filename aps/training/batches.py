@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aps.data.load import ArraySplit, FileSplit
+from aps.runtime.ahead import ahead
 from aps.runtime.processes import Distributed
 from aps.sampling import Geometry
 from aps.training.order import VIEWS, KeyedLoader, Order, seeded
@@ -39,7 +40,7 @@ class Batches:
         views: what each image gives, in order.
         batch_size: over all processes.
         normalization: mean and std, each of 3 channels in [0, 1] units.
-        workers: decoding processes for image files.
+        workers: decoding processes for image files; None: as many as cores.
 
     Raises:
         UserError: the batch exceeds the images or does not divide among the processes.
@@ -53,7 +54,7 @@ class Batches:
         normalization: tuple[tuple[float, ...], tuple[float, ...]],
         seed: int,
         distributed: Distributed,
-        workers: int = 0,
+        workers: int | None = None,
     ) -> None:
         self.views, self.batch_size, self.seed = tuple(views), batch_size, seed
         self.mean, self.std = normalization
@@ -69,9 +70,8 @@ class Batches:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Batches `first`, `first`+1, ... of an epoch, this process's rows of each."""
-        device = self.distributed.device
         batches = self._from_memory(epoch, first) if self._array is not None else self._from_files(epoch, first)
-        return _ahead(batches, device) if device.type == "cuda" else batches
+        return ahead(batches, self.distributed.device)
 
     def _from_memory(self, epoch: int, first: int) -> Iterator[Batch]:
         assert self._array is not None
@@ -122,23 +122,3 @@ class _Crops(Dataset):
         """key: (epoch, image) -> crops, V of (3, S, S) uint8, boxes (V, 4) int64."""
         epoch, index = key
         return cut_crops(self.split.read(index), self.views, (self.seed, epoch, index))
-
-
-def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Make each batch one ahead, on a side stream, so that the device's main stream never waits for it."""
-    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    side.wait_stream(main)
-
-    def make() -> tuple[Batch, torch.cuda.Event] | None:
-        with torch.cuda.stream(side):
-            batch = next(batches, None)
-            return None if batch is None else (batch, side.record_event())
-
-    upcoming = make()
-    while upcoming is not None:
-        batch, ready = upcoming
-        upcoming = make()
-        main.wait_event(ready)
-        for tensor in (*batch.views, *(part for geometry in batch.geometries for part in geometry)):
-            tensor.record_stream(main)
-        yield batch

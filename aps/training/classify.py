@@ -1,11 +1,9 @@
-"""What finetuning and linear probing share: accuracy of a classifier on a split, and seeding of a step."""
+"""What finetuning and linear probing share: accuracy of a classifier on a split."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,15 +12,6 @@ from aps.data.load import ArraySplit, FileSplit
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed
 from aps.training.features import Normalization, images_of, normalize
-from aps.training.order import STEP, seed_of
-
-
-def seed_everything(seed: int, *position: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators, which mixup, RandAugment and drop path draw from."""
-    value = seed_of(seed, STEP, *position)
-    random.seed(value)
-    np.random.seed(value % 2**32)
-    torch.manual_seed(value)
 
 
 @torch.inference_mode()
@@ -33,7 +22,7 @@ def accuracy(
     normalization: Normalization,
     distributed: Distributed,
     precision: Precision,
-    workers: int = 0,
+    workers: int | None = None,
 ) -> Tensor:
     """Top-1 in percent over the whole split, the work shared among processes.
 

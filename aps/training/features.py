@@ -16,6 +16,7 @@ from aps.models.encoder import Encoder
 from aps.models.weights import trained_with
 from aps.progress import Progress
 from aps.results import StageJob
+from aps.runtime.cores import decoding_workers
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed
 
@@ -66,14 +67,16 @@ def centred(image: Tensor, size: int) -> Tensor:
 
 
 def images_of(
-    split: ArraySplit | FileSplit, size: int, device: torch.device, rows: range, workers: int = 0
+    split: ArraySplit | FileSplit, size: int, device: torch.device, rows: range, workers: int | None = None
 ) -> Iterator[Tensor]:
     """Batches (B, 3, S, S) in [0, 1] on the device, in the order of `rows`."""
     if isinstance(split, ArraySplit):
         for start in range(rows.start, rows.stop, BATCH):
             yield resized(split.images[start : min(start + BATCH, rows.stop)].to(device), size)
     else:
-        loader = DataLoader(_Centred(split, size, rows), BATCH, num_workers=workers, pin_memory=device.type == "cuda")
+        loader = DataLoader(
+            _Centred(split, size, rows), BATCH, num_workers=decoding_workers(workers), pin_memory=device.type == "cuda"
+        )
         for batch in loader:
             yield batch.to(device, non_blocking=True).float() / 255
 
@@ -96,7 +99,7 @@ def features(
     normalization: Normalization,
     distributed: Distributed,
     precision: Precision,
-    workers: int = 0,
+    workers: int | None = None,
     label: str = "features",
 ) -> Tensor:
     """(M, D) float32 of every image, on every process; processes share the work in contiguous parts."""

@@ -1,4 +1,4 @@
-"""Finetuning: encoder and linear head on labels (method.md, Finetuning recipe; augmentation and EMA are timm's).
+"""Finetuning: encoder and linear head on labels (method.md, Finetuning recipe; the EMA is timm's, augmentation does as timm's).
 
 Four things the authors' release gets wrong are right here: images are normalized as in pretraining, drop path reaches the
 model, the EMA model is evaluated, and the headline is the last epoch's test accuracy. A best epoch is reported only where
@@ -13,32 +13,27 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from PIL.Image import Image
-from timm.data import Mixup
-from timm.data.auto_augment import rand_augment_transform
-from timm.data.random_erasing import RandomErasing
+import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional
 
 from aps.data.load import ArraySplit, FileSplit, load_split
 from aps.data.manifest import Manifest
-from aps.errors import UserError
 from aps.models.encoder import Encoder
 from aps.models.weights import load_encoder, save_encoder
 from aps.results import StageJob, StageRun
 from aps.runtime.compiling import compile_module
+from aps.runtime.memory import keep_memory
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
 from aps.settings.blocks import FinetuneSettings
-from aps.training.classify import accuracy, seed_everything
+from aps.training.classify import accuracy
+from aps.training.examples import AugmentedExamples, Examples
 from aps.training.features import Normalization, normalization
 from aps.training.loop import Line, Loop, finite
-from aps.training.order import IMAGE, KeyedLoader, Order, held_out
+from aps.training.order import STEP, held_out, seed_of
 from aps.training.schedule import finetuning_lr
 
 
@@ -51,7 +46,7 @@ def run(job: StageJob) -> None:
     """
     with processes() as distributed, StageRun(job) as stage:
         learner = Finetuning(job, distributed)
-        settings, epoch = job.settings.finetune, learner.order.batches
+        settings, epoch = job.settings.finetune, learner.examples.batches
         loop = Loop(
             job, stage, distributed, learner.state_dict, learner.load_state_dict,
             total=settings.epochs * epoch, images=settings.batch_size,
@@ -76,25 +71,26 @@ class Finetuning:
         train = load_split(job.manifest, "train", job.settings.dataset.train_limit, labelled=True)
         rows, held_rows = held_out(len(train), self.settings.holdout, seed)
         self.held = train.select(held_rows) if len(held_rows) else None
-        self.order = Order(rows, self.settings.batch_size, seed, distributed, "finetune")
-        self.loader = KeyedLoader(Augmented(train, self.settings, size, seed), job.workers, distributed.device)
-        self.tuner = Finetuner(job, len(self.manifest.classes), self.normalization, distributed)
+        classes = len(self.manifest.classes)
+        self.examples = AugmentedExamples(
+            train, rows, self.settings, size, classes, self.normalization, seed, distributed, job.workers
+        )
+        self.tuner = Finetuner(job, classes, self.normalization, distributed)
         self.sums, self.loss = torch.zeros(2, device=distributed.device), math.nan  # of this epoch, of the last one
         self.best = {"epoch": -1, "accuracy": -1.0}
 
-    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.loader.epoch(epoch, self.order.epoch(epoch)[first:])
+    def batches(self, epoch: int, first: int) -> Iterator[Examples]:
+        return self.examples.epoch(epoch, first)
 
-    def step(self, batch: tuple[Tensor, Tensor], done: int) -> None:
-        seed_everything(self.job.settings.seed, done, self.distributed.rank)
-        images, labels = (x.to(self.distributed.device) for x in batch)
-        self.sums += self.tuner.step(images, labels, finetuning_lr(self.settings, done // self.order.batches))
+    def step(self, batch: Examples, done: int) -> None:
+        torch.manual_seed(seed_of(self.job.settings.seed, STEP, done, self.distributed.rank))  # of drop path
+        self.sums += self.tuner.step(batch, finetuning_lr(self.settings, done // self.examples.batches))
 
     def lines(self, done: int) -> Iterator[Line]:
-        if done % self.order.batches:
+        if done % self.examples.batches:
             return
-        epoch = done // self.order.batches
-        loss, right = (self.distributed.mean(self.sums) / self.order.batches).tolist()
+        epoch = done // self.examples.batches
+        loss, right = (self.distributed.mean(self.sums) / self.examples.batches).tolist()
         self.sums.zero_()
         self.loss = finite(loss, "finetuning", "finetune")
         lr = finetuning_lr(self.settings, epoch - 1)
@@ -135,11 +131,13 @@ class Finetuning:
 
 
 class Finetuner:
-    """Model, its EMA, optimizer, mixup: everything that one optimizer step touches."""
+    """Model, its EMA, optimizer: everything that one optimizer step touches."""
 
     def __init__(self, job: StageJob, classes: int, normalization: Normalization, distributed: Distributed) -> None:
         self.settings: FinetuneSettings = job.settings.finetune
         self.size, self.normalization, self.distributed = job.settings.encoder.image_size, normalization, distributed
+        if distributed.device.type == "cpu":
+            keep_memory()
         torch.manual_seed(job.settings.seed)
         self.model: Encoder = load_encoder(job.encoder_spec, job.settings.encoder, self.settings.drop_path)
         self.model.reset_classifier(classes)
@@ -157,23 +155,6 @@ class Finetuner:
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.precision = Precision(self.settings.precision, distributed.device)
         self.ema = ModelEmaV3(self.model, decay=self.settings.ema) if self.settings.ema else None
-        mixes = self.settings.mixup > 0 or self.settings.cutmix > 0
-        if mixes and self.settings.batch_size // distributed.world % 2:
-            raise UserError(
-                f"finetune.batch_size {self.settings.batch_size} gives each of the {distributed.world} processes an odd number "
-                "of images, and mixup pairs them; make it even, or set finetune.mixup and finetune.cutmix to 0"
-            )
-        self.mixup = (
-            Mixup(
-                self.settings.mixup, self.settings.cutmix, switch_prob=self.settings.mixup_switch,
-                label_smoothing=self.settings.label_smoothing, num_classes=classes,
-            )
-            if mixes
-            else None
-        )  # fmt: skip
-        self.erase = RandomErasing(self.settings.erasing, mode="pixel", device=str(distributed.device))
-        self._mean, self._std = (torch.tensor(x, device=distributed.device).view(3, 1, 1) for x in normalization)
-        self._criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixes else self.settings.label_smoothing)
         self._forward: nn.Module = self.model
         if distributed.world > 1:
             self._forward = DistributedDataParallel(self.model)
@@ -181,26 +162,22 @@ class Finetuner:
             self._forward = compile_module(self._forward, "finetune.compile", distributed.device)
         self._best: dict[str, Tensor] = {}
 
-    def step(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
-        """images: (B, 3, S, S) uint8, labels: (B,) int64 -> (2,) loss and share of right guesses, on the device."""
+    def step(self, batch: Examples, lr: float) -> Tensor:
+        """-> (2,) loss and share of right guesses, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        x = self.erase((images.float() / 255 - self._mean) / self._std)
-        targets = labels
-        if self.mixup is not None:
-            x, targets = self.mixup(x, labels)
         with self.precision.autocast():
-            logits = self._forward(x)
-        loss = self._criterion(logits.float(), targets)
+            logits = self._forward(batch.images)
+        loss = F.cross_entropy(logits.float(), batch.targets)
         self.precision.scaler.scale(loss).backward()
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.model)
-        return torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
+        return torch.stack([loss.detach(), (logits.argmax(1) == batch.labels).float().mean()])
 
-    def accuracy(self, model: nn.Module, split: ArraySplit | FileSplit, workers: int) -> float:
+    def accuracy(self, model: nn.Module, split: ArraySplit | FileSplit, workers: int | None) -> float:
         """Top-1 in percent, in eval mode."""
         training = model.training
         model.eval()
@@ -234,33 +211,3 @@ class Finetuner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.precision.scaler.load_state_dict(state["scaler"])
         self._best = state["best"]
-
-
-class Augmented(Dataset):
-    """Crop, flip and RandAugment of one image, as timm does it on PIL images; all random numbers from (seed, epoch, image).
-
-    Erasing, mixup and normalization follow on the whole batch.
-    """
-
-    def __init__(self, split: ArraySplit | FileSplit, settings: FinetuneSettings, size: int, seed: int) -> None:
-        self.split, self.seed = split, seed
-        steps: list[Any] = []
-        if settings.crop == "pad":
-            steps += [v2.Resize([size, size]), v2.RandomCrop(size, padding=max(1, size // 8))]  # 4 pixels at 32
-        else:
-            steps += [v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)]
-        steps += [v2.RandomHorizontalFlip(settings.flip)]
-        if settings.rand_augment is not None:
-            fill = {"translate_const": int(size * 0.45), "img_mean": (124, 116, 104)}  # as timm.data.create_transform
-            fill["magnitude_max"] = 9.999  # at 10 timm posterizes to 0 bits, which Pillow refuses
-            steps += [rand_augment_transform(settings.rand_augment, fill)]
-        elif settings.color_jitter:
-            steps += [v2.ColorJitter(*(3 * [settings.color_jitter]))]
-        self.transform = v2.Compose(steps)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        """key: (epoch, image) -> (3, S, S) uint8, label."""
-        epoch, index = key
-        seed_everything(self.seed, IMAGE, epoch, index)
-        image: Image = functional.to_pil_image(self.split.read(index))
-        return functional.pil_to_tensor(self.transform(image)), int(self.split.labels[index])

@@ -23,6 +23,7 @@ from aps.errors import UserError
 from aps.models.heads import synchronize_batch_norm
 from aps.models.weights import load_encoder, save_tensors
 from aps.results import StageJob, StageRun
+from aps.runtime.ahead import ahead, send
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
 from aps.settings.blocks import LinearProbeSettings, ViewSettings
@@ -174,7 +175,7 @@ class Crops:
     """Random resized crops with flips, in [0, 1], on the device: batched for arrays, by workers for files."""
 
     def __init__(
-        self, split: ArraySplit | FileSplit, settings: LinearProbeSettings, size: int, seed: int, workers: int,
+        self, split: ArraySplit | FileSplit, settings: LinearProbeSettings, size: int, seed: int, workers: int | None,
         distributed: Distributed,
     ) -> None:  # fmt: skip
         self.size, self.seed, self.device, self.flip = size, seed, distributed.device, settings.flip
@@ -190,19 +191,25 @@ class Crops:
 
     def epoch(self, epoch: int, rows: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches from `first` on; rows: (batches, B) -> (B, 3, S, S) in [0, 1], labels (B,)."""
+        return ahead(self._epoch(epoch, rows, first), self.device)
+
+    def _epoch(self, epoch: int, rows: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         loaded = self._loader.epoch(epoch, rows[first:]) if self._loader is not None else None
+        rows = rows.to(self.device)
         for batch in range(first, len(rows)):
-            own = rows[batch].to(self.device)
+            own = rows[batch]
             generator = seeded(self.seed, VIEWS, epoch, batch)  # drawn for the global batch
-            flips = (torch.rand(self.batch_size, generator=generator) < self.flip)[self.own].to(self.device)
+            flips = torch.rand(self.batch_size, generator=generator) < self.flip
             if loaded is not None:
                 crops = next(loaded).to(self.device, non_blocking=True).float() / 255
-                yield torch.where(flips[:, None, None, None], crops.flip(3), crops), self.labels[own]
+                mirrored = send(flips[self.own], self.device)[:, None, None, None]
+                yield torch.where(mirrored, crops.flip(3), crops), self.labels[own]
                 continue
             assert self._images is not None
             heights, widths = (torch.full((self.batch_size,), side) for side in self._images.shape[2:])
-            boxes = draw_boxes(heights, widths, self.views, generator)[self.own].float().to(self.device)
-            yield crop_resize(self._images[own], boxes, flips, self.size), self.labels[own]
+            boxes = draw_boxes(heights, widths, self.views, generator)
+            table = send(torch.cat([boxes, flips[:, None]], 1)[self.own].float(), self.device)
+            yield crop_resize(self._images[own], table[:, :4], table[:, 4] > 0, self.size), self.labels[own]
 
 
 class _FileCrops(Dataset):

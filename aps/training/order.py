@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from aps.errors import UserError
+from aps.runtime.cores import decoding_workers
 from aps.runtime.processes import Distributed
 
 # Independent streams of random numbers of one seed.
-ORDER, VIEWS, SAMPLING, STEP, IMAGE, HOLDOUT = range(6)
+ORDER, VIEWS, SAMPLING, STEP, IMAGE, HOLDOUT, NOISE = range(7)
 
 
 def seed_of(seed: int, stream: int, *position: int) -> int:
@@ -75,7 +76,8 @@ def held_out(images: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
 class KeyedLoader:
     """A DataLoader whose dataset is asked for (epoch, image), with workers that live through all epochs."""
 
-    def __init__(self, dataset: Dataset, workers: int, device: torch.device) -> None:
+    def __init__(self, dataset: Dataset, workers: int | None, device: torch.device) -> None:
+        workers = decoding_workers(workers)
         self._keys: list[list[tuple[int, int]]] = []
         self._loader = DataLoader(
             dataset,

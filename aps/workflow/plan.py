@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import uuid
@@ -32,6 +33,7 @@ from aps.layout import (
     study_folder,
 )
 from aps.results import forget, saved_run
+from aps.runtime.launch import SHELL_PREFIX
 from aps.settings.blocks import OwnDataset
 from aps.settings.reading import load_study, read_value
 from aps.settings.study import StageSettings, Study
@@ -40,6 +42,7 @@ from aps.tracking.addresses import settled, tracking_address
 from aps.workflow.resources import check_resources, rule_resources, rule_threads, runs_here
 
 DEFAULT_STUDY = Path("config/config.yaml")
+DEFAULT_IMAGE = "aps.sif"
 EXPLAINED = 20  # lines
 PREPARE = "prepare_dataset"  # the rule of the target `data`
 
@@ -53,32 +56,71 @@ class Plan:
 
     def __init__(self, study: Study, files: list[Path], overrides: dict[str, Any]) -> None:
         self.study = study
+        self.written = study  # with the results folder as rules name it; a module's `prefix` is put before that
         self._files, self._overrides = files, overrides
+        self._python = sys.executable
+        self.is_module = False
         self.findings = Findings(study)
         self.folder = study_folder(study)
         self.report = report_folder(study)
         self._tracking = tracking_address(study.tracking_uri, study.results)
         self._forced: frozenset[str] = frozenset()
         # Whatever has to be made again has this file among its inputs, which a job of its own makes first.
-        self.outdated = str(self.folder / f".outdated-{uuid.uuid4().hex[:8]}")
+        self.mark = f".outdated-{uuid.uuid4().hex[:8]}"
         self.is_main = True  # of Snakemake's processes; the others run what it has planned
         self._first: dict[str, tuple[str, int, str]] = {}  # of the study's jobs, by the digest of their settings
         for job in study.jobs():
             self._first.setdefault(study.stage_settings(*job).digest, job)
 
     @classmethod
-    def load(cls, configfiles: Iterable[str | Path], overrides: Mapping[str, Any]) -> Plan:
-        """The study of `--configfile` (default: config/config.yaml) with `--config` laid over it.
+    def of(cls, workflow: Any, config: Mapping[str, Any]) -> Plan:
+        """The study of a Snakemake workflow: `--configfile` and `--config`, or the `config:` of a `module` statement.
+
+        Raises:
+            UserError: settings are wrong, or a module has no study.
+        """
+        if workflow.modifier.is_main_snakefile():
+            settings = workflow.config_settings
+            plan = cls.load(settings.configfiles, settings.config, Path(workflow.basedir))
+        elif config:
+            plan = cls._of_module(_numbers(config), workflow.modifier.path_modifier)
+        else:
+            raise UserError(
+                "module: no study; give it one by `config:`, for example `config: config` after `configfile:`"
+            )
+        deployed = {method.name for method in workflow.deployment_settings.deployment_method}
+        if deployed & {"CONDA", "APPTAINER"}:
+            plan._python = "python"
+        plan.is_main = workflow.is_main_process
+        if plan.is_main and plan.is_module:
+            plan.sweep()
+        return plan
+
+    @classmethod
+    def load(cls, configfiles: Iterable[str | Path], overrides: Mapping[str, Any], beside: Path = Path()) -> Plan:
+        """The study of `--configfile` with `--config` laid over it.
+
+        Without one it is config/config.yaml of the working directory, or else of the repository that has the Snakefile
+        in its folder `beside` or above that.
 
         Raises:
             UserError: settings are wrong.
         """
-        files = [_relative(Path(file)) for file in configfiles] or [DEFAULT_STUDY]
+        files = [_relative(Path(file)) for file in configfiles]
+        if not files:
+            places = [place / DEFAULT_STUDY for place in (Path(), beside, beside.parent)]
+            files = [_relative(place) for place in places if place.exists()][:1] or [DEFAULT_STUDY]
         plain = {key: _plain(value, f"--config {key}") for key, value in overrides.items()}
-        study = load_study(files, plain)
-        for stage in (*STAGES, "data", "report"):
-            check_resources(study, stage)
-        return cls(study, files, plain)
+        return cls(_checked(files, plain), files, plain)
+
+    @classmethod
+    def _of_module(cls, config: dict[str, Any], paths: Any) -> Plan:
+        """`paths` is Snakemake's modifier of a module's paths: it puts the `prefix` before them."""
+        written = _checked([], config)
+        results = paths.replace_prefix(f"{written.results}/.").removesuffix("/.")
+        plan = cls(written.model_copy(update={"results": results}), [], config | {"results": results})
+        plan.written, plan.is_module = written, True
+        return plan
 
     def check_environment(self, jobs: Iterable[Any]) -> None:
         """Raises UserError where a package that one of Snakemake's `jobs` needs is not installed."""
@@ -136,9 +178,14 @@ class Plan:
                 print(f"warning: {error}", file=sys.stderr)
 
     # -- targets ----------------------------------------------------------------------------------
+    # Paths as rules name them.
+
+    @property
+    def outdated(self) -> str:
+        return str(study_folder(self.written) / self.mark)
 
     def manifests(self) -> list[str]:
-        return [str(manifest_path(self.study.results, name)) for name in self.study.dataset_names()]
+        return [str(manifest_path(self.written.results, name)) for name in self.study.dataset_names()]
 
     def everything(self) -> list[str]:
         """Every file of every run."""
@@ -147,12 +194,12 @@ class Plan:
     def outputs(self, stage: str) -> list[str]:
         """Every file of every run of a stage, and the mark where one of them has to be made again."""
         jobs = [job for job in self.study.jobs() if job[2] == stage]
-        files = [str(stage_folder(self.folder, *job) / file) for job in jobs for file in STAGES[stage].files]
+        files = [str(self._stage(*job) / file) for job in jobs for file in STAGES[stage].files]
         return files + self._mark(any(self.findings.of(*job).stale for job in jobs))
 
     def pages(self) -> list[str]:
         """The report's files, and the mark where they have to be made again."""
-        files = [str(self.report / name) for name in ("report.html", "results.csv")]
+        files = [str(report_folder(self.written) / name) for name in ("report.html", "results.csv")]
         return files + self._mark(self._report_is_old())
 
     def _mark(self, stale: bool) -> list[str]:
@@ -160,7 +207,10 @@ class Plan:
         return [self.outdated] if stale and self.is_main else []
 
     def metrics(self) -> list[str]:
-        return [str(stage_folder(self.folder, *job) / "metrics.json") for job in self.study.jobs()]
+        return [str(self._stage(*job) / "metrics.json") for job in self.study.jobs()]
+
+    def _stage(self, experiment: str, seed: int, stage: str) -> Path:
+        return stage_folder(study_folder(self.written), experiment, seed, stage)
 
     # -- what the user forces ---------------------------------------------------------------------
 
@@ -203,11 +253,30 @@ class Plan:
             )
         return lines
 
+    # -- every job's command ----------------------------------------------------------------------
+    # `resources` is among the arguments so that none of it counts as a change.
+
+    def python(self, wildcards: Any, resources: Any) -> str:
+        """The Python that runs Snakemake, or that of the job's own environment (`--sdm conda`, `--sdm apptainer`)."""
+        return self._python
+
+    def prefix(self, wildcards: Any, resources: Any) -> str:
+        """What the shell does before the command: in these rules alone, not in those of a workflow around a module."""
+        return SHELL_PREFIX
+
+    def image(self) -> str:
+        """The container of `--sdm apptainer`."""
+        return self.study.container or DEFAULT_IMAGE
+
+    def repository(self) -> str:
+        """Where pyproject.toml and constraints.txt are, if the package was not installed without them."""
+        return str(Path(__file__).parents[2])
+
     # -- one stage's rule -------------------------------------------------------------------------
 
     def output(self, stage: str) -> dict[str, str]:
         """The stage's files, by names that rules may use; `{stage}` is a wildcard that the rule binds to its own."""
-        folder = f"{self.folder}/{{experiment}}/seed{{seed}}/{{stage}}"
+        folder = f"{study_folder(self.written)}/{{experiment}}/seed{{seed}}/{{stage}}"
         return {file.replace(".", "_"): f"{folder}/{file}" for file in STAGES[stage].files}
 
     def _settings(self, wildcards: Any) -> StageSettings:
@@ -216,13 +285,13 @@ class Plan:
     def inputs(self, wildcards: Any) -> dict[str, Any]:
         """The dataset's manifest and, where the stage starts from one, the encoder."""
         settings = self._settings(wildcards)
-        files = {"manifest": manifest_path(self.study.results, settings.dataset_name)}
+        files = {"manifest": manifest_path(self.written.results, settings.dataset_name)}
         if STAGES[settings.stage].encoder:
-            encoder = encoder_file(self.study, settings.experiment, settings.seed)
+            encoder = encoder_file(self.written, settings.experiment, settings.seed)
             files |= {"encoder": encoder} if encoder else {}
         first = self._first[settings.digest]
         if first != (settings.experiment, settings.seed, settings.stage):  # the same run under another name: once
-            files["after"] = stage_folder(self.folder, *first) / "metrics.json"
+            files["after"] = self._stage(*first) / "metrics.json"
         found = self.findings.of(settings.experiment, settings.seed, settings.stage)
         return self._weighed({key: str(file) for key, file in files.items()}, found.metrics is not None, found.stale)
 
@@ -276,11 +345,27 @@ class Plan:
         return f"{path} {'' if source.download else '--no-download'}".strip()
 
     def config_options(self) -> str:
-        files = " ".join(shlex.quote(str(file)) for file in self._files)
+        """Options by which a verb reads the same study. A module's is all in `--set`, with no file under it."""
         address = self._overrides.get("tracking_uri")
         given = self._overrides | ({"tracking_uri": settled(address)} if isinstance(address, str) else {})
-        pairs = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in given.items()]
-        return f"--configfile {files}" + (f" --set {' '.join(pairs)}" if pairs else "")
+        pairs = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+        return shlex.join(["--configfile", *map(str, self._files), *(["--set", *pairs] if pairs else [])])
+
+
+def _checked(files: list[Path], overrides: dict[str, Any]) -> Study:
+    study = load_study(files, overrides)
+    for stage in (*STAGES, "data", "report"):
+        check_resources(study, stage)
+    return study
+
+
+def _numbers(value: Any) -> Any:
+    """What Snakemake read of a `configfile`, with 1e-3 as the number it is: its YAML takes it for text."""
+    if isinstance(value, Mapping):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(inner) for inner in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
 
 
 def _plain(value: Any, where: str) -> Any:

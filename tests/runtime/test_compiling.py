@@ -16,7 +16,8 @@ import small
 import torch
 
 from aps.errors import UserError
-from aps.training.classify import seed_everything
+from aps.training.augment import Mix, soft_targets
+from aps.training.examples import Examples
 from aps.training.finetune import Finetuner
 from aps.training.pretrain import Trainer
 
@@ -80,14 +81,16 @@ def test_a_compiled_run_resumes_where_it_stopped_and_its_state_loads_into_a_plai
 
 @compiles
 def test_a_compiled_finetuning_step_is_the_plain_step(digits: Path, tmp_path: Path) -> None:
-    images = torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(32) % 10
+    batch = Examples(
+        torch.randn(32, 3, 16, 16, generator=generator), soft_targets(labels, 10, 0.1, Mix(0.7, None)), labels
+    )
     results = []
     for compiled in (False, True):
         # no drop path: compiled, it is drawn otherwise
         job = small.job("finetune", digits, tmp_path / str(compiled), compile=compiled, drop_path=0.0)
         tuner = Finetuner(job, 10, ((0.5,) * 3, (0.25,) * 3), small.ONE)
-        seed_everything(0)  # mixup and erasing, which are not compiled
-        loss, _ = tuner.step(images, torch.arange(32) % 10, lr=1e-3)
+        loss, _ = tuner.step(batch, lr=1e-3)
         results.append((loss, tuner.model.head.weight.detach()))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 

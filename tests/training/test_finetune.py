@@ -19,8 +19,10 @@ from aps.errors import UserError
 from aps.models.encoder import Encoder, build_encoder
 from aps.settings.blocks import DatasetSettings
 from aps.training import features, finetune
-from aps.training.finetune import Augmented, Finetuner
-from aps.training.order import held_out
+from aps.training.augment import Mix, soft_targets
+from aps.training.examples import Examples
+from aps.training.finetune import Finetuner
+from aps.training.order import Order, held_out
 
 QUICK = {
     "lr": 0.15,
@@ -35,6 +37,11 @@ QUICK = {
 def tuner(digits: Path, folder: Path, **changes: Any) -> Finetuner:
     job = small.job("finetune", digits, folder, **changes)
     return Finetuner(job, 10, Manifest.read(digits).normalization("measured"), small.ONE)
+
+
+def batch(images: int = 8, smoothing: float = 0.1, mix: Mix | None = None) -> Examples:
+    labels = torch.arange(images) % 10
+    return Examples(torch.randn(images, 3, 16, 16), soft_targets(labels, 10, smoothing, mix), labels)
 
 
 def top1(model: nn.Module, digits: Path) -> float:
@@ -87,7 +94,7 @@ def test_the_ema_is_a_moving_average_of_the_weights(digits: Path, tmp_path: Path
     assert t.ema is not None
     expected = {name: value.clone() for name, value in t.model.state_dict().items()}
     for step in range(4):
-        t.step(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8), lr=0.01)
+        t.step(batch(), lr=0.01)
         for name, value in t.model.state_dict().items():
             expected[name] = 0.8 * expected[name] + 0.2 * value
         found = t.ema.module.state_dict()
@@ -152,9 +159,16 @@ def test_a_best_epoch_is_chosen_on_a_part_of_train_held_out(
 
 
 def test_images_held_out_are_not_trained_on(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = set()
-    get = Augmented.__getitem__
-    monkeypatch.setattr(Augmented, "__getitem__", lambda self, key: (read.add(key[1]), get(self, key))[1])
+    read: set[int] = set()
+    epoch = Order.epoch
+    monkeypatch.setattr(
+        Order,
+        "epoch",
+        lambda self, number: (
+            read.update(rows := epoch(self, number).flatten().tolist()),
+            torch.tensor(rows).view(-1, 32),
+        )[1],
+    )
     small.run(small.job("finetune", digits, tmp_path, holdout=0.1, epochs=6))
     train, held = held_out(100, 0.1, 0)
     assert read <= set(train.tolist()) and not read & set(held.tolist()) and len(read) > 80
@@ -164,25 +178,25 @@ def test_images_held_out_are_not_trained_on(digits: Path, tmp_path: Path, monkey
 # The step
 
 
-def test_labels_are_smoothed_with_and_without_mixing(digits: Path, tmp_path: Path) -> None:
-    images, labels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8)
-    plain = {"erasing": 0.0, "drop_path": 0.0, "label_smoothing": 0.3}
-    for mixing in (
-        {"mixup": 0.0, "cutmix": 0.0},
-        {"mixup": 1e-9, "cutmix": 0.0, "mixup_switch": 0.0},
-    ):  # lambda is 0 or 1
-        t = tuner(digits, tmp_path, **plain, **mixing)
-        seen: list[Tensor] = []
-        t.model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))  # noqa: B023
-        loss, _ = t.step(images, labels, lr=0.0)
-        targets = 0.3 / 10 + 0.7 * F.one_hot(labels, 10)
-        options = [-(t_.mul(seen[0].log_softmax(1))).sum(1).mean() for t_ in (targets, targets.flip(0))]
-        assert min(abs(loss - option) for option in options) < 1e-5
+@pytest.mark.parametrize("mix", [None, Mix(0.3, None)])
+def test_the_loss_is_the_cross_entropy_with_smoothed_and_mixed_labels(
+    digits: Path, tmp_path: Path, mix: Mix | None
+) -> None:
+    t, given = tuner(digits, tmp_path, drop_path=0.0), batch(smoothing=0.3, mix=mix)
+    seen: list[Tensor] = []
+    t.model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    loss, right = t.step(given, lr=0.0)
+    smoothed = 0.3 / 10 + 0.7 * F.one_hot(given.labels, 10)
+    if mix is not None:
+        smoothed = 0.3 * smoothed + 0.7 * smoothed[[1, 0, 3, 2, 5, 4, 7, 6]]  # neighbours
+    expected = -(smoothed * seen[0].log_softmax(1)).sum(1).mean()
+    assert loss == pytest.approx(float(expected), abs=1e-5)
+    assert right == pytest.approx(float((seen[0].argmax(1) == given.labels).float().mean()))
 
 
 def test_layer_decay_slows_early_layers(digits: Path, tmp_path: Path) -> None:
     t = tuner(digits, tmp_path, layer_decay=0.5)
-    t.step(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8), lr=0.01)
+    t.step(batch(), lr=0.01)
     rates = {id(p): group["lr"] for group in t.optimizer.param_groups for p in group["params"]}
     places = (
         t.model.head.weight,
@@ -191,19 +205,6 @@ def test_layer_decay_slows_early_layers(digits: Path, tmp_path: Path) -> None:
         t.model.patch_embed.proj.weight,
     )
     assert [rates[id(p)] for p in places] == pytest.approx([0.01, 0.005, 0.0025, 0.00125])
-
-
-def test_augmentation_depends_on_seed_epoch_and_image_only(digits: Path) -> None:
-    split = load_split(digits, "train", 100)
-    settings = small.STAGES["finetune"]["finetune"]
-    one = Augmented(split, settings, 16, seed=0)
-    first, label = one[3, 17]
-    torch.manual_seed(99)
-    one[0, 5]
-    assert torch.equal(one[3, 17][0], first) and label == split.labels[17]
-    assert first.shape == (3, 16, 16) and first.dtype == torch.uint8
-    others = [one[4, 17][0], one[3, 18][0], Augmented(split, settings, 16, seed=1)[3, 17][0]]
-    assert not any(torch.equal(first, other) for other in others)
 
 
 def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path) -> None:

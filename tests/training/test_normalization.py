@@ -48,9 +48,9 @@ def test_every_image_an_encoder_sees_is_normalized_by_the_datasets_constants(
     seen: dict[bool, list[Tensor]] = {True: [], False: []}
     embed = Encoder.embed
 
-    def spy(self: Encoder, images: Tensor, kept: Tensor | None = None) -> Tensor:
+    def spy(self: Encoder, images: Tensor, *rest: Any) -> Tensor:
         seen[self.training].append(images.detach().clone())
-        return embed(self, images, kept)
+        return embed(self, images, *rest)
 
     monkeypatch.setattr(Encoder, "embed", spy)
     job = small.job(

@@ -1,18 +1,19 @@
 # What every rule file needs: the study, the paths, and nothing else. The package holds the logic.
 
+import os
 import re
 import sys
 from pathlib import Path
 
 from aps.errors import UserError
+from aps.layout import study_folder
 from aps.runtime import launch
 from aps.workflow.forcing import force_by
 from aps.workflow.plan import Plan
 from snakemake.exceptions import WorkflowError
 
 try:
-    PLAN = Plan.load(workflow.config_settings.configfiles, workflow.config_settings.config)
-    PLAN.is_main = workflow.is_main_process
+    PLAN = Plan.of(workflow, config)
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
@@ -20,19 +21,21 @@ if workflow.is_main_process:
     PLAN.warn_of_environment()
     print(*PLAN.explain(), sep="\n", end="\n" if PLAN.explain() else "", file=sys.stderr)
 
-RESULTS = PLAN.study.results
-FOLDER = PLAN.folder
-PYTHON = sys.executable
+RESULTS = PLAN.written.results
+FOLDER = study_folder(PLAN.written)
 
-# A job that is asked to stop saves its state first: Snakemake, the shell and tee have to outlive it.
+# A job that is asked to stop saves its state first: Snakemake has to outlive it, and its shell by params.prefix.
 launch.shield()
-shell.prefix(launch.SHELL_PREFIX)
 
-if workflow.is_main_process:
+# For envs/aps.post-deploy.sh, which is told nothing else.
+os.environ.setdefault("APS_SOURCE", PLAN.repository())
+
+if workflow.is_main_process and not PLAN.is_module:
     force_by(workflow, PLAN.force)
 
 
-# Before the first job of a real run; a dry run does not come here, and plans on any machine.
+# Before the first job of a real run; a dry run does not come here, and plans on any machine. Nor does a module: the
+# workflow around it has its own.
 onstart:
     try:
         PLAN.hold_results()

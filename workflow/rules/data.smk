@@ -10,6 +10,8 @@ rule prepare_dataset:
     output:
         manifest=f"{RESULTS}/data/{{dataset}}/manifest.json",
     params:
+        prefix=PLAN.prefix,
+        python=PLAN.python,
         # depends on resources only so that Snakemake does not take a moved source for a changed result
         source=lambda wildcards, resources: PLAN.source_options(wildcards.dataset),
         folder=lambda wildcards, output: Path(output.manifest).parent,
@@ -21,5 +23,10 @@ rule prepare_dataset:
     threads: PLAN.threads_of("data")
     resources:
         **PLAN.resources("data"),
+    conda:
+        "../envs/aps.yaml"
+    container:
+        PLAN.image()
     shell:
-        "{PYTHON:q} -m aps data {wildcards.dataset} --out {params.folder:q} {params.source} 2>&1 | tee {log:q}"
+        "{params.prefix}{params.python:q} -m aps data {wildcards.dataset} --configfile --out {params.folder:q} {params.source}"
+        " 2>&1 | tee {log:q}"

@@ -12,6 +12,8 @@ rule pretrain_encoder:
     output:
         **PLAN.output("pretrain"),
     params:
+        prefix=PLAN.prefix,
+        python=PLAN.python,
         study=lambda wildcards, resources: PLAN.config_options(),
         options=PLAN.options,
     log:
@@ -23,6 +25,10 @@ rule pretrain_encoder:
     threads: PLAN.threads
     resources:
         **PLAN.resources("pretrain"),
+    conda:
+        "../envs/aps.yaml"
+    container:
+        PLAN.image()
     shell:
-        "{PYTHON:q} -m aps {wildcards.stage} {params.study} --experiment {wildcards.experiment} --seed {wildcards.seed}"
-        " {params.options} 2>&1 | tee {log:q}"
+        "{params.prefix}{params.python:q} -m aps {wildcards.stage} {params.study} --experiment {wildcards.experiment}"
+        " --seed {wildcards.seed} {params.options} 2>&1 | tee {log:q}"

@@ -5,11 +5,13 @@ rule report:
     input:
         unpack(PLAN.report_inputs),
     output:
-        html=report(f"{PLAN.report}/report.html", caption="../report/report.rst", category="Results"),
-        csv=report(f"{PLAN.report}/results.csv", caption="../report/table.rst", category="Results"),
+        html=report(f"{FOLDER}/report/report.html", caption="../report/report.rst", category="Results"),
+        csv=report(f"{FOLDER}/report/results.csv", caption="../report/table.rst", category="Results"),
     params:
-        config=lambda wildcards, resources: PLAN.config_options(),
-        folder=PLAN.report,
+        prefix=PLAN.prefix,
+        python=PLAN.python,
+        study=lambda wildcards, resources: PLAN.config_options(),
+        folder=lambda wildcards, output: Path(output.html).parent,
     log:
         f"{FOLDER}/logs/report.log",
     benchmark:
@@ -18,5 +20,9 @@ rule report:
     threads: PLAN.threads_of("report")
     resources:
         **PLAN.resources("report"),
+    conda:
+        "../envs/aps.yaml"
+    container:
+        PLAN.image()
     shell:
-        "{PYTHON:q} -m aps report {params.config} --out {params.folder:q} 2>&1 | tee {log:q}"
+        "{params.prefix}{params.python:q} -m aps report {params.study} --out {params.folder:q} 2>&1 | tee {log:q}"

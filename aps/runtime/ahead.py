@@ -1,0 +1,54 @@
+"""Input for a GPU without waiting: batches made one ahead on a stream of their own, small tables sent from pinned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Batch = TypeVar("Batch")
+
+
+def send(table: Tensor, device: torch.device | str) -> Tensor:
+    """To the device without waiting for it: a copy from pageable memory would."""
+    if torch.device(device).type == "cuda" and table.device.type == "cpu":
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
+
+
+def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches, tuples (of tuples) of tensors; on a GPU each is made while the one before it is used.
+
+    They are made on a side stream, so the device's main stream waits for none that is there already.
+    """
+    return _ahead(batches, device) if device.type == "cuda" else batches
+
+
+def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(main)
+
+    def make() -> tuple[Batch, torch.cuda.Event] | None:
+        with torch.cuda.stream(side):
+            batch = next(batches, None)
+            return None if batch is None else (batch, side.record_event())
+
+    upcoming = make()
+    while upcoming is not None:
+        batch, ready = upcoming
+        upcoming = make()
+        main.wait_event(ready)
+        for tensor in tensors(batch):
+            tensor.record_stream(main)
+        yield batch
+
+
+def tensors(batch: Any) -> Iterator[Tensor]:
+    """All tensors of nested tuples and lists."""
+    if isinstance(batch, Tensor):
+        yield batch
+    else:
+        for part in batch:
+            yield from tensors(part)

@@ -1,0 +1,581 @@
+"""Augmentation for finetuning, a batch at a time on its device: crops, flips, RandAugment, erasing, mixup, cutmix.
+
+Every image has parameters of its own and gets the pixels that timm's and torchvision's transforms make of it with the
+same parameters, on Pillow images: uint8 between any two operators, rounded where Pillow rounds and cut off where Pillow
+cuts off (tests/training/test_augment.py, operator by operator, and in distribution).
+
+    B  images of a batch, S side of an image in pixels, L operators one after another (`n` of RandAugment), C classes
+
+Peculiar: parameters are drawn on the CPU for the global batch, so that they do not depend on the number of processes,
+and which image gets which operator is known there: the device is never asked. Images are sorted by operator, so each
+operator is a slice, and families of them need one computation:
+- eight operators are a table of 256 values for each channel of each image (`tables`);
+- two blend a pixel with another picture of the image (`color`, `sharpness`);
+- four move rows, or columns, each along itself (`sheared_or_shifted`); only a rotation reads pixels one by one.
+
+Mixup pairs neighbours of the batch, images 2k and 2k+1, where timm pairs the first with the last: an epoch's order is
+shuffled, so it is the same distribution, and a pair never spans two processes. One lambda holds for the whole batch, as
+in timm's default mode and the recipes that we follow.
+
+What it deliberately does not know: datasets, decoding, the model and the training loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data.auto_augment import rand_augment_transform
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from aps.runtime.ahead import send
+from aps.settings.blocks import FinetuneSettings, ViewSettings
+from aps.views import draw_boxes
+
+# Operators by name, sorted by family; their numbers are their places here.
+TABLES = ("AutoContrast", "Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd", "Brightness", "Contrast")
+BLENDS = ("Color", "Sharpness")
+MOVES = ("Rotate", "ShearX", "TranslateX", "ShearY", "TranslateY")
+OPERATORS = (*TABLES, *BLENDS, *MOVES)
+NONE = len(OPERATORS)  # leaves the image as it is
+
+LEVELS = 10.0  # magnitudes of RandAugment run from 0 to 10
+ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's RandomErasing
+TRIES = 10  # boxes tried for an image (timm's RandomErasing)
+LUMA = (19595, 38470, 7471)  # of Pillow's conversion to gray, of 65,536
+
+
+class Program(NamedTuple):
+    """Operators of each image, in the order in which they are applied. All on the CPU, (L, B)."""
+
+    operators: Tensor  # int64: places in OPERATORS, or NONE
+    values: Tensor  # float64: what timm's function takes: a factor, degrees, a threshold, bits, a share of the side
+    bicubic: Tensor  # bool: moves interpolate cubically, else linearly
+
+
+class Mix(NamedTuple):
+    """How the neighbours of a batch are mixed: one choice for all of it."""
+
+    share: float  # lambda: what an image keeps of itself
+    box: tuple[int, int, int, int] | None  # cutmix: top, bottom, left, right of the neighbour's part; None: mixup
+
+
+class Parameters(NamedTuple):
+    """What is done to each image of a batch. All on the CPU."""
+
+    boxes: Tensor  # (B, 4) int64: top, left, height, width of the crop; of `pad` in the padded picture
+    flips: Tensor  # (B,) bool
+    program: Program
+    erased: Tensor | None  # (B, 4) int64: top, left, height, width; height 0: nothing is erased
+    mix: Mix | None
+
+    def rows(self, rows: slice) -> Parameters:
+        """Those of some images of the batch, but for `erased`: `erase` needs all of them."""
+        program = Program(*(field[:, rows] for field in self.program))
+        return self._replace(boxes=self.boxes[rows], flips=self.flips[rows], program=program)
+
+
+def joined(parts: list[Parameters]) -> tuple[Tensor, Tensor, Program]:
+    """Boxes, flips and programs of several batches, one after another."""
+    program = Program(*(torch.cat(field, 1) for field in zip(*(part.program for part in parts), strict=True)))
+    return torch.cat([part.boxes for part in parts]), torch.cat([part.flips for part in parts]), program
+
+
+# --------------------------------------------------------------------------------------------------
+# Drawing
+
+
+class Draw:
+    """Draws parameters with the distributions of timm's and torchvision's transforms.
+
+    Args:
+        settings: of finetuning; `rand_augment` is in timm's notation and read by timm.
+        size: S.
+    """
+
+    def __init__(self, settings: FinetuneSettings, size: int) -> None:
+        self.settings, self.size = settings, size
+        self._views = ViewSettings(crop_scale=(0.08, 1.0))  # torchvision's RandomResizedCrop
+        self._layers = 0
+        if settings.rand_augment is not None:
+            augment = rand_augment_transform(settings.rand_augment, {})
+            first = augment.ops[0]
+            self._layers, self._probability, self._magnitude = augment.num_layers, first.prob, float(first.magnitude)
+            self._deviation, self._most = first.magnitude_std, float(first.magnitude_max or LEVELS)
+            self._scales = torch.tensor([SCALES[op.name] for op in augment.ops], dtype=torch.float64)
+            names = [op.name.removesuffix("Increasing").removesuffix("Rel") for op in augment.ops]
+            self._operators = torch.tensor([OPERATORS.index(name) for name in names])
+
+    def __call__(self, batch: int, height: int, width: int, generator: torch.Generator) -> Parameters:
+        """Of a (global) batch of sources of one size in pixels; the generator is a CPU one."""
+        return Parameters(
+            boxes=self.boxes(torch.full((batch,), height), torch.full((batch,), width), generator),
+            flips=torch.rand(batch, generator=generator) < self.settings.flip,
+            program=self.program(batch, generator),
+            erased=self.erased(batch, generator),
+            mix=self.mix(generator),
+        )
+
+    def boxes(self, heights: Tensor, widths: Tensor, generator: torch.Generator) -> Tensor:
+        """Crops of sources of these sizes, (B,) int64 -> (B, 4) int64."""
+        if self.settings.crop == "resized":
+            return draw_boxes(heights, widths, self._views, generator)
+        corners = torch.randint(0, 2 * padding(self.size) + 1, (len(heights), 2), generator=generator)
+        return torch.cat([corners, torch.full_like(corners, self.size)], 1)
+
+    def program(self, batch: int, generator: torch.Generator) -> Program:
+        """RandAugment, or else colour jitter, or nothing."""
+        if self._layers:
+            return self._rand_augment(batch, generator)
+        if strength := self.settings.color_jitter:
+            low, high = max(0.0, 1 - strength), 1 + strength
+            places = torch.tensor([OPERATORS.index(name) for name in ("Brightness", "Contrast", "Color")])
+            order = torch.rand(3, batch, generator=generator).argsort(0)
+            factors = low + (high - low) * torch.rand(3, batch, generator=generator, dtype=torch.float64)
+            return Program(places[order], factors, torch.zeros(3, batch, dtype=torch.bool))
+        return Program(*(torch.zeros(0, batch, dtype=dtype) for dtype in (torch.int64, torch.float64, torch.bool)))
+
+    def _rand_augment(self, batch: int, generator: torch.Generator) -> Program:
+        """arXiv 1909.13719 in timm's variants: operators drawn with replacement, noise on the magnitude."""
+        shape = (self._layers, batch)
+        chosen = torch.randint(0, len(self._scales), shape, generator=generator)
+        skipped, up, linear, spread = torch.rand(4, *shape, generator=generator, dtype=torch.float64)
+        if self._deviation == math.inf:
+            magnitude = self._magnitude * spread
+        else:
+            noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+            magnitude = self._magnitude + self._deviation * noise
+        magnitude = magnitude.clamp_(0, self._most).div_(LEVELS)
+        most, start, direction, whole, least, greatest = self._scales[chosen].unbind(2)
+        moved = most * magnitude
+        moved = torch.where(whole > 0, moved.floor(), moved)
+        values = start + moved * torch.where(direction == 0, torch.where(up > 0.5, -1.0, 1.0), direction)
+        operators = torch.where(skipped > self._probability, NONE, self._operators[chosen])
+        return Program(operators, values.clamp(least, greatest), linear >= 0.5)
+
+    def erased(self, batch: int, generator: torch.Generator) -> Tensor | None:
+        """(B, 4) int64; boxes of timm's RandomErasing, one for each image that it hits."""
+        if not self.settings.erasing:
+            return None
+        hit = (torch.rand(batch, generator=generator) < self.settings.erasing).nonzero()[:, 0]
+        area, aspect, down, right = torch.rand(4, batch, TRIES, generator=generator, dtype=torch.float64)[:, hit]
+        area = (ERASED_AREA[0] + (ERASED_AREA[1] - ERASED_AREA[0]) * area) * self.size**2
+        narrow, wide = (math.log(x) for x in ERASED_ASPECT)
+        aspect = torch.exp(narrow + (wide - narrow) * aspect)
+        height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+        fits = (height < self.size) & (width < self.size)
+        top, left = (down * (self.size - height + 1)).floor(), (right * (self.size - width + 1)).floor()
+        first = (fits * torch.arange(TRIES, 0, -1)).argmax(1)
+        boxes = torch.stack([top, left, height, width], 2)[torch.arange(len(hit)), first].long()
+        return torch.zeros(batch, 4, dtype=torch.int64).index_copy_(0, hit, boxes * fits.any(1, keepdim=True))
+
+    def mix(self, generator: torch.Generator) -> Mix | None:
+        """Of the whole batch; None: its images stay apart."""
+        mixup, cutmix = self.settings.mixup, self.settings.cutmix
+        if not (mixup or cutmix):
+            return None
+        seed = int(torch.randint(0, 2**62, (), generator=generator))
+        numbers = np.random.default_rng(seed)  # torch's beta distribution takes no generator
+        cuts = not mixup or (cutmix > 0 and numbers.random() < self.settings.mixup_switch)
+        alpha = cutmix if cuts else mixup
+        share = float(numbers.beta(alpha, alpha))
+        if not cuts:
+            return Mix(share, None)
+        middle = numbers.integers(0, self.size, 2)
+        side = int(self.size * math.sqrt(1 - share))
+        low = np.clip(middle - side // 2, 0, self.size)
+        high = np.clip(middle + (side + 1) // 2, 0, self.size)
+        (top, left), (bottom, right) = low.tolist(), high.tolist()
+        return Mix(1 - (bottom - top) * (right - left) / self.size**2, (top, bottom, left, right))
+
+
+class Scale(NamedTuple):
+    """From a magnitude m in [0, 1] to what timm's function takes: clip(start + direction * most * m)."""
+
+    most: float
+    start: float = 0.0
+    direction: int = 0  # 0: up or down, drawn
+    whole: bool = False  # most * m is cut off to a whole number
+    least: float = -math.inf
+    greatest: float = math.inf
+
+
+FACTOR = Scale(1.8, 0.1, 1)
+FACTOR_INCREASING = Scale(0.9, 1.0, least=0.1)
+SCALES = {
+    "AutoContrast": Scale(0.0),
+    "Equalize": Scale(0.0),
+    "Invert": Scale(0.0),
+    "Posterize": Scale(4, 0, 1, whole=True, least=1),  # of 0 bits, which Pillow refuses, nothing would be left
+    "PosterizeIncreasing": Scale(4, 4, -1, whole=True, least=1),
+    "Solarize": Scale(256, 0, 1, whole=True),
+    "SolarizeIncreasing": Scale(256, 256, -1, whole=True),
+    "SolarizeAdd": Scale(110, 0, 1, whole=True, greatest=128),
+    "Color": FACTOR,
+    "Contrast": FACTOR,
+    "Brightness": FACTOR,
+    "Sharpness": FACTOR,
+    "ColorIncreasing": FACTOR_INCREASING,
+    "ContrastIncreasing": FACTOR_INCREASING,
+    "BrightnessIncreasing": FACTOR_INCREASING,
+    "SharpnessIncreasing": FACTOR_INCREASING,
+    "Rotate": Scale(30),
+    "ShearX": Scale(0.3),
+    "ShearY": Scale(0.3),
+    "TranslateXRel": Scale(0.45),
+    "TranslateYRel": Scale(0.45),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Crops
+
+
+def on_device(boxes: Tensor, flips: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Boxes (B, 4) int64 and flips (B,) bool there, in one transfer that waits for nothing."""
+    table = send(torch.cat([boxes, flips[:, None]], 1), device)
+    return table[:, :4], table[:, 4] > 0
+
+
+def flip(images: Tensor, flips: Tensor) -> Tensor:
+    """Mirrored where `flips`, (B,) bool, says so."""
+    return torch.where(flips[:, None, None, None], images.flip(3), images)
+
+
+def padding(size: int) -> int:
+    """Of each side before a crop: 4 pixels at 32."""
+    return max(1, size // 8)
+
+
+def pad_crop(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
+    """A shifted picture of the whole image, black where it ends, mirrored where `flips` says so.
+
+    images: (B, 3, H, W) uint8, first resized to SxS where they have another size; boxes: (B, 4) int64, in the padded
+    picture; flips: (B,) bool -> (B, 3, S, S) uint8. Equals torchvision's Resize, RandomCrop with padding and
+    RandomHorizontalFlip.
+    """
+    if images.shape[2:] != (size, size):
+        images = functional.resize(images, [size, size], antialias=True)
+    side = size + 2 * padding(size)
+    padded = F.pad(images, 4 * [padding(size)]).flatten(2)
+    steps = torch.arange(size, device=images.device)
+    rows = (boxes[:, 0, None] + steps) * side  # (B, S)
+    columns = boxes[:, 1, None] + torch.where(flips[:, None], size - 1 - steps, steps)
+    places = (rows[:, :, None] + columns[:, None, :]).view(len(images), 1, size * size)
+    return padded.gather(2, places.expand(-1, 3, -1)).view(-1, 3, size, size)
+
+
+def resized_crop(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
+    """Each image's box, resized to SxS by Pillow's antialiased cubic filter, mirrored where `flips` says so.
+
+    Columns first, with whole numbers of [0, 255] between the passes; Pillow 13 takes rows first where that is cheaper.
+    images: (B, 3, H, W) uint8; boxes: (B, 4) int64; flips: (B,) bool -> (B, 3, S, S) uint8.
+    """
+    batch, channels, height, width = images.shape
+    top, left, tall, wide = boxes.float().unbind(1)
+    columns = cubic_matrix(left, wide, width, size)
+    columns = torch.where(flips[:, None, None], columns.flip(1), columns)
+    across = rounded(torch.bmm(images.float().view(batch, channels * height, width), columns.mT))
+    x = cubic_matrix(top, tall, height, size)[:, None] @ across.view(batch, channels, height, size)
+    return rounded(x).to(torch.uint8)
+
+
+def cubic_matrix(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
+    """Pillow's antialiased cubic filter (a = -0.5) along one axis, cut at the box and normalized.
+
+    start, length: (B,) float32, source pixels -> (B, S, source).
+    """
+    scale = (length / size)[:, None]  # source pixels of a target pixel
+    wide = scale.clamp(min=1)
+    centre = (torch.arange(size, device=start.device) + 0.5) * scale  # in the box
+    pixel = torch.arange(source, device=start.device) + 0.5 - start[:, None]
+    inside = (pixel > 0) & (pixel < length[:, None])
+    x = ((pixel[:, None, :] - centre[:, :, None]) / wide[:, :, None]).abs_()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0)) * inside[:, None, :]
+    return weights / weights.sum(2, keepdim=True)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """To the nearest whole number of [0, 255], halves up; x is overwritten."""
+    return x.add_(0.5).floor_().clamp_(0, 255)
+
+
+# --------------------------------------------------------------------------------------------------
+# Operators. Each takes images (K, 3, S, S) uint8 and values (K,), and gives (K, 3, S, S) uint8.
+
+
+def run_program(images: Tensor, program: Program, fill: Tensor) -> Tensor:
+    """Each image through its own operators.
+
+    images: (B, 3, S, S) uint8; fill: (3,) float32, the colour that moves let in, on the images' device
+    -> (B, 3, S, S) uint8.
+    """
+    layers, batch = program.operators.shape
+    if not layers:
+        return images
+    operators = program.operators
+    last = (program.bicubic & (operators >= len(TABLES + BLENDS))) | (operators == NONE)
+    keys = operators + len(MOVES) * last
+    order = keys.argsort(dim=1, stable=True)  # (L, B)
+    places = order.argsort(1)  # of each image in a layer's order
+    before = torch.cat([torch.arange(batch)[None], places[:-1]]).gather(1, order)  # from one layer's order to the next
+    table = torch.stack([before.double(), places.double(), program.values.gather(1, order)])
+    table = send(table, images.device)
+    steps, back, values = table[0].long(), table[1, -1].long(), table[2]
+    for layer in range(layers):
+        images = images.index_select(0, steps[layer])  # a copy, which the layer overwrites
+        counts = keys[layer].bincount(minlength=NONE + len(MOVES) + 1).tolist()
+        _run_layer(images, counts, values[layer], fill)
+    return images.index_select(0, back)
+
+
+def _run_layer(images: Tensor, counts: list[int], values: Tensor, fill: Tensor) -> None:
+    """One operator of each image.
+
+    images: (B, 3, S, S) uint8, sorted by operator, the cubic moves after all others, overwritten; counts: images of each
+    operator, moves twice, linear and cubic; values: (B,) float64.
+    """
+    ends = np.cumsum([0, *counts]).tolist()
+    own = [slice(start, end) for start, end in pairwise(ends)]
+    found = [tables(name, images[own[i]], values[own[i]]) for i, name in enumerate(TABLES) if counts[i]]
+    if found:  # these operators come first
+        looked_up = torch.cat(found)
+        images[: len(looked_up)] = look_up(images[: len(looked_up)], looked_up)
+    for i, name in enumerate(BLENDS, len(TABLES)):
+        if counts[i]:
+            images[own[i]] = BLENDED[name](images[own[i]], values[own[i]])
+    for i, taps in ((len(TABLES + BLENDS), 2), (NONE, 4)):
+        rotate, shifts = own[i], slice(ends[i + 1], ends[i + len(MOVES)])
+        if counts[i]:
+            images[rotate] = rotated(images[rotate], values[rotate], taps, fill)
+        if shifts.start < shifts.stop:
+            each = counts[i + 1 : i + len(MOVES)]
+            images[shifts] = sheared_or_shifted(images[shifts], each, values[shifts], taps, fill)
+
+
+def tables(name: str, images: Tensor, values: Tensor) -> Tensor:
+    """New values of the 256 old ones, for each channel of each image: (K, 3, S, S), (K,) float64 -> (K, 3, 256) uint8."""
+    old = torch.arange(256, device=images.device)
+    if name in TABLES_OF_VALUES:
+        return TABLES_OF_VALUES[name](old, values[:, None]).to(torch.uint8)[:, None].expand(-1, 3, -1)
+    return {"AutoContrast": _auto_contrast, "Equalize": _equalize, "Contrast": _contrast}[name](old, images, values)
+
+
+def look_up(images: Tensor, found: Tensor) -> Tensor:
+    """images: (K, 3, S, S) uint8, found: (K, 3, 256) uint8 -> (K, 3, S, S) uint8."""
+    return found.flatten(0, 1).gather(1, images.flatten(0, 1).flatten(1).long()).view_as(images)
+
+
+def blend(other: Tensor, own: Tensor, factors: Tensor) -> Tensor:
+    """other + factor (own - other) as Pillow's blend computes it: in float32, cut off to whole numbers of [0, 255].
+
+    factors: shaped to broadcast -> as other and own, float32.
+    """
+    own, other = own.float(), other.float()
+    return ((own - other) * factors.float()).add_(other).clamp_(0, 255)
+
+
+def _posterize(old: Tensor, bits: Tensor) -> Tensor:
+    return old & (256 - 2 ** (8 - bits.long().clamp(max=8)))
+
+
+def _solarize(old: Tensor, threshold: Tensor) -> Tensor:
+    return torch.where(old < threshold, old, 255 - old)
+
+
+def _solarize_add(old: Tensor, added: Tensor) -> Tensor:
+    return torch.where(old < 128, (old + added).clamp(max=255), old)
+
+
+# (256,) int64, (K, 1) float64 -> (K, 256)
+TABLES_OF_VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "Invert": lambda old, unused: (255 - old).expand(len(unused), -1),
+    "Posterize": _posterize,
+    "Solarize": _solarize,
+    "SolarizeAdd": _solarize_add,
+    "Brightness": lambda old, factors: blend(torch.zeros_like(old), old, factors),
+}
+
+
+def gray(images: Tensor) -> Tensor:
+    """Pillow's conversion to L: (K, 3, S, S) uint8 -> (K, S, S) int32."""
+    red, green, blue = images.int().unbind(1)
+    return (red * LUMA[0] + green * LUMA[1] + blue * LUMA[2] + 0x8000) >> 16
+
+
+def _contrast(old: Tensor, images: Tensor, factors: Tensor) -> Tensor:
+    pixels = images[0, 0].numel()
+    mean = (2 * gray(images).sum((1, 2)) + pixels) // (2 * pixels)  # to the nearest
+    return blend(mean[:, None], old, factors[:, None]).to(torch.uint8)[:, None].expand(-1, 3, -1)
+
+
+def _auto_contrast(old: Tensor, images: Tensor, unused: Tensor) -> Tensor:
+    low, high = (getattr(images, name)((2, 3)).double()[:, :, None] for name in ("amin", "amax"))
+    scale = torch.full_like(high, 255) / (high - low)  # infinite where flat; 255 / x would multiply by a rounded 1 / x
+    stretched = (old * scale + -low * scale).clamp(0, 255)
+    return torch.where(high > low, stretched, old.double()).to(torch.uint8)
+
+
+def _equalize(old: Tensor, images: Tensor, unused: Tensor) -> Tensor:
+    pixels = images.flatten(0, 1).flatten(1).long()  # (K*3, S*S)
+    counts = pixels.new_zeros(len(pixels), 256).scatter_add_(1, pixels, torch.ones_like(pixels))
+    brightest = counts.gather(1, pixels.amax(1, keepdim=True))
+    step = (pixels.shape[1] - brightest) // 255  # 0 too where only one value occurs
+    before = counts.cumsum(1) - counts
+    spread = (step // 2 + before) // step.clamp(min=1)
+    # Pillow's table holds bytes: what exceeds 255 is clipped there
+    return torch.where(step > 0, spread.clamp(max=255), old).to(torch.uint8).view(-1, 3, 256)
+
+
+def color(images: Tensor, factors: Tensor) -> Tensor:
+    """Blend with the gray picture."""
+    return blend(gray(images)[:, None], images, factors[:, None, None, None]).to(torch.uint8)
+
+
+def sharpness(images: Tensor, factors: Tensor) -> Tensor:
+    """Blend with a 3x3 mean that weighs the middle 5 of 13; the outermost pixels stay."""
+    x = images.int()
+    across = x[..., :-2] + x[..., 1:-1] + x[..., 2:]
+    around = across[:, :, :-2] + across[:, :, 1:-1] + across[:, :, 2:] + 4 * x[:, :, 1:-1, 1:-1]
+    inner = images[:, :, 1:-1, 1:-1]
+    sharpened = images.clone()
+    sharpened[:, :, 1:-1, 1:-1] = blend((2 * around + 13) // 26, inner, factors[:, None, None, None]).to(torch.uint8)
+    return sharpened
+
+
+BLENDED = {"Color": color, "Sharpness": sharpness}
+
+
+def rotated(images: Tensor, degrees: Tensor, taps: int, fill: Tensor) -> Tensor:
+    """Counter-clockwise about the centre, as Pillow does it.
+
+    images: (K, 3, H, W) uint8; degrees: (K,) float64; taps: 2 interpolate linearly, 4 cubically; fill: (3,) float32
+    -> (K, 3, H, W) uint8. Positions are float64, since a rounded one could fall on the other side of a pixel's border;
+    pixels are float32.
+    """
+    count, _, height, width = images.shape
+    angle, middle_x, middle_y = -torch.deg2rad(degrees)[:, None, None], width / 2, height / 2
+    cos, sin = angle.cos(), angle.sin()
+    y = torch.arange(height, device=images.device, dtype=torch.float64)[:, None] + 0.5
+    x = torch.arange(width, device=images.device, dtype=torch.float64) + 0.5
+    across = cos * x + sin * y + (middle_x - cos * middle_x - sin * middle_y)  # where a target pixel lies: (K, H, W)
+    down = cos * y - sin * x + (middle_y + sin * middle_x - cos * middle_y)
+    left, above = (across - 0.5).floor(), (down - 0.5).floor()
+    offsets = torch.arange(taps, device=images.device)[:, None, None] - (taps // 2 - 1)
+    columns = (left.long()[:, None] + offsets).clamp_(0, width - 1)  # (K, taps, H, W)
+    rows = (above.long()[:, None] + offsets).clamp_(0, height - 1).mul_(width)
+    places = (rows[:, :, None] + columns[:, None]).view(count, 1, -1).expand(-1, 3, -1)
+    pixels = images.flatten(2).gather(2, places).view(count, 3, taps, taps, height, width).float()
+    right, below = ((p - 0.5 - whole).float()[:, None] for p, whole in ((across, left), (down, above)))
+    result = _between(_between(pixels.unbind(3), right[:, :, None]).unbind(2), below)
+    outside = (across < 0) | (across >= width) | (down < 0) | (down >= height)
+    return _filled(result, outside, fill)
+
+
+def sheared_or_shifted(images: Tensor, counts: list[int], values: Tensor, taps: int, fill: Tensor) -> Tensor:
+    """As Pillow's affine transform does it: every row, or column, comes from a place of its own along itself.
+
+    images: (K, 3, S, S) uint8, so many of ShearX, TranslateX, ShearY and TranslateY as `counts` says; values: (K,) float64,
+    slopes or shares of the side; taps, fill: as for `rotated` -> (K, 3, S, S) uint8.
+    """
+    side = images.shape[3]
+    lines = torch.arange(side, device=images.device) + 0.5
+    whole = torch.full_like(lines, side)
+    distances = [line.expand(count, -1) for line, count in zip([lines, whole] * 2, counts, strict=True)]
+    shifts = values[:, None] * torch.cat(distances)  # (K, S), pixels
+    upright = sum(counts[:2])
+    turned = torch.cat([images[:upright], images[upright:].mT])
+    result = _shifted(turned, shifts, taps, fill)
+    return torch.cat([result[:upright], result[upright:].mT])
+
+
+def _shifted(images: Tensor, shifts: Tensor, taps: int, fill: Tensor) -> Tensor:
+    """images: (K, 3, H, W) uint8; shifts: (K, H) float64, from where each row's pixels come -> (K, 3, H, W) uint8."""
+    width = images.shape[3]
+    whole = shifts.floor()
+    before = taps // 2 - 1
+    places = whole.long()[:, :, None] + torch.arange(-before, width + taps - 1 - before, device=images.device)
+    row = images.gather(
+        3, places.clamp_(0, width - 1)[:, None].expand(-1, 3, -1, -1)
+    ).float()  # (K, 3, H, W + taps - 1)
+    past = (shifts - whole).float()[:, None, :, None]
+    result = _between([row[..., i : i + width] for i in range(taps)], past)
+    first, end = ((edge - 0.5 - shifts).ceil()[:, :, None] for edge in (0, width))
+    x = torch.arange(width, device=images.device)
+    return _filled(result, (x < first) | (x >= end), fill)
+
+
+def _between(pixels: Sequence[Tensor], past: Tensor) -> Tensor:
+    """Pillow's linear or cubic interpolation (a = -1) of values around a place; flat pixels stay exactly what they are."""
+    if len(pixels) == 2:
+        a, b = pixels
+        return (b - a).mul_(past).add_(a)
+    a, b, c, d = pixels
+    difference = c - d
+    cube = (b - a).sub_(difference)
+    square = (a - b).mul_(2).add_(difference)
+    return cube.mul_(past).add_(square).mul_(past).add_(c - a).mul_(past).add_(b)
+
+
+def _filled(x: Tensor, outside: Tensor, fill: Tensor) -> Tensor:
+    """x: (K, 3, H, W) float32; outside: (K, H, W) bool -> (K, 3, H, W) uint8, cut off to whole numbers."""
+    return torch.where(outside[:, None], fill[:, None, None], x.clamp_(0, 255)).to(torch.uint8)
+
+
+# --------------------------------------------------------------------------------------------------
+# After normalization
+
+
+def erase(x: Tensor, boxes: Tensor, own: slice, generator: torch.Generator) -> Tensor:
+    """Boxes of normal noise, another for every pixel and channel: timm's RandomErasing in mode `pixel`.
+
+    x: (B, 3, S, S) float32, normalized, this process's rows `own` of the global batch, is overwritten; boxes: (B * world, 4)
+    int64 on the CPU, of the global batch; the generator is of x's device.
+    """
+    hit = boxes[:, 2].nonzero()[:, 0]
+    mine = hit[(hit >= own.start) & (hit < own.stop)]
+    if not len(mine):
+        return x
+    values = 3 * boxes[:, 2] * boxes[:, 3]  # of noise for each image
+    noise = torch.randn(int(values.sum()), generator=generator, device=x.device)[int(values[: own.start].sum()) :]
+    table = send(torch.cat([boxes[mine], mine[:, None] - own.start], 1), x.device)
+    top, left, height, width, rows = table.unbind(1)
+    inside = _within(top, height, x.shape[2])[:, None, :, None] & _within(left, width, x.shape[3])[:, None, None, :]
+    x[rows] = x[rows].masked_scatter_(inside.expand(-1, 3, -1, -1), noise)
+    return x
+
+
+def _within(start: Tensor, length: Tensor, side: int) -> Tensor:
+    """start, length: (K,) -> (K, side) bool."""
+    past = torch.arange(side, device=start.device) - start[:, None]
+    return (past >= 0) & (past < length[:, None])
+
+
+def mix_images(x: Tensor, mix: Mix | None) -> Tensor:
+    """Each image with its neighbour. x: (B, 3, S, S), B even, is overwritten."""
+    if mix is None:
+        return x
+    other = x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    if mix.box is None:
+        return x.mul_(mix.share).add_(other.mul_(1 - mix.share))
+    top, bottom, left, right = mix.box
+    x[:, :, top:bottom, left:right] = other[:, :, top:bottom, left:right]
+    return x
+
+
+def soft_targets(labels: Tensor, classes: int, smoothing: float, mix: Mix | None) -> Tensor:
+    """Smoothed labels, mixed as their images are: (B,) int64 -> (B, C) float32."""
+    targets = torch.full((len(labels), classes), smoothing / classes, device=labels.device)
+    targets.scatter_(1, labels[:, None], 1 - smoothing + smoothing / classes)
+    if mix is None:
+        return targets
+    other = targets.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return targets * mix.share + other * (1 - mix.share)

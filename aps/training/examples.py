@@ -1,0 +1,143 @@
+"""Batches of augmented, labelled images for finetuning, the same ones however many processes share them.
+
+Images that fit in memory live on the training device as uint8 and nothing is done for one image at a time. Image files
+are decoded and cut to size by workers; the rest is batched on the device too. On a GPU the next batch is made on a stream
+of its own while the current one trains.
+
+Everything random is a function of (seed, epoch, batch) or (seed, epoch, image), so nothing has to be saved to go on
+from the middle of an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import InterpolationMode, functional
+
+from aps.data.load import ArraySplit, FileSplit
+from aps.errors import UserError
+from aps.runtime.ahead import ahead
+from aps.runtime.processes import Distributed
+from aps.settings.blocks import FinetuneSettings
+from aps.training import augment
+from aps.training.features import Normalization
+from aps.training.order import IMAGE, NOISE, VIEWS, KeyedLoader, Order, seeded
+
+# Pixels of the images made at once, several batches of small ones: what is done once for all costs each less.
+TOGETHER = 2**20
+
+
+class Examples(NamedTuple):
+    """A batch of one process."""
+
+    images: Tensor  # (B, 3, S, S) float32, normalized
+    targets: Tensor  # (B, C) float32: smoothed labels, mixed as the images are
+    labels: Tensor  # (B,) int64
+
+
+class AugmentedExamples:
+    """Every image of `rows` once an epoch, shuffled, batch by batch; the last, smaller batch is dropped.
+
+    Args:
+        split: the training images.
+        rows: (M,) int64 indices of those to use.
+        size: S, side of an image in pixels.
+        classes: C.
+        normalization: mean and std, each of 3 channels in [0, 1] units.
+        workers: decoding processes for image files; None: as many as cores.
+
+    Raises:
+        UserError: the batch exceeds the images or does not divide among the processes, or into pairs where images are mixed.
+    """
+
+    def __init__(
+        self,
+        split: ArraySplit | FileSplit,
+        rows: Tensor,
+        settings: FinetuneSettings,
+        size: int,
+        classes: int,
+        normalization: Normalization,
+        seed: int,
+        distributed: Distributed,
+        workers: int | None = None,
+    ) -> None:
+        self.settings, self.size, self.classes, self.seed = settings, size, classes, seed
+        self.distributed, device = distributed, distributed.device
+        self._order = Order(rows, settings.batch_size, seed, distributed, "finetune")
+        self.batches = self._order.batches
+        if (settings.mixup or settings.cutmix) and settings.batch_size // distributed.world % 2:
+            raise UserError(
+                f"finetune.batch_size {settings.batch_size} gives each of the {distributed.world} processes an odd number "
+                "of images, and mixup pairs them; make it even, or set finetune.mixup and finetune.cutmix to 0"
+            )
+        self._draw = augment.Draw(settings, size)
+        self._pads = settings.crop == "pad"
+        self._crop = augment.pad_crop if self._pads else augment.resized_crop
+        self._together = max(1, TOGETHER * distributed.world // (settings.batch_size * size**2))
+        self._mean, self._std = (torch.tensor(x, device=device).view(3, 1, 1) for x in normalization)
+        self._fill = (255 * self._mean).round().flatten()  # moves let the mean colour in, as timm's do
+        self._labels = split.labels.to(device)
+        self._array = split.images.to(device) if isinstance(split, ArraySplit) else None
+        self._loader = (
+            None
+            if isinstance(split, ArraySplit)
+            else KeyedLoader(_Decoded(split, self._draw, size, seed), workers, device)
+        )
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Examples]:
+        """Batches `first`, `first`+1, ... of an epoch, this process's rows of each."""
+        return ahead(self._epoch(epoch, first), self.distributed.device)
+
+    def _epoch(self, epoch: int, first: int) -> Iterator[Examples]:
+        rows = self._order.epoch(epoch)
+        loaded = self._loader.epoch(epoch, rows[first:]) if self._loader is not None else None
+        rows = rows.to(self.distributed.device)
+        for start in range(first, self.batches, self._together):
+            batches = range(start, min(start + self._together, self.batches))
+            yield from self._several(epoch, batches, rows[start : batches.stop], loaded)
+
+    def _several(self, epoch: int, batches: range, rows: Tensor, loaded: Iterator[Tensor] | None) -> Iterator[Examples]:
+        """rows: (batches, B) indices of images."""
+        device, own = self.distributed.device, self.distributed.rows(self.settings.batch_size)
+        height, width = (self.size, self.size) if self._array is None else self._array.shape[2:]
+        generators = [seeded(self.seed, VIEWS, epoch, batch) for batch in batches]
+        drawn = [self._draw(self.settings.batch_size, height, width, generator) for generator in generators]
+        boxes, flips, program = augment.joined([parameters.rows(own) for parameters in drawn])
+        boxes, flips = augment.on_device(boxes, flips, device)
+        if loaded is None:
+            assert self._array is not None
+            images = self._crop(self._array[rows.flatten()], boxes, flips, self.size)
+        else:
+            images = torch.cat([next(loaded) for _ in batches]).to(device, non_blocking=True)
+            images = augment.pad_crop(images, boxes, flips, self.size) if self._pads else augment.flip(images, flips)
+        images = augment.run_program(images, program, self._fill)
+        for batch, pixels, parameters, row in zip(batches, images.chunk(len(batches)), drawn, rows, strict=True):
+            x = pixels.float().div_(255).sub_(self._mean).div_(self._std)
+            if parameters.erased is not None:
+                noise = seeded(self.seed, NOISE, epoch, batch, device=device)
+                x = augment.erase(x, parameters.erased, own, noise)
+            labels = self._labels[row]
+            targets = augment.soft_targets(labels, self.classes, self.settings.label_smoothing, parameters.mix)
+            yield Examples(augment.mix_images(x, parameters.mix), targets, labels)
+
+
+class _Decoded(Dataset):
+    """Decodes one image file and cuts it to size; runs in a worker."""
+
+    def __init__(self, split: FileSplit, draw: augment.Draw, size: int, seed: int) -> None:
+        self.split, self.draw, self.size, self.seed = split, draw, size, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        """key: (epoch, image) -> (3, S, S) uint8."""
+        epoch, index = key
+        image, size = self.split.read(index), [self.size, self.size]
+        if self.draw.settings.crop == "pad":
+            return functional.resize(image, size, antialias=True)
+        height, width = (torch.tensor([side]) for side in image.shape[1:])
+        (box,) = self.draw.boxes(height, width, seeded(self.seed, IMAGE, epoch, index)).tolist()
+        return functional.resized_crop(image, *box, size, InterpolationMode.BICUBIC, antialias=True)

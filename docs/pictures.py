@@ -1,0 +1,108 @@
+"""Pictures of the pages, made from a finished demo: `make pictures`.
+
+docs/images/dag.png       the rules and what they need (graphviz)
+docs/images/scores.png    the demo's scores, as its report has them
+docs/images/report.png    the top of the demo's report in a browser (chromium)
+docs/images/mlflow.png    its runs in MLflow (chromium)
+
+A program that is missing leaves its pictures as they are, and is named.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+IMAGES = Path(__file__).parent / "images"
+REPORT = Path("results/demo/report")
+STORE = Path("results/mlflow.db")
+WINDOW = (1280, 800)
+
+
+def main() -> None:
+    if not (REPORT / "report.html").exists():
+        sys.exit(f"{REPORT}/report.html is missing; run make demo first")
+    shutil.copy(REPORT / "scores.png", IMAGES / "scores.png")
+    dot, browser = shutil.which("dot"), shutil.which("chromium") or shutil.which("google-chrome")
+    if dot:
+        rules = subprocess.run(
+            [sys.executable, "-m", "snakemake", "--rulegraph", "dot"], capture_output=True, check=True
+        ).stdout
+        subprocess.run([dot, "-Tpng", "-Gdpi=80", "-o", IMAGES / "dag.png"], input=rules, check=True)
+    else:
+        print("dot (graphviz) is missing: dag.png stays", file=sys.stderr)
+    if browser:
+        photograph(browser, (REPORT / "report.html").resolve().as_uri(), IMAGES / "report.png")
+        with served() as address:
+            photograph(browser, f"{address}/#/experiments/{experiment(address)}/runs", IMAGES / "mlflow.png")
+    else:
+        print("chromium is missing: report.png and mlflow.png stay", file=sys.stderr)
+
+
+def photograph(browser: str, address: str, picture: Path) -> None:
+    """What a window of 1280 x 800 shows of a page once it has loaded, in 256 colours."""
+    with tempfile.TemporaryDirectory() as profile:
+        command = [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}",
+            f"--window-size={WINDOW[0]},{WINDOW[1]}", "--virtual-time-budget=20000", f"--screenshot={picture.resolve()}", address,
+        ]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+    with Image.open(picture) as image:
+        reduced = image.convert("RGB").quantize(256)
+    reduced.save(picture, optimize=True)
+
+
+@contextmanager
+def served() -> Iterator[str]:
+    """MLflow's server over the demo's store, and its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        f"sqlite:///{STORE}",
+        "--port",
+        str(port),
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def experiment(address: str) -> str:
+    """The id of the demo's experiment in MLflow."""
+    import mlflow
+
+    found = mlflow.MlflowClient(address).get_experiment_by_name("demo")
+    if found is None:
+        sys.exit(f"MLflow in {STORE} has no experiment demo; run make demo first")
+    return str(found.experiment_id)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Workers that decode image files: as many as a process has cores, unless someone says otherwise."""
+
+from __future__ import annotations
+
+import os
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from aps.runtime import cores as module
+from aps.runtime.cores import cores, decoding_workers
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve cores and much shared memory."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: Usage(2**34, 0, 2**34))
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_process_has_the_cores_that_it_is_granted_shared_among_those_of_its_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert cores() == decoding_workers(None) == 12
+    for processes, share in ((4, 3), (8, 1), (16, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert cores() == share
+
+
+def test_threads_that_a_job_was_given_are_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snakemake sets them; two jobs side by side would otherwise both start a worker for every core."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert cores() == 5
+    for nonsense in ("", "0", "many", "-1"):
+        monkeypatch.setenv("OMP_NUM_THREADS", nonsense)
+        assert cores() == 12
+
+
+def test_what_is_asked_for_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (decoding_workers(0), decoding_workers(3)) == (0, 3)
+
+
+def test_without_shared_memory_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: Usage(2**26, 0, 2**26))
+    assert (decoding_workers(None), decoding_workers(2)) == (0, 2)
+    monkeypatch.setattr(module, "SHARED_MEMORY", tmp_path / "none")  # systems that share memory in another way
+    assert decoding_workers(None) == 12

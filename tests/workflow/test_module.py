@@ -1,0 +1,199 @@
+"""The workflow in other hands: a module of another workflow, deployed by snakedeploy, in any folder, in an environment of
+its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from snakemake.common.configfile import load_configfile
+from tiny_study import STUDY, put
+
+from aps.cli import parser
+from aps.settings.reading import load_study, parse_overrides
+from aps.workflow.plan import Plan
+
+ROOT = Path(__file__).parents[2]
+SNAKEFILE = ROOT / "workflow/Snakefile"
+SMALL = put(STUDY, ("experiments",), {"aps": {"stages": ["pretrain", "knn"]}})
+
+pytestmark = pytest.mark.end_to_end
+
+# The example of docs/workflow.md.
+(OUTER,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/workflow.md").read_text(), re.DOTALL)
+SHELL = """
+rule shell:
+    output: "shell.txt"
+    shell: "trap -p TERM >{output}"
+"""
+
+
+def snakemake(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "snakemake", *arguments],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=1800,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def outer(tmp_path: Path) -> Path:
+    """Another workflow, with a rule of its own on what ours makes."""
+    (tmp_path / "workflow").mkdir()
+    (tmp_path / "config").mkdir()
+    (tmp_path / "workflow/Snakefile").write_text(OUTER.replace("/path/to/aps", str(ROOT)) + SHELL)
+    (tmp_path / "config/config.yaml").write_text(yaml.safe_dump({"own": 1, "vision": SMALL | {"study": "mine"}}))
+    return tmp_path
+
+
+def test_another_workflow_uses_it_as_a_module_under_a_prefix(outer: Path) -> None:
+    run = snakemake(outer, "--cores", "2", "table", "shell")
+    assert run.returncode == 0, run.stdout
+    assert len((outer / "table.csv").read_text().splitlines()) == 3  # a head and two runs
+    metrics = json.loads((outer / "vision/results/mine/aps/seed0/knn/metrics.json").read_text())
+    assert metrics["metrics"]
+    assert (outer / "vision/results/mlflow.db").exists()
+    assert not (outer / "results").exists()
+    assert (outer / "shell.txt").read_text() == "", "our shell prefix reached another workflow's rule"
+    again = snakemake(outer, "-n")
+    assert "Nothing to be done" in again.stdout
+
+
+def test_a_module_without_a_study_is_one_sentence(outer: Path) -> None:
+    file = outer / "workflow/Snakefile"
+    file.write_text(re.sub(r" *config: .*\n", "", file.read_text()))
+    run = snakemake(outer, "-n")
+    assert "module: no study; give it one by `config:`" in run.stdout and "Traceback" not in run.stdout
+
+
+def test_a_wrong_setting_of_a_module_is_one_sentence(outer: Path) -> None:
+    wrong = put(SMALL, ("defaults", "knn", "kk"), 3)
+    (outer / "config/config.yaml").write_text(yaml.safe_dump({"vision": wrong}))
+    run = snakemake(outer, "-n")
+    assert "unknown key 'knn.kk'; did you mean 'knn.k'?" in run.stdout and "Traceback" not in run.stdout
+
+
+def test_the_demo_is_the_same_study_as_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snakemake's own YAML takes 6e-3 for text."""
+    monkeypatch.chdir(ROOT)
+    paths = SimpleNamespace(replace_prefix=lambda path: f"vision/{path}")
+    modifier = SimpleNamespace(is_main_snakefile=lambda: False, path_modifier=paths)
+    settings = SimpleNamespace(deployment_method=frozenset())
+    workflow = SimpleNamespace(modifier=modifier, deployment_settings=settings, is_main_process=False)
+    module = Plan.of(workflow, load_configfile("config/config.yaml"))
+    demo = Plan.load(["config/config.yaml"], {}).study
+    assert module.written == demo
+    assert module.study == demo.model_copy(update={"results": "vision/results"})
+    args = parser().parse_args(["check", *shlex.split(module.config_options())])
+    assert load_study(args.configfile, parse_overrides(args.overrides)) == module.study, "a job reads another study"
+
+
+def test_it_runs_in_any_working_directory(tmp_path: Path) -> None:
+    """Without a study there, with the demo of the repository; with one, with that."""
+    assert "pretrain_encoder" in snakemake(tmp_path, "-n", "--quiet", "rules", "--snakefile", str(SNAKEFILE)).stdout
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/config.yaml").write_text(yaml.safe_dump(SMALL))
+    run = snakemake(tmp_path, "results/tiny/aps/seed0/knn/metrics.json", "-n", "--snakefile", str(SNAKEFILE))
+    assert run.returncode == 0 and "knn_encoder" in run.stdout, run.stdout
+
+
+@pytest.mark.parametrize("snakefile", ["Snakefile", "workflow/Snakefile"])
+def test_snakemakes_linter_has_no_remark(tmp_path: Path, snakefile: str) -> None:
+    run = snakemake(tmp_path, "--lint", "--snakefile", str(ROOT / snakefile))
+    assert run.returncode == 0 and "good condition" in run.stdout, run.stdout
+
+
+def test_the_catalog_can_list_it() -> None:
+    catalog = yaml.safe_load((ROOT / ".snakemake-workflow-catalog.yml").read_text())
+    usage = catalog["usage"]
+    assert usage["software-stack-deployment"] == {"conda": True, "apptainer": True} and usage["report"] is True
+    for file in ("workflow/Snakefile", "config/config.yaml", "config/README.md", "config/schema.json", "LICENSE"):
+        assert (ROOT / file).exists(), file
+
+
+@pytest.mark.slow
+def test_snakedeploy_deploys_it(tmp_path: Path) -> None:
+    """From a local clone, which snakedeploy writes into the Snakefile by a relative path: that line is put right."""
+    clone, there = tmp_path / "aps", tmp_path / "mine"
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", f"file://{ROOT}", str(clone)], check=True)
+    tool = Path(sys.executable).parent / "snakedeploy"
+    if not tool.exists():
+        pytest.skip("needs snakedeploy (the extra `test`)")
+    subprocess.run([tool, "deploy-workflow", str(clone), str(there)], check=True, capture_output=True)
+    file = there / "workflow/Snakefile"
+    text = file.read_text()
+    assert 'configfile: "config/config.yaml"' in text and "use rule * from aps" in text
+    file.write_text(text.replace('"workflow/Snakefile"', f'"{clone}/workflow/Snakefile"'))
+    assert (there / "profiles/default/config.yaml").exists() and (there / "config/schema.json").exists()
+    text = snakemake(there, "-n", "--quiet", "rules", "all").stdout
+    assert re.search(r"^all +1$", text, re.MULTILINE), text
+    (there / "config/config.yaml").write_text(yaml.safe_dump(SMALL))
+    run = snakemake(there, "all", "--cores", "2")
+    assert run.returncode == 0, run.stdout
+    assert (there / "results/tiny/report/report.html").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# An environment for each job. Neither conda nor apptainer is needed: a stand-in takes apptainer's command line and runs
+# the job with another Python of its own, so that a rule that named ours would be seen.
+
+APPTAINER = """#!{python}
+import os, pathlib, sys
+words = sys.argv[1:]
+if words[0] == "--version":
+    print("apptainer version 1.4.0")
+    raise SystemExit
+assert words[0] == "exec", words
+at = next(i for i, word in enumerate(words) if word.endswith(".sif"))
+with open({log!r}, "a") as file:
+    print(*words[: at + 1], file=file)
+os.environ["PATH"] = {inside!r} + ":/usr/bin:/bin"
+os.execvp(words[at + 1], words[at + 1 :])
+"""
+
+
+@pytest.mark.slow
+def test_jobs_run_in_the_studys_container(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "bin"
+    inside.mkdir()
+    outside.mkdir()
+    (inside / "python").write_text(f'#!/bin/sh\necho "the container\'s" >&2\nexec {sys.executable} "$@"\n')
+    for name in ("singularity", "apptainer"):
+        (outside / name).write_text(
+            APPTAINER.format(python=sys.executable, log=str(tmp_path / "asked"), inside=str(inside))
+        )
+    for file in (inside / "python", outside / "singularity", outside / "apptainer"):
+        file.chmod(0o755)
+    (tmp_path / "mine.sif").write_text("")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(SMALL | {"container": "mine.sif"}))
+    run = snakemake(
+        tmp_path, "knn", "--cores", "1", "--snakefile", str(SNAKEFILE), "--configfile", "study.yaml",
+        "--sdm", "apptainer", "--apptainer-args", "--nv --bind /data",
+        PATH=f"{outside}:{os.environ['PATH']}",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == 3 and all("--nv --bind /data" in line and line.endswith("mine.sif") for line in asked), asked
+    assert "the container's" in (tmp_path / "results/tiny/logs/aps/seed0/knn.log").read_text()
+
+
+def test_the_conda_environment_is_python_alone_and_gets_the_tested_versions(tmp_path: Path) -> None:
+    """conda itself is not run: the file and, with a stand-in for pip, the script that Snakemake runs in it."""
+    environment = yaml.safe_load((ROOT / "workflow/envs/aps.yaml").read_text())
+    assert environment["dependencies"] == ["python =3.11", "pip"]
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    script = ["bash", str(ROOT / "workflow/envs/aps.post-deploy.sh")]
+    own = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    run = subprocess.run(script, env=own | {"APS_SOURCE": str(ROOT)}, capture_output=True, text=True)
+    assert run.stdout == f"-m pip install --no-cache-dir --constraint {ROOT}/constraints.txt --editable {ROOT}\n"
+    run = subprocess.run(script, env=own, capture_output=True, text=True)
+    assert run.returncode == 1 and "set APS_SOURCE to a clone of the repository" in run.stderr
