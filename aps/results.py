@@ -167,7 +167,7 @@ def _track(job: StageJob, finished: Path, metrics: dict[str, Any]) -> dict[str, 
 
 def about_run(job: StageJob, metrics: dict[str, Any], made: dict[str, Any]) -> About:
     """What MLflow is told of a run."""
-    return describe(metrics, job.study, made or None, job.description)
+    return describe(metrics, job.study, made or None, job.description, read_json(job.manifest))
 
 
 @dataclass
@@ -266,7 +266,6 @@ class StageRun:
     def _known(self) -> dict[str, Any]:
         """The part of metrics.json that is known from the start."""
         settings, manifest = self.job.settings, read_json(self.job.manifest)
-        counts = {split: content["count"] for split, content in manifest.get("splits", {}).items()}
         return {
             "stage": settings.stage,
             "experiment": settings.experiment,
@@ -274,8 +273,7 @@ class StageRun:
             "settings": settings.relevant(),
             "settings_digest": settings.digest,
             "key": self.job.checkpoints.name,
-            "dataset": {"name": manifest["name"], "digest": manifest["digest"], "origin": manifest.get("origin"),
-                        "source": manifest.get("source"), "images": counts},
+            "dataset": {"name": manifest["name"], "digest": manifest["digest"]},
             "encoder": {
                 "source": str(self.job.encoder_spec),
                 "sha256": sha256(self.job.encoder) if self.job.encoder else None,

@@ -30,7 +30,7 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 def command_line() -> str:
     """Every verb's help, as a page."""
-    os.environ.setdefault("COLUMNS", "110")
+    os.environ["COLUMNS"] = "88"
     os.environ["NO_COLOR"] = "1"
     from aps.cli import parser
 

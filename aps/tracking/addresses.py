@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 OFF = "none"  # tracking_uri that turns MLflow off
 HTTP = ("http", "https")
@@ -89,6 +89,16 @@ def database_file(address: str) -> Path | None:
     """The file of a SQLite store."""
     scheme, rest = _split(address)
     return Path(rest.removeprefix("///").partition("?")[0]) if scheme == "sqlite" and rest.startswith("///") else None
+
+
+def page(experiment_id: str, view: str | None = None, search: str | None = None) -> str:
+    """The part of an address that leads to an experiment's runs: as a view shows them, or those that are searched."""
+    shared = f"&viewStateShareKey={quote(view)}" if view else f"&searchFilter={quote(search)}" if search else ""
+    return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning{shared}"
+
+
+def run_page(experiment_id: str, run_id: str) -> str:
+    return f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
 def _split(address: str) -> tuple[str | None, str]:

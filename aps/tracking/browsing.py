@@ -14,12 +14,12 @@ from pathlib import Path
 from aps.errors import UserError
 from aps.layout import study_folder
 from aps.settings.study import Study
-from aps.tracking.addresses import OFF, database_file, full, settled
+from aps.tracking.addresses import OFF, database_file, full, page, settled
 from aps.tracking.reasons import why
 from aps.tracking.server import ARTIFACTS, Server, quiet_mlflow
 from aps.tracking.state import read_state
 from aps.tracking.syncing import show_views
-from aps.tracking.views import page, views_of
+from aps.tracking.views import views_of
 
 PORT = 5000
 START_SECONDS = 120.0

@@ -20,12 +20,11 @@ import sys
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
-from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict
 
 from aps.settings.blocks import SamplingSettings
-from aps.tracking.addresses import scrubbed
+from aps.tracking.addresses import page, run_page, scrubbed
 
 KEY = "mlflow.aps.key"  # tag by which a run is found again
 PARENT = "mlflow.parentRunId"
@@ -90,7 +89,11 @@ def finals(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def describe(
-    metrics: Mapping[str, Any], study: str, made: Mapping[str, Any] | None = None, description: str = ""
+    metrics: Mapping[str, Any],
+    study: str,
+    made: Mapping[str, Any] | None = None,
+    description: str = "",
+    manifest: Mapping[str, Any] | None = None,
 ) -> About:
     """What MLflow is told of a run.
 
@@ -100,6 +103,7 @@ def describe(
         study: MLflow's experiment.
         made: metrics.json of the pretraining that made its encoder.
         description: of the experiment.
+        manifest: of its dataset.
     """
     stage, experiment, seed = str(metrics["stage"]), str(metrics["experiment"]), metrics["seed"]
     name = f"{experiment}/seed{seed}/{stage}"
@@ -112,7 +116,7 @@ def describe(
         params=parameters(metrics["settings"], made["settings"] if made else None),
         tags=_tags(metrics, made),
         note=description,
-        datasets=[_dataset(metrics)] if metrics.get("dataset") else [],
+        datasets=[_dataset(metrics, manifest or {})] if metrics.get("dataset") else [],
     )
 
 
@@ -167,13 +171,12 @@ def _tags(metrics: Mapping[str, Any], made: Mapping[str, Any] | None) -> dict[st
 
 def note(about: About, experiment_id: str, run_id: str) -> str:
     """The description on the run's page: the experiment's, with links to what it was made from and what was made of it."""
-    runs = f"#/experiments/{experiment_id}/runs"
     parts = [about.note]
     if PARENT in about.tags:
-        parts.append(f"Its encoder: [{about.tags['pretraining']}]({runs}/{about.tags[PARENT]})")
+        parts.append(f"Its encoder: [{about.tags['pretraining']}]({run_page(experiment_id, about.tags[PARENT])})")
     if about.stage == "pretrain":
-        search = quote(f"tags.`{PARENT}` = '{run_id}'")
-        parts.append(f"[What was made of its encoder]({runs}?searchFilter={search})")
+        made_of_it = page(experiment_id, search=f"tags.`{PARENT}` = '{run_id}'")
+        parts.append(f"[What was made of its encoder]({made_of_it})")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -182,16 +185,17 @@ def command() -> str:
     return scrubbed(shlex.join(["python -m aps", *sys.argv[1:]]).replace("'python -m aps'", "python -m aps", 1))
 
 
-def _dataset(metrics: Mapping[str, Any]) -> dict[str, str]:
+def _dataset(metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, str]:
     """Of MLflow's kind: name, digest, source, and a profile of what its manifest says."""
     dataset = metrics["dataset"]
-    source = {"uri": str(dataset.get("source") or dataset.get("origin") or dataset["name"])}
-    profile = {key: dataset[key] for key in ("splits", "classes") if key in dataset} | {"sha256": dataset["digest"]}
+    source = manifest.get("source") or manifest.get("origin") or dataset["name"]
+    profile = {split: content.get("count") for split, content in (manifest.get("splits") or {}).items()}
+    profile |= {"classes": len(manifest["classes"])} if manifest.get("classes") else {}
     return {
         "name": str(dataset["name"]),
         "digest": str(dataset["digest"])[:LONGEST_DIGEST],
-        "source_type": "local" if dataset.get("source") else "external",
-        "source": scrubbed(json.dumps(source)),
+        "source_type": "local" if manifest.get("source") else "external",
+        "source": scrubbed(json.dumps({"uri": str(source)})),
         "profile": json.dumps(profile),
         "context": "train" if metrics["stage"] == "pretrain" else "train and test",
     }

@@ -69,9 +69,7 @@ def _look(error: BaseException) -> tuple[str, bool]:
         if match := re.search(pattern, text, re.IGNORECASE):
             found = next((group for group in match.groups() if group), "") if match.groups() else ""
             return clause.format(found), vain
-    if re.search(
-        r"<html|<!doctype|JSONDecodeError|Expecting value|not valid JSON|Failed to parse", text, re.IGNORECASE
-    ):
+    if re.search(r"<html|<!doctype|JSONDecodeError|Expecting value|valid JSON|Failed to parse", text, re.IGNORECASE):
         return "it answers, but not as MLflow does", False
     first = scrubbed(text.strip().splitlines()[0] if text.strip() else type(error).__name__)
     return (first if len(first) <= LONGEST else f"{first[:LONGEST]}...").rstrip(". "), False

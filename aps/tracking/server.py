@@ -25,6 +25,7 @@ from aps.tracking.reasons import NotMlflow, Unusable
 
 ARTIFACTS = "mlartifacts"  # beside a SQLite store; `aps ui` serves it
 PROXIED = "mlflow-artifacts:/"  # an artifact's address that does not say where the server keeps it
+LOCK_SECONDS = 20  # that a SQLite store waits for another writer; mlflow's own are as many
 REQUEST_SECONDS = 10  # of a request to a server, unless MLFLOW_HTTP_REQUEST_TIMEOUT says otherwise
 
 
@@ -139,7 +140,6 @@ def _client(address: str) -> Any:
     uri = full(address)
     if (file := database_file(address)) is not None:
         prepare_store(file)
-        uri += "" if "?" in uri else "?timeout=20"  # seconds to wait for another writer's lock
     return MlflowClient(tracking_uri=uri)
 
 
@@ -148,7 +148,7 @@ def quiet_mlflow() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # who names a folder means it
     logging.getLogger("alembic").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="mlflow")
@@ -168,7 +168,7 @@ def prepare_store(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.with_name(f".{file.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            with contextlib.closing(sqlite3.connect(file, timeout=20)) as connection:
+            with contextlib.closing(sqlite3.connect(file, timeout=LOCK_SECONDS)) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
             MlflowClient(tracking_uri=f"sqlite:///{file}").search_experiments(max_results=1)
     except (OSError, sqlite3.Error) as error:

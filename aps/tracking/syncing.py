@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from aps.errors import UserError
-from aps.files import write_json
-from aps.layout import stage_folder, study_folder
+from aps.files import read_json, write_json
+from aps.layout import manifest_path, stage_folder, study_folder
 from aps.seals import read_metrics, seal
 from aps.settings.study import Study
 from aps.tracking.addresses import OFF, settled
@@ -42,7 +42,8 @@ def sync(study: Study, address: str) -> Synced:
     for experiment, seed, stage in pretrained_first if address != OFF else ():
         folder = stage_folder(study_folder(study), experiment, seed, stage)
         if metrics := _metrics(folder):
-            about = describe(metrics, study.study, _maker(metrics, folder), study.experiments[experiment].description)
+            description = study.experiments[experiment].description
+            about = describe(metrics, study.study, _maker(metrics, folder), description, _manifest(study, metrics))
             _sync_run(about, address, folder, metrics, found)
     return found
 
@@ -93,6 +94,15 @@ def _maker(metrics: dict[str, Any], folder: Path) -> dict[str, Any] | None:
         if made and made["files"].get(source.name, {}).get("sha256") == encoder["sha256"]:
             return made
     return None
+
+
+def _manifest(study: Study, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's dataset, where it is there still; empty where it is another one now."""
+    try:
+        manifest = read_json(manifest_path(study.results, metrics["dataset"]["name"]))
+        return dict(manifest) if manifest["digest"] == metrics["dataset"]["digest"] else {}
+    except (UserError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def log_report(study: Study, address: str, files: Sequence[Path]) -> None:

@@ -12,10 +12,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 from aps.settings.study import ExperimentSettings, Study
 from aps.stages import ROWS, Stage
+from aps.tracking.addresses import page
 from aps.tracking.describing import EPOCH, metric_name, parameters, prefix
 
 SHARED = "mlflow.sharedViewState."
@@ -157,16 +157,6 @@ def tags(views: Sequence[View], experiment_id: str) -> dict[str, str]:
         "mlflow.experimentKind": MACHINE_LEARNING,
         "mlflow.note.content": f"The runs of each stage: {links}",
     } | {f"{SHARED}{view.name}": json.dumps(view.state()) for view in views}
-
-
-def page(experiment_id: str, view: str | None = None) -> str:
-    """The fragment of MLflow's page with the runs of an experiment."""
-    shared = f"&viewStateShareKey={quote(view)}" if view else ""
-    return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning{shared}"
-
-
-def run_page(experiment_id: str, run_id: str) -> str:
-    return f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
 def varying(parameters: Mapping[str, Mapping[str, str]]) -> tuple[str, ...]:

@@ -26,7 +26,19 @@ from aps.workflow.plan import Plan
 pytestmark = pytest.mark.end_to_end
 
 TARGETS = ("data", *STAGES, "report", "all")
-ORDER = ("input", "output", "params", "log", "benchmark", "threads", "resources", "shell")
+ORDER = (
+    "input",
+    "output",
+    "params",
+    "log",
+    "benchmark",
+    "wildcard_constraints",
+    "threads",
+    "resources",
+    "conda",
+    "container",
+    "shell",
+)
 HEAVY = ("torch", "torchvision", "timm", "mlflow", "sklearn", "matplotlib")
 
 
