@@ -20,7 +20,8 @@ from aps.runtime.processes import Distributed, processes
 from aps.training.features import Normalization, features
 from aps.training.order import HOLDOUT, seeded
 
-CHUNK = 1024  # test images compared at once
+CHUNK = 1024  # test images compared at once, fewer where the train images are many:
+SIMILARITIES = 2**26  # numbers held at once, a quarter of a GiB
 MONITOR_K, MONITOR_TEMPERATURE, MONITOR_IMAGES = 20, 0.07, 10_000
 
 
@@ -60,13 +61,18 @@ def knn_accuracy(
     classes = int(max(bank_labels.max(), labels.max())) + 1
     most = min(max(ks), len(bank))
     right = dict.fromkeys(ks, 0)
-    for start in range(0, len(queries), CHUNK):
-        similarity, nearest = (queries[start : start + CHUNK] @ bank.T).topk(most, dim=1)  # (q, most), descending
-        votes = F.one_hot(bank_labels[nearest], classes) * (similarity / temperature).exp().unsqueeze(2)
-        counted = votes.cumsum(1)  # (q, most, classes)
-        for k in ks:
-            guess = counted[:, min(k, most) - 1].argmax(1)
-            right[k] += int((guess == labels[start : start + CHUNK]).sum())
+    chunk = max(1, min(CHUNK, SIMILARITIES // len(bank)))
+    for start in range(0, len(queries), chunk):
+        similarity, nearest = (queries[start : start + chunk] @ bank.T).topk(most, dim=1)  # (q, most), descending
+        # Less the nearest's, which changes no order: exp would overflow at a low temperature. In float64, in which it
+        # does not matter in what order a GPU adds up.
+        weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
+        voted = bank_labels[nearest]
+        votes, counted = weights.new_zeros(len(voted), classes), 0
+        for k in sorted(ks):
+            new = slice(counted, counted := min(k, most))
+            votes.scatter_add_(1, voted[:, new], weights[:, new])
+            right[k] += int((votes.argmax(1) == labels[start : start + chunk]).sum())
     return {k: 100 * n / len(queries) for k, n in right.items()}
 
 
