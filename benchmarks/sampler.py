@@ -42,7 +42,7 @@ def main() -> None:
                 sample_image(*image, grid, settings.ratio, settings.samplings, settings.gamma, random)
 
         found = compare(ours, ordinary, repeats=2 if args.quick else 15)
-    rows = [row(f"sampler, G={grid}, T={settings.samplings}, B={batch}", found["ratio"], target=20)]
+    rows = [row(f"sampler, G={grid}, T={settings.samplings}, B={batch}", found["ratio"], target=40)]
     chosen = {"grid": grid, "samplings": settings.samplings, "ratio": settings.ratio, "batch": batch, "threads": 1}
     write("sampler", {"rows": rows, **found}, chosen, args.out)
     microseconds = {

@@ -19,6 +19,7 @@ from aps.views import draw_parameters
 from benchmarks.__main__ import NAMES
 from benchmarks.choices import CHOICES
 from benchmarks.ordinary import sample_image
+from benchmarks.peers import MISSING
 from benchmarks.study import experiment, inputs, trainer
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_writes_its_figure_with_settings_and_machine_and_draws_it(name: str, tmp_path: Path) -> None:
+    if name == "peers" and MISSING:
+        pytest.skip("needs lightly and kornia: pip install '.[peers]'")
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -80,7 +83,7 @@ def test_running_all_of_them_ends_with_a_table(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(tmp_path), "sampler"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "sampler-" in done.stdout.splitlines()[-2] and "target 20x" in done.stdout.splitlines()[-1]
+    assert "sampler-" in done.stdout.splitlines()[-2] and "target 40x" in done.stdout.splitlines()[-1]
 
 
 def test_an_unknown_benchmark_is_refused_with_the_known_ones() -> None:
