@@ -118,6 +118,7 @@ class DINO(Method):
         return large + views.local_crops * [small]
 
     def networks(self, encoder: Encoder) -> nn.ModuleDict:
+        encoder.any_size = True
         widths = (encoder.embed_dim, *self.settings.head)
         head: list[nn.Module] = []
         for inputs, outputs in pairwise(widths):
@@ -143,7 +144,7 @@ class DINO(Method):
         large, small, V, B = torch.cat(views[:2]), views[2:], len(views), len(views[0])
         features = networks["encoder"](large)
         if small:
-            features = torch.cat([features, networks["encoder"](torch.cat(small), interpolate=True)])
+            features = torch.cat([features, networks["encoder"](torch.cat(small))])
         student = scores(networks["head"](features), networks["prototypes"])
         with torch.no_grad():
             features = networks["teacher"](large)

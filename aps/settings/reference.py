@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +69,13 @@ def schema() -> dict[str, Any]:
     block: dict[str, Any] = {"type": ["object", "null"], "properties": dict(default["properties"])}
     block["additionalProperties"] = False
     block["properties"]["dataset"] = {"anyOf": [{"type": "string"}, block["properties"]["dataset"]]}
-    for own in methods.values():  # a method's own keys are allowed beside the shared ones
+    for own in methods.values():
         for name, definition in own.get("$defs", {}).items():
-            if name in definitions and "properties" in definition:
-                definitions[name]["properties"] = definition["properties"] | definitions[name]["properties"]
             definitions.setdefault(name, definition)
-    own_pretrain = definitions.setdefault(
-        "Pretrain", {"type": "object", "properties": {}, "additionalProperties": False}
-    )
-    for method in methods:
-        own_pretrain["properties"] |= _block(experiment_model(method), "pretrain").model_json_schema()["properties"]
+    pretrain, views = (_of_all(_block(experiment_model(m), name) for m in methods) for name in ("pretrain", "views"))
+    definitions["Pretrain"], definitions["Views"] = pretrain, views
     block["properties"]["pretrain"] = {"$ref": "#/$defs/Pretrain"}
+    block["properties"]["views"] = {"$ref": "#/$defs/Views"}
     whole = StudySettings.model_json_schema()
     definitions = whole.pop("$defs", {}) | definitions | {"Experiment": block}
     whole["properties"]["experiments"] = {"type": "object", "additionalProperties": {"$ref": "#/$defs/Experiment"}}
@@ -92,6 +89,19 @@ def schema() -> dict[str, Any]:
         **{key: value for key, value in whole.items() if key not in ("title", "description")},
         "$defs": definitions,
     }
+
+
+def _of_all(blocks: Iterable[type[BaseModel]]) -> dict[str, Any]:
+    """A block that has the keys of all of these: where two mean different things by a key, what either allows."""
+    meanings: dict[str, list[dict[str, Any]]] = {}
+    for block in blocks:
+        for key, value in block.model_json_schema()["properties"].items():
+            meaning = {word: said for word, said in value.items() if word not in ("default", "description", "title")}
+            known = meanings.setdefault(key, [value])
+            if not any(meaning.items() <= other.items() for other in known):
+                known.append(meaning)
+    keys = {key: known[0] if len(known) == 1 else {"anyOf": known} for key, known in meanings.items()}
+    return {"type": "object", "properties": keys, "additionalProperties": False}
 
 
 def write(folder: Path = FOLDER) -> None:

@@ -45,11 +45,11 @@ CLOCK = {"time", "step_ms", "input_share", "images_per_second"}  # measured, hen
 def job(stage: str, manifest: Path, folder: Path, method: str = "", seed: int = 0, **changes: Any) -> StageJob:
     """`changes` go to the stage's own block, or replace a whole block (encoder, dataset, sampling, views, its own)."""
     blocks = {name: changes.pop(name) for name in ("dataset", "encoder", "sampling", "views") if name in changes}
-    own = changes.pop(stage, None) or STAGES[stage][stage]
+    own, model = changes.pop(stage, None) or STAGES[stage][stage], StageSettings
     if method:
         shared = {"method": method, "epochs": 2, "batch_size": 32, "warmup_epochs": 1}
-        own = METHODS.load(method).Settings(**shared, **OWN.get(method, {}))
-    settings = stage_model(method or "aps")(
+        own, model = METHODS.load(method).Settings(**shared, **OWN.get(method, {})), stage_model(method)
+    settings = model(
         **{
             "stage": stage,
             "experiment": "small",
