@@ -21,7 +21,6 @@ import yaml
 from safetensors.torch import load_file
 from tiny_study import STUDY, checkout, put
 
-from aps import tracking
 from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.errors import UserError
@@ -31,6 +30,8 @@ from aps.layout import stage_folder
 from aps.models.weights import read_tensors
 from aps.settings.reading import load_study
 from aps.stages import STAGES
+from aps.tracking.describing import finals, metric_name
+from aps.tracking.server import Server
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("end_to_end")]
 
@@ -109,7 +110,7 @@ def test_downstream_stages_name_the_pretraining_they_came_from(study: Path) -> N
 
 
 def test_mlflow_has_a_run_of_each_stage_with_params_curves_final_metrics_and_figures(study: Path) -> None:
-    client = tracking._client(f"sqlite:///{study}/results/mlflow.db")
+    client = Server(f"sqlite:///{study}/results/mlflow.db").client
     experiment = client.get_experiment_by_name("tiny")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert set(runs) == {f"{name}/seed{seed}/{stage}" for name, seed, stage in JOBS} | {"report"}
@@ -118,18 +119,19 @@ def test_mlflow_has_a_run_of_each_stage_with_params_curves_final_metrics_and_fig
         run, found = runs[f"{name}/seed{seed}/{stage}"], metrics(study, *job)
         assert run.info.status == "FINISHED" and run.info.run_id == found["mlflow_run_id"] and found["mlflow_complete"]
         assert run.data.params["seed"] == "0" and f"{stage}.precision" in run.data.params
-        final = {k: v for k, v in found["metrics"].items() if isinstance(v, int | float)}
-        sent = {k.removeprefix("final/"): v for k, v in run.data.metrics.items() if k.startswith("final/")}
-        assert sent == pytest.approx(final)
+        final = finals(found)
+        assert {key: run.data.metrics[key] for key in final} == pytest.approx(final) and "cost/flops" in final
         first = read_history(of(study, *job) / "history.jsonl")[0]
         key = next(key for key in first if key not in ("step", "time"))
-        assert client.get_metric_history(run.info.run_id, key)[0].value == pytest.approx(first[key])
+        history = client.get_metric_history(run.info.run_id, metric_name(stage, key))
+        assert history[0].value == pytest.approx(first[key])
         tag = run.data.tags.get("encoder_run_id")
         expected = runs["aps/seed0/pretrain"].info.run_id if name == "aps" and stage != "pretrain" else None
         assert tag == expected
         assert run.data.tags["dataset"] == ("digits_coco" if stage == "detection" else "digits")
     detection = runs["aps/seed0/detection"].info.run_id
-    assert [file.path for file in client.list_artifacts(detection, "figures")] == ["figures/predictions.png"]
+    figures = study / "results" / "mlartifacts" / "tiny" / detection / "artifacts" / "figures"
+    assert [file.name for file in figures.iterdir()] == ["predictions.png"]
 
 
 def test_the_report_shows_every_run(study: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_downstream_run_names_the_run_it_came_from(tmp_path: Path) -> None:
     found = play(job)["encoder"]
     assert found["source"] == str(job.encoder) and found["settings_digest"] == upstream.settings.digest
     assert found["mlflow_run_id"] == "abc" and found["finished"] == run["finished"]
-    assert read_json(job.checkpoints / "tracking.json")["tags"]["encoder_run_id"] == "abc"
+    assert read_json(job.checkpoints / "tracking.json")["about"]["tags"]["encoder_run_id"] == "abc"
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

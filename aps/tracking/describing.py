@@ -164,7 +164,8 @@ def _tags(metrics: Mapping[str, Any], made: Mapping[str, Any] | None) -> dict[st
         "mlflow.aps.host": hardware.get("host"),
         "mlflow.aps.version": metrics.get("version"),
         "pretraining": f"{made['experiment']}/seed{made['seed']}/{made['stage']}" if made else None,
-        PARENT: made.get("mlflow_run_id") if made else None,
+        "encoder_run_id": made.get("mlflow_run_id") if made else None,
+        PARENT: made.get("mlflow_run_id") if made else None,  # MLflow's page links both ways
     }
     return {key: scrubbed(str(value))[:LONGEST_TAG] for key, value in tags.items() if value not in (None, "")}
 

@@ -163,6 +163,6 @@ def varying(parameters: Mapping[str, Mapping[str, str]]) -> tuple[str, ...]:
     """Parameters that differ between experiments, those of the pretraining first. parameters: by experiment."""
     first = ("method", "sampling.", "pretrain.", "views.", "encoder.")
     keys = dict.fromkeys(key for values in parameters.values() for key in values if key not in ("experiment", "seed"))
-    differing = [key for key in keys if len({values.get(key) for values in parameters.values()}) > 1]
+    differing = [key for key in keys if len({values[key] for values in parameters.values() if key in values}) > 1]
     rank = {key: next((i for i, start in enumerate(first) if key.startswith(start)), len(first)) for key in differing}
     return tuple(sorted((key for key in differing if key != "pretrain.method"), key=rank.__getitem__))

@@ -38,7 +38,7 @@ from aps.settings.blocks import OwnDataset
 from aps.settings.reading import load_study, read_value
 from aps.settings.study import StageSettings, Study
 from aps.stages import STAGES
-from aps.tracking.addresses import settled, tracking_address
+from aps.tracking.addresses import settled, shown, tracking_address
 from aps.workflow.resources import check_resources, rule_resources, rule_threads, runs_here
 
 DEFAULT_STUDY = Path("config/config.yaml")
@@ -168,6 +168,13 @@ class Plan:
 
     def warn_of_environment(self) -> None:
         """The same sentence about the whole study, on standard error: a study is planned where its packages are not."""
+        given = self._overrides.get("tracking_uri")
+        if isinstance(given, str) and shown(given) != given.rstrip("/"):
+            print(
+                "warning: --config tracking_uri holds a password or a token, which Snakemake writes into its log; put it into "
+                "MLFLOW_TRACKING_URI",
+                file=sys.stderr,
+            )
         from aps.detection import check_engine
 
         engines = {e.detection.engine for e in self.study.experiments.values() if "detection" in e.stages}

@@ -1,0 +1,217 @@
+"""What MLflow missed comes later, once; the report is one run; a server that is away is waited for once."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow_stores import bad_server, hang, runs, status
+from test_tracker import assert_whole, play
+from tiny_study import fake_job
+
+from aps import cli
+from aps.errors import UserError
+from aps.files import read_json
+from aps.layout import stage_folder
+from aps.results import StageJob, restore_finished
+from aps.seals import read_metrics, seal
+from aps.settings.reading import load_study
+from aps.settings.study import Study
+from aps.tracking import tracker
+from aps.tracking.describing import PARENT
+from aps.tracking.server import Server, prepare_store
+from aps.tracking.state import read_state
+from aps.tracking.syncing import log_report, sync
+from aps.tracking.views import SHARED
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return tmp_path / "results"
+
+
+def study_of(results: Path, seeds: int = 1, name: str = "tiny", address: str | None = None) -> Study:
+    """Of fake jobs."""
+    experiment = {
+        "dataset": "digits", "seeds": list(range(seeds)), "stages": ["knn"], "knn": {"k": [5]}, "encoder": {"weights": "random"},
+    }  # fmt: skip
+    plain: dict[str, Any] = {"study": name, "results": str(results), "experiments": {"aps": experiment}}
+    return load_study([], plain | ({"tracking_uri": address} if address else {}))
+
+
+def missed(results: Path, seed: int = 0, **more: Any) -> StageJob:
+    """A finished stage of which MLflow knows nothing."""
+    job = fake_job(results, seed=seed, tracking="none", **more)
+    play(job)
+    return job
+
+
+def test_what_a_dead_server_missed_comes_with_sync_and_only_once(
+    results: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = fake_job(results, tracking="http://127.0.0.1:9")
+    found = play(job)
+    assert found["mlflow_complete"] is False and found["mlflow_run_id"] is None
+    study = study_of(results)
+    away = sync(study, "http://127.0.0.1:9")
+    assert (away.sent, away.missing, away.reason) == (0, 1, "nothing listens there (connection refused)")
+    for sent in (1, 0, 0):
+        found = sync(study, store)
+        assert (found.sent, found.missing) == (sent, 0)
+    assert_whole(store, job)
+    assert read_metrics(job.out / "metrics.json")["mlflow_complete"] is True
+    assert len(runs(store)) == 1
+
+
+def test_results_made_without_mlflow_or_for_another_server_can_be_sent_later(results: Path, store: str) -> None:
+    job = missed(results)
+    assert sync(study_of(results), store).sent == 1
+    assert_whole(store, job)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"address": 1}', None], ids=["list", "truncated", "other types", "gone"])
+def test_a_damaged_or_lost_tracking_json_leads_to_the_same_run(
+    results: Path, store: str, text: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = fake_job(results, tracking=store)
+    play(job)
+    file = job.out / "tracking.json"
+    file.unlink() if text is None else file.write_text(text)
+    assert sync(study_of(results), store).sent == 1
+    assert_whole(store, job)
+    assert ("damaged" in capsys.readouterr().err) == (text is not None)
+    assert sync(study_of(results), store).sent == 0
+
+
+def test_a_moved_results_folder_keeps_its_runs_and_gets_no_others(tmp_path: Path, results: Path, store: str) -> None:
+    play(fake_job(results, tracking=store))
+    moved = results.rename(tmp_path / "moved")
+    address = f"sqlite:///{moved / 'mlflow.db'}"
+    assert sync(study_of(moved), address).sent == 1
+    assert len(runs(address)) == 1 and sync(study_of(moved), address).sent == 0
+
+
+def test_a_run_that_two_studies_share_is_a_run_of_each(results: Path, store: str) -> None:
+    first, second = fake_job(results, tracking=store), fake_job(results, tracking=store, study="other")
+    play(first)
+    second = second.__class__(**{**second.__dict__, "out": stage_folder(results / "other", "aps", 0, "knn")})
+    assert restore_finished(second)
+    assert read_json(second.out / "metrics.json")["mlflow_run_id"] is None
+    assert sync(study_of(results, name="other"), store).sent == 1
+    assert len(runs(store)) == len(runs(store, "other")) == 1
+    ours, theirs = (read_json(job.out / "metrics.json")["mlflow_run_id"] for job in (first, second))
+    assert ours != theirs and restore_finished(second)
+    assert read_json(second.out / "metrics.json")["mlflow_run_id"] == theirs
+
+
+@pytest.mark.parametrize("verb", ["sync", "report"])
+def test_the_first_failure_ends_the_waiting_for_a_server_that_hangs(
+    tmp_path: Path, results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for seed in range(4):
+        missed(results, seed)
+    with bad_server(hang) as (address, asked):
+        study = study_of(results, 4, address=address).model_dump(
+            mode="json", include={"study", "results", "tracking_uri"}
+        )
+        experiment = {"dataset": "digits", "seeds": [0, 1, 2, 3], "stages": ["knn"], "knn": {"k": [5]},
+                      "encoder": {"weights": "random"}}  # fmt: skip
+        (tmp_path / "study.yaml").write_text(json.dumps(study | {"experiments": {"aps": experiment}}))
+        exit_code = cli.main([verb, "--configfile", str(tmp_path / "study.yaml")])
+    said = capsys.readouterr()
+    assert len(asked) == 1 and "did not take it: it does not answer (timed out)" in said.err
+    if verb == "sync":
+        assert exit_code == 2 and "0 runs brought up to date, 4 could not be sent" in said.out
+        assert (
+            f"MLflow at {address} did not take 4 runs (it does not answer (timed out)); mend that and run" in said.err
+        )
+    else:
+        assert exit_code == 0 and "report on " in said.out
+
+
+def test_what_a_server_refuses_of_one_run_does_not_keep_it_from_the_others(
+    results: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [missed(results, seed) for seed in range(3)]
+    original = Server.run
+
+    def refusing(self: Server, experiment: str, about: Any, known: str | None) -> Any:
+        if "seed1" in about.name:
+            raise RuntimeError("cannot be stored")
+        return original(self, experiment, about, known)
+
+    monkeypatch.setattr(Server, "run", refusing)
+    found = sync(study_of(results, 3), store)
+    assert (found.sent, found.missing, found.reason, found.away) == (2, 1, "cannot be stored", False)
+    for job in (jobs[0], jobs[2]):
+        assert_whole(store, job)
+
+
+def test_a_damaged_result_is_left_to_the_report_and_the_others_are_sent(results: Path, store: str) -> None:
+    jobs = [missed(results, seed) for seed in range(2)]
+    (jobs[0].out / "metrics.json").write_text("{")
+    assert sync(study_of(results, 2), store).sent == 1
+
+
+def test_a_pretraining_that_mlflow_missed_is_linked_to_once_both_are_sent(results: Path, store: str) -> None:
+    """The evaluation ran while nobody knew the pretraining's run."""
+    pretrained = missed(results)
+    encoder = pretrained.out / "encoder.safetensors"
+    encoder.write_bytes(b"weights")
+    made = read_json(pretrained.out / "metrics.json")
+    from aps.seals import contents
+
+    (pretrained.out / "metrics.json").write_text(json.dumps(seal(made | {"files": contents(pretrained.out)})))
+    job = missed(results, seed=1, encoder=encoder)
+    assert sync(study_of(results, 2), store).sent == 2
+    parent, child = (read_json(j.out / "metrics.json")["mlflow_run_id"] for j in (pretrained, job))
+    assert Server(store).client.get_run(child).data.tags[PARENT] == parent
+
+
+def test_the_report_is_one_run_however_often_it_is_made_and_tells_the_page_what_to_open_with(
+    tmp_path: Path, results: Path, store: str
+) -> None:
+    study = study_of(results)
+    log_report(study, store, [])  # no runs yet: nothing happens
+    assert runs(store) == []
+    play(fake_job(results, tracking=store), lines=1)
+    page = tmp_path / "report.html"
+    for text in ("first", "second"):
+        page.write_text(text)
+        log_report(study, store, [page])
+    (report,) = [run for run in runs(store) if run.data.tags["stage"] == "report"]
+    assert (results / "mlartifacts" / "tiny" / report.info.run_id / "artifacts" / "report.html").read_text() == "second"
+    tags = Server(store).client.get_experiment_by_name("tiny").tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development" and f"{SHARED}aps-knn" in tags
+
+
+def test_a_report_that_a_server_does_not_take_is_one_sentence(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with bad_server(status(401)) as (address, _):
+        log_report(study_of(results), address, [])
+    assert f"MLflow at {address} did not take the report: 401: it asks who you are" in capsys.readouterr().err
+
+
+def test_a_store_that_cannot_be_created_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"mlflow.db: MLflow's store cannot be created \(.*\); set tracking_uri or"):
+        prepare_store(tmp_path / "file" / "mlflow.db")
+
+
+def test_a_stage_that_never_reached_mlflow_finishes_within_its_patience(
+    results: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracker, "FINISH_SECONDS", 1.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    with bad_server(hang) as (address, _):
+        start = time.monotonic()
+        found = play(fake_job(results, tracking=address))
+        assert time.monotonic() - start < 20 and found["mlflow_complete"] is False
+    state = read_state(results / "tiny" / "aps" / "seed0" / "knn" / "tracking.json")
+    assert state is not None and state.finals and not state.complete
