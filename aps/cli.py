@@ -207,8 +207,8 @@ def _load(args: argparse.Namespace) -> Study:
 
 def _runnable(text: str, args: argparse.Namespace) -> str:
     """`text` with its commands such that they work as printed: on the study and settings of this command."""
-    if not hasattr(args, "configfile") or getattr(args, "settings", None) is not None:
-        return text
+    if not getattr(args, "configfile", None) or getattr(args, "settings", None) is not None:
+        return text  # no verb of a study, or a rule's command, which is told neither
     study = f" --configfile {shlex.join(args.configfile)}" if args.configfile != [DEFAULT_STUDY] else ""
     for_us = f" --set {shlex.join(args.overrides)}" if args.overrides else ""
     pairs = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in parse_overrides(args.overrides).items()]
