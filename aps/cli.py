@@ -241,8 +241,8 @@ def _load(args: argparse.Namespace) -> Study:
 
 def _runnable(text: str, args: argparse.Namespace) -> str:
     """`text` with its commands such that they work as printed: on the study and settings of this command."""
-    if not hasattr(args, "configfile") or getattr(args, "settings", None) is not None:
-        return text
+    if not getattr(args, "configfile", None) or getattr(args, "settings", None) is not None:
+        return text  # no verb of a study, or a rule's command, which is told neither
     try:
         overrides = parse_overrides(args.overrides)
     except UserError:  # which is what the text says

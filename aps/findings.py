@@ -18,6 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from aps.data import USERS_OWN
+from aps.data.fingerprint import changed, outdated
+from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.files import read_json, sha256, write_json
 from aps.layout import encoder_file, manifest_path, stage_folder, study_folder
@@ -66,6 +69,7 @@ class Findings:
         self.study = study
         self._folder = study_folder(study)
         self.of = cache(self._find)
+        self.of_data = cache(self._find_data)
         self._images = cache(self._digest_of_images)
 
     def __iter__(self) -> Iterator[Finding]:
@@ -149,6 +153,19 @@ class Findings:
             return f"another encoder: {file} has changed since"
         wrong = damage(folder, metrics, whole=False)
         return f"damaged: {wrong}" if wrong else None
+
+    def _find_data(self, dataset: str) -> str | None:
+        """Why a prepared dataset has to be prepared again (`aps.data.fingerprint`); None where it has not to, or is not
+        prepared yet. Where a published dataset lies changes no result."""
+        path, source = manifest_path(self.study.results, dataset), self.study.source(dataset)
+        if not path.exists():
+            return None
+        try:
+            if dataset in self.study.datasets or dataset in USERS_OWN:
+                return outdated(path, source)
+            return changed(Manifest.read(path), path.parent, source.trust)
+        except UserError as error:
+            return str(error)
 
     def _digest_of_images(self, dataset: str) -> str | None:
         """Of the prepared dataset; None where it is not prepared, which contradicts nothing."""

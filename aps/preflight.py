@@ -15,9 +15,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from aps.data import NEED_A_PATH
-from aps.data.fingerprint import outdated
 from aps.data.manifest import Manifest
 from aps.errors import UserError
+from aps.findings import Findings
 from aps.layout import encoder_file, manifest_path
 from aps.registry import nearest
 from aps.settings.blocks import SourceSettings
@@ -53,17 +53,12 @@ def problems(study: Study, address: str) -> Iterator[str]:
 
 def hints(study: Study) -> Iterator[str]:
     """A sentence for each dataset that has to be prepared first, or again."""
+    findings = Findings(study)
     for name in study.dataset_names():
-        path = manifest_path(study.results, name)
-        if not path.exists():
+        if not manifest_path(study.results, name).exists():
             yield f"dataset '{name}' is not prepared yet: `python -m aps data {name}`"
-        else:
-            try:
-                reason = outdated(path, study.source(name))
-            except UserError as error:
-                reason = str(error)
-            if reason is not None:
-                yield f"dataset '{name}' will be prepared again ({reason}): `python -m aps data {name}`"
+        elif (reason := findings.of_data(name)) is not None:
+            yield f"dataset '{name}' will be prepared again ({reason}): `python -m aps data {name}`"
 
 
 # --------------------------------------------------------------------------------------------------

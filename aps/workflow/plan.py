@@ -192,7 +192,9 @@ class Plan:
         return str(study_folder(self.written) / self.mark)
 
     def manifests(self) -> list[str]:
-        return [str(manifest_path(self.written.results, name)) for name in self.study.dataset_names()]
+        names = self.study.dataset_names()
+        files = [str(manifest_path(self.written.results, name)) for name in names]
+        return files + self._mark(any(self.findings.of_data(name) for name in names))
 
     def everything(self) -> list[str]:
         """Every file of every run."""
@@ -202,7 +204,7 @@ class Plan:
         """Every file of every run of a stage, and the mark where one of them has to be made again."""
         jobs = [job for job in self.study.jobs() if job[2] == stage]
         files = [str(self._stage(*job) / file) for job in jobs for file in STAGES[stage].files]
-        return files + self._mark(any(self.findings.of(*job).stale for job in jobs))
+        return files + self._mark(any(self.findings.of(*job).stale or self._other_images(*job) for job in jobs))
 
     def pages(self) -> list[str]:
         """The report's files, and the mark where they have to be made again."""
@@ -251,7 +253,9 @@ class Plan:
     def explain(self) -> list[str]:
         """Why results that are there have to be made again, a line each."""
         stale = self.findings.stale()
-        lines = [f"{finding.label}: {finding.reason}" for finding in stale[:EXPLAINED]]
+        changes = {name: self.findings.of_data(name) for name in self.study.dataset_names()}
+        lines = [f"data {name}: {reason}" for name, reason in changes.items() if reason is not None]
+        lines += [f"{finding.label}: {finding.reason}" for finding in stale[:EXPLAINED]]
         lines += [f"and {len(stale) - EXPLAINED} runs more"] if len(stale) > EXPLAINED else []
         if (old := of_the_old_layout(self.study.results)) is not None:
             lines.append(
@@ -299,13 +303,27 @@ class Plan:
         first = self._first[settings.digest]
         if first != (settings.experiment, settings.seed, settings.stage):  # the same run under another name: once
             files["after"] = self._stage(*first) / "metrics.json"
-        found = self.findings.of(settings.experiment, settings.seed, settings.stage)
-        return self._weighed({key: str(file) for key, file in files.items()}, found.metrics is not None, found.stale)
+        job = (settings.experiment, settings.seed, settings.stage)
+        found = self.findings.of(*job)
+        right = found.metrics is not None and not (self.is_main and self._other_images(*job))
+        return self._weighed({key: str(file) for key, file in files.items()}, right, found.stale)
+
+    def _other_images(self, experiment: str, seed: int, stage: str) -> bool:
+        """Whether images that a run was made of are prepared again first; then it may turn out to be another run, or not."""
+        datasets = {self.study.experiments[experiment].dataset_of(stage)}
+        if STAGES[stage].encoder and (source := self.study.pretrain_source(experiment)) is not None:
+            datasets.add(self.study.experiments[source].dataset_of("pretrain"))
+        return any(self.findings.of_data(name) is not None for name in datasets)
+
+    def data_inputs(self, wildcards: Any) -> dict[str, str]:
+        """The mark where the files that a dataset was prepared from have changed since."""
+        return {"outdated": self.outdated} if self.is_main and self.findings.of_data(wildcards.dataset) else {}
 
     def report_inputs(self, wildcards: Any) -> dict[str, Any]:
         """Every metrics.json; the report is made again where it shows something else than what is there."""
         shown, old = (self.report / "report.html").exists(), self._report_is_old()
-        return self._weighed({"metrics": self.metrics()}, shown and not old, old)
+        right = shown and not old and not (self.is_main and any(self._other_images(*job) for job in self.study.jobs()))
+        return self._weighed({"metrics": self.metrics()}, right, old)
 
     def _report_is_old(self) -> bool:
         return (self.report / "report.html").exists() and not self.findings.report_is_theirs(self.report)

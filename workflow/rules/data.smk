@@ -7,6 +7,8 @@ rule data:
 
 
 rule prepare_dataset:
+    input:
+        unpack(PLAN.data_inputs),
     output:
         manifest=f"{RESULTS}/data/{{dataset}}/manifest.json",
     params:
