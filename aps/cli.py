@@ -22,6 +22,7 @@ from pathlib import Path
 from aps import __version__
 from aps.errors import Preempted, UserError
 from aps.files import DISK_ERRORS
+from aps.runtime.memory import lack
 from aps.runtime.ranks import ranks, started_by_torchrun
 from aps.settings.blocks import OwnDataset, SourceSettings
 from aps.settings.reading import load_study, parse_overrides
@@ -31,6 +32,7 @@ from aps.stages import STAGES, Stage
 
 DEFAULT_STUDY = "config/config.yaml"
 ANY_STUDY = " --configfile STUDY.yaml"  # in hints of those who don't know the study
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PREEMPTED = 75  # EX_TEMPFAIL: the work is saved, start the same command again
 
 
@@ -52,12 +54,27 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
-    except OSError as error:
-        if error.errno not in {*DISK_ERRORS, errno.EEXIST} or error.filename is None:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (sentence := lack(error, args.verb)) is None:
+            sentence = _disk_sentence(error)
+        if sentence is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; free space or choose another folder", file=sys.stderr)
+        print(f"error: {sentence}", file=sys.stderr)
         return 2
     return 0
+
+
+def _disk_sentence(error: Exception) -> str | None:
+    """For what the user's disk does to us; None for any other error."""
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return "a path begins with ~, and HOME is not set; set HOME, or write the path in full"
+    if not isinstance(error, OSError) or error.errno not in {*DISK_ERRORS, errno.EEXIST}:
+        return None
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:60]}...: {error.strerror}; choose a shorter name or folder"
+    if error.filename is None:
+        return f"a file: {error.strerror}; free space or choose another folder" if error.errno in FULL else None
+    return f"{error.filename2 or error.filename}: {error.strerror}; free space or choose another folder"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
 
     def verb(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         p = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        p.set_defaults(run=run)
+        p.set_defaults(run=run, verb=name)
         return p
 
     p = verb("data", _data, "prepare a dataset: fetch or find it, verify it, write its manifest")

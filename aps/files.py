@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import re
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +28,10 @@ DISK_ERRORS = {
     errno.EIO,
     errno.ENOTDIR,
     errno.EFBIG,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 }
+TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}")  # .NAME.PID-RANDOM
 
 
 @contextmanager
@@ -67,6 +73,33 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that makes it") from None
     except ValueError:
         raise UserError(f"{path}: not valid JSON; delete it and run the stage that makes it") from None
+
+
+def append(path: Path, text: str) -> None:
+    """Adds to the end of a file, or, where that fails, leaves it as it was.
+
+    Raises:
+        UserError: the file can't be written or the disk is full.
+    """
+    before = None
+    try:
+        with path.open("ab", buffering=0) as file:
+            before, content = file.tell(), text.encode()
+            while content:
+                content = content[file.write(content) :]
+    except OSError as error:
+        if before is not None:
+            with contextlib.suppress(OSError):
+                os.truncate(path, before)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from None
+
+
+def sweep(folder: Path, seconds: float = 0.0) -> None:
+    """Removes what killed writes left (`atomic_path`) and nobody has touched for so long; without a word, as it is lost."""
+    for file in folder.glob(".*"):
+        with contextlib.suppress(OSError):
+            if TEMPORARY.fullmatch(file.name) and time.time() - file.stat().st_mtime >= seconds:
+                file.unlink()
 
 
 def remove(path: Path) -> None:

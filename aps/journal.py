@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 
 def read_history(path: Path, skip: int = 0) -> list[dict[str, Any]]:
-    """The lines after the first `skip`; none where there is no file. A last line cut off by a kill is left out."""
-    lines: list[dict[str, Any]] = []
+    """The good lines after the first `skip` of them; none where there is no file.
+
+    Lines that are none of ours are passed over, with a warning. So is a last line cut off by a kill, without a word.
+    """
     if not path.exists():
-        return lines
-    for text in path.read_text().splitlines()[skip:]:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+        return []
+    texts = path.read_bytes().splitlines(keepends=True)
+    lines = [_line(text) for text in texts]
+    if damaged := [
+        number for number, line in enumerate(lines, 1) if line is None and texts[number - 1].endswith(b"\n")
+    ]:
+        _warn(path, damaged[0], len(damaged))
+    return [line for line in lines if line is not None][skip:]
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
+
+
+@lru_cache  # a running stage reads its journal again and again
+def _warn(path: Path, first: int, count: int) -> None:
+    more = f" and {count - 1} more" if count > 1 else ""
+    print(f"warning: {path}: line {first}{more} damaged and passed over; the others are kept", file=sys.stderr)

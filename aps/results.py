@@ -13,8 +13,10 @@ It knows no stage and no torch. Which of a study's figures are its own is asked 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -31,10 +33,11 @@ from typing import Any
 from aps import __version__
 from aps.cost import Counts
 from aps.errors import Preempted, UserError
-from aps.files import read_json, remove, sha256, write_json
+from aps.files import append, atomic_path, read_json, remove, sha256, sweep, write_json
 from aps.journal import read_history
 from aps.layout import run_folder
 from aps.runtime.ranks import ranks
+from aps.runtime.slurm import job_id
 from aps.seals import contents, damage, read_metrics, seal
 from aps.settings.study import StageSettings
 from aps.spent import spent
@@ -187,7 +190,13 @@ class StageRun:
         self._state_file = self.job.checkpoints / "run.json"
         self.journal = self.job.checkpoints / "history.jsonl"
         fresh: dict[str, Any] = {"started": _now(), "seconds": 0.0}
-        self._state = read_json(self._state_file) if self._state_file.exists() else fresh
+        for folder, seconds in (
+            (self.job.checkpoints, 0.0),
+            (self.job.checkpoints / "outputs", 0.0),
+            (self.job.out, 3600.0),
+        ):
+            sweep(folder, seconds)  # another process, such as sync, may be writing in the last one
+        self._state = _read_clock(self._state_file) or fresh
         self._before = float(self._state["seconds"])
         self._upstream = upstream_of(self.job.encoder)
         about = about_run(self.job, self._known(), self._upstream)
@@ -201,17 +210,15 @@ class StageRun:
             return
         lines = [line for line in read_history(self.journal) if line["step"] <= step]
         self.tracker.rewind(len(lines))
-        temporary = self.journal.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        temporary.replace(self.journal)
+        with atomic_path(self.journal) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def log(self, step: int, **values: float) -> None:
         """One line of history.jsonl at `step` (optimizer steps so far unless the stage says otherwise)."""
         if not self.writes:
             return
         line = {"step": step, "time": round(time.time(), 3), **values}
-        with self.journal.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.journal, json.dumps(line) + "\n")
         self.save_clock()
 
     def save_clock(self) -> None:
@@ -259,7 +266,9 @@ class StageRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.writes:
-            self.save_clock() if kind is not None else None
+            if kind is not None:
+                with contextlib.suppress(UserError):  # the disk that is full is known already
+                    self.save_clock()
             stopped = kind is not None and issubclass(kind, Preempted | KeyboardInterrupt)
             self.tracker.stop(None if kind is None else KILLED if stopped else FAILED)
 
@@ -310,6 +319,21 @@ class StageRun:
         return Counts(splits["train"]["count"], test["count"], len(manifest["classes"]), 0.0)
 
 
+def _read_clock(path: Path) -> dict[str, Any] | None:
+    """run.json: when the run started and how long it has worked; None, with a warning, where it says neither."""
+    if not path.exists():
+        return None
+    try:
+        state = read_json(path)
+        seconds = state["seconds"]
+        if isinstance(state["started"], str) and type(seconds) in (int, float) and 0 <= seconds < math.inf:
+            return {"started": state["started"], "seconds": float(seconds)}
+    except (UserError, KeyError, TypeError, RecursionError):
+        pass
+    print(f"warning: {path}: damaged and replaced; the time that the run took so far is lost", file=sys.stderr)
+    return None
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested blocks as `a.b` keys."""
     flat: dict[str, Any] = {}
@@ -347,7 +371,7 @@ def hardware() -> dict[str, Any]:
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "processes": ranks().world,
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "slurm_job": job_id(),
     }
     torch = sys.modules.get("torch")  # only where the stage uses it: the report should not pay for the import
     if torch is not None and torch.cuda.is_available():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import os
 import re
 import subprocess
@@ -292,3 +293,28 @@ def test_planning_and_help_import_nothing_heavy(folder: Path) -> None:
     environment: dict[str, Any] = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "heavy: []" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "knn: not enough memory; lower knn.batch_size"),
+        (RuntimeError("CUDA out of memory"), "knn: not enough memory (CUDA out of memory)"),
+        (RuntimeError("unable to mmap 9 bytes from file </torch_1>"), "set --workers 0"),
+        (OSError(errno.ENOSPC, "No space left on device", "f.npy"), "f.npy: No space left on device; free space"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free space"),
+        (RuntimeError("Could not determine home directory."), "HOME is not set; set HOME"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_sentence(
+    error: Exception,
+    says: str,
+    played: list[StageJob],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(job: StageJob) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["played_knn"], "run", fail)
+    assert says in fails(capsys, "knn", "--experiment", "floor")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from aps.errors import UserError
-from aps.files import atomic_path, read_json, write_json
+from aps.files import append, atomic_path, read_json, sweep, write_json
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -90,3 +91,34 @@ def test_a_missing_and_a_broken_file_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text('{"a": ')
     with pytest.raises(UserError, match=r"broken.json: not valid JSON; delete it and run the stage"):
         read_json(tmp_path / "broken.json")
+
+
+def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "history.jsonl"
+    append(file, "first\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # a part of the second line fits
+    try:
+        with pytest.raises(UserError, match=r"history.jsonl: cannot be written \(File too large\); free space"):
+            append(file, "second\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_text() == "first\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "history.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"history.jsonl: cannot be written \(No space left on device\); free space"):
+        append(tmp_path / "history.jsonl", "line\n")
+
+
+def test_what_a_killed_write_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    left = [".run.json.123-0a1b2c3d", ".state-000000001.pt.9-ffffffff"]
+    others = ["run.json", ".claim", ".run.json.new", ".hidden.123-xyz", "name.1-0a1b2c3d"]
+    for name in left + others:
+        (tmp_path / name).touch()
+    sweep(tmp_path, seconds=3600)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(left + others)
+    sweep(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(others)

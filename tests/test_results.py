@@ -319,3 +319,19 @@ def test_outputs_are_copied_where_the_file_system_has_no_links(tmp_path: Path, m
 
 def test_nested_blocks_flatten_to_dotted_keys() -> None:
     assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", '{"started": 1, "seconds": 1}', '{"started": "x", "seconds": NaN}',
+                                     '{"started": "x"}', '{"started": "x", "seconds": -1}', "[" * 5000, '"x"'])  # fmt: skip
+def test_a_damaged_clock_is_replaced_with_a_warning(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = fake_job(tmp_path)
+    job.checkpoints.mkdir(parents=True)
+    file, left = job.checkpoints / "run.json", job.checkpoints / ".run.json.1-0a1b2c3d"
+    file.write_text(content)
+    left.touch()
+    with StageRun(job) as stage:
+        stage.log(1, loss=1.0)
+    assert json.loads(file.read_text())["seconds"] >= 0 and not left.exists()
+    assert f"warning: {file}: damaged and replaced" in capsys.readouterr().err

@@ -5,6 +5,7 @@ The folder belongs to one stage with one settings digest; Snakemake does not kno
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from pathlib import Path
@@ -41,7 +42,7 @@ class Checkpoints:
             return
         file = self.folder / f"state-{step:09d}.pt"
         with atomic_path(file) as temporary:
-            torch.save({"step": step, **state}, temporary)
+            _write({"step": step, **state}, temporary)
             # Before the state itself, so that a state that is there has its seal: torch.load does not check what it reads.
             write_json(_seal(file), {"sha256": sha256(temporary)})
         for old in self._files()[:-KEPT]:
@@ -61,6 +62,16 @@ class Checkpoints:
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("state-*.pt"))
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    """Raises OSError where the disk is full, for which torch's writer has another exception, without the reason."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("inline_container", "PytorchStreamWriter", "file write")):
+            raise
+        raise OSError(errno.ENOSPC, "the disk is full, or the size of files limited") from None
 
 
 def _seal(file: Path) -> Path:

@@ -23,10 +23,13 @@ import time
 import psutil
 
 from aps.errors import UserError
+from aps.runtime.cores import threads_given
 from aps.runtime.signals import remember
-from aps.runtime.slurm import allocation
+from aps.runtime.slurm import allocation, job_id
 
 STOP_SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+    STOP_SIGNALS.add(signal.SIGHUP)
 # The ignored signals are inherited by tee and by Python, which undoes it. 137 is SIGKILL, of which a stage can't tell.
 SHELL_PREFIX = (
     "trap '' USR1 TERM INT; "
@@ -75,19 +78,19 @@ def _agents(processes: int, nodes: int) -> list[str]:
     torchrun = [sys.executable, "-m", "aps.runtime.launch", f"--nproc-per-node={processes // nodes}"]
     if nodes == 1:
         return [*torchrun, "--standalone"]
-    if "SLURM_JOB_ID" not in os.environ:
+    if (job := job_id()) is None:
         raise UserError(f"--nodes {nodes}: several nodes need a Slurm job; run it through `snakemake --profile slurm`")
     srun = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    if cpus := os.environ.get("OMP_NUM_THREADS"):
+    if cpus := threads_given():
         srun.append(f"--cpus-per-task={cpus}")
-    port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 10000
+    port = 20000 + int(job) % 10000
     shielded = ["sh", "-c", """trap '' USR1 TERM INT; exec "$@\"""", "sh"]
     return [*srun, *shielded, *torchrun, f"--nnodes={nodes}", f"--master-port={port}"]
 
 
 def _environment(per_node: int) -> dict[str, str]:
     """Snakemake sets OMP_NUM_THREADS to the node's threads; the processes share them."""
-    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    threads = threads_given() or os.cpu_count() or 1
     return os.environ | {"OMP_NUM_THREADS": str(max(1, threads // per_node))}
 
 

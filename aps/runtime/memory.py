@@ -1,4 +1,4 @@
-"""The C library's memory, for training on CPUs.
+"""The C library's memory, for training on CPUs, and what to say where there is too little of any kind.
 
 glibc gives a large block back to the system as soon as it is freed, and the next one of its size arrives as new pages,
 each cleared at its first touch. A training step frees and takes the same blocks over and over: that is a tenth of its
@@ -8,6 +8,7 @@ time (docs/performance.md).
 from __future__ import annotations
 
 import ctypes
+import errno
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 NEVER = 2**31 - 4096  # bytes: the largest multiple of a page that mallopt takes
@@ -20,3 +21,25 @@ def keep_memory() -> bool:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, NEVER))
+
+
+SHARED = ("shared memory", "shm", "bus error", "unable to write to file </torch", "unable to mmap")
+FULL = ("can't allocate memory", "cannot allocate memory", "out of memory", "unable to allocate", "std::bad_alloc")
+
+
+def lack(error: BaseException, stage: str) -> str | None:
+    """One sentence for an error that says there is too little memory, shared or other; None for any other error."""
+    words = " ".join(str(error).split())
+    short = f" ({words[:157] + '...' if len(words) > 160 else words})" if words else ""
+    if any(sign in words.lower() for sign in SHARED):
+        return (
+            f"{stage}: no shared memory for its decoding workers{short}; set --workers 0 (resources.{stage}.workers: 0), or "
+            "make /dev/shm larger"
+        )
+    full = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if full or any(sign in words.lower() for sign in FULL):
+        return (
+            f"{stage}: not enough memory{short}; lower {stage}.batch_size or encoder.image_size, set --workers 0, or ask for "
+            f"more by resources.{stage}.mem_mb"
+        )
+    return None

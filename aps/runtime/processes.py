@@ -6,6 +6,7 @@ torchrun starts them (`aps.runtime.launch`); without it there is one. CUDA talks
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from aps.errors import UserError
 from aps.runtime.ranks import ranks
 
 
@@ -45,15 +47,29 @@ class Distributed:
             dist.barrier()
 
 
+def _device(asked: str) -> torch.device:
+    """Raises UserError where `APS_DEVICE` asks for what is not here."""
+    there = torch.cuda.is_available()
+    if not asked:
+        return torch.device("cuda" if there else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", asked):
+        raise UserError(f"APS_DEVICE={asked}: is none of cpu and cuda; set it to one of them, or unset it")
+    if asked != "cpu" and not there:
+        raise UserError(f"APS_DEVICE={asked}: torch sees no GPU here; set APS_DEVICE=cpu, or unset it")
+    return torch.device(asked)
+
+
 @contextmanager
 def processes() -> Iterator[Distributed]:
     """Joins the process group that torchrun set up, if it did, and leaves it at the end.
 
     The device is this process's GPU where there is one and the CPU otherwise; `APS_DEVICE` overrides it.
+
+    Raises:
+        UserError: `APS_DEVICE` asks for what is not here.
     """
     rank, local, world = ranks()
-    kind = os.environ.get("APS_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(kind)
+    device = _device(os.environ.get("APS_DEVICE", ""))
     if device.type == "cuda":
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)

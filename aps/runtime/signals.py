@@ -1,7 +1,7 @@
 """Asked to stop: the training loops poll `stop_requested`, save their state and raise `Preempted`.
 
 Who asks: Slurm before the time limit (SIGUSR1, see `aps.runtime.launch`), Slurm on preemption and scancel (SIGTERM), Ctrl-C
-(SIGINT; a second one stops at once).
+(SIGINT; a second one stops at once), a terminal that is closed (SIGHUP, but for `nohup`).
 
 SIGUSR1 is blocked and looked up among the pending signals instead of handled: its default action kills, a handler is
 lost in every process that is started afresh (decoding workers, their server), a blocked signal is blocked there too.
@@ -34,7 +34,7 @@ def listen() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {WARNING})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
 def received() -> signal.Signals | None:
@@ -55,6 +55,8 @@ def stop_requested(distributed: Distributed) -> bool:
         _polled = True
         signal.signal(signal.SIGTERM, _handle)
         signal.signal(signal.SIGINT, _handle)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, _handle)
     if distributed.world == 1:
         return received() is not None
     if _agreement is None:

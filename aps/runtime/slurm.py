@@ -38,8 +38,9 @@ ENDINGS = {
 
 
 def job_id() -> str | None:
-    """The Slurm job this process runs in."""
-    return os.environ.get("SLURM_JOB_ID")
+    """The Slurm job this process runs in; what is no number was left over by something else."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return job if job.isascii() and job.isdecimal() else None
 
 
 def allocation() -> str | None:

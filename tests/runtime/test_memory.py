@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import errno
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from aps.runtime.memory import lack
 
 CODE = """
 import resource, sys, torch
@@ -33,3 +36,30 @@ def faults(how: str) -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_blocks_are_used_again_without_new_pages() -> None:
     assert faults("keep") < faults("leave") / 4
+
+
+@pytest.mark.parametrize(
+    ("error", "setting"),
+    [
+        (MemoryError(), "lower knn.batch_size"),
+        (MemoryError("Unable to allocate 8.00 GiB for an array"), "resources.knn.mem_mb"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "lower knn.batch_size",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "lower knn.batch_size"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "lower knn.batch_size"),
+        (RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), "--workers 0"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "make /dev/shm larger"),
+    ],
+)
+def test_too_little_memory_is_one_sentence_that_names_the_setting(error: Exception, setting: str) -> None:
+    sentence = lack(error, "knn")
+    assert sentence is not None and sentence.startswith("knn: ") and setting in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), OSError(errno.ENOENT, "No such file"), ValueError("x")]
+)
+def test_another_error_is_not_taken_for_too_little_memory(error: Exception) -> None:
+    assert lack(error, "knn") is None

@@ -59,7 +59,7 @@ here(str(interrupt.stop_requested(ONE)) + " " + str(interrupt.received().name))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_loop_that_polls_hears_of_the_signal_and_lives(number: signal.Signals, start: Callable[..., Stage]) -> None:
     stage = start(ASK)
     assert heard(stage) == "polled"
