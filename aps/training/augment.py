@@ -2,7 +2,7 @@
 
 Every image has parameters of its own and gets the pixels that timm's and torchvision's transforms make of it with the
 same parameters, on Pillow images: uint8 between any two operators, rounded where Pillow rounds and cut off where Pillow
-cuts off (tests/training/test_augment.py, operator by operator, and in distribution).
+cuts off (tests/training/test_augmentation.py, operator by operator, and in distribution).
 
     B  images of a batch, S side of an image in pixels, L operators one after another (`n` of RandAugment), C classes
 

@@ -18,8 +18,7 @@ from aps.detection.augment import jitter
 from aps.detection.engine import Task
 from aps.detection.score import coco_metrics
 from aps.detection.stage import plain_names, run, with_classes
-from aps.layout import checkpoint_folder
-from aps.results import StageJob
+from aps.results import StageJob, saved_run
 from aps.settings.blocks import DetectionSettings
 
 ENGINES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
@@ -78,7 +77,7 @@ def test_the_stage_says_that_there_is_no_mask_ap(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     settings = stage_settings(iterations=20)
-    run(StageJob(settings=settings, manifest=boxes, out=tmp_path / "out", checkpoints=checkpoint_folder(tmp_path, settings)))  # fmt: skip
+    run(StageJob(settings=settings, manifest=boxes, out=tmp_path / "out", checkpoints=saved_run(tmp_path, settings, boxes, None)))  # fmt: skip
     assert "instances have boxes only, so there is no mask head and no mask AP" in capsys.readouterr().err
     result = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert result["masks"] is False and "box_AP" in result["metrics"] and "mask_AP" not in result["metrics"]
