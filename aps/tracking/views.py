@@ -20,7 +20,7 @@ from aps.tracking.describing import EPOCH, metric_name, parameters, prefix
 
 SHARED = "mlflow.sharedViewState."
 MACHINE_LEARNING = "custom_model_development"  # else MLflow opens its pages for language models
-COSTS = ("cost/gpu_hours", "cost/seconds")
+COSTS = ("cost/seconds", "cost/gpu_hours")
 COLUMNS = 5  # settings that differ; of more, a table shows the first
 
 
@@ -45,19 +45,19 @@ class View:
 
     def state(self) -> dict[str, Any]:
         """As MLflow's page keeps it: what is searched, columns, groups, charts."""
-        metrics = [*self.scores, *(() if self.scores else self.curves[:1]), *COSTS]
+        shown = self.scores or self.curves[:1]
+        metrics = [*shown[:1], *COSTS, *shown[1:]]
         varied = list(self.varied[:COLUMNS])
         groups = [{"mode": "param", "groupByData": "experiment"}]
+        columns = [*_columns("params", varied), *_columns("metrics", metrics), *_columns("params", ["seed"])]
         charts = [*self._charts(varied), *self._hidden()]
         return {
             "searchFilter": f"tags.stage = '{self.stage}'",
             "orderByKey": f"metrics.`{metrics[0]}`",
             "orderByAsc": not self.scores,
-            "selectedColumns": [
-                *(f"params.`{key}`" for key in ("seed", *varied)),
-                *(f"metrics.`{key}`" for key in metrics),
-            ],
-            "columnWidths": {"attributes.`Run Name`": 250, **{f"metrics.`{key}`": 150 for key in metrics}},
+            "selectedColumns": columns,
+            "columnOrder": ["attributes.`Run Name`", *columns, "runDateAndNestInfo"],
+            "columnWidths": {"attributes.`Run Name`": 230, **dict.fromkeys(columns, 140), "runDateAndNestInfo": 130},
             "groupBy": {"aggregateFunction": "average", "groupByKeys": groups},
             "runsHiddenMode": "SHOW_ALL",
             "useGroupedValuesInCharts": True,
@@ -83,7 +83,7 @@ class View:
         if self.scores:
             shown.append(
                 self._chart(
-                    "SCATTER", section, xaxis=_axis(COSTS[1]), yaxis=_axis(self.scores[0]), runsCountToCompare=100
+                    "SCATTER", section, xaxis=_axis(COSTS[0]), yaxis=_axis(self.scores[0]), runsCountToCompare=100
                 )
             )
             shown.append(
@@ -91,7 +91,7 @@ class View:
                     "PARALLEL",
                     section,
                     selectedParams=axis,
-                    selectedMetrics=[self.scores[0], COSTS[1]],
+                    selectedMetrics=[self.scores[0], COSTS[0]],
                     showAllRuns=True,
                 )
             )
@@ -144,6 +144,10 @@ def study_parameters(study: Study, stage: str) -> dict[str, dict[str, str]]:
         made = study.stage_settings(source, seed, "pretrain").relevant() if source else None
         found[name] = parameters(study.stage_settings(name, seed, stage).relevant(), made)
     return found
+
+
+def _columns(kind: str, keys: Sequence[str]) -> list[str]:
+    return [f"{kind}.`{key}`" for key in keys]
 
 
 def _axis(metric: str) -> dict[str, str]:
