@@ -1,0 +1,385 @@
+"""What `aps.load` returns: a network that knows its images, its classes and where it came from.
+
+Two kinds: a `Model`, a Vision Transformer with or without a classifier, and a `Detector`. Either has every verb; the one
+that a network is not made for says in a sentence what is.
+
+Peculiar: a linear probe is a classifier like a finetuned model, because in evaluation its BatchNorm and its head are one
+linear layer (`aps.inference.load` folds them); hence every verb and every export works on it. Any other timm network, a
+convolutional one too, embeds and predicts as well.
+
+It does not know where weights lie (`aps.inference.load`), nor files of features, pictures or exports.
+
+Letters: M images, S image side, D width, C classes, G cells along a side, K detections of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import Attention, VisionTransformer
+from torch import Tensor, nn
+
+from aps.data.manifest import content_digest
+from aps.detection.engine import Engine
+from aps.errors import UserError
+from aps.inference.images import ImageLike, Images, Transform, as_list, decoded, read
+from aps.models.encoder import Encoder
+from aps.progress import Progress
+from aps.training.precision import Precision
+
+BATCH = 64
+DETECTED_AT_ONCE = 4
+THRESHOLD = 0.5  # score from which a detection is one
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier says of M images."""
+
+    classes: list[str]  # (M), the likeliest class of each image
+    probabilities: Tensor  # float32 (M, C), columns in the order of the model's `classes`
+    names: tuple[str, ...]  # (C), of the columns
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
+        """The k likeliest classes of each image with their probabilities, likeliest first."""
+        values, columns = self.probabilities.topk(min(k, len(self.names)))
+        return [
+            [(self.names[c], p) for c, p in zip(cs, ps, strict=True)]
+            for cs, ps in zip(columns.tolist(), values.tolist(), strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector sees in one image, best first."""
+
+    boxes: Tensor  # float32 (K, 4): left, top, right, bottom in pixels of the image
+    scores: Tensor  # float32 (K)
+    labels: list[str]  # (K), names of classes
+    masks: Tensor  # bool (K, H, W)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a network came from.
+
+    Attributes:
+        address: as it was given to `aps.load`.
+        stage: of ours that made it; None: another software.
+        settings: of the encoder, where it is one of ours.
+        provenance: plain data for people and model cards: experiment, seed, dataset, commit, scores ...
+        folder: of the stage's results, where there is one.
+    """
+
+    address: str
+    stage: str | None = None
+    settings: Any = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+class Loaded:
+    """What both kinds share.
+
+    Attributes:
+        network: the module, in evaluation mode, on the device.
+        classes: names, () where it has no classifier.
+        source: where it came from.
+    """
+
+    def __init__(self, network: nn.Module, classes: Iterable[str], source: Source, device: torch.device) -> None:
+        self.device = device
+        self.network = network.to(device).eval().requires_grad_(False)
+        self.classes = tuple(classes)
+        self.source = source
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return self.source.provenance
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the weights: sha256 over names and values, the same wherever the file lies."""
+        state = self.network.state_dict()
+        return content_digest(
+            list(state),
+            *(x.cpu().contiguous().flatten().view(torch.uint8).numpy().data for x in state.values()),
+        )
+
+    def transform(self, image: ImageLike) -> Tensor:
+        raise self._cannot("have a transform of fixed size", "a pretrained, finetuned or probed encoder")
+
+    def embed(self, images: Images, batch_size: int = BATCH, progress: bool | None = None) -> Tensor:
+        raise self._cannot("embed", "a pretrained, finetuned or probed encoder")
+
+    def predict(self, images: Images, batch_size: int = BATCH, progress: bool | None = None) -> Predictions:
+        raise self._cannot("predict classes", "the folder of a finetune or linear_probe stage")
+
+    def detect(
+        self,
+        images: Images,
+        threshold: float = THRESHOLD,
+        batch_size: int = DETECTED_AT_ONCE,
+        progress: bool | None = None,
+    ) -> list[Detections]:
+        raise self._cannot("detect", "the folder of a detection stage")
+
+    def attention(
+        self, images: Images, block: int = -1, batch_size: int = BATCH, progress: bool | None = None
+    ) -> Tensor:
+        raise self._cannot("show attention", "a pretrained, finetuned or probed Vision Transformer")
+
+    def to_timm(self) -> nn.Module:
+        raise self._cannot("become a timm model", "a pretrained, finetuned or probed encoder")
+
+    def to_onnx(self, path: str | Path) -> Path:
+        raise self._cannot("become an ONNX file", "a pretrained, finetuned or probed encoder")
+
+    def _cannot(self, verb: str, instead: str) -> UserError:
+        kind = "is a detector" if isinstance(self, Detector) else "has no classifier"
+        if isinstance(self, Model) and (self.classes or "classes" not in verb):
+            kind = f"is a {type(self.network).__name__}"
+        return UserError(f"{self.source.address} {kind}, which can't {verb}; load {instead}")
+
+    def _label(self, verb: str) -> str:
+        return f"{verb} by {self.source.stage or self.source.address}"
+
+
+class Model(Loaded):
+    """A Vision Transformer, or another timm network, that embeds and, where it has a classifier, predicts.
+
+    Example:
+        >>> import aps
+        >>> model = aps.load("results/demo/aps/seed0/finetune")
+        >>> model.embed(["a.jpg", "b.jpg"]).shape
+        torch.Size([2, 96])
+        >>> model.predict("a.jpg").top(1)
+        [[('3', 0.93)]]
+    """
+
+    def __init__(
+        self, network: nn.Module, transform: Transform, classes: Iterable[str], source: Source, device: torch.device
+    ) -> None:
+        super().__init__(network, classes, source, device)
+        self.preprocessing = transform
+        self.precision = Precision("auto", device)
+
+    @property
+    def dim(self) -> int:
+        """D, width of an embedding."""
+        return int(getattr(self.network, "head_hidden_size", None) or self.network.num_features)  # type: ignore[arg-type]
+
+    def transform(self, image: ImageLike) -> Tensor:
+        """An image -> (3, S, S) float32, resized and normalized as the network expects. `preprocessing` says how."""
+        return self.preprocessing(image)
+
+    def embed(self, images: Images, batch_size: int = BATCH, progress: bool | None = None) -> Tensor:
+        """The feature of each image: the class token after the last norm, or what the network pools.
+
+        Args:
+            images: one image or any number: paths, Pillow images, arrays or tensors, mixed; see `aps.inference.images.read`.
+            progress: whether to show a bar; None: where there is more than one batch.
+
+        Returns:
+            float32 (M, D), on the CPU.
+
+        Raises:
+            UserError: one of them is no image.
+        """
+        listed = as_list(images)
+        return torch.cat(list(self._batches(listed, self._features, batch_size, progress, "embed")))
+
+    def predict(self, images: Images, batch_size: int = BATCH, progress: bool | None = None) -> Predictions:
+        """Classes and probabilities. Arguments as of `embed`.
+
+        Raises:
+            UserError: the network has no classifier, or one of them is no image.
+        """
+        if not self.classes:
+            return super().predict(images)
+        listed = as_list(images)
+        logits = torch.cat(list(self._batches(listed, self._logits, batch_size, progress, "predict")))
+        probabilities = logits.softmax(1)
+        return Predictions([self.classes[i] for i in probabilities.argmax(1)], probabilities, self.classes)
+
+    def attention(
+        self, images: Images, block: int = -1, batch_size: int = BATCH, progress: bool | None = None
+    ) -> Tensor:
+        """What the class token attends to, in each head of a block.
+
+        Args:
+            block: from 0, or from the end; the last by default.
+
+        Returns:
+            float32 (M, heads, G, G): attention to each patch. What is missing to a sum of 1 is that to the class token.
+
+        Raises:
+            UserError: the network has no class token or no such block, or one of `images` is no image.
+        """
+        layer = self._attention_layer(block)
+        listed = as_list(images)
+
+        def maps(x: Tensor) -> Tensor:
+            caught: list[Tensor] = []
+            hook = layer.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+            try:
+                self._features(x)
+            finally:
+                hook.remove()
+            return class_attention(layer, caught[0], self.network.num_prefix_tokens)  # type: ignore[arg-type]
+
+        return torch.cat(list(self._batches(listed, maps, batch_size, progress, "attention")))
+
+    def to_timm(self) -> nn.Module:
+        """A plain timm model on the CPU with these weights, whatever this object does afterwards."""
+        from aps.inference.export import to_timm
+
+        return to_timm(self)
+
+    def to_onnx(self, path: str | Path) -> Path:
+        """Write an ONNX file: input `images`, (B, 3, S, S) as `transform` makes them, for any B; outputs
+        `probabilities` (B, C), where there is a classifier, and `features` (B, D).
+
+        Raises:
+            UserError: the packages for it are not installed, or the file can't be written.
+        """
+        from aps.inference.export import to_onnx
+
+        return to_onnx(self, Path(path))
+
+    # ----------------------------------------------------------------------------------------------
+
+    def prepared(self, images: Iterable[ImageLike], batch_size: int) -> Iterator[list[Tensor | UserError]]:
+        """Batches of (3, S, S) in [0, 1]; a refused image's sentence in its place. For callers that go on after one."""
+        return decoded(images, self.preprocessing.pixels, batch_size)
+
+    @torch.inference_mode()
+    def features_of(self, pixels: list[Tensor]) -> Tensor:
+        """Of (3, S, S) in [0, 1] each -> float32 (B, D), on the CPU."""
+        return self._run(pixels, self._features)
+
+    @torch.inference_mode()
+    def probabilities_of(self, pixels: list[Tensor]) -> Tensor:
+        """Of (3, S, S) in [0, 1] each -> float32 (B, C), on the CPU."""
+        return self._run(pixels, self._logits).softmax(1)
+
+    def _run(self, pixels: list[Tensor], compute: Callable[[Tensor], Tensor]) -> Tensor:
+        x = self.preprocessing.normalize(torch.stack(pixels).to(self.device, non_blocking=True))
+        with self.precision.autocast():
+            return compute(x).float().cpu()
+
+    @torch.inference_mode()
+    def _batches(
+        self,
+        images: list[ImageLike],
+        compute: Callable[[Tensor], Tensor],
+        batch_size: int,
+        progress: bool | None,
+        verb: str,
+    ) -> Iterator[Tensor]:
+        shown = len(images) > batch_size if progress is None else progress
+        with Progress(self._label(verb), len(images), "images", shown=shown) as bar:
+            for batch in self.prepared(images, batch_size):
+                if refused := next((x for x in batch if isinstance(x, UserError)), None):
+                    raise refused
+                yield self._run(batch, compute)  # type: ignore[arg-type]
+                bar.update(len(batch), len(batch))
+
+    def _features(self, x: Tensor) -> Tensor:
+        return features(self.network, x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def _attention_layer(self, block: int) -> Attention:
+        network = self.network
+        if not isinstance(network, VisionTransformer) or not network.has_class_token:
+            raise UserError(
+                f"{self.source.address}: a {type(network).__name__} without a class token has no attention of one; load a "
+                "Vision Transformer with one"
+            )
+        depth = len(network.blocks)
+        if not -depth <= block < depth:
+            raise UserError(f"block {block}: the network has blocks 0 to {depth - 1}, or -1 to -{depth} from the end")
+        layer = network.blocks[block].attn
+        if not isinstance(layer, Attention):
+            raise UserError(
+                f"{self.source.address}: block {block} has a {type(layer).__name__}, whose attention is not that of a "
+                "plain Vision Transformer; choose another model"
+            )
+        return layer
+
+
+def features(network: nn.Module, x: Tensor) -> Tensor:
+    """(B, 3, S, S) normalized -> (B, D), before any classifier."""
+    tokens = network.tokens(x) if isinstance(network, Encoder) else network.forward_features(x)  # type: ignore[operator]
+    return network.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+
+
+def class_attention(layer: Attention, x: Tensor, prefix: int) -> Tensor:
+    """Attention of token 0 to the patches, from what goes into an attention layer.
+
+    x: (B, prefix + G*G, D) -> (B, heads, G, G); `prefix` counts the class token and its like.
+    """
+    B, N, _ = x.shape
+    q, k, _ = layer.qkv(x).view(B, N, 3, layer.num_heads, layer.head_dim).permute(2, 0, 3, 1, 4)
+    q, k = layer.q_norm(q[:, :, :1]), layer.k_norm(k)
+    weights = (layer.scale * q @ k.transpose(-2, -1)).float().softmax(-1)[:, :, 0, prefix:]
+    side = round((N - prefix) ** 0.5)
+    return weights.view(B, layer.num_heads, side, side)
+
+
+class Detector(Loaded):
+    """Mask R-CNN of a detection stage, of either engine."""
+
+    def __init__(self, engine: Engine, classes: Iterable[str], source: Source, device: torch.device) -> None:
+        super().__init__(engine.model, classes, source, device)
+        self.engine = engine
+
+    def detect(
+        self,
+        images: Images,
+        threshold: float = THRESHOLD,
+        batch_size: int = DETECTED_AT_ONCE,
+        progress: bool | None = None,
+    ) -> list[Detections]:
+        """Boxes, masks, labels and scores of each image.
+
+        Args:
+            images: of any size; as of `Model.embed`.
+            threshold: detections below this score are left out.
+
+        Raises:
+            UserError: one of them is no image.
+        """
+        listed = as_list(images)
+        found: list[Detections] = []
+        shown = len(listed) > batch_size if progress is None else progress
+        with Progress(self._label("detect"), len(listed), "images", shown=shown) as bar:
+            for batch in decoded(listed, _bytes, batch_size):
+                if refused := next((x for x in batch if isinstance(x, UserError)), None):
+                    raise refused
+                for one in self.engine.predict(batch):  # type: ignore[arg-type]
+                    kept = one.scores >= threshold
+                    labels = [self.classes[i] for i in one.labels[kept].tolist()]
+                    found.append(Detections(one.boxes[kept].float(), one.scores[kept].float(), labels, one.masks[kept]))
+                bar.update(len(batch), len(batch))
+        return found
+
+
+def _bytes(image: ImageLike, name: str) -> Tensor:
+    """uint8 (3, H, W)."""
+    x = read(image, name)
+    return x if x.dtype == torch.uint8 else (x.clamp(0, 1) * 255).round().to(torch.uint8)
+
