@@ -28,7 +28,9 @@ def model_card(model: Loaded, loading: str, licence: str | None, name: str) -> s
     """
     made, stage = model.provenance, model.source.stage
     licence = licence or made.get("license")
-    task = {"detection": "object-detection"}.get(str(stage), "image-classification" if model.classes else "image-feature-extraction")
+    task = {"detection": "object-detection"}.get(
+        str(stage), "image-classification" if model.classes else "image-feature-extraction"
+    )
     dataset = made.get("dataset", {}).get("name")
     header: dict[str, Any] = {"library_name": "timm", "pipeline_tag": task, "tags": ["vision", task]}
     if licence:
@@ -100,7 +102,9 @@ def _facts(made: dict[str, Any]) -> list[tuple[str, str]]:
         "finished": made.get("finished"),
         "seconds of training": made.get("wall_seconds"),
         "hardware": hardware.get("gpu") or hardware.get("cpu"),
-        "software": f"aps {made['version']}, commit {made.get('commit')}" if "version" in made else f"aps {__version__}",
+        "software": f"aps {made['version']}, commit {made.get('commit')}"
+        if "version" in made
+        else f"aps {__version__}",
         "digest of the settings": made.get("settings_digest"),
         "MLflow run": made.get("mlflow_run_id"),
     }

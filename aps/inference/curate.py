@@ -187,5 +187,7 @@ def summary(index: Index, found: Curated, outliers: int) -> str:
     lines += [f"  {found.outlier[row]:.3f}  {named[row][0]}" for row in found.outliers(outliers)]
     if count > 1:
         low, half, high = np.quantile(found.similarity, [0.1, 0.5, 0.9])
-        lines.append(f"similarity to the nearest other: {low:.3f} (a tenth), {half:.3f} (half), {high:.3f} (nine tenths)")
+        lines.append(
+            f"similarity to the nearest other: {low:.3f} (a tenth), {half:.3f} (half), {high:.3f} (nine tenths)"
+        )
     return "\n".join(lines)

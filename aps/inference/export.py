@@ -10,36 +10,24 @@ single file gives the norm itself.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
-import json
-import logging
 import pprint
-import warnings
 from collections.abc import Callable
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from aps.config import EncoderSettings
 from aps.detection.placement import backbone_tensors
 from aps.errors import UserError
 from aps.files import atomic_path, write_json
 from aps.inference.cards import model_card
-from aps.inference.images import Transform
-from aps.inference.model import Loaded, Model, features
+from aps.inference.convert import EPS_FAMILIES, FAMILY, timm_arguments
+from aps.inference.model import Loaded, Model
 from aps.models.archs import dimensions
 from aps.models.encoder import Encoder
-from aps.models.weights import INFO_KEY, encoder_metadata, save_tensors
+from aps.models.weights import encoder_metadata, save_tensors
 
-FAMILY = "vit_base_patch16_224"  # of timm; every size is given beside it
-EPS_FAMILIES = {1e-6: (FAMILY, {}), 1e-5: ("vit_base_patch16_clip_224", {"pre_norm": False})}
 LINE = 110  # characters of a printed list
 
 
@@ -68,28 +56,16 @@ def export(model: Loaded, to: str, out: Path, licence: str | None = None) -> str
 # timm
 
 
-def to_timm(model: Model) -> nn.Module:
-    """A plain timm model on the CPU, in evaluation mode."""
-    if not isinstance(model.network, Encoder):
-        return copy.deepcopy(model.network).cpu()
-    settings = _settings(model)
-    norm = partial(nn.LayerNorm, eps=settings.layer_norm_eps)
-    network = timm.create_model(FAMILY, **_arguments(settings, len(model.classes)), norm_layer=norm)
-    network.load_state_dict(_state(model), strict=True)
-    return network.eval()
-
-
 def _export_timm(model: Model, out: Path) -> str:
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: timm's weights are a .safetensors file; name one")
     save_tensors(_state(model), out, _metadata(model))
     settings = model.source.settings
-    if settings is None:
-        name, arguments, norm = _timm_name(model), {"num_classes": len(model.classes)}, []
-    else:
-        name, arguments = FAMILY, _arguments(settings, len(model.classes))
+    name, arguments, norm = _timm_name(model), dict[str, Any](num_classes=len(model.classes)), list[str]()
+    if settings is not None:
+        name, arguments = FAMILY, timm_arguments(settings, len(model.classes))
         norm = [f"    norm_layer=partial(torch.nn.LayerNorm, eps={settings.layer_norm_eps!r}),"]
-    arguments |= {"pretrained_cfg_overlay": _pixels(model.preprocessing), "checkpoint_path": str(out)}
+    arguments |= {"pretrained_cfg_overlay": model.preprocessing.timm_config(), "checkpoint_path": str(out)}
     creation = [
         "model = timm.create_model(",
         f'    "{name}",{"  # the family; every size is given below" if norm else ""}',
@@ -104,31 +80,30 @@ def _export_hub(model: Model, out: Path) -> str:
     """timm's own layout: config.json and model.safetensors."""
     if out.is_file():
         raise UserError(f"--out {out} is a file; name a folder")
-    settings = model.source.settings
+    settings, classes = model.source.settings, len(model.classes)
+    pooling = "token"
+    layers = {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
     if settings is None:
-        architecture, arguments = _timm_name(model).partition(".")[0], {"num_classes": len(model.classes)}
+        architecture, arguments = _timm_name(model).partition(".")[0], dict[str, Any]()
+        network: Any = model.network
+        pooling = getattr(network, "global_pool", "avg")
+        layers = {key: network.pretrained_cfg[key] for key in layers if key in network.pretrained_cfg}
     elif settings.layer_norm_eps in EPS_FAMILIES:
         architecture, extra = EPS_FAMILIES[settings.layer_norm_eps]
-        arguments = _arguments(settings, len(model.classes)) | extra
+        arguments = timm_arguments(settings, classes) | extra
+        del arguments["num_classes"]  # said once, below
     else:
         known = " or ".join(f"{eps:g}" for eps in EPS_FAMILIES)
         raise UserError(
             f"encoder.layer_norm_eps is {settings.layer_norm_eps:g}, and a folder for the Hub can only say {known}; use --to timm"
         )
-    classes = len(model.classes)
     config: dict[str, Any] = {
         "architecture": architecture,
         "num_classes": classes,
         "num_features": model.dim,
-        "global_pool": "token" if settings is not None else getattr(model.network, "global_pool", "avg"),
-        "pretrained_cfg": {
-            **_pixels(model.preprocessing),
-            "num_classes": classes,
-            "fixed_input_size": settings is not None,
-            "first_conv": "patch_embed.proj" if settings is not None else model.network.pretrained_cfg.get("first_conv"),  # type: ignore[union-attr]
-            "classifier": "head" if settings is not None else model.network.pretrained_cfg.get("classifier"),  # type: ignore[union-attr]
-        },
-        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
+        "global_pool": pooling,
+        "pretrained_cfg": {**model.preprocessing.timm_config(), "num_classes": classes, **layers},
+        "model_args": arguments,
     }
     if model.classes:
         config["label_names"] = list(model.classes)
@@ -138,46 +113,12 @@ def _export_hub(model: Model, out: Path) -> str:
     return _script(model, ["import timm"], creation)
 
 
-def _arguments(settings: EncoderSettings, classes: int) -> dict[str, Any]:
-    """Of `timm.create_model`, for an encoder of ours; without the norm."""
-    dim, depth, heads = dimensions(settings)
-    return {
-        "img_size": settings.image_size,
-        "patch_size": settings.patch_size,
-        "embed_dim": dim,
-        "depth": depth,
-        "num_heads": heads,
-        "mlp_ratio": settings.mlp_ratio,
-        "qkv_bias": settings.qkv_bias,
-        "no_embed_class": True,
-        "num_classes": classes,
-    }
-
-
-def _pixels(transform: Transform) -> dict[str, Any]:
-    """timm's words for a transform."""
-    return {
-        "input_size": (3, transform.size, transform.size),
-        "mean": transform.mean,
-        "std": transform.std,
-        "interpolation": transform.interpolation,
-        "crop_pct": 1.0 if transform.resize is None else transform.size / transform.resize,
-        "crop_mode": "squash" if transform.resize is None else "center",
-    }
-
-
 def _timm_name(model: Model) -> str:
     return model.source.address.removeprefix("timm:")
 
 
 def _state(model: Model) -> dict[str, Tensor]:
     return {name: x.detach().cpu() for name, x in model.network.state_dict().items()}
-
-
-def _settings(model: Model) -> EncoderSettings:
-    settings = model.source.settings
-    assert isinstance(settings, EncoderSettings)
-    return settings
 
 
 def _metadata(model: Model) -> dict[str, str]:
@@ -205,66 +146,16 @@ def _metadata(model: Model) -> dict[str, str]:
 # ONNX
 
 
-class _Outputs(nn.Module):
-    """What an ONNX file computes."""
-
-    def __init__(self, network: nn.Module, classifies: bool) -> None:
-        super().__init__()
-        self.network, self.classifies = network, classifies
-
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, 3, S, S) normalized -> probabilities (B, C) and features (B, D), or features alone."""
-        found = features(self.network, images)
-        return (self.network(images).softmax(1), found) if self.classifies else found
-
-
-def to_onnx(model: Model, out: Path) -> Path:
-    """See `Model.to_onnx`."""
-    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
-        raise UserError(f"ONNX needs {' and '.join(missing)}; install them by `pip install 'aps-vit[onnx]'`")
-    import onnx
-
-    classifies, S = bool(model.classes), model.preprocessing.size
-    network = _Outputs(copy.deepcopy(model.network).cpu().float(), classifies).eval()
-    names = ["probabilities", "features"] if classifies else ["features"]
-    with atomic_path(out) as temporary:
-        with _quiet():
-            torch.onnx.export(
-                network,
-                (torch.zeros(2, 3, S, S),),
-                str(temporary),
-                input_names=["images"],
-                output_names=names,
-                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-        written = onnx.load(str(temporary))
-        about = {"classes": list(model.classes), "transform": _pixels(model.preprocessing), "weights": model.digest}
-        onnx.helper.set_model_props(written, {key: json.dumps(value) for key, value in about.items()})
-        onnx.save(written, str(temporary))
-    return out
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """The exporter talks about its own future."""
-    old = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(old)
-
-
 def _export_onnx(model: Model, out: Path) -> str:
     if out.suffix != ".onnx":
         raise UserError(f"--out {out}: name an .onnx file")
-    to_onnx(model, out)
-    lines = [*_imports(["import onnxruntime"]), "", f"session = onnxruntime.InferenceSession({str(out)!r})", *_pre(model)]
+    model.to_onnx(out)
+    lines = [
+        *_imports(["import onnxruntime"]),
+        "",
+        f"session = onnxruntime.InferenceSession({str(out)!r})",
+        *_pre(model),
+    ]
     if model.classes:
         lines += [
             "def predict(path):",
@@ -360,7 +251,8 @@ def _script(model: Model, imports: list[str], creation: list[str], partial_: boo
 
 
 def _imports(own: list[str]) -> list[str]:
-    return sorted([*own, "import torch"]) + ["from PIL import Image, ImageOps", "from torchvision.transforms import v2"]
+    third = ["from PIL import Image, ImageOps", "from torchvision.transforms import v2"]
+    return [*sorted([*own, "import torch"]), *third]
 
 
 def _pre(model: Model) -> list[str]:

@@ -182,7 +182,10 @@ class _Run:
         pca = _Plane()
         unreadable = images = 0
         problems = self.out.with_name(f"{self.out.name}.unreadable.txt")
-        with atomic_path(problems) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape") as list_:
+        with (
+            atomic_path(problems) as temporary,
+            temporary.open("w", encoding="utf-8", errors="surrogateescape") as list_,
+        ):
             for table in self._tables():
                 broken = [text for text in table["error"].to_pylist() if text is not None]
                 list_.writelines(f"{text}\n" for text in broken)
@@ -335,7 +338,9 @@ def _claim(parts: Path, out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{out} is being written by another process; wait for it, or choose another --out") from None
+            raise UserError(
+                f"{out} is being written by another process; wait for it, or choose another --out"
+            ) from None
         except OSError:  # a file system without locks
             pass
         yield

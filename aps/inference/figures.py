@@ -118,7 +118,9 @@ def detections(path: Path, image: ImageLike, found: Any, classes: Sequence[str],
             Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor=colour, lw=1.5)
         )
         text = f"{found.labels[i]} {float(found.scores[i]):.2f}"
-        place = {"va": "bottom"} if top > 0.08 * H else {"va": "top"}  # inside, where there is no room above
+        place: dict[str, Any] = (
+            {"va": "bottom"} if top > 0.08 * H else {"va": "top"}
+        )  # inside, where there is no room above
         axes.text(
             left - 0.5, top - 0.5, text, color="white", fontsize=7, bbox={"color": colour, "pad": 0.8, "lw": 0}, **place
         )  # fmt: skip

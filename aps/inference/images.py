@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -31,14 +31,12 @@ from aps.data.trees import READABLE
 from aps.errors import UserError
 from aps.training.features import CENTRE
 
-ImageLike = Union[str, os.PathLike, PIL.Image.Image, np.ndarray, Tensor]
-Images = Union[ImageLike, Iterable[ImageLike]]
+ImageLike: TypeAlias = str | os.PathLike | PIL.Image.Image | np.ndarray | Tensor
+Images: TypeAlias = ImageLike | Iterable[ImageLike]
 
 THREADS = min(8, os.cpu_count() or 1)
 AHEAD = 2  # batches decoded while one is computed
 SLACK = 1e-3  # by which resampling may leave [0, 1]
-
-T = TypeVar("T")
 
 
 def read(image: Any, name: str = "image") -> Tensor:
@@ -148,6 +146,17 @@ class Transform:
         mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (self.mean, self.std))
         return (x - mean) / std
 
+    def timm_config(self) -> dict[str, Any]:
+        """The same in the words of timm's `pretrained_cfg`."""
+        return {
+            "input_size": (3, self.size, self.size),
+            "mean": self.mean,
+            "std": self.std,
+            "interpolation": self.interpolation,
+            "crop_pct": 1.0 if self.resize is None else self.size / self.resize,
+            "crop_mode": "squash" if self.resize is None else "center",
+        }
+
     def code(self) -> str:
         """Python that makes the same tensor from a file with torchvision and Pillow alone, as `transform(image)`."""
         mode = "" if self.interpolation == "bilinear" else ", interpolation=v2.InterpolationMode.BICUBIC"
@@ -163,6 +172,7 @@ class Transform:
                 "    v2.ToImage(),",
                 *steps,
                 f"    v2.Normalize({list(self.mean)}, {list(self.std)}),",
+                "    v2.ToPureTensor(),",
                 "])",
             ]
         )

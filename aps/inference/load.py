@@ -28,7 +28,6 @@ from timm.data import infer_imagenet_subset, resolve_model_data_config
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
-from aps.config import EncoderSettings, StageSettings
 from aps.detection import load_engine
 from aps.detection.engine import Task
 from aps.errors import UserError
@@ -37,7 +36,8 @@ from aps.inference.images import Transform
 from aps.inference.model import Detector, Loaded, Model, Source
 from aps.models.encoder import Encoder, build_encoder
 from aps.models.weights import INFO_KEY, load_encoder, load_state, read_settings, read_tensors
-from aps.training.distributed import Distributed
+from aps.runtime.processes import Distributed
+from aps.settings import EncoderSettings, StageSettings
 
 WEIGHTS = ("model.safetensors", "encoder.safetensors")  # of a folder, the first that is there
 PROBE = "linear_probe"
@@ -172,10 +172,10 @@ def _probe(folder: Path, metrics: dict[str, Any], address: str, device: torch.de
     """The encoder with the picked head, its BatchNorm folded in."""
     heads, metadata = read_tensors(folder / "heads.safetensors")
     info = json.loads(metadata.get(INFO_KEY, "{}"))
-    if "classes" not in info or "lrs" not in info:
+    if "lr" not in info:
         raise UserError(f"{address}: this probe does not name its classes; run linear_probe again with this version")
     network, settings = _encoder_of(folder, metrics, address)
-    pick = info["lrs"].index(metrics["metrics"]["lr"])
+    pick = info["lrs"].index(info["lr"])
     weight, bias = fold(heads, pick)
     network.reset_classifier(len(weight))
     _set_linear(network.head, weight, bias)
@@ -311,7 +311,7 @@ def _detector(
 def _timm(address: str, device: torch.device) -> Model:
     name = address.removeprefix("timm:")
     try:
-        network = timm.create_model(name, pretrained=True)
+        network: Any = timm.create_model(name, pretrained=True)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{address}: timm can't give these weights ({reason}); check name and network") from error

@@ -14,6 +14,7 @@ Letters: M images, S image side, D width, C classes, G cells along a side, K det
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,10 +28,10 @@ from torch import Tensor, nn
 from aps.data.manifest import content_digest
 from aps.detection.engine import Engine
 from aps.errors import UserError
+from aps.inference.convert import class_attention, features, timm_twin, write_onnx
 from aps.inference.images import ImageLike, Images, Transform, as_list, decoded, read
-from aps.models.encoder import Encoder
 from aps.progress import Progress
-from aps.training.precision import Precision
+from aps.runtime.precision import Precision
 
 BATCH = 64
 DETECTED_AT_ONCE = 4
@@ -98,9 +99,9 @@ class Loaded:
         source: where it came from.
     """
 
-    def __init__(self, network: nn.Module, classes: Iterable[str], source: Source, device: torch.device) -> None:
+    def __init__(self, network: Any, classes: Iterable[str], source: Source, device: torch.device) -> None:
         self.device = device
-        self.network = network.to(device).eval().requires_grad_(False)
+        self.network: Any = network.to(device).eval().requires_grad_(False)
         self.classes = tuple(classes)
         self.source = source
 
@@ -169,7 +170,7 @@ class Model(Loaded):
     """
 
     def __init__(
-        self, network: nn.Module, transform: Transform, classes: Iterable[str], source: Source, device: torch.device
+        self, network: Any, transform: Transform, classes: Iterable[str], source: Source, device: torch.device
     ) -> None:
         super().__init__(network, classes, source, device)
         self.preprocessing = transform
@@ -178,7 +179,7 @@ class Model(Loaded):
     @property
     def dim(self) -> int:
         """D, width of an embedding."""
-        return int(getattr(self.network, "head_hidden_size", None) or self.network.num_features)  # type: ignore[arg-type]
+        return int(getattr(self.network, "head_hidden_size", None) or self.network.num_features)
 
     def transform(self, image: ImageLike) -> Tensor:
         """An image -> (3, S, S) float32, resized and normalized as the network expects. `preprocessing` says how."""
@@ -243,9 +244,10 @@ class Model(Loaded):
 
     def to_timm(self) -> nn.Module:
         """A plain timm model on the CPU with these weights, whatever this object does afterwards."""
-        from aps.inference.export import to_timm
-
-        return to_timm(self)
+        settings = self.source.settings
+        if settings is None:
+            return copy.deepcopy(self.network).cpu()
+        return timm_twin(self.network.state_dict(), settings, len(self.classes))
 
     def to_onnx(self, path: str | Path) -> Path:
         """Write an ONNX file: input `images`, (B, 3, S, S) as `transform` makes them, for any B; outputs
@@ -254,9 +256,13 @@ class Model(Loaded):
         Raises:
             UserError: the packages for it are not installed, or the file can't be written.
         """
-        from aps.inference.export import to_onnx
-
-        return to_onnx(self, Path(path))
+        about = {
+            "classes": list(self.classes),
+            "transform": self.preprocessing.timm_config(),
+            "weights": self.digest,
+        }
+        write_onnx(self.network, bool(self.classes), self.preprocessing.size, about, Path(path))
+        return Path(path)
 
     # ----------------------------------------------------------------------------------------------
 
@@ -321,25 +327,6 @@ class Model(Loaded):
         return layer
 
 
-def features(network: nn.Module, x: Tensor) -> Tensor:
-    """(B, 3, S, S) normalized -> (B, D), before any classifier."""
-    tokens = network.tokens(x) if isinstance(network, Encoder) else network.forward_features(x)  # type: ignore[operator]
-    return network.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
-
-
-def class_attention(layer: Attention, x: Tensor, prefix: int) -> Tensor:
-    """Attention of token 0 to the patches, from what goes into an attention layer.
-
-    x: (B, prefix + G*G, D) -> (B, heads, G, G); `prefix` counts the class token and its like.
-    """
-    B, N, _ = x.shape
-    q, k, _ = layer.qkv(x).view(B, N, 3, layer.num_heads, layer.head_dim).permute(2, 0, 3, 1, 4)
-    q, k = layer.q_norm(q[:, :, :1]), layer.k_norm(k)
-    weights = (layer.scale * q @ k.transpose(-2, -1)).float().softmax(-1)[:, :, 0, prefix:]
-    side = round((N - prefix) ** 0.5)
-    return weights.view(B, layer.num_heads, side, side)
-
-
 class Detector(Loaded):
     """Mask R-CNN of a detection stage, of either engine."""
 
@@ -382,4 +369,3 @@ def _bytes(image: ImageLike, name: str) -> Tensor:
     """uint8 (3, H, W)."""
     x = read(image, name)
     return x if x.dtype == torch.uint8 else (x.clamp(0, 1) * 255).round().to(torch.uint8)
-

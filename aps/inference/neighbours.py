@@ -132,6 +132,7 @@ class Index:
     def _faiss(self) -> Any:
         import faiss
 
+        index: Any
         kept = self.file.with_name(f"{self.file.name}.faiss")
         if kept.exists() and kept.stat().st_mtime_ns > self.file.stat().st_mtime_ns:
             index = faiss.read_index(str(kept))

@@ -1,0 +1,203 @@
+"""Models in MLflow: a stage's result as one that `mlflow models serve` serves, and the way back to its weights.
+
+What is logged holds the weights with all that loading them needs, the code of this package as it is, the versions of what
+it imports, a signature and an example; so it serves wherever these packages are. Beside `aps.tracking` this is the only
+module that imports mlflow.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+import aps
+from aps.errors import UserError
+from aps.files import read_json
+
+STORE = "results/mlflow.db"  # where a study without a server tracks
+NAME = "model"  # of the logged model, in its run
+STAGES = {"pretrain": "embeddings", "finetune": "classes", "linear_probe": "classes", "detection": "detections"}
+# What `aps.inference.served` imports.
+NEEDED = ("mlflow", "torch", "torchvision", "timm", "safetensors", "pydantic", "pyyaml", "numpy", "pandas", "pillow",
+          "pycocotools", "tqdm", "psutil")  # fmt: skip
+
+
+def log_model(client: Any, run_id: str, folder: Path, encoder: Path | None = None) -> str | None:
+    """Log what a finished stage left as a model of its MLflow run. Logging it again does nothing.
+
+    Done by the client's own steps, which neither load the network nor touch mlflow's global state: this runs beside
+    training.
+
+    Args:
+        client: an MlflowClient.
+        run_id: the stage's run.
+        folder: the stage's results.
+        encoder: weights that the stage needs beside its own, of a linear probe.
+
+    Returns:
+        The model's address, `models:/ID`; None where the stage leaves no model.
+
+    Raises:
+        Exception: whatever mlflow raises when the server does not take it.
+    """
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model
+
+    metrics = read_json(folder / "metrics.json")
+    stage = metrics["stage"]
+    if stage not in STAGES:
+        return None
+    if known := _logged(client, run_id):
+        return known
+    about = {key: str(metrics[key]) for key in ("stage", "experiment", "seed", "settings_digest")}
+    logged = client.create_logged_model(
+        client.get_run(run_id).info.experiment_id, NAME, run_id, about, model_type="pyfunc"
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary) / "model"
+        record = Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
+        save_model(place, folder, encoder, mlflow_model=record, metadata=about)
+        client.log_model_artifacts(logged.model_id, str(place))
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    client.finalize_logged_model(logged.model_id, "READY")
+    return f"models:/{logged.model_id}"
+
+
+def save_model(place: Path, folder: Path, encoder: Path | None = None, **more: Any) -> None:
+    """Write a finished stage as a model folder that `mlflow models serve -m PLACE` serves.
+
+    Args:
+        place: the folder to make.
+        folder, encoder: as of `log_model`.
+    """
+    import mlflow
+
+    stage = read_json(folder / "metrics.json")["stage"]
+    with tempfile.TemporaryDirectory() as temporary:
+        mlflow.pyfunc.save_model(
+            path=str(place),
+            loader_module="aps.inference.served",
+            data_path=str(_gathered(folder, stage, encoder, Path(temporary) / "weights")),
+            code_paths=[str(Path(aps.__file__).parent)],
+            signature=_signature(STAGES[stage]),
+            input_example=_example(),
+            pip_requirements=requirements(),
+            **more,
+        )
+
+
+def weights_of(address: str) -> Path:
+    """The folder of weights behind `runs:/ID` or `models:/NAME/VERSION`, downloaded where it is not local.
+
+    The server is that of MLFLOW_TRACKING_URI, else the store of the results folder here.
+
+    Raises:
+        UserError: MLflow does not know it, does not answer, or it holds no weights of this software.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        if not Path(STORE).is_file():
+            raise UserError(f"{address}: set MLFLOW_TRACKING_URI to the server that has it (there is no {STORE} here)")
+        uri = f"sqlite:///{STORE}"
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    try:
+        name = address.removeprefix("runs:/").strip("/")
+        if address.startswith("runs:/") and "/" not in name:
+            client = MlflowClient()
+            results = client.get_run(name).data.tags.get("results")
+            known = _logged(client, name)
+            if known is None:
+                if results is not None and Path(results).is_dir():
+                    return Path(results)
+                raise UserError(
+                    f"{address}: this run logged no model, and its results are not at {results}; give their folder"
+                )
+            address = known
+        folder = Path(mlflow.artifacts.download_artifacts(address))
+    except MlflowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{address}: MLflow at {uri} does not give it ({reason}); check the address") from None
+    except OSError as error:
+        raise UserError(f"{address}: MLflow's files can't be read ({error}); check MLFLOW_TRACKING_URI") from None
+    finally:
+        mlflow.set_tracking_uri(before)
+    found = next(iter(folder.glob("**/metrics.json")), None)
+    if found is None:
+        raise UserError(f"{address}: it holds no weights of this software; name a model that one of its stages logged")
+    return found.parent
+
+
+def requirements() -> list[str]:
+    """Every package that a served model imports, at the version that is installed."""
+    pinned = []
+    for name in NEEDED:
+        try:
+            pinned.append(f"{name}=={version(name).partition('+')[0]}")
+        except PackageNotFoundError:
+            continue
+    return pinned
+
+
+def _logged(client: Any, run_id: str) -> str | None:
+    """The model that a run has logged whole before."""
+    experiment = client.get_run(run_id).info.experiment_id
+    models = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
+    ready = [model for model in models if model.name == NAME and model.status == "READY"]
+    return f"models:/{ready[0].model_id}" if ready else None
+
+
+def _gathered(folder: Path, stage: str, encoder: Path | None, data: Path) -> Path:
+    """The files that `aps.load` needs of a stage, in one folder."""
+    data.mkdir()
+    weights = {"pretrain": "encoder.safetensors", "linear_probe": "heads.safetensors"}.get(stage, "model.safetensors")
+    for file in (folder / "metrics.json", folder / weights, *([encoder] if encoder is not None else [])):
+        shutil.copyfile(file, data / file.name)
+    return data
+
+
+def _signature(answer: str) -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+    from mlflow.types.schema import Array, Map, Object, Property
+
+    numbers = Array("double")
+    mask = Object([Property("size", Array("long")), Property("counts", "string")])
+    columns: list[Any] = {
+        "classes": [
+            ColSpec("string", "class"),
+            ColSpec("double", "probability"),
+            ColSpec(Map("double"), "probabilities"),
+        ],
+        "embeddings": [ColSpec(numbers, "embedding")],
+        "detections": [
+            ColSpec(Array(numbers), "boxes"),
+            ColSpec(Array("string"), "labels"),
+            ColSpec(numbers, "scores"),
+            ColSpec(Array(mask), "masks"),
+        ],
+    }[answer]
+    return ModelSignature(inputs=Schema([ColSpec("string", "image")]), outputs=Schema(columns))
+
+
+def _example() -> Any:
+    """A request: one small image, base64."""
+    import pandas as pd
+
+    rows = np.arange(16, dtype=np.uint8)[:, None, None] * np.array([16, 8, 4], dtype=np.uint8)
+    out = io.BytesIO()
+    PIL.Image.fromarray(np.broadcast_to(rows, (16, 16, 3)).copy()).save(out, format="PNG")
+    return pd.DataFrame({"image": [base64.b64encode(out.getvalue()).decode()]})
