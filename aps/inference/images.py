@@ -9,6 +9,7 @@ Letters: H, W rows and columns of an image, S side of the model's view.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -148,12 +149,15 @@ class Transform:
 
     def timm_config(self) -> dict[str, Any]:
         """The same in the words of timm's `pretrained_cfg`."""
+        share = 1.0 if self.resize is None else self.size / self.resize
+        if self.resize is not None and int(self.size / share) != self.resize:  # timm divides and cuts off
+            share = math.nextafter(share, 0)
         return {
             "input_size": (3, self.size, self.size),
             "mean": self.mean,
             "std": self.std,
             "interpolation": self.interpolation,
-            "crop_pct": 1.0 if self.resize is None else self.size / self.resize,
+            "crop_pct": share,
             "crop_mode": "squash" if self.resize is None else "center",
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +117,12 @@ def test_a_transform_normalizes_each_channel_by_its_own(png: Path) -> None:
     x = CENTRE.pixels(png)
     for channel, (mean, std) in enumerate(zip(CENTRE.mean, CENTRE.std, strict=True)):
         assert torch.allclose(CENTRE(png)[channel], (x[channel] - mean) / std)
+
+
+@pytest.mark.parametrize("size", [8, 32, 224, 443, 815, 1024])
+def test_timm_gets_a_share_that_it_turns_into_the_same_pixels(size: int) -> None:
+    transform = Transform.of_stage(size, (0.5,) * 3, (0.2,) * 3, "centre")
+    assert math.floor(size / transform.timm_config()["crop_pct"]) == transform.resize == round(size * 256 / 224)
 
 
 def test_one_image_a_list_a_batch_and_a_generator_are_all_lists() -> None:

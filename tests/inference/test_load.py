@@ -116,7 +116,7 @@ def test_a_probe_refuses_an_encoder_that_was_trained_anew(
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "results/mine/seed0/pretrain/metrics.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"finished": "2030-01-01T00:00:00+00:00"}))
-    with pytest.raises(UserError, match="its encoder .* is not there, or another training has replaced it"):
+    with pytest.raises(UserError, match=r"its encoder .* is not there, or another training has replaced it"):
         load("results/mine/seed0/linear_probe")
 
 
