@@ -120,6 +120,7 @@ class _Run:
         self.model, self.out, self.parts, self.schema = model, out, parts, _schema(model.dim)
         self.total, self.batch_size, self.stop, self.label = total, batch_size, stop, label
         self.finished = self.computed = self.known = 0
+        self.stopped = False
         self.rows: list[dict[str, Any]] = []  # of the part that is growing
 
     def skip_finished(self, items: Iterator[Item]) -> Iterator[Item]:
@@ -145,28 +146,32 @@ class _Run:
                 fresh = [item for item, row in zip(chunk, found, strict=True) if row is None]
                 computed = self._compute(fresh, progress)
                 for item, row in zip(chunk, found, strict=True):
-                    if row is None:
-                        row = next(computed, None)
-                        if row is None:  # asked to stop
-                            self._write_part()
-                            raise Preempted(f"{self.label}: {progress.done} images are done; run it again to go on")
-                        self.computed += 1
-                    else:
+                    if row is not None:
                         self.known += 1
                         progress.update(1)
+                    elif (row := next(computed, None)) is None:  # asked to stop
+                        break
+                    else:
+                        self.computed += 1
                     self.rows.append({**item._asdict(), **row})
                 self._write_part()
+                if self.stopped:
+                    raise Preempted(f"{self.label}: {progress.done} images are done; run it again to go on")
 
     def _compute(self, items: list[Item], progress: Progress) -> Iterator[dict[str, Any]]:
-        """`embedding` and `error` of each item, one of them None; ends early where it is to stop."""
+        """`embedding`, zeros where `error` says why there is none, of each item; ends early where it is to stop."""
+        nothing = np.zeros(self.model.dim, dtype=np.float32)  # Parquet's lists of fixed length can't be null
         for batch in self.model.prepared((item.image for item in items), self.batch_size):
             readable = [x for x in batch if not isinstance(x, UserError)]
             vectors = iter(self.model.features_of(readable).numpy()) if readable else iter(())
             for x in batch:
-                error = str(x) if isinstance(x, UserError) else None
-                yield {"embedding": None if error else next(vectors), "error": error}
+                if isinstance(x, UserError):
+                    yield {"embedding": nothing, "error": str(x).encode(errors="backslashreplace").decode()}
+                else:
+                    yield {"embedding": next(vectors), "error": None}
             progress.update(len(batch), len(batch))
             if self.stop():
+                self.stopped = True
                 return
 
     def _write_part(self) -> None:
@@ -192,7 +197,7 @@ class _Run:
                 for text in broken[: max(0, SHOWN - unreadable)]:
                     print(f"left out: {text}", file=sys.stderr)
                 unreadable += len(broken)
-                vectors = _vectors(table)
+                vectors = _vectors(table.filter(pa.compute.is_null(table["error"])))
                 images += len(vectors)
                 pca.learn(vectors)
         if not images:
@@ -203,7 +208,7 @@ class _Run:
         schema = self.schema.with_metadata({KEY: json.dumps(metadata).encode()})
         with atomic_path(self.out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
             for table in self._tables():
-                readable = table.filter(pa.compute.is_valid(table["embedding"]))
+                readable = table.filter(pa.compute.is_null(table["error"]))
                 if not len(readable):
                     continue
                 xy = pa.FixedSizeListArray.from_arrays(pa.array(pca.places(_vectors(readable)).ravel()), 2)
@@ -225,10 +230,10 @@ class _Plane:
 
     def learn(self, vectors: np.ndarray) -> None:
         """vectors: (m, D). It learns from two at least: a single one waits for the next."""
-        if self._waiting.size:
+        if len(self._waiting):
             vectors = np.concatenate([self._waiting, vectors])
         if len(vectors) < 2:
-            self._waiting = vectors
+            self._waiting = vectors if len(vectors) else self._waiting
             return
         self._waiting = np.empty((0, 0), dtype=np.float32)
         self._pca = self._pca or IncrementalPCA(min(2, vectors.shape[1]))
@@ -284,9 +289,9 @@ def _part_name(number: int) -> str:
 
 
 def _vectors(table: pa.Table) -> np.ndarray:
-    """float32 (m, D) of the rows that have an embedding."""
-    column = table["embedding"].combine_chunks().drop_null()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    """float32 (m, D)"""
+    column = table["embedding"].combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
