@@ -29,7 +29,7 @@ from aps.errors import UserError
 from aps.files import atomic_path
 from aps.models.archs import dimensions
 from aps.models.encoder import Encoder
-from aps.settings import EncoderSettings
+from aps.settings.blocks import EncoderSettings
 
 FAMILY = "vit_base_patch16_224"  # of timm; every size is given beside it
 # eps of the LayerNorms -> a family that has it, and what to switch off there (the norm before a CLIP tower's blocks).

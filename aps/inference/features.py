@@ -163,15 +163,15 @@ class _Run:
         nothing = np.zeros(self.model.dim, dtype=np.float32)  # Parquet's lists of fixed length can't be null
         for batch in self.model.prepared((item.image for item in items), self.batch_size):
             readable = [x for x in batch if not isinstance(x, UserError)]
-            vectors = iter(self.model.features_of(readable).numpy()) if readable else iter(())
+            vectors = iter(self.model.features_of(readable).numpy() if readable else ())
+            progress.update(len(batch), len(batch))
+            self.stopped = self.stop()
             for x in batch:
                 if isinstance(x, UserError):
                     yield {"embedding": nothing, "error": str(x).encode(errors="backslashreplace").decode()}
                 else:
                     yield {"embedding": next(vectors), "error": None}
-            progress.update(len(batch), len(batch))
-            if self.stop():
-                self.stopped = True
+            if self.stopped:
                 return
 
     def _write_part(self) -> None:

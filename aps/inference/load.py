@@ -37,7 +37,8 @@ from aps.inference.model import Detector, Loaded, Model, Source
 from aps.models.encoder import Encoder, build_encoder
 from aps.models.weights import INFO_KEY, load_encoder, load_state, read_settings, read_tensors
 from aps.runtime.processes import Distributed
-from aps.settings import EncoderSettings, StageSettings
+from aps.settings.blocks import EncoderSettings
+from aps.settings.study import StageSettings
 
 WEIGHTS = ("model.safetensors", "encoder.safetensors")  # of a folder, the first that is there
 PROBE = "linear_probe"

@@ -116,9 +116,9 @@ class Finetuning:
 
     def save(self, stage: StageRun) -> None:
         """Stage the last epoch's model."""
-        settings, (mean, std) = self.job.settings, self.normalization
+        settings = self.job.settings
         info = {"experiment": settings.experiment, "stage": "finetune", "digest": settings.digest,
-                "classes": list(self.manifest.classes), "mean": mean, "std": std}  # fmt: skip
+                "classes": list(self.manifest.classes), **self.manifest.pixels(settings.dataset.statistics)}  # fmt: skip
         save_encoder(self.tuner.model, settings.encoder, stage.staging("model.safetensors"), info)
 
     def state_dict(self) -> dict[str, Any]:

@@ -111,8 +111,9 @@ class Pretraining:
 
     def save(self, stage: StageRun) -> None:
         """Stage the files: the encoder that is evaluated, and all that is left of the networks beside it."""
-        settings, (mean, std) = self.job.settings, self.normalization
-        info = {"experiment": settings.experiment, "stage": "pretrain", "digest": settings.digest, "mean": mean, "std": std}  # fmt: skip
+        settings = self.job.settings
+        pixels = Manifest.read(self.job.manifest).pixels(settings.dataset.statistics)
+        info = {"experiment": settings.experiment, "stage": "pretrain", "digest": settings.digest, **pixels}
         save_encoder(self.trainer.encoder, settings.encoder, stage.staging("encoder.safetensors"), info)
         encoder, networks = f"{self.trainer.method.evaluated}.", self.trainer.networks.state_dict()
         heads = {name: value for name, value in networks.items() if not name.startswith(encoder)}

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from aps.cli import main
-from aps.settings import load_study
+from aps.settings.reading import load_study
 
 KINDS = {"blue": (60, 80, 210), "green": (60, 190, 70), "red": (210, 70, 60)}
 STUDY: dict[str, Any] = {

@@ -26,7 +26,7 @@ from aps.inference.load import load
 from aps.inference.model import Model
 from aps.models.encoder import build_encoder
 from aps.models.weights import save_encoder
-from aps.settings import DetectionSettings, EncoderSettings
+from aps.settings.blocks import DetectionSettings, EncoderSettings
 
 STAGES = ("pretrain", "finetune", "linear_probe")
 FILES = {"timm": "weights.safetensors", "onnx": "model.onnx", "hub-folder": "folder"}

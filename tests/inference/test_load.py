@@ -19,7 +19,7 @@ from aps.inference.load import load
 from aps.inference.model import Detector, Model
 from aps.models.encoder import build_encoder
 from aps.models.weights import load_encoder, save_encoder, save_tensors
-from aps.settings import EncoderSettings
+from aps.settings.blocks import EncoderSettings
 from aps.training.linear_probe import Heads
 
 
