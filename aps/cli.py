@@ -22,6 +22,7 @@ from pathlib import Path
 from aps import __version__
 from aps.errors import Preempted, UserError
 from aps.files import DISK_ERRORS
+from aps.inference import verbs as inference
 from aps.runtime.memory import lack
 from aps.runtime.ranks import ranks, started_by_torchrun
 from aps.settings.blocks import OwnDataset, SourceSettings
@@ -119,13 +120,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--attention-heads", type=_number(1, 10_000), help="heads of its encoder (default: of width 64)")
 
-    p = verb(
-        "export",
-        _export,
-        "write an encoder or a finetuned model as weights that timm loads, and print the Python for it",
-    )
-    p.add_argument("weights", type=Path, help="encoder.safetensors or model.safetensors of a finished stage")
-    p.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    inference.add(verb)
 
     p = verb("show-views", _show_views, "draw images of a dataset with their views, kept cells and coverage")
     p.add_argument("--out", type=Path, required=True, help="the .png file to write")
@@ -433,12 +428,6 @@ def _import_weights(args: argparse.Namespace) -> None:
 
     for file in import_weights(args.checkpoint, args.out, args.attention_heads):
         print(file)
-
-
-def _export(args: argparse.Namespace) -> None:
-    from aps.models.transfer import export_timm
-
-    print(export_timm(args.weights, args.out))
 
 
 def _show_views(args: argparse.Namespace) -> None:

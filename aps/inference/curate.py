@@ -1,11 +1,12 @@
 """What a folder holds twice, and what does not belong in it, by embedding.
 
-Near duplicates are images whose similarity (cosine of embeddings about their common mean) exceeds a threshold; chains of
-them are one group, of which the largest file is worth keeping. An outlier is an image far from its nearest others: its
-score is 1 minus the mean similarity to ten of them.
+Near duplicates are images whose similarity exceeds a threshold; chains of them are one group, of which the largest file is
+worth keeping. An outlier is an image far from its nearest others: its score is 1 minus the mean similarity to ten of them.
 
-Embeddings are centred first: those of an encoder share a direction, which would leave all images alike. Every image is
-compared with every other, so the time grows with the square of their number; memory does not.
+Similarity is the cosine after whitening: an encoder's features share a direction and vary along few, so that the plain
+cosine of two different photographs may be 0.99. Whitened, directions count alike (the faint ones less), and a saved
+again or resized image stands out from a similar one (docs/log.md has the figures). Every image is compared with every
+other, so the time grows with the square of their number; memory does not.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ from aps.files import atomic_path
 from aps.inference.neighbours import Index
 from aps.progress import Progress
 
-SIMILAR = 0.98  # from which two images are near duplicates
+SIMILAR = 0.95  # from which two images are near duplicates
+# Added to each direction's variance, as shares of the mean one: below it a direction is noise, and the more directions there
+# are for an image, the less is known of each.
+FLOOR, FEW = 0.01, 0.05
 NEAREST = 10  # of whom an outlier is far
+SHOWN = 8  # images of a group on the terminal
 AT_ONCE = 8192  # rows compared with the whole file in one pass
 
 
@@ -58,9 +63,7 @@ class Curated:
 def curate(index: Index, similar: float = SIMILAR) -> Curated:
     """Near duplicates and outlier scores of every image in a file of features."""
     count = len(index)
-    mean = torch.zeros(int(index.metadata["dim"]), dtype=torch.float64)
-    for _, vectors in index.batches():
-        mean += vectors.double().sum(0) / count
+    space = _Space(index)
     nearest, similarity = np.full(count, -1, dtype=np.int64), np.zeros(count, dtype=np.float32)
     outlier, groups = np.zeros(count, dtype=np.float32), _Groups(count)
     k = min(NEAREST, count - 1)
@@ -70,8 +73,8 @@ def curate(index: Index, similar: float = SIMILAR) -> Curated:
             waiting.append((start, vectors))
             if sum(len(x) for _, x in waiting) >= AT_ONCE or start + len(vectors) == count:
                 rows = slice(waiting[0][0], start + len(vectors))
-                own = _centred(torch.cat([x for _, x in waiting]), mean)
-                best, at = _compare(index, own, rows.start, mean, similar, groups, k)
+                own = space.place(torch.cat([x for _, x in waiting]))
+                best, at = _compare(index, own, rows.start, space, similar, groups, k)
                 if k:
                     nearest[rows], similarity[rows] = at[:, 0].numpy(), best[:, 0].numpy()
                     outlier[rows] = 1 - best.mean(1).numpy()
@@ -81,18 +84,36 @@ def curate(index: Index, similar: float = SIMILAR) -> Curated:
     return Curated(group, _kept(group, index), nearest, similarity, outlier)
 
 
-def _centred(vectors: Tensor, mean: Tensor) -> Tensor:
-    return F.normalize(vectors - mean.float(), dim=1)
+class _Space:
+    """Features whitened by the mean and covariance of them all."""
+
+    def __init__(self, index: Index) -> None:
+        D = int(index.metadata["dim"])
+        total, products = torch.zeros(D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64)
+        for _, vectors in index.batches():
+            x = vectors.double()
+            total += x.sum(0)
+            products += x.T @ x
+        mean = total / len(index)
+        variances, directions = torch.linalg.eigh(products / len(index) - torch.outer(mean, mean))
+        variances = variances.clamp(min=0)
+        floor = FLOOR + FEW * D / len(index)
+        scale = (variances + floor * variances.mean()).clamp(min=1e-30).rsqrt()
+        self._mean, self._map = mean.float(), (directions * scale).float()
+
+    def place(self, vectors: Tensor) -> Tensor:
+        """(m, D) -> (m, D), each of length 1."""
+        return F.normalize((vectors - self._mean) @ self._map, dim=1)
 
 
 def _compare(
-    index: Index, own: Tensor, first: int, mean: Tensor, similar: float, groups: _Groups, k: int
+    index: Index, own: Tensor, first: int, space: _Space, similar: float, groups: _Groups, k: int
 ) -> tuple[Tensor, Tensor]:
     """own: (m, D), rows from `first` on -> the k most similar others: similarities and rows, (m, k)."""
     best, at = torch.full((len(own), 0), -2.0), torch.zeros((len(own), 0), dtype=torch.int64)
     numbers = torch.arange(first, first + len(own))
     for start, vectors in index.batches():
-        found = own @ _centred(vectors, mean).T
+        found = own @ space.place(vectors).T
         columns = torch.arange(start, start + len(vectors))
         found[numbers[:, None] == columns] = -2.0  # itself
         groups.join_pairs(*((found >= similar).nonzero() + torch.tensor([first, start])).T.numpy())
@@ -180,7 +201,8 @@ def summary(index: Index, found: Curated, outliers: int) -> str:
     named = index.describe(sorted({row for rows in groups[:outliers] for row in rows} | set(found.outliers(outliers))))
     for rows in groups[:outliers]:
         lines.append(f"  keep {named[rows[0]][0]}")
-        lines += [f"       {named[row][0]}  ({found.similarity[row]:.3f})" for row in rows[1:]]
+        lines += [f"       {named[row][0]}  ({found.similarity[row]:.3f})" for row in rows[1:SHOWN]]
+        lines += [f"       ... and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
     if len(groups) > outliers:
         lines.append(f"  ... and {len(groups) - outliers} groups more")
     lines.append("farthest from all others (score: 1 - mean similarity to their ten nearest)")

@@ -92,7 +92,7 @@ def attention(path: Path, images: Sequence[tuple[str, np.ndarray, Tensor]]) -> N
             side = pixels.shape[0]
             smooth = functional.resize(weights[None].float(), [side, side]).squeeze(0).clamp(min=0)
             spot.imshow(smooth.numpy(), cmap="inferno", alpha=0.65)
-            spot.set_title(f"head {head}: to {100 * float(weights.max()):.1f} %", fontsize=7, pad=2)
+            spot.set_title(f"head {head}, max {100 * float(weights.max()):.1f} %", fontsize=7, pad=2)
     _save(figure, path)
 
 
@@ -122,7 +122,7 @@ def detections(path: Path, image: ImageLike, found: Any, classes: Sequence[str],
             {"va": "bottom"} if top > 0.08 * H else {"va": "top"}
         )  # inside, where there is no room above
         axes.text(
-            left - 0.5, top - 0.5, text, color="white", fontsize=7, bbox={"color": colour, "pad": 0.8, "lw": 0}, **place
+            left - 0.5, top - 0.5, text, color="white", fontsize=9, bbox={"color": colour, "pad": 0.8, "lw": 0}, **place
         )  # fmt: skip
     axes.set_title(title or f"{len(found)} found", fontsize=9)
     _save(figure, path)

@@ -16,6 +16,7 @@ the very one. Weights are never loaded in part.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import infer_imagenet_subset, resolve_model_data_config
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, infer_imagenet_subset, resolve_model_data_config
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
@@ -39,6 +40,8 @@ from aps.models.weights import INFO_KEY, load_encoder, load_state, read_settings
 from aps.runtime.processes import Distributed
 from aps.settings.blocks import EncoderSettings
 from aps.settings.study import StageSettings
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = ("model.safetensors", "encoder.safetensors")  # of a folder, the first that is there
 PROBE = "linear_probe"
@@ -148,9 +151,8 @@ def _set_linear(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
 
 def _transform(settings: EncoderSettings, info: dict[str, Any], address: str) -> Transform:
     if "mean" not in info or "std" not in info:
-        raise UserError(
-            f"{address} does not say how its images are normalized; make it again with this version, which stores that"
-        )
+        log.warning("%s does not say how its images are normalized; taking ImageNet's mean and std", address)
+        info = info | {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     return Transform.of_stage(settings.image_size, info["mean"], info["std"], info.get("crop", "centre"))
 
 

@@ -21,7 +21,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from pycocotools import mask as rle
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
@@ -36,18 +38,33 @@ from aps.runtime.precision import Precision
 BATCH = 64
 DETECTED_AT_ONCE = 4
 THRESHOLD = 0.5  # score from which a detection is one
+_ENCODER = "a pretrained, finetuned or probed encoder"
+# A method -> what it is in words, and what to load for it.
+VERBS = {
+    "embed": ("embed images", _ENCODER),
+    "predict": ("predict classes", "the folder of a finetune or linear_probe stage"),
+    "detect": ("detect objects", "the folder of a detection stage"),
+    "attention": ("show attention", _ENCODER),
+    "transform": ("prepare images", _ENCODER),
+    "to_timm": ("become a timm model", _ENCODER),
+    "to_onnx": ("become an ONNX file", _ENCODER),
+}
 
 
 @dataclass(frozen=True)
 class Predictions:
     """What a classifier says of M images."""
 
-    classes: list[str]  # (M), the likeliest class of each image
     probabilities: Tensor  # float32 (M, C), columns in the order of the model's `classes`
     names: tuple[str, ...]  # (C), of the columns
 
     def __len__(self) -> int:
-        return len(self.classes)
+        return len(self.probabilities)
+
+    @property
+    def classes(self) -> list[str]:
+        """(M), the likeliest class of each image."""
+        return [self.names[i] for i in self.probabilities.argmax(1).tolist()]
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """The k likeliest classes of each image with their probabilities, likeliest first."""
@@ -69,6 +86,11 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def run_lengths(self) -> list[dict[str, Any]]:
+        """The masks in COCO's compressed form, plain data."""
+        codes = rle.encode(np.asfortranarray(self.masks.permute(1, 2, 0).numpy().astype(np.uint8)))
+        return [{"size": [int(x) for x in code["size"]], "counts": code["counts"].decode()} for code in codes]
 
 
 @dataclass(frozen=True)
@@ -118,14 +140,29 @@ class Loaded:
             *(x.cpu().contiguous().flatten().view(torch.uint8).numpy().data for x in state.values()),
         )
 
+    @property
+    def verbs(self) -> frozenset[str]:
+        """What it can do, of VERBS."""
+        return frozenset()
+
+    def check(self, verb: str) -> None:
+        """Raises UserError where it can't `verb`; the sentence says what to load instead."""
+        if verb in self.verbs:
+            return
+        doing, instead = VERBS[verb]
+        kind = "is a detector" if isinstance(self, Detector) else "has no detector"
+        if verb == "predict" and not isinstance(self, Detector):
+            kind = "has no classifier"
+        raise UserError(f"{self.source.address} {kind}, so it can't {doing}; load {instead}")
+
     def transform(self, image: ImageLike) -> Tensor:
-        raise self._cannot("have a transform of fixed size", "a pretrained, finetuned or probed encoder")
+        raise self._unable("transform")
 
     def embed(self, images: Images, batch_size: int = BATCH, progress: bool | None = None) -> Tensor:
-        raise self._cannot("embed", "a pretrained, finetuned or probed encoder")
+        raise self._unable("embed")
 
     def predict(self, images: Images, batch_size: int = BATCH, progress: bool | None = None) -> Predictions:
-        raise self._cannot("predict classes", "the folder of a finetune or linear_probe stage")
+        raise self._unable("predict")
 
     def detect(
         self,
@@ -134,24 +171,22 @@ class Loaded:
         batch_size: int = DETECTED_AT_ONCE,
         progress: bool | None = None,
     ) -> list[Detections]:
-        raise self._cannot("detect", "the folder of a detection stage")
+        raise self._unable("detect")
 
     def attention(
         self, images: Images, block: int = -1, batch_size: int = BATCH, progress: bool | None = None
     ) -> Tensor:
-        raise self._cannot("show attention", "a pretrained, finetuned or probed Vision Transformer")
+        raise self._unable("attention")
 
     def to_timm(self) -> nn.Module:
-        raise self._cannot("become a timm model", "a pretrained, finetuned or probed encoder")
+        raise self._unable("to_timm")
 
     def to_onnx(self, path: str | Path) -> Path:
-        raise self._cannot("become an ONNX file", "a pretrained, finetuned or probed encoder")
+        raise self._unable("to_onnx")
 
-    def _cannot(self, verb: str, instead: str) -> UserError:
-        kind = "is a detector" if isinstance(self, Detector) else "has no classifier"
-        if isinstance(self, Model) and (self.classes or "classes" not in verb):
-            kind = f"is a {type(self.network).__name__}"
-        return UserError(f"{self.source.address} {kind}, which can't {verb}; load {instead}")
+    def _unable(self, verb: str) -> Exception:
+        self.check(verb)
+        return NotImplementedError(verb)
 
     def _label(self, verb: str) -> str:
         return f"{verb} by {self.source.stage or self.source.address}"
@@ -177,6 +212,10 @@ class Model(Loaded):
         self.precision = Precision("auto", device)
 
     @property
+    def verbs(self) -> frozenset[str]:
+        return frozenset(VERBS) - {"detect"} - (set() if self.classes else {"predict"})
+
+    @property
     def dim(self) -> int:
         """D, width of an embedding."""
         return int(getattr(self.network, "head_hidden_size", None) or self.network.num_features)
@@ -199,7 +238,7 @@ class Model(Loaded):
             UserError: one of them is no image.
         """
         listed = as_list(images)
-        return torch.cat(list(self._batches(listed, self._features, batch_size, progress, "embed")))
+        return torch.cat(list(self._batches(listed, self.features_of, batch_size, progress, "embed")))
 
     def predict(self, images: Images, batch_size: int = BATCH, progress: bool | None = None) -> Predictions:
         """Classes and probabilities. Arguments as of `embed`.
@@ -207,12 +246,10 @@ class Model(Loaded):
         Raises:
             UserError: the network has no classifier, or one of them is no image.
         """
-        if not self.classes:
-            return super().predict(images)
+        self.check("predict")
         listed = as_list(images)
-        logits = torch.cat(list(self._batches(listed, self._logits, batch_size, progress, "predict")))
-        probabilities = logits.softmax(1)
-        return Predictions([self.classes[i] for i in probabilities.argmax(1)], probabilities, self.classes)
+        found = torch.cat(list(self._batches(listed, self.probabilities_of, batch_size, progress, "predict")))
+        return Predictions(found, self.classes)
 
     def attention(
         self, images: Images, block: int = -1, batch_size: int = BATCH, progress: bool | None = None
@@ -228,19 +265,12 @@ class Model(Loaded):
         Raises:
             UserError: the network has no class token or no such block, or one of `images` is no image.
         """
-        layer = self._attention_layer(block)
+        self._attention_layer(block)
         listed = as_list(images)
-
-        def maps(x: Tensor) -> Tensor:
-            caught: list[Tensor] = []
-            hook = layer.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
-            try:
-                self._features(x)
-            finally:
-                hook.remove()
-            return class_attention(layer, caught[0], self.network.num_prefix_tokens)  # type: ignore[arg-type]
-
-        return torch.cat(list(self._batches(listed, maps, batch_size, progress, "attention")))
+        found = self._batches(
+            listed, lambda pixels: self.attention_of(pixels, block), batch_size, progress, "attention"
+        )
+        return torch.cat(list(found))
 
     def to_timm(self) -> nn.Module:
         """A plain timm model on the CPU with these weights, whatever this object does afterwards."""
@@ -270,26 +300,39 @@ class Model(Loaded):
         """Batches of (3, S, S) in [0, 1]; a refused image's sentence in its place. For callers that go on after one."""
         return decoded(images, self.preprocessing.pixels, batch_size)
 
-    @torch.inference_mode()
     def features_of(self, pixels: list[Tensor]) -> Tensor:
         """Of (3, S, S) in [0, 1] each -> float32 (B, D), on the CPU."""
-        return self._run(pixels, self._features)
+        return self._run(pixels, lambda x: features(self.network, x))
 
-    @torch.inference_mode()
     def probabilities_of(self, pixels: list[Tensor]) -> Tensor:
         """Of (3, S, S) in [0, 1] each -> float32 (B, C), on the CPU."""
-        return self._run(pixels, self._logits).softmax(1)
+        return self._run(pixels, lambda x: self.network(x).float().softmax(1))
 
+    def attention_of(self, pixels: list[Tensor], block: int = -1) -> Tensor:
+        """Of (3, S, S) in [0, 1] each -> float32 (B, heads, G, G), on the CPU."""
+        layer = self._attention_layer(block)
+
+        def maps(x: Tensor) -> Tensor:
+            caught: list[Tensor] = []
+            hook = layer.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+            try:
+                features(self.network, x)
+            finally:
+                hook.remove()
+            return class_attention(layer, caught[0], self.network.num_prefix_tokens)
+
+        return self._run(pixels, maps)
+
+    @torch.inference_mode()
     def _run(self, pixels: list[Tensor], compute: Callable[[Tensor], Tensor]) -> Tensor:
         x = self.preprocessing.normalize(torch.stack(pixels).to(self.device, non_blocking=True))
         with self.precision.autocast():
             return compute(x).float().cpu()
 
-    @torch.inference_mode()
     def _batches(
         self,
         images: list[ImageLike],
-        compute: Callable[[Tensor], Tensor],
+        compute: Callable[[list[Tensor]], Tensor],
         batch_size: int,
         progress: bool | None,
         verb: str,
@@ -299,14 +342,8 @@ class Model(Loaded):
             for batch in self.prepared(images, batch_size):
                 if refused := next((x for x in batch if isinstance(x, UserError)), None):
                     raise refused
-                yield self._run(batch, compute)  # type: ignore[arg-type]
+                yield compute(batch)  # type: ignore[arg-type]
                 bar.update(len(batch), len(batch))
-
-    def _features(self, x: Tensor) -> Tensor:
-        return features(self.network, x)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        return self.network(x)
 
     def _attention_layer(self, block: int) -> Attention:
         network = self.network
@@ -334,6 +371,10 @@ class Detector(Loaded):
         super().__init__(engine.model, classes, source, device)
         self.engine = engine
 
+    @property
+    def verbs(self) -> frozenset[str]:
+        return frozenset({"detect"})
+
     def detect(
         self,
         images: Images,
@@ -354,7 +395,7 @@ class Detector(Loaded):
         found: list[Detections] = []
         shown = len(listed) > batch_size if progress is None else progress
         with Progress(self._label("detect"), len(listed), "images", shown=shown) as bar:
-            for batch in decoded(listed, _bytes, batch_size):
+            for batch in decoded(listed, as_bytes, batch_size):
                 if refused := next((x for x in batch if isinstance(x, UserError)), None):
                     raise refused
                 for one in self.engine.predict(batch):  # type: ignore[arg-type]
@@ -365,7 +406,7 @@ class Detector(Loaded):
         return found
 
 
-def _bytes(image: ImageLike, name: str) -> Tensor:
+def as_bytes(image: ImageLike, name: str) -> Tensor:
     """uint8 (3, H, W)."""
     x = read(image, name)
     return x if x.dtype == torch.uint8 else (x.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import PIL.Image
-from pycocotools import mask as rle
 
 from aps.errors import UserError
 from aps.inference.load import load
@@ -83,10 +82,9 @@ def _classified(found: Predictions) -> dict[str, list[Any]]:
 
 
 def _detected(found: Detections) -> dict[str, Any]:
-    codes = rle.encode(np.asfortranarray(found.masks.permute(1, 2, 0).numpy().astype(np.uint8)))
     return {
         "boxes": found.boxes.tolist(),
         "labels": found.labels,
         "scores": found.scores.tolist(),
-        "masks": [{"size": [int(side) for side in code["size"]], "counts": code["counts"].decode()} for code in codes],
+        "masks": found.run_lengths(),
     }

@@ -168,10 +168,16 @@ def test_foreign_and_broken_files_are_one_sentence(tmp_path: Path, stages: Path)
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="not a whole safetensors file"):
         load(tmp_path / "cut.safetensors")
+
+
+def test_weights_that_do_not_say_their_normalization_get_imagenets_and_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = EncoderSettings(arch="micro", image_size=16, patch_size=4, depth=1)
     save_encoder(build_encoder(settings), settings, tmp_path / "silent.safetensors")
-    with pytest.raises(UserError, match="does not say how its images are normalized"):
-        load(tmp_path / "silent.safetensors")
+    model = load(tmp_path / "silent.safetensors")
+    assert isinstance(model, Model) and model.preprocessing.mean == (0.485, 0.456, 0.406)
+    assert "does not say how its images are normalized; taking ImageNet's" in caplog.text
 
 
 def test_an_unusable_device_is_one_sentence(stages: Path) -> None:

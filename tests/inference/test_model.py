@@ -119,22 +119,23 @@ def test_a_threshold_leaves_out_what_scores_less(stages: Path) -> None:
 
 
 CANNOT = [
-    ("pretrain", "predict", r"has no classifier, which can't predict classes; load the folder of a finetune"),
-    ("pretrain", "detect", r"can't detect; load the folder of a detection stage"),
-    ("finetune", "detect", r"can't detect; load the folder of a detection stage"),
-    ("detection", "embed", r"is a detector, which can't embed; load a pretrained"),
-    ("detection", "predict", r"is a detector, which can't predict classes"),
-    ("detection", "attention", r"is a detector, which can't show attention"),
-    ("detection", "transform", r"is a detector, which can't have a transform"),
-    ("detection", "to_onnx", r"is a detector, which can't become an ONNX file"),
+    ("pretrain", "predict", "has no classifier, so it can't predict classes; load the folder of a finetune"),
+    ("pretrain", "detect", "has no detector, so it can't detect objects; load the folder of a detection stage"),
+    ("finetune", "detect", "has no detector, so it can't detect objects; load the folder of a detection stage"),
+    ("detection", "embed", "is a detector, so it can't embed images; load a pretrained"),
+    ("detection", "predict", "is a detector, so it can't predict classes; load the folder of a finetune"),
+    ("detection", "attention", "is a detector, so it can't show attention"),
+    ("detection", "transform", "is a detector, so it can't prepare images"),
+    ("detection", "to_timm", "is a detector, so it can't become a timm model"),
+    ("detection", "to_onnx", "is a detector, so it can't become an ONNX file"),
 ]
 
 
 @pytest.mark.parametrize(("stage", "verb", "message"), CANNOT, ids=[f"{a} {b}" for a, b, _ in CANNOT])
 def test_what_a_network_is_not_made_for_is_a_sentence(stages: Path, stage: str, verb: str, message: str) -> None:
-    argument: Any = "out.onnx" if verb == "to_onnx" else some(1)[0]
+    arguments: dict[str, Any] = {"to_onnx": ["out.onnx"], "to_timm": []}
     with pytest.raises(UserError, match=message):
-        getattr(load(stages / stage), verb)(argument)
+        getattr(load(stages / stage), verb)(*arguments.get(verb, some(1)))
 
 
 def test_weights_have_one_digest_wherever_they_lie(stages: Path, tmp_path: Path) -> None:

@@ -74,7 +74,9 @@ def test_a_logged_model_is_loaded_by_its_run_and_by_its_address(
         assert model.provenance["experiment"] == "mine"
 
 
-def test_a_model_is_logged_once_with_signature_example_and_pinned_requirements(client: MlflowClient, stages: Path) -> None:
+def test_a_model_is_logged_once_with_signature_example_and_pinned_requirements(
+    client: MlflowClient, stages: Path
+) -> None:
     run = new_run(client)
     address = log_model(client, run, stages / "finetune")
     assert log_model(client, run, stages / "finetune") == address
