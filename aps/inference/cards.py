@@ -11,9 +11,9 @@ import yaml
 
 from aps import __version__
 from aps.errors import UserError
-from aps.files import read_json
 from aps.inference.model import Loaded
 from aps.results import flatten
+from aps.seals import read_metrics
 
 PAPER = "https://arxiv.org/abs/2306.02854"
 
@@ -77,14 +77,14 @@ def _what(model: Loaded) -> str:
 def _scores(model: Loaded) -> list[tuple[str, str, str]]:
     """(stage, metric, value) of the stage and of those beside it that name it as their encoder."""
     found = [(str(model.source.stage), model.provenance.get("metrics", {}))]
-    folder, finished = model.source.folder, model.provenance.get("finished")
-    if model.source.stage == "pretrain" and folder is not None and finished is not None:
+    folder, own = model.source.folder, model.provenance.get("sha256")
+    if model.source.stage == "pretrain" and folder is not None and own is not None:
         for file in sorted(folder.parent.glob("*/metrics.json")):
             try:
-                other = read_json(file)
+                other = read_metrics(file)
             except UserError:
                 continue
-            if other.get("encoder", {}).get("finished") == finished:
+            if other["encoder"]["sha256"] == own:
                 found.append((other["stage"], other["metrics"]))
     return [
         (stage, key, f"{value:.4g}")

@@ -68,18 +68,14 @@ def curate(index: Index, similar: float = SIMILAR) -> Curated:
     outlier, groups = np.zeros(count, dtype=np.float32), _Groups(count)
     k = min(NEAREST, count - 1)
     with Progress("curate", count, "images") as progress:
-        waiting: list[tuple[int, Tensor]] = []
-        for start, vectors in index.batches():
-            waiting.append((start, vectors))
-            if sum(len(x) for _, x in waiting) >= AT_ONCE or start + len(vectors) == count:
-                rows = slice(waiting[0][0], start + len(vectors))
-                own = space.place(torch.cat([x for _, x in waiting]))
-                best, at = _compare(index, own, rows.start, space, similar, groups, k)
-                if k:
-                    nearest[rows], similarity[rows] = at[:, 0].numpy(), best[:, 0].numpy()
-                    outlier[rows] = 1 - best.mean(1).numpy()
-                progress.update(len(own), len(own))
-                waiting = []
+        for start, vectors in index.batches(AT_ONCE):
+            rows = slice(start, start + len(vectors))
+            own = space.place(vectors)
+            best, at = _compare(index, own, start, space, similar, groups, k)
+            if k:
+                nearest[rows], similarity[rows] = at[:, 0].numpy(), best[:, 0].numpy()
+                outlier[rows] = 1 - best.mean(1).numpy()
+            progress.update(len(own), len(own))
     group = groups.numbers()
     return Curated(group, _kept(group, index), nearest, similarity, outlier)
 

@@ -18,9 +18,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -32,12 +31,14 @@ from torch import Tensor, nn
 from aps.detection import load_engine
 from aps.detection.engine import Task
 from aps.errors import UserError
-from aps.files import read_json
+from aps.files import sha256
 from aps.inference.images import Transform
 from aps.inference.model import Detector, Loaded, Model, Source
+from aps.inference.upstream import find_encoder
 from aps.models.encoder import Encoder, build_encoder
 from aps.models.weights import INFO_KEY, load_encoder, load_state, read_settings, read_tensors
 from aps.runtime.processes import Distributed
+from aps.seals import read_metrics
 from aps.settings.blocks import EncoderSettings
 from aps.settings.study import StageSettings
 
@@ -86,7 +87,7 @@ def _local(path: Path, address: str, device: torch.device) -> Loaded:
         raise UserError(
             f"{address} does not exist; give a stage's folder, a .safetensors file, timm:NAME, runs:/ID or models:/NAME/VERSION"
         )
-    metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
+    metrics = read_metrics(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
     stage = metrics.get("stage")
     if stage == PROBE and (file is None or file.name == "heads.safetensors"):
         return _probe(folder, metrics, address, device)
@@ -96,13 +97,14 @@ def _local(path: Path, address: str, device: torch.device) -> Loaded:
         file = _weights_in(folder, address)
     if file.suffix != ".safetensors":
         raise UserError(f"{address} is no .safetensors file; `aps import-weights` turns a checkpoint into one")
+    if file.name == "heads.safetensors":
+        raise UserError(f"{address} holds heads without their encoder; load the folder of the stage that made them")
+    _check_whole(file, metrics)
     tensors, metadata = read_tensors(file)
     if any(name.startswith("backbone.net.") for name in tensors):
         return _detector(tensors, metadata, metrics, file, address, device)
     settings = read_settings(metadata, file)
     if settings is None:
-        if any(name.startswith(("projector.", "heads.")) for name in tensors):
-            raise UserError(f"{address} holds heads without their encoder; load the folder of the stage that made them")
         raise UserError(
             f"{address} has no encoder settings, so it was not written by this software; load timm's models as timm:NAME"
         )
@@ -112,11 +114,20 @@ def _local(path: Path, address: str, device: torch.device) -> Loaded:
     return Model(network, _transform(settings, info, address), classes, source, device)
 
 
+def _check_whole(file: Path, metrics: dict[str, Any]) -> None:
+    """Raises UserError where a stage's file is no longer the one that the stage wrote."""
+    described = metrics.get("files", {}).get(file.name)
+    if described is not None and file.is_file() and sha256(file) != described["sha256"]:
+        raise UserError(
+            f"{file}: it is not the file that metrics.json beside it describes, so it was changed or damaged; run the stage again"
+        )
+
+
 def _weights_in(folder: Path, address: str) -> Path:
     if found := next((folder / name for name in WEIGHTS if (folder / name).is_file()), None):
         return found
     below = sorted({file.parent for name in (*WEIGHTS, "heads.safetensors") for file in folder.glob(f"**/{name}")})
-    below = [place for place in below if "checkpoints" not in place.parts]
+    below = [place for place in below if place.name != "finished"]  # of a saved run
     if below:
         more = f" (and {len(below) - 1} more)" if len(below) > 1 else ""
         raise UserError(f"{address} is no stage's folder; give one inside it, such as {below[0]}{more}")
@@ -163,7 +174,7 @@ def _provenance(info: dict[str, Any], metrics: dict[str, Any], file: Path) -> di
     keys = ("experiment", "stage", "seed", "dataset", "settings_digest", "encoder", "metrics", "headline", "settings",
             "finished", "wall_seconds", "version", "commit", "hardware", "mlflow_run_id")  # fmt: skip
     found |= {key: metrics[key] for key in keys if metrics.get(key) is not None}
-    found["weights"] = str(file)
+    found |= {"weights": str(file), "sha256": metrics.get("files", {}).get(file.name, {}).get("sha256")}
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -173,6 +184,7 @@ def _provenance(info: dict[str, Any], metrics: dict[str, Any], file: Path) -> di
 
 def _probe(folder: Path, metrics: dict[str, Any], address: str, device: torch.device) -> Model:
     """The encoder with the picked head, its BatchNorm folded in."""
+    _check_whole(folder / "heads.safetensors", metrics)
     heads, metadata = read_tensors(folder / "heads.safetensors")
     info = json.loads(metadata.get(INFO_KEY, "{}"))
     if "lr" not in info:
@@ -200,12 +212,11 @@ def fold(heads: dict[str, Tensor], pick: int) -> tuple[Tensor, Tensor]:
 
 
 def _evaluated(folder: Path, metrics: dict[str, Any], address: str, device: torch.device) -> Model:
-    """The encoder that a stage without weights of its own (kNN) was about."""
+    """The encoder that a stage without weights of its own (kNN, embed) was about."""
     network, settings = _encoder_of(folder, metrics, address)
     file = find_encoder(folder, metrics)
-    info = json.loads(read_tensors(file)[1].get(INFO_KEY, "{}")) if file is not None else {}
-    source = Source(address, metrics["stage"], settings, _provenance(info, metrics, file or folder), folder)
-    return Model(network, _transform(settings, info, address), (), source, device)
+    source = Source(address, metrics["stage"], settings, _provenance({}, metrics, file or folder), folder)
+    return Model(network, _transform(settings, metrics.get("pixels", {}), address), (), source, device)
 
 
 def _encoder_of(folder: Path, metrics: dict[str, Any], address: str) -> tuple[Encoder, EncoderSettings]:
@@ -225,36 +236,6 @@ def _encoder_of(folder: Path, metrics: dict[str, Any], address: str) -> tuple[En
             )
     torch.manual_seed(settings.seed)  # of random weights, as the stage does it
     return load_encoder(spec, settings.encoder), settings.encoder
-
-
-def find_encoder(folder: Path, metrics: dict[str, Any]) -> Path | None:
-    """The file a stage's encoder came from: beside it, at the noted path, or at that path's like in the moved results."""
-    noted = metrics["encoder"]["source"]
-    if noted == "random" or noted.startswith("timm:"):
-        return None
-    return next((file for file in _candidates(folder, noted) if _is_the_one(file, metrics["encoder"])), None)
-
-
-def _candidates(folder: Path, noted: str) -> Iterator[Path]:
-    yield folder / PurePosixPath(noted).name
-    yield Path(noted)
-    parts = PurePosixPath(noted).parts
-    for above in folder.resolve().parents:
-        for cut in range(1, len(parts)):
-            yield above.joinpath(*parts[cut:])
-
-
-def _is_the_one(file: Path, encoder: dict[str, Any]) -> bool:
-    """Whether the file is there and the stage beside it is the training that was noted, where one was."""
-    if not file.is_file():
-        return False
-    beside = file.with_name("metrics.json")
-    if encoder.get("finished") is None or not beside.exists():
-        return True
-    made = read_json(beside)
-    if made.get("stage") != "pretrain":  # a copy beside the probe itself
-        return True
-    return all(made.get(key) == encoder[key] for key in ("settings_digest", "finished"))
 
 
 # --------------------------------------------------------------------------------------------------

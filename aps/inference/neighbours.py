@@ -70,12 +70,28 @@ class Index:
                 f"or make it anew by `aps embed {model.source.address} IMAGES --out FILE`"
             )
 
-    def batches(self) -> Iterator[tuple[int, Tensor]]:
-        """(number of its first row, float32 (m, D) of length 1 each) of every piece of the file."""
-        for group, start in enumerate(self._starts[:-1].tolist()):
-            column = self._opened.read_row_group(group, columns=["embedding"])["embedding"].combine_chunks()
-            vectors = torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1).copy())
-            yield start, F.normalize(vectors, dim=1)
+    def batches(self, least: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """(number of its first row, float32 (m, D) of length 1 each) of every piece of the file, of `least` rows or more."""
+        waiting: list[Tensor] = []
+        first = 0
+        for group, end in enumerate(self._starts[1:].tolist()):
+            waiting.append(self._piece(group))
+            if end - first >= least or end == len(self):
+                yield first, torch.cat(waiting)
+                waiting, first = [], end
+
+    def _piece(self, group: int) -> Tensor:
+        column = self._opened.read_row_group(group, columns=["embedding"])["embedding"].combine_chunks()
+        vectors = torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1).copy())
+        return F.normalize(vectors, dim=1)
+
+    def vectors(self, rows: list[int]) -> Tensor:
+        """float32 (m, D) of rows, each of length 1; a piece of the file at a time."""
+        groups = (np.searchsorted(self._starts, rows, side="right") - 1).tolist()
+        pieces = {group: self._piece(group) for group in sorted(set(groups))}
+        return torch.stack(
+            [pieces[group][row - int(self._starts[group])] for row, group in zip(rows, groups, strict=True)]
+        )
 
     @torch.inference_mode()
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -9,36 +9,114 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import os
 import shutil
+import sys
 import tempfile
+import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
-
 import aps
 from aps.errors import UserError
 from aps.files import read_json
+from aps.inference.upstream import find_encoder
+from aps.layout import stage_folder, study_folder
+from aps.seals import read_metrics
+from aps.settings.study import Study
+from aps.tracking import OFF
 
 STORE = "results/mlflow.db"  # where a study without a server tracks
+PROXIED = "mlflow-artifacts:/"  # a location that does not say where the server keeps it
 NAME = "model"  # of the logged model, in its run
-STAGES = {"pretrain": "embeddings", "finetune": "classes", "linear_probe": "classes", "detection": "detections"}
+SWITCH = "APS_LOG_MODELS"  # a variable; 0 keeps models out of MLflow, where disks are small
+SECONDS = 60.0  # how long the end of a stage waits for MLflow to take its model
+ANSWERS = {"pretrain": "embeddings", "finetune": "classes", "linear_probe": "classes", "detection": "detections"}
 # What `aps.inference.served` imports.
 NEEDED = ("mlflow", "torch", "torchvision", "timm", "safetensors", "pydantic", "pyyaml", "numpy", "pandas", "pillow",
           "pycocotools", "tqdm", "psutil")  # fmt: skip
 
 
-def log_model(client: Any, run_id: str, folder: Path, encoder: Path | None = None) -> str | None:
+def track_model(folder: Path, address: str, label: str, seconds: float = SECONDS) -> None:
+    """Log the model of a stage that has just finished, for a bounded time; what fails or is late is left to `sync_models`.
+
+    Args:
+        folder: the stage's results, complete.
+        address: of MLflow's server or store, or OFF.
+        label: of the stage, for the sentence.
+    """
+    if not _wanted(address):
+        return
+    done = threading.Event()
+
+    def log() -> None:
+        try:
+            _track(folder, address)
+            done.set()
+        except Exception as error:  # whatever a server answers, the stage is finished
+            logging.getLogger(__name__).debug("MLflow: %s", error)
+
+    thread = threading.Thread(target=log, daemon=True, name="mlflow-model")
+    thread.start()
+    thread.join(seconds)
+    if not done.is_set():
+        print(f"{label}: MLflow did not take its model; `python -m aps sync` sends it later", file=sys.stderr)
+
+
+def sync_models(study: Study, address: str) -> tuple[int, int]:
+    """Log the models that MLflow lacks of a study's finished stages. Returns (sent, still missing)."""
+    sent = 0
+    folders = [stage_folder(study_folder(study), *job) for job in study.jobs()]
+    waiting = [folder for folder in folders if (folder / "metrics.json").exists()] if _wanted(address) else []
+    for number, folder in enumerate(waiting):
+        try:
+            sent += _track(folder, address)
+        except UserError as error:  # the report speaks of damaged results
+            logging.getLogger(__name__).debug("%s", error)
+        except Exception as error:  # the server is away: asking it for each of the others would take minutes
+            logging.getLogger(__name__).warning("MLflow at %s does not take a model: %s", address, error)
+            return sent, len(waiting) - number
+    return sent, 0
+
+
+def _wanted(address: str) -> bool:
+    return address != OFF and os.environ.get(SWITCH) != "0"
+
+
+def _track(folder: Path, address: str) -> bool:
+    """Log the model of a stage's results where its run in MLflow has none; returns whether it did.
+
+    Raises:
+        Exception: whatever mlflow raises, and UserError where the results are not whole.
+    """
+    metrics = read_metrics(folder / "metrics.json")
+    run = metrics.get("mlflow_run_id")
+    if metrics["stage"] not in ANSWERS or run is None:
+        return False
+    client = _client(address)
+    if _logged(client, run) is not None:
+        return False
+    encoder = find_encoder(folder, metrics) if metrics["stage"] == "linear_probe" else None
+    log_model(client, address, run, folder, encoder)
+    return True
+
+
+def _client(address: str) -> Any:
+    from aps import tracking
+
+    return tracking._client(address)
+
+
+def log_model(client: Any, address: str, run_id: str, folder: Path, encoder: Path | None = None) -> str | None:
     """Log what a finished stage left as a model of its MLflow run. Logging it again does nothing.
 
     Done by the client's own steps, which neither load the network nor touch mlflow's global state: this runs beside
     training.
 
     Args:
-        client: an MlflowClient.
+        client: an MlflowClient of `address`.
         run_id: the stage's run.
         folder: the stage's results.
         encoder: weights that the stage needs beside its own, of a linear probe.
@@ -54,7 +132,7 @@ def log_model(client: Any, run_id: str, folder: Path, encoder: Path | None = Non
 
     metrics = read_json(folder / "metrics.json")
     stage = metrics["stage"]
-    if stage not in STAGES:
+    if stage not in ANSWERS:
         return None
     if known := _logged(client, run_id):
         return known
@@ -66,7 +144,10 @@ def log_model(client: Any, run_id: str, folder: Path, encoder: Path | None = Non
         place = Path(temporary) / "model"
         record = Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
         save_model(place, folder, encoder, mlflow_model=record, metadata=about)
-        client.log_model_artifacts(logged.model_id, str(place))
+        if (local := _beside_store(address, logged.artifact_location)) is not None:
+            shutil.copytree(place, local)
+        else:
+            client.log_model_artifacts(logged.model_id, str(place))
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     client.finalize_logged_model(logged.model_id, "READY")
     return f"models:/{logged.model_id}"
@@ -81,6 +162,7 @@ def save_model(place: Path, folder: Path, encoder: Path | None = None, **more: A
     """
     import mlflow
 
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it tells of each step
     stage = read_json(folder / "metrics.json")["stage"]
     with tempfile.TemporaryDirectory() as temporary:
         mlflow.pyfunc.save_model(
@@ -88,7 +170,7 @@ def save_model(place: Path, folder: Path, encoder: Path | None = None, **more: A
             loader_module="aps.inference.served",
             data_path=str(_gathered(folder, stage, encoder, Path(temporary) / "weights")),
             code_paths=[str(Path(aps.__file__).parent)],
-            signature=_signature(STAGES[stage]),
+            signature=_signature(ANSWERS[stage]),
             input_example=_example(),
             pip_requirements=requirements(),
             **more,
@@ -103,42 +185,60 @@ def weights_of(address: str) -> Path:
     Raises:
         UserError: MLflow does not know it, does not answer, or it holds no weights of this software.
     """
-    import mlflow
     from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    if not server:
         if not Path(STORE).is_file():
             raise UserError(f"{address}: set MLFLOW_TRACKING_URI to the server that has it (there is no {STORE} here)")
-        uri = f"sqlite:///{STORE}"
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)
+        server = f"sqlite:///{Path(STORE).resolve()}"
     try:
-        name = address.removeprefix("runs:/").strip("/")
-        if address.startswith("runs:/") and "/" not in name:
-            client = MlflowClient()
-            results = client.get_run(name).data.tags.get("results")
-            known = _logged(client, name)
-            if known is None:
-                if results is not None and Path(results).is_dir():
-                    return Path(results)
-                raise UserError(
-                    f"{address}: this run logged no model, and its results are not at {results}; give their folder"
-                )
-            address = known
-        folder = Path(mlflow.artifacts.download_artifacts(address))
+        folder = _downloaded(address, server)
     except MlflowException as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{address}: MLflow at {uri} does not give it ({reason}); check the address") from None
+        raise UserError(f"{address}: MLflow at {server} does not give it ({reason}); check the address") from None
     except OSError as error:
         raise UserError(f"{address}: MLflow's files can't be read ({error}); check MLFLOW_TRACKING_URI") from None
-    finally:
-        mlflow.set_tracking_uri(before)
     found = next(iter(folder.glob("**/metrics.json")), None)
     if found is None:
         raise UserError(f"{address}: it holds no weights of this software; name a model that one of its stages logged")
     return found.parent
+
+
+def _downloaded(address: str, server: str) -> Path:
+    """A folder that has the model's files, or those of the stage whose run it is."""
+    import mlflow
+
+    client = _client(server)
+    run_id = address.removeprefix("runs:/").strip("/")
+    if address.startswith("runs:/") and "/" not in run_id:
+        results = client.get_run(run_id).data.tags.get("results")
+        known = _logged(client, run_id)
+        if known is None:
+            if results is not None and Path(results).is_dir():
+                return Path(results)
+            raise UserError(
+                f"{address}: this run logged no model, and its results are not at {results}; give their folder"
+            )
+        address = known
+    if address.startswith("models:/m-"):
+        location = client.get_logged_model(address.removeprefix("models:/")).artifact_location
+        if (local := _beside_store(server, location)) is not None:
+            return local
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(server)
+    try:
+        return Path(mlflow.artifacts.download_artifacts(address))
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def _beside_store(server: str, location: str) -> Path | None:
+    """Where artifacts lie that only a server would find by their location: beside a SQLite store, which has none."""
+    if not (server.startswith("sqlite:///") and location.startswith(PROXIED)):
+        return None
+    store = Path(server.removeprefix("sqlite:///").partition("?")[0])
+    return store.parent / "mlartifacts" / location.removeprefix(PROXIED).lstrip("/")
 
 
 def requirements() -> list[str]:
@@ -195,7 +295,9 @@ def _signature(answer: str) -> Any:
 
 def _example() -> Any:
     """A request: one small image, base64."""
+    import numpy as np
     import pandas as pd
+    import PIL.Image
 
     rows = np.arange(16, dtype=np.uint8)[:, None, None] * np.array([16, 8, 4], dtype=np.uint8)
     out = io.BytesIO()

@@ -30,12 +30,7 @@ ROWS = 12  # of a picture of many images
 
 
 def add(verb: Verb) -> None:
-    """Register the verbs."""
-    p = verb("embed", _embed, "write the features of images to a Parquet file: path, embedding, place on a plane")
-    _weights_and_images(p)
-    p.add_argument("--out", type=Path, default=Path("features.parquet"), help="the file (default: features.parquet)")
-    _how(p)
-
+    """Register the verbs, all but `embed`, which is a stage too."""
     p = verb("neighbours", _neighbours, "find the images of a file of features that are most similar to given ones")
     p.add_argument("weights", help=f"what made the features: {WEIGHTS}")
     p.add_argument("images", nargs="+", metavar="QUERY", help=IMAGES)
@@ -86,12 +81,26 @@ def add(verb: Verb) -> None:
     p.set_defaults(device="cpu")
 
 
+def add_embed(p: argparse.ArgumentParser) -> None:
+    """Let the verb of the stage `embed` take WEIGHTS and IMAGES instead of a study."""
+    run_stage = p.get_default("run")
+
+    def run(args: argparse.Namespace) -> None:
+        (run_stage if args.weights is None else _embed)(args)
+
+    p.set_defaults(run=run)
+    own = p.add_argument_group("any images, without a study", "(--out: the file, default features.parquet)")
+    own.add_argument("weights", nargs="?", metavar="WEIGHTS", help=WEIGHTS)
+    own.add_argument("images", nargs="*", metavar="IMAGES", help=IMAGES)
+    _how(own)
+
+
 def _weights_and_images(p: argparse.ArgumentParser) -> None:
     p.add_argument("weights", help=WEIGHTS)
     p.add_argument("images", nargs="+", metavar="IMAGES", help=IMAGES)
 
 
-def _how(p: argparse.ArgumentParser, batch: int = 64) -> None:
+def _how(p: argparse._ActionsContainer, batch: int = 64) -> None:
     p.add_argument("--batch-size", type=_positive, default=batch, help=f"images at once (default: {batch})")
     p.add_argument("--device", help="default: the GPU where there is one, else the CPU")
 
@@ -147,6 +156,9 @@ def _readable(args: argparse.Namespace, prepare: Prepare) -> Iterator[tuple[list
 
 
 def _embed(args: argparse.Namespace) -> None:
+    if not args.images:
+        raise UserError(f"embed {args.weights}: name images after the weights")
+    args.out = args.out or Path("features.parquet")
     written = _write_features(args, args.out)
     lost = f", {written.unreadable} unreadable, listed in {args.out}.unreadable.txt" if written.unreadable else ""
     known = f" ({written.known} of them known before)" if written.known else ""

@@ -43,7 +43,13 @@ def run(job: StageJob) -> None:
             stage.log(k, knn_top1=accuracy)
         best_reported = {f"knn_top1_k{k}": accuracy for k, accuracy in accuracies.items()}
         stage.finish(
-            {**best_reported, "temperature": settings.temperature, "train_images": len(train), "test_images": len(test)}
+            {
+                **best_reported,
+                "temperature": settings.temperature,
+                "train_images": len(train),
+                "test_images": len(test),
+            },
+            pixels=pixels(job),
         )
 
 

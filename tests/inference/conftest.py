@@ -26,6 +26,7 @@ STUDY: dict[str, Any] = {
         "finetune": {"epochs": 6, "batch_size": 16, "warmup_epochs": 0, "mixup": 0.0, "cutmix": 0.0, "lr": 0.02},
         "linear_probe": {"epochs": 4, "batch_size": 16, "lrs": [0.01, 1.0], "batch_norm": True},
         "knn": {"k": [3]},
+        "embed": {"queries": 4, "neighbours": 3},
         "detection": {
             "image_size": 32, "iterations": 60, "batch_size": 2, "warmup_iterations": 3, "lr": 0.003, "lr_drops": [], "window": 4,
             "global_blocks": [1], "pyramid_scales": [2.0, 1.0], "pyramid_dim": 16, "head_convs": 1, "head_dim": 16,
@@ -33,9 +34,9 @@ STUDY: dict[str, Any] = {
         },
     },
     "experiments": {
-        "mine": {"stages": ["pretrain", "finetune", "linear_probe", "knn", "detection"]},
+        "mine": {"stages": ["pretrain", "finetune", "linear_probe", "knn", "embed", "detection"]},
         "floor": {"inherits": "mine", "encoder": {"weights": "random"}, "stages": ["linear_probe"]},
-        "digits": {"inherits": "mine", "dataset": "digits", "encoder": {"weights": "random"}, "stages": ["finetune"],
+        "digits": {"inherits": "mine", "dataset": "digits", "encoder": {"weights": "random"}, "stages": ["finetune", "embed"],
                    "finetune": {"epochs": 1, "batch_size": 128}},
     },
 }  # fmt: skip
@@ -83,4 +84,4 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def stages(finished: Path) -> Path:
     """The folder with a folder a stage."""
-    return finished / "results" / "mine" / "seed0"
+    return finished / "results" / "photos" / "mine" / "seed0"

@@ -38,7 +38,7 @@ def folder(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def index(finished: Path, folder: Path) -> Index:
-    model = load(finished / "results/mine/seed0/pretrain")
+    model = load(finished / "results/photos/mine/seed0/pretrain")
     assert isinstance(model, Model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "PART", 4)  # several pieces
@@ -89,7 +89,7 @@ def test_similarity_is_that_of_whitened_features(index: Index, found: Curated) -
 
 
 def test_what_does_not_belong_is_the_first_outlier(finished: Path, folder: Path, tmp_path: Path) -> None:
-    model = load(finished / "results/mine/seed0/finetune")
+    model = load(finished / "results/photos/mine/seed0/finetune")
     assert isinstance(model, Model)
     places = [*sorted((finished / "photos/red").glob("*.jpg")), folder / "board.png"]
     write_features(model, files(places), len(places), tmp_path / "f.parquet")
@@ -113,7 +113,7 @@ def test_the_table_has_a_row_an_image(index: Index, found: Curated, tmp_path: Pa
 
 
 def test_a_single_image_and_all_alike_are_no_trouble(finished: Path, folder: Path, tmp_path: Path) -> None:
-    model = load(finished / "results/mine/seed0/pretrain")
+    model = load(finished / "results/photos/mine/seed0/pretrain")
     assert isinstance(model, Model)
     write_features(model, files([folder / "00.jpg"]), 1, tmp_path / "one.parquet")
     alone = curate(Index(tmp_path / "one.parquet"))

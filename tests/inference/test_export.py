@@ -44,7 +44,7 @@ def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[t
     """Every kind of network in every form, by (form, stage)."""
     made = {}
     for stage in STAGES:
-        model = load(finished / "results/mine/seed0" / stage)
+        model = load(finished / "results/photos/mine/seed0" / stage)
         assert isinstance(model, Model)
         for to, name in FILES.items():
             path = tmp_path_factory.mktemp("exported") / name

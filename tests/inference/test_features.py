@@ -30,7 +30,7 @@ from aps.inference.model import Model
 
 @pytest.fixture(scope="module")
 def model(finished: Path) -> Model:
-    found = load(finished / "results/mine/seed0/pretrain")
+    found = load(finished / "results/photos/mine/seed0/pretrain")
     assert isinstance(found, Model)
     return found
 
@@ -98,7 +98,7 @@ def test_what_is_there_is_not_computed_again(model: Model, photos: Path, tmp_pat
 def test_other_weights_start_afresh(model: Model, photos: Path, tmp_path: Path, finished: Path) -> None:
     out = tmp_path / "f.parquet"
     write(model, photos, out)
-    other = load(finished / "results/mine/seed0/finetune")
+    other = load(finished / "results/photos/mine/seed0/finetune")
     assert isinstance(other, Model)
     assert write(other, photos, out).computed == 30
     assert read_metadata(out)["weights"] == other.digest
@@ -150,7 +150,7 @@ from pathlib import Path
 from aps.inference import features
 from aps.inference.load import load
 features.PART = 2
-model = load({str(finished / "results/mine/seed0/pretrain")!r})
+model = load({str(finished / "results/photos/mine/seed0/pretrain")!r})
 features.write_features(model, features.files([{str(photos)!r}]), 30, Path({str(out)!r}), batch_size=1, stop=lambda: time.sleep(0.05))
 """
     process = subprocess.Popen([sys.executable, "-c", code])

@@ -18,7 +18,7 @@ from aps.errors import UserError
 from aps.inference.load import load
 from aps.inference.model import Detector, Model
 from aps.models.encoder import build_encoder
-from aps.models.weights import load_encoder, save_encoder, save_tensors
+from aps.models.weights import load_encoder, read_tensors, save_encoder, save_tensors
 from aps.settings.blocks import EncoderSettings
 from aps.training.linear_probe import Heads
 
@@ -46,14 +46,14 @@ def test_a_classifier_reaches_the_accuracy_that_its_stage_reported(finished: Pat
 
 
 def test_a_dataset_in_memory_is_seen_whole_as_its_stage_saw_it(finished: Path) -> None:
-    model = load(finished / "results/digits/seed0/finetune")
+    model = load(finished / "results/photos/digits/seed0/finetune")
     assert isinstance(model, Model) and model.preprocessing.resize is None
-    reported = metrics(finished / "results/digits/seed0/finetune")["metrics"]["test_top1"]
+    reported = metrics(finished / "results/photos/digits/seed0/finetune")["metrics"]["test_top1"]
     assert accuracy(model, finished / "results/data/digits/manifest.json") == pytest.approx(reported)
 
 
 def test_a_probe_of_random_weights_is_loaded_with_those_weights(finished: Path) -> None:
-    folder = finished / "results/floor/seed0/linear_probe"
+    folder = finished / "results/photos/floor/seed0/linear_probe"
     model = load(folder)
     assert isinstance(model, Model)
     reported = metrics(folder)["metrics"]["test_top1"]
@@ -102,22 +102,32 @@ def test_a_probe_finds_its_encoder_where_results_were_moved(
     shutil.copytree(finished / "results", tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
     image = torch.rand(3, 40, 40)
-    moved = load("elsewhere/mine/seed0/linear_probe")
+    moved = load("elsewhere/photos/mine/seed0/linear_probe")
     assert torch.equal(
         moved.predict(image).probabilities,
-        load(finished / "results/mine/seed0/linear_probe").predict(image).probabilities,
+        load(finished / "results/photos/mine/seed0/linear_probe").predict(image).probabilities,
     )
 
 
 def test_a_probe_refuses_an_encoder_that_was_trained_anew(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(finished / "results/mine", tmp_path / "results/mine")
+    shutil.copytree(finished / "results/photos/mine", tmp_path / "results/photos/mine")
     monkeypatch.chdir(tmp_path)
-    file = tmp_path / "results/mine/seed0/pretrain/metrics.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"finished": "2030-01-01T00:00:00+00:00"}))
+    settings = EncoderSettings(arch="micro", image_size=32, patch_size=8, dim=48, depth=2, heads=3)
+    save_encoder(build_encoder(settings), settings, tmp_path / "results/photos/mine/seed0/pretrain/encoder.safetensors")
     with pytest.raises(UserError, match=r"its encoder .* is not there, or another training has replaced it"):
-        load("results/mine/seed0/linear_probe")
+        load("results/photos/mine/seed0/linear_probe")
+
+
+@pytest.mark.parametrize("file", ["finetune/model.safetensors", "linear_probe/heads.safetensors"])
+def test_weights_that_were_changed_since_are_refused(finished: Path, tmp_path: Path, file: str) -> None:
+    shutil.copytree(finished / "results/photos/mine", tmp_path / "mine")
+    changed = tmp_path / "mine/seed0" / file
+    tensors, metadata = read_tensors(changed)
+    save_tensors({name: x + 1 for name, x in tensors.items()}, changed, metadata)
+    with pytest.raises(UserError, match="so it was changed or damaged; run the stage again"):
+        load(changed.parent)
 
 
 def test_knn_has_no_weights_so_its_encoder_is_loaded(stages: Path) -> None:
@@ -143,9 +153,9 @@ def test_provenance_says_what_made_the_weights(stages: Path) -> None:
 
 WRONG = {
     "nothing there": ("nowhere", "nowhere does not exist; give a stage's folder"),
-    "a folder above": ("results/mine/seed0", "is no stage's folder; give one inside it, such as .*mine/seed0/"),
+    "a folder above": ("results/photos/mine/seed0", "is no stage's folder; give one inside it, such as .*mine/seed0/"),
     "a folder of images": ("photos", "has neither model.safetensors nor encoder.safetensors"),
-    "a projector": ("results/mine/seed0/pretrain/heads.safetensors", "holds heads without their encoder"),
+    "a projector": ("results/photos/mine/seed0/pretrain/heads.safetensors", "holds heads without their encoder"),
     "another file": ("study.yaml", "no .safetensors file; `aps import-weights`"),
     "an unknown timm model": ("timm:nothing_at_all", "timm:nothing_at_all: timm can't give these weights"),
 }  # fmt: skip

@@ -19,7 +19,7 @@ from aps.inference.neighbours import Index, table, write_table
 
 @pytest.fixture(scope="module")
 def model(finished: Path) -> Model:
-    found = load(finished / "results/mine/seed0/finetune")
+    found = load(finished / "results/photos/mine/seed0/finetune")
     assert isinstance(found, Model)
     return found
 
@@ -67,7 +67,7 @@ def test_a_file_is_found_from_wherever_one_asks(
 def test_features_of_other_weights_are_refused(index: Index, finished: Path, model: Model) -> None:
     index.check(model)
     with pytest.raises(UserError, match=r"was made by .*finetune, not by the weights of .*pretrain"):
-        index.check(load(finished / "results/mine/seed0/pretrain"))
+        index.check(load(finished / "results/photos/mine/seed0/pretrain"))
 
 
 def test_the_table_is_for_people_and_for_programs(index: Index, model: Model, finished: Path, tmp_path: Path) -> None:

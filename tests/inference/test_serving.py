@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -24,10 +25,13 @@ import yaml
 from mlflow.tracking import MlflowClient
 from pycocotools import mask as rle
 
+from aps.cli import main
 from aps.errors import UserError
+from aps.inference import serving
 from aps.inference.load import load
 from aps.inference.served import Served
-from aps.inference.serving import log_model, requirements, save_model
+from aps.inference.serving import log_model, requirements, save_model, sync_models, track_model
+from aps.settings.reading import load_study
 
 
 def sent(file: Path) -> str:
@@ -50,6 +54,10 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
         yield client
 
 
+def uri() -> str:
+    return os.environ["MLFLOW_TRACKING_URI"]
+
+
 def new_run(client: MlflowClient, results: Path | None = None) -> str:
     tags = {"results": str(results)} if results is not None else {}
     experiment = client.get_experiment_by_name("photos").experiment_id
@@ -65,7 +73,7 @@ def test_a_logged_model_is_loaded_by_its_run_and_by_its_address(
 ) -> None:
     run = new_run(client)
     encoder = stages / ENCODERS[stage] if stage in ENCODERS else None
-    address = log_model(client, run, stages / stage, encoder)
+    address = log_model(client, uri(), run, stages / stage, encoder)
     assert address is not None
     original = load(stages / stage)
     for name in (address, f"runs:/{run}"):
@@ -78,8 +86,8 @@ def test_a_model_is_logged_once_with_signature_example_and_pinned_requirements(
     client: MlflowClient, stages: Path
 ) -> None:
     run = new_run(client)
-    address = log_model(client, run, stages / "finetune")
-    assert log_model(client, run, stages / "finetune") == address
+    address = log_model(client, uri(), run, stages / "finetune")
+    assert log_model(client, uri(), run, stages / "finetune") == address
     found = client.search_logged_models([client.get_run(run).info.experiment_id], f"source_run_id = '{run}'")
     assert len(found) == 1
     info = mlflow.models.get_model_info(address)
@@ -93,8 +101,21 @@ def test_a_model_is_logged_once_with_signature_example_and_pinned_requirements(
     assert not list(folder.rglob("*.pkl")) and not list(folder.rglob("__pycache__"))
 
 
+def test_a_store_whose_artifacts_only_a_server_finds_is_written_and_read_beside_it(
+    client: MlflowClient, stages: Path, photo: Path
+) -> None:
+    client.create_experiment("proxied", artifact_location="mlflow-artifacts:/proxied")
+    run = str(client.create_run(client.get_experiment_by_name("proxied").experiment_id).info.run_id)
+    address = log_model(client, uri(), run, stages / "finetune")
+    assert address is not None
+    store = Path(uri().removeprefix("sqlite:///")).parent
+    assert list((store / "mlartifacts" / "proxied").rglob("MLmodel"))
+    for name in (address, f"runs:/{run}"):
+        assert load(name).predict(photo).classes == load(stages / "finetune").predict(photo).classes
+
+
 def test_knn_leaves_no_model(client: MlflowClient, stages: Path) -> None:
-    assert log_model(client, new_run(client), stages / "knn") is None
+    assert log_model(client, uri(), new_run(client), stages / "knn") is None
 
 
 def test_a_run_without_a_model_gives_the_folder_it_wrote(client: MlflowClient, stages: Path, photo: Path) -> None:
@@ -141,6 +162,81 @@ def test_a_request_without_an_image_is_a_sentence(stages: Path, photo: Path, val
         Served(load(stages / "finetune")).predict(frame)
     with pytest.raises(UserError, match="the request has columns picture; send one named 'image'"):
         Served(load(stages / "finetune")).predict(pd.DataFrame({"picture": [sent(photo)]}))
+
+
+def small_study(folder: Path, server: str) -> Path:
+    study = {
+        "study": "small",
+        "results": str(folder / "results"),
+        "tracking_uri": server,
+        "defaults": {
+            "dataset": {"name": "digits", "train_limit": 64},
+            "encoder": {"arch": "micro", "image_size": 16, "patch_size": 4, "dim": 24, "depth": 1, "heads": 3},
+            "pretrain": {"epochs": 1, "batch_size": 32, "projector": [8, 8, 8], "predictor": [8, 8, 8]},
+            "linear_probe": {"epochs": 1, "batch_size": 32, "lrs": [0.1]},
+        },
+        "experiments": {"mine": {"stages": ["pretrain", "linear_probe"]}},
+    }
+    (folder / "small.yaml").write_text(yaml.safe_dump(study))
+    return folder / "small.yaml"
+
+
+def models_of(server: str) -> dict[str, int]:
+    """How many models each stage has."""
+    client = MlflowClient(tracking_uri=server)
+    experiment = client.get_experiment_by_name("small")
+    found = client.search_logged_models([experiment.experiment_id]) if experiment is not None else []
+    return {stage: sum(m.tags["stage"] == stage for m in found) for stage in {m.tags["stage"] for m in found}}
+
+
+def test_a_finished_stage_logs_its_model_and_sync_logs_what_is_missing_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    server = f"sqlite:///{tmp_path / 'results' / 'mlflow.db'}"
+    study = str(small_study(tmp_path, server))
+    assert main(["data", "digits", "--configfile", study]) == 0
+    assert main(["pretrain", "--configfile", study]) == 0
+    assert models_of(server) == {"pretrain": 1}
+    monkeypatch.setenv("APS_LOG_MODELS", "0")
+    assert main(["linear_probe", "--configfile", study]) == 0
+    assert models_of(server) == {"pretrain": 1}
+    monkeypatch.delenv("APS_LOG_MODELS")
+    for _ in range(2):
+        assert main(["sync", "--configfile", study]) == 0
+    assert models_of(server) == {"pretrain": 1, "linear_probe": 1}
+    assert "0 runs brought up to date, 1 models logged, 0 could not be sent" in capsys.readouterr().out
+    folder = tmp_path / "results/small/mine/seed0/linear_probe"
+    run = json.loads((folder / "metrics.json").read_text())["mlflow_run_id"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    image = torch.rand(3, 16, 16)
+    assert torch.allclose(load(f"runs:/{run}").embed(image), load(folder).embed(image))
+
+
+def test_a_server_that_is_slow_or_fails_keeps_no_stage_waiting(
+    finished: Path, stages: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished)
+    wait = threading.Event()
+    monkeypatch.setattr(serving, "_track", lambda folder, address: wait.wait(60))
+    track_model(stages / "finetune", "http://127.0.0.1:9", "finetune mine/seed0", seconds=0.1)
+    wait.set()
+    assert (
+        "finetune mine/seed0: MLflow did not take its model; `python -m aps sync` sends it later"
+        in capsys.readouterr().err
+    )
+
+    def fails(folder: Path, address: str) -> bool:
+        raise ConnectionError
+
+    monkeypatch.setattr(serving, "_track", fails)
+    track_model(stages / "finetune", "http://127.0.0.1:9", "finetune mine/seed0")
+    assert "did not take its model" in capsys.readouterr().err
+    assert sync_models(load_study(["study.yaml"]), "http://127.0.0.1:9") == (
+        0,
+        len(load_study(["study.yaml"]).jobs()),
+    )  # asked once
+    assert sync_models(load_study(["study.yaml"]), "none") == (0, 0)
 
 
 @contextlib.contextmanager

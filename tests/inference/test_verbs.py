@@ -24,7 +24,7 @@ from aps.inference.verbs import picture_of
 def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with links to the photographs and the stages."""
     (tmp_path / "photos").symlink_to(finished / "photos")
-    (tmp_path / "stages").symlink_to(finished / "results/mine/seed0")
+    (tmp_path / "stages").symlink_to(finished / "results/photos/mine/seed0")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -180,3 +180,24 @@ for verb in ("embed", "neighbours", "predict", "detect", "attention", "curate", 
 assert not {"torch", "timm", "mlflow", "matplotlib", "pandas", "pyarrow", "PIL"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["stages/pretrain", "photos/red", "photos/blue", "--out", "f.parquet"],
+        ["--out", "f.parquet", "stages/pretrain", "photos/red", "photos/blue"],
+        ["stages/pretrain", "--out", "f.parquet", "photos/red", "photos/blue"],
+        ["stages/pretrain", "photos/red", "--out", "f.parquet", "photos/blue"],
+    ],
+)
+def test_options_stand_anywhere_among_the_images(here: Path, order: list[str]) -> None:
+    aps("embed", *order)
+    assert pq.read_table("f.parquet").num_rows == 40
+
+
+def test_what_no_verb_takes_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["embed", "stages/pretrain", "photos/red", "--nonsense"], ["results", "too", "much"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "unrecognized arguments" in capsys.readouterr().err
