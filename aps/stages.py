@@ -124,6 +124,7 @@ ROWS = (
         settings="aps.settings.blocks:EmbedSettings",
         uses=("dataset", "encoder"),
         outputs=("features.parquet", "neighbours.html", "map.png"),
+        cost="aps.training.cost:embed",
     ),
     Stage(
         name="detection",
