@@ -490,12 +490,12 @@ def _import_weights(args: argparse.Namespace) -> None:
 
 def _show_views(args: argparse.Namespace) -> None:
     from aps.layout import manifest_path
-    from aps.settings.blocks import DatasetSettings
-    from aps.settings.study import ExperimentSettings
+    from aps.settings.study import experiment_model, method_of
     from aps.show_views import show_views
 
     if args.manifest is not None and args.experiment is None and _no_study(args):
-        settings, manifest = ExperimentSettings(dataset=DatasetSettings(name=args.manifest.parent.name)), args.manifest
+        plain = {"dataset": args.manifest.parent.name}
+        settings, manifest = experiment_model(method_of(plain)).model_validate(plain), args.manifest
     else:
         study = _load(args)
         settings = study.experiment(args.experiment or next(iter(study.experiments)))
@@ -548,7 +548,9 @@ def _sync(args: argparse.Namespace) -> None:
             "`python -m aps sync` again"
         )
     if lacking:
-        raise UserError(f"MLflow at {address} did not take {lacking} models; mend that and run `python -m aps sync` again")
+        raise UserError(
+            f"MLflow at {address} did not take {lacking} models; mend that and run `python -m aps sync` again"
+        )
 
 
 def _gc(args: argparse.Namespace) -> None:

@@ -131,12 +131,6 @@ class Manifest(_Block):
         deviations = measured.std if measured else (1.0,) * 3
         return tuple(name for name, std in zip(("red", "green", "blue"), deviations, strict=True) if std <= CONSTANT)
 
-    def pixels(self, which: Literal["measured", "published"] = "measured") -> dict[str, Any]:
-        """How evaluation shows an image, for whoever uses the weights later: mean, std, and whether it sees the `whole` image
-        (a dataset in memory) or its `centre` (one of files)."""
-        mean, std = self.normalization(which)
-        return {"mean": mean, "std": std, "crop": "whole" if self.splits["train"].tensors is not None else "centre"}
-
     def problem(self, folder: Path) -> str | None:
         """What a look at its files finds missing or changed, else None: the contents of those it names, and whether 256
         image files of each split are there."""

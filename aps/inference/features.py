@@ -60,8 +60,12 @@ class Item(NamedTuple):
 def files(places: Iterable[str | Path]) -> Iterator[Item]:
     """Items of image files and of folders of them; see `aps.inference.images.walk`."""
     for path in walk(places):
-        status = path.stat()
         name = os.fsencode(path).decode("utf-8", errors="backslashreplace")  # Parquet's text is UTF-8
+        try:
+            status = path.stat()
+        except OSError:  # a link that leads nowhere: reading says so
+            yield Item(name, path)
+            continue
         yield Item(name, path, None, status.st_size, status.st_mtime_ns)
 
 

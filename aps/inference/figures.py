@@ -107,7 +107,7 @@ def detections(path: Path, image: ImageLike, found: Any, classes: Sequence[str],
     palette = matplotlib.colormaps["tab10" if len(classes) <= 10 else "hsv"].resampled(max(10, len(classes)))
     shown = pixels.astype(float) / 255 if pixels.dtype == np.uint8 else pixels.astype(float)
     order = list(range(len(found)))[::-1]  # the best on top
-    for i in order:
+    for i in order if found.masks is not None else ():
         mask = found.masks[i].numpy()
         shown[mask] = (1 - ALPHA) * shown[mask] + ALPHA * np.array(palette(classes.index(found.labels[i]))[:3])
     axes.imshow(shown, interpolation="nearest" if max(H, W) <= 256 else "antialiased")

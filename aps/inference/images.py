@@ -21,14 +21,13 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from aps.data.load import read_image
-from aps.data.trees import READABLE
+from aps.data.images import from_pillow, read_image
+from aps.data.walk import HOUSEKEEPING, SUFFIXES, printable
 from aps.errors import UserError
 from aps.training.features import CENTRE
 
@@ -54,13 +53,7 @@ def read(image: Any, name: str = "image") -> Tensor:
     if isinstance(image, str | os.PathLike):
         return read_image(Path(image))
     if isinstance(image, PIL.Image.Image):
-        try:
-            upright = PIL.ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # 16 bits: Pillow's own conversion would cut them off at 255
-                upright = PIL.Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return functional.pil_to_tensor(upright.convert("RGB"))
-        except (OSError, ValueError) as error:  # opened, but its file is gone or truncated
-            raise UserError(f"{name}: Pillow can't decode it ({error}); give another image") from None
+        return from_pillow(image)
     if isinstance(image, np.ndarray):
         layout, x = "(H, W, 3)", torch.from_numpy(np.ascontiguousarray(image)) if _numeric(image) else None
     elif isinstance(image, Tensor):
@@ -241,7 +234,7 @@ def decoded(
 def walk(places: Iterable[str | os.PathLike]) -> Iterator[Path]:
     """Image files: those named, and all in the folders named, at any depth, in an order that never changes.
 
-    Lazy: a folder of any size costs the memory of one directory a level. Hidden files and folders are left out; a link
+    Lazy: a folder of any size costs the memory of one directory a level. Hidden files and folders, and what systems leave among people's files, are left out; a link
     to a folder is followed unless it leads back up.
 
     Raises:
@@ -255,7 +248,7 @@ def walk(places: Iterable[str | os.PathLike]) -> Iterator[Path]:
             for count, path in enumerate(_inside(place, frozenset()), 1):  # noqa: B007
                 yield path
             if not count:
-                raise UserError(f"{place}: no images in this folder ({', '.join(sorted(READABLE))}); give another")
+                raise UserError(f"{place}: no images in this folder ({', '.join(sorted(SUFFIXES))}); give another")
         else:
             raise UserError(f"{place} does not exist; give image files or folders of images")
 
@@ -267,11 +260,11 @@ def _inside(folder: Path, above: frozenset[str]) -> Iterator[Path]:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
     except OSError as error:
-        raise UserError(f"{folder}: cannot be listed ({error.strerror}); change its permissions") from None
+        raise UserError(f"{printable(folder)}: cannot be listed ({error.strerror}); change its permissions") from None
     for entry in entries:
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or entry.name.lower() in HOUSEKEEPING:
             continue
         if entry.is_dir():
             yield from _inside(folder / entry.name, above | {real})
-        elif entry.name.lower().endswith(READABLE):
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
             yield folder / entry.name

@@ -247,6 +247,7 @@ class _Names:
     """The part of a `CocoSplit` that building a detector needs; no image and no annotation is ever read from it."""
 
     classes: tuple[str, ...]
+    masks: bool
     name: str = "inference"
     annotations: Path = Path("nowhere.json")
     folder: Path = Path("nowhere")
@@ -267,7 +268,7 @@ def _detector(
         raise UserError(f"{address} does not say how its detector is built; load the folder of its detection stage")
     settings = StageSettings.from_json(json.dumps(info["settings"]))
     classes = tuple(json.loads(metadata["classes"]))
-    names: Any = _Names(classes)
+    names: Any = _Names(classes, masks=any(".mask_" in name for name in tensors))
     task = Task(
         settings=settings.detection,
         encoder=settings.encoder,

@@ -82,13 +82,15 @@ class Detections:
     boxes: Tensor  # float32 (K, 4): left, top, right, bottom in pixels of the image
     scores: Tensor  # float32 (K)
     labels: list[str]  # (K), names of classes
-    masks: Tensor  # bool (K, H, W)
+    masks: Tensor | None  # bool (K, H, W); None where the detector learned from boxes alone
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def run_lengths(self) -> list[dict[str, Any]]:
-        """The masks in COCO's compressed form, plain data."""
+        """The masks in COCO's compressed form, plain data; none where there are none."""
+        if self.masks is None:
+            return []
         codes = rle.encode(np.asfortranarray(self.masks.permute(1, 2, 0).numpy().astype(np.uint8)))
         return [{"size": [int(x) for x in code["size"]], "counts": code["counts"].decode()} for code in codes]
 
@@ -401,7 +403,8 @@ class Detector(Loaded):
                 for one in self.engine.predict(batch):  # type: ignore[arg-type]
                     kept = one.scores >= threshold
                     labels = [self.classes[i] for i in one.labels[kept].tolist()]
-                    found.append(Detections(one.boxes[kept].float(), one.scores[kept].float(), labels, one.masks[kept]))
+                    masks = one.masks[kept] if one.masks is not None else None
+                    found.append(Detections(one.boxes[kept].float(), one.scores[kept].float(), labels, masks))
                 bar.update(len(batch), len(batch))
         return found
 

@@ -26,10 +26,11 @@ from aps.inference.upstream import find_encoder
 from aps.layout import stage_folder, study_folder
 from aps.seals import read_metrics
 from aps.settings.study import Study
-from aps.tracking import OFF
+from aps.tracking.addresses import OFF, database_file, full, settled
+from aps.tracking.reasons import why
+from aps.tracking.server import ARTIFACTS, PROXIED, Server
 
 STORE = "results/mlflow.db"  # where a study without a server tracks
-PROXIED = "mlflow-artifacts:/"  # a location that does not say where the server keeps it
 NAME = "model"  # of the logged model, in its run
 SWITCH = "APS_LOG_MODELS"  # a variable; 0 keeps models out of MLflow, where disks are small
 SECONDS = 60.0  # how long the end of a stage waits for MLflow to take its model
@@ -49,20 +50,22 @@ def track_model(folder: Path, address: str, label: str, seconds: float = SECONDS
     """
     if not _wanted(address):
         return
-    done = threading.Event()
+    reasons = ["it does not answer (timed out)"]
 
     def log() -> None:
         try:
             _track(folder, address)
-            done.set()
+            reasons.clear()
         except Exception as error:  # whatever a server answers, the stage is finished
-            logging.getLogger(__name__).debug("MLflow: %s", error)
+            reasons[:] = [why(error)]
 
     thread = threading.Thread(target=log, daemon=True, name="mlflow-model")
     thread.start()
     thread.join(seconds)
-    if not done.is_set():
-        print(f"{label}: MLflow did not take its model; `python -m aps sync` sends it later", file=sys.stderr)
+    for reason in reasons:
+        print(
+            f"{label}: MLflow did not take its model ({reason}); `python -m aps sync` sends it later", file=sys.stderr
+        )
 
 
 def sync_models(study: Study, address: str) -> tuple[int, int]:
@@ -76,7 +79,7 @@ def sync_models(study: Study, address: str) -> tuple[int, int]:
         except UserError as error:  # the report speaks of damaged results
             logging.getLogger(__name__).debug("%s", error)
         except Exception as error:  # the server is away: asking it for each of the others would take minutes
-            logging.getLogger(__name__).warning("MLflow at %s does not take a model: %s", address, error)
+            print(f"{folder}: MLflow at {address} did not take its model: {why(error)}", file=sys.stderr)
             return sent, len(waiting) - number
     return sent, 0
 
@@ -104,9 +107,7 @@ def _track(folder: Path, address: str) -> bool:
 
 
 def _client(address: str) -> Any:
-    from aps import tracking
-
-    return tracking._client(address)
+    return Server(address).client
 
 
 def log_model(client: Any, address: str, run_id: str, folder: Path, encoder: Path | None = None) -> str | None:
@@ -185,20 +186,18 @@ def weights_of(address: str) -> Path:
     Raises:
         UserError: MLflow does not know it, does not answer, or it holds no weights of this software.
     """
-    from mlflow.exceptions import MlflowException
-
     server = os.environ.get("MLFLOW_TRACKING_URI")
     if not server:
         if not Path(STORE).is_file():
             raise UserError(f"{address}: set MLFLOW_TRACKING_URI to the server that has it (there is no {STORE} here)")
         server = f"sqlite:///{Path(STORE).resolve()}"
+    server = settled(server)
     try:
         folder = _downloaded(address, server)
-    except MlflowException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{address}: MLflow at {server} does not give it ({reason}); check the address") from None
-    except OSError as error:
-        raise UserError(f"{address}: MLflow's files can't be read ({error}); check MLFLOW_TRACKING_URI") from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever a server answers
+        raise UserError(f"{address}: MLflow at {server} does not give it ({why(error)}); check the address") from None
     found = next(iter(folder.glob("**/metrics.json")), None)
     if found is None:
         raise UserError(f"{address}: it holds no weights of this software; name a model that one of its stages logged")
@@ -226,19 +225,19 @@ def _downloaded(address: str, server: str) -> Path:
         if (local := _beside_store(server, location)) is not None:
             return local
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(server)
+    mlflow.set_tracking_uri(full(server))
     try:
         return Path(mlflow.artifacts.download_artifacts(address))
     finally:
         mlflow.set_tracking_uri(before)
 
 
-def _beside_store(server: str, location: str) -> Path | None:
+def _beside_store(address: str, location: str) -> Path | None:
     """Where artifacts lie that only a server would find by their location: beside a SQLite store, which has none."""
-    if not (server.startswith("sqlite:///") and location.startswith(PROXIED)):
+    store = database_file(address)
+    if store is None or not location.startswith(PROXIED):
         return None
-    store = Path(server.removeprefix("sqlite:///").partition("?")[0])
-    return store.parent / "mlartifacts" / location.removeprefix(PROXIED).lstrip("/")
+    return store.parent / ARTIFACTS / location.removeprefix(PROXIED).lstrip("/")
 
 
 def requirements() -> list[str]:

@@ -2,7 +2,8 @@
 
 Outputs features.parquet (docs/inference.md), neighbours.html (some images and those most similar to each) and map.png (every
 image at its place on the plane of the first two principal components, in the colour of its class). The one figure is
-`neighbour_top1`: how often an image's nearest other test image is of its class, in percent. A killed run goes on behind
+`neighbour_top1`: how often an image's nearest other one is of its class, in percent; a dataset without labels has none, and
+its only images are those of train. A killed run goes on behind
 the last part that is written.
 """
 
@@ -31,7 +32,9 @@ from aps.models.weights import load_encoder
 from aps.results import StageJob, StageRun
 from aps.runtime.processes import processes
 from aps.runtime.signals import stop_requested
+from aps.training.features import pixels
 
+SMALLEST = 96  # pixels of a thumbnail's longer side
 AT_ONCE = 8192  # images whose neighbours are searched in one pass over the file
 
 
@@ -48,31 +51,31 @@ def run(job: StageJob) -> None:
         settings, manifest = job.settings.embed, Manifest.read(job.manifest)
         torch.manual_seed(job.settings.seed)  # of random weights
         encoder = load_encoder(job.encoder_spec, job.settings.encoder)
-        pixels = manifest.pixels(job.settings.dataset.statistics)
-        transform = Transform.of_stage(job.settings.encoder.image_size, **pixels)
+        shown = pixels(job)
+        transform = Transform.of_stage(job.settings.encoder.image_size, **shown)
         source = Source(str(job.encoder_spec), settings=job.settings.encoder)
         model = Model(encoder, transform, (), source, distributed.device)
-        split = load_split(job.manifest, "test")
+        split = load_split(job.manifest, "test" if "test" in manifest.splits else "train")  # unlabelled: all are train
         out = stage.staging("features.parquet")
         write_features(
             model, _items(split, manifest.name), len(split), out,
             stop=lambda: stop_requested(distributed), label=job.label,
         )  # fmt: skip
         index = Index(out)
-        agreement = neighbour_top1(index)
-        stage.log(len(split), neighbour_top1=agreement)
+        agreement = {"neighbour_top1": neighbour_top1(index)} if split.classes else {}
+        stage.log(len(split), images=len(index), **agreement)
         _page(stage.staging("neighbours.html"), index, split, settings.queries, settings.neighbours, job.label)
         table = pq.read_table(out, columns=["xy", "label"])
         picture = stage.staging("map.png")
         places = np.array(table["xy"].to_pylist(), dtype=np.float32)
-        figures.feature_map(picture, places, table["label"].to_pylist(), f"{manifest.name}, test images: {job.label}")
+        figures.feature_map(picture, places, table["label"].to_pylist(), f"{manifest.name}: {job.label}")
         stage.figure(picture)
-        metrics = {"neighbour_top1": agreement, "images": len(index), "dim": model.dim}
-        stage.finish(metrics, headline="neighbour_top1", pixels=pixels)
+        metrics = {**agreement, "images": len(index), "dim": model.dim}
+        stage.finish(metrics, pixels=shown)
 
 
 def _items(split: ArraySplit | FileSplit, dataset: str) -> Iterator[Item]:
-    names = [split.classes[label] for label in split.labels.tolist()]
+    names = [split.classes[label] if split.classes else None for label in split.labels.tolist()]
     if isinstance(split, FileSplit):
         for item, name in zip(files(split.paths), names, strict=True):
             yield item._replace(label=name)
@@ -112,14 +115,14 @@ def _page(path: Path, index: Index, split: ArraySplit | FileSplit, queries: int,
     rows = []
     for row, own in zip(chosen, index.neighbours(vectors, k + 1), strict=True):
         name, label = named[row]
-        cells = [_figure(_image(split, row), f"{label}: {Path(name).name}", "query")]
+        cells = [_figure(_image(split, row), f"{label or ''} {Path(name).name}", "query")]
         for n in [n for n in own if n.row != row][:k]:
             cells.append(_figure(_image(split, n.row), _caption(n), "same" if n.label == label else "other"))
         rows.append(f"<div>{''.join(cells)}</div>")
     heading = html.escape(title)
     path.write_text(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Neighbours: {heading}</title><style>{STYLE}</style>'
-        f"<h1>Nearest neighbours</h1><p>{heading}: test images, framed, and the others most similar to each (cosine). "
+        f"<h1>Nearest neighbours</h1><p>{heading}: images, framed, and the others most similar to each (cosine). "
         "Red: of another class.</p>" + "".join(rows) + "</html>\n",
         encoding="utf-8",
     )
@@ -130,17 +133,16 @@ def _image(split: ArraySplit | FileSplit, row: int) -> Any:
 
 
 def _caption(n: Neighbour) -> str:
-    return f"{n.similarity:.3f} {n.label}"
+    return f"{n.similarity:.3f} {n.label or Path(n.path).name}"
 
 
 def _figure(image: Any, caption: str, kind: str) -> str:
     out = io.BytesIO()
-    pixels = PIL.Image.fromarray(figures.small(image))
-    smallest = 96
-    if max(pixels.size) < smallest:  # enlarged without blur, so that 8 x 8 pixels can be seen
-        factor = -(-smallest // max(pixels.size))
-        pixels = pixels.resize([side * factor for side in pixels.size], PIL.Image.Resampling.NEAREST)
-    pixels.save(out, format="PNG")
+    picture = PIL.Image.fromarray(figures.small(image))
+    if max(picture.size) < SMALLEST:  # enlarged without blur, so that 8 x 8 pixels can be seen
+        factor = -(-SMALLEST // max(picture.size))
+        picture = picture.resize([side * factor for side in picture.size], PIL.Image.Resampling.NEAREST)
+    picture.save(out, format="PNG")
     data = base64.b64encode(out.getvalue()).decode()
     text = html.escape(caption)
     return f'<figure class="{kind}"><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'

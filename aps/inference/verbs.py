@@ -308,16 +308,17 @@ def _detect(args: argparse.Namespace) -> None:
 
 
 def coco(found: Detections) -> list[dict[str, Any]]:
-    """Detections as COCO has them: label, score, bbox (left, top, width, height), segmentation as run lengths."""
+    """Detections as COCO has them: label, score, bbox (left, top, width, height), segmentation as run lengths, if it has masks."""
+    codes = [{"segmentation": code} for code in found.run_lengths()] or [{} for _ in found.labels]
     return [
         {
             "label": label,
             "score": round(score, 6),
             "bbox": [round(x, 2) for x in (left, top, right - left, bottom - top)],
-            "segmentation": code,
         }
+        | code
         for label, score, (left, top, right, bottom), code in zip(
-            found.labels, found.scores.tolist(), found.boxes.tolist(), found.run_lengths(), strict=True
+            found.labels, found.scores.tolist(), found.boxes.tolist(), codes, strict=True
         )
     ]
 

@@ -303,6 +303,7 @@ class KnnSettings(Section):
 class EmbedSettings(Section):
     queries: Positive = Field(12, description="test images whose neighbours are shown")
     neighbours: Positive = Field(8, description="shown of each")
+    dataset: StageDataset = None
 
 
 class DetectionSettings(Section):

@@ -17,7 +17,7 @@ from aps.models.weights import check_finite, load_encoder
 from aps.results import StageJob, StageRun
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
-from aps.training.features import BROKEN_ENCODER, Normalization, features, normalization
+from aps.training.features import BROKEN_ENCODER, Normalization, features, normalization, pixels
 from aps.training.order import HOLDOUT, seeded
 
 CHUNK = 1024  # test images compared at once,

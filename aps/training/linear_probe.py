@@ -29,7 +29,7 @@ from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
 from aps.settings.blocks import LinearProbeSettings, ViewSettings
 from aps.training.classify import accuracy
-from aps.training.features import BROKEN_ENCODER, normalization, normalize
+from aps.training.features import BROKEN_ENCODER, normalization, normalize, pixels
 from aps.training.loop import Line, Loop
 from aps.training.order import IMAGE, VIEWS, KeyedLoader, Order, held_out, seeded
 from aps.training.schedule import cosine, scaled_lr
@@ -154,7 +154,7 @@ class Probing:
         settings = self.job.settings
         info = {"experiment": settings.experiment, "stage": "linear_probe", "digest": settings.digest,
                 "classes": list(self.manifest.classes), "lrs": self.settings.lrs, "lr": lr,
-                **self.manifest.pixels(settings.dataset.statistics)}  # fmt: skip
+                **pixels(self.job)}  # fmt: skip
         save_tensors(self.heads.state_dict(), stage.staging("heads.safetensors"), {INFO_KEY: json.dumps(info)})
 
 
