@@ -1,10 +1,15 @@
-"""`python -m aps VERB`."""
+"""`python -m aps VERB`, and the installed command `aps VERB`."""
 
 import sys
 
 from aps.cli import main
 from aps.runtime.signals import listen
 
-if __name__ == "__main__":
+
+def run() -> None:
     listen()
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -22,6 +22,7 @@ from pathlib import Path
 from aps import __version__
 from aps.errors import Preempted, UserError
 from aps.files import DISK_ERRORS
+from aps.inference import verbs as inference
 from aps.runtime.memory import lack
 from aps.runtime.ranks import ranks, started_by_torchrun
 from aps.settings.blocks import OwnDataset, SourceSettings
@@ -38,7 +39,7 @@ PREEMPTED = 75  # EX_TEMPFAIL: the work is saved, start the same command again
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0 done, 2 a mistake the user can fix, 75 preempted (run it again to go on)."""
-    args = parser().parse_args(arguments)
+    args = _parsed(sys.argv[1:] if arguments is None else list(arguments))
     try:
         args.run(args)
     except UserError as error:
@@ -77,9 +78,23 @@ def _disk_sentence(error: Exception) -> str | None:
     return f"{error.filename2 or error.filename}: {error.strerror}; free space or choose another folder"
 
 
+def _parsed(given: list[str]) -> argparse.Namespace:
+    top = parser()
+    if given[:1] == ["run"] and given[1:2] not in (["-h"], ["--help"]):  # whatever follows is Snakemake's
+        args = top.parse_args(["run"])
+        args.arguments = given[1:]
+        return args
+    args, rest = top.parse_known_args(given)
+    if "images" in args and not any(text.startswith("-") for text in rest):
+        args.images += rest  # argparse does not take up optional positionals again behind an option
+    elif rest:
+        top.parse_args(given)  # refuses them
+    return args
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="python -m aps",
+        prog="aps" if Path(sys.argv[0]).name == "aps" else "python -m aps",
         description="Asymmetric Patch Sampling: every stage of the pipeline, and its tools.",
         epilog="The whole DAG: snakemake all. One verb's options: python -m aps VERB --help.",
     )
@@ -90,6 +105,19 @@ def parser() -> argparse.ArgumentParser:
         p = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         p.set_defaults(run=run, verb=name)
         return p
+
+    p = verb(
+        "init", _init, "lay out a folder: a study, a Snakefile that includes the packaged workflow, profiles, a README"
+    )
+    p.add_argument("folder", type=Path, help="the folder to make")
+    p.add_argument("--study", default="demo", help="demo, cifar or own-images (default: demo)")
+
+    p = verb(
+        "run", _run, "run the study in this folder, or one named by --configfile: Snakemake with the right arguments"
+    )
+    p.add_argument(
+        "arguments", nargs="*", metavar="...", help="targets and options of Snakemake: -n, --cores, --profile"
+    )
 
     p = verb("data", _data, "prepare a dataset: fetch or find it, verify it, write its manifest")
     p.add_argument("name", help="a dataset's name; an unknown one lists them")
@@ -105,7 +133,10 @@ def parser() -> argparse.ArgumentParser:
     _study_options(p)
 
     for stage in STAGES.values():
-        _stage_options(verb(stage.name, _run_stage(stage), stage.help))
+        p = verb(stage.name, _run_stage(stage), stage.help)
+        _stage_options(p)
+        if stage.name == "embed":
+            inference.add_embed(p)
 
     p = verb(
         "import-weights", _import_weights, "turn a checkpoint of the authors' release into weights of this project"
@@ -119,13 +150,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--attention-heads", type=_number(1, 10_000), help="heads of its encoder (default: of width 64)")
 
-    p = verb(
-        "export",
-        _export,
-        "write an encoder or a finetuned model as weights that timm loads, and print the Python for it",
-    )
-    p.add_argument("weights", type=Path, help="encoder.safetensors or model.safetensors of a finished stage")
-    p.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    inference.add(verb)
 
     p = verb("show-views", _show_views, "draw images of a dataset with their views, kept cells and coverage")
     p.add_argument("--out", type=Path, required=True, help="the .png file to write")
@@ -277,6 +302,11 @@ def _runnable(text: str, args: argparse.Namespace) -> str:
     return re.sub(rf"`((?:python -m aps (?:{verbs})|snakemake )\b[^`]*)`", complete, text)
 
 
+def _no_study(args: argparse.Namespace) -> bool:
+    """Whether none is named and none is here: what can do without goes on."""
+    return args.configfile in ([], [DEFAULT_STUDY]) and not args.overrides and not Path(DEFAULT_STUDY).exists()
+
+
 def _address(study: Study) -> str:
     from aps.tracking.addresses import tracking_address
 
@@ -285,6 +315,7 @@ def _address(study: Study) -> str:
 
 def _run_stage(stage: Stage) -> Callable[[argparse.Namespace], None]:
     def run(args: argparse.Namespace) -> None:
+        from aps.inference.serving import track_model
         from aps.results import forget, restore_finished
         from aps.runtime import launch
         from aps.runtime.slurm import Claim
@@ -303,8 +334,10 @@ def _run_stage(stage: Stage) -> Callable[[argparse.Namespace], None]:
                 launch.run(args.processes, args.nodes)
                 if not restore_finished(job):
                     raise Preempted(f"{job.label} on {args.processes} processes")
+                track_model(job.out, job.tracking, job.label)
             else:
                 importlib.import_module(stage.module).run(job)
+                track_model(job.out, job.tracking, job.label)
 
     return run
 
@@ -372,6 +405,22 @@ def _check_encoder(study: Study, experiment: str, seed: int, label: str) -> None
         )
 
 
+def _init(args: argparse.Namespace) -> None:
+    from aps.workflow.folder import lay_out
+
+    lay_out(args.folder, args.study)
+    print(f"{args.folder}: read its README.md, then: cd {args.folder} && aps run")
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Becomes Snakemake, so that signals reach it."""
+    from aps.workflow.start import command
+
+    arguments = command(args.arguments)
+    sys.stdout.flush()
+    os.execv(arguments[0], arguments)
+
+
 def _data(args: argparse.Namespace) -> None:
     from aps.data.prepare import prepare
     from aps.layout import manifest_path
@@ -379,7 +428,8 @@ def _data(args: argparse.Namespace) -> None:
     given = args.source is not None or args.entry is not None
     study = (
         None
-        if args.out is not None and (given or not any(Path(file).exists() for file in args.configfile))
+        if _no_study(args)
+        or (args.out is not None and (given or not any(Path(file).exists() for file in args.configfile)))
         else _load(args)
     )
     folder = args.out or manifest_path(study.results if study else "results", args.name).parent
@@ -400,12 +450,15 @@ def _report(args: argparse.Namespace) -> None:
     """Brings MLflow up to date and writes the report."""
     study = _load(args)
     from aps.findings import Findings
+    from aps.inference.serving import sync_models
     from aps.layout import report_folder
     from aps.report import write_report
     from aps.tracking.syncing import log_report, sync
 
     address = _address(study)
     away = sync(study, address).away
+    if not away:
+        sync_models(study, address)
     folder = args.out or report_folder(study)
     files, runs = write_report(study, folder, address)
     Findings(study).stamp_report(folder)
@@ -435,21 +488,19 @@ def _import_weights(args: argparse.Namespace) -> None:
         print(file)
 
 
-def _export(args: argparse.Namespace) -> None:
-    from aps.models.transfer import export_timm
-
-    print(export_timm(args.weights, args.out))
-
-
 def _show_views(args: argparse.Namespace) -> None:
-    study = _load(args)
-    settings = study.experiment(args.experiment or next(iter(study.experiments)))
     from aps.layout import manifest_path
+    from aps.settings.study import experiment_model, method_of
     from aps.show_views import show_views
 
-    show_views(
-        args.manifest or manifest_path(study.results, settings.dataset.name), settings, args.out, args.images, args.seed
-    )
+    if args.manifest is not None and args.experiment is None and _no_study(args):
+        plain = {"dataset": args.manifest.parent.name}
+        settings, manifest = experiment_model(method_of(plain)).model_validate(plain), args.manifest
+    else:
+        study = _load(args)
+        settings = study.experiment(args.experiment or next(iter(study.experiments)))
+        manifest = args.manifest or manifest_path(study.results, settings.dataset.name)
+    show_views(manifest, settings, args.out, args.images, args.seed)
     print(args.out)
 
 
@@ -482,15 +533,23 @@ def _estimate(args: argparse.Namespace) -> None:
 
 def _sync(args: argparse.Namespace) -> None:
     study = _load(args)
+    from aps.inference.serving import sync_models
     from aps.tracking.syncing import sync
 
     address = _address(study)
     found = sync(study, address)
-    print(f"MLflow: {found.sent} runs brought up to date, {found.missing} could not be sent")
+    models, lacking = sync_models(study, address) if not found.missing else (0, 0)
+    print(
+        f"MLflow: {found.sent} runs brought up to date, {models} models logged, {found.missing + lacking} could not be sent"
+    )
     if found.missing:
         raise UserError(
             f"MLflow at {address} did not take {found.missing} runs ({found.reason}); mend that and run "
             "`python -m aps sync` again"
+        )
+    if lacking:
+        raise UserError(
+            f"MLflow at {address} did not take {lacking} models; mend that and run `python -m aps sync` again"
         )
 
 

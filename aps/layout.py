@@ -16,6 +16,8 @@ from pathlib import Path
 
 from aps.settings.study import Study
 
+SHARE = Path(__file__).parent / "share"  # what the installed package carries: Snakefile, workflow, config
+
 
 def study_folder(study: Study) -> Path:
     return Path(study.results) / study.study

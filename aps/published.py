@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from aps.errors import UserError
+from aps.layout import SHARE
 from aps.registry import ARCHS, nearest
 from aps.settings.study import ExperimentSettings
 from aps.stages import STAGES
@@ -52,12 +53,13 @@ class Entry(BaseModel):
         return value
 
 
-def load(path: Path = TABLE) -> dict[str, Entry]:
-    """Every entry by key.
+def load(path: Path | None = None) -> dict[str, Entry]:
+    """Every entry by key; of this folder's table, or else of the one that the package carries.
 
     Raises:
         UserError: the file is missing, or a key or value is wrong.
     """
+    path = path or (TABLE if TABLE.exists() else SHARE / TABLE)
     try:
         content: Any = yaml.safe_load(path.read_text())
     except OSError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import os
 import statistics
 import sys
 from collections import defaultdict
@@ -181,7 +182,7 @@ def write_report(study: Study, folder: Path, address: str) -> tuple[list[Path], 
     with atomic_path(folder / "results.csv") as temporary:
         temporary.write_text(_csv(table, runs))
     with atomic_path(folder / "report.html") as temporary:
-        temporary.write_text(_page(table, runs, pictures, address))
+        temporary.write_text(_page(table, runs, pictures, address, folder))
     return files, runs
 
 
@@ -293,11 +294,18 @@ def _machine(run: Run) -> str:
     )
 
 
-def _page(table: Table, runs: Sequence[Run], pictures: Mapping[str, bytes], address: str) -> str:
+def _page(table: Table, runs: Sequence[Run], pictures: Mapping[str, bytes], address: str, folder: Path) -> str:
     study = table.study
     keys, values = _differing(study)
-    detections = {}
+    detections, maps = {}, {}
     for name, e in study.experiments.items():
+        finding = table.findings.get((name, e.seeds[0], "embed"))
+        if finding is not None and _whole(finding, "map.png"):
+            page = os.path.relpath(finding.folder / "neighbours.html", folder)
+            maps[name] = {
+                "picture": _embedded((finding.folder / "map.png").read_bytes()),
+                "page": Path(page).as_posix(),
+            }
         finding = table.findings.get((name, e.seeds[0], "detection"))
         if finding is not None and _whole(finding, "predictions.png"):
             detections[name] = _embedded((finding.folder / "predictions.png").read_bytes())
@@ -313,6 +321,7 @@ def _page(table: Table, runs: Sequence[Run], pictures: Mapping[str, bytes], addr
         published=table.beside_published(runs),
         pictures={name: _embedded(picture) for name, picture in pictures.items()},
         detections=detections,
+        maps=maps,
         keys=keys,
         values=values,
         runs=[run | {"machine": _machine(run), "scores": _run_scores(table, run)} for run in runs],

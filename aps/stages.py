@@ -118,6 +118,15 @@ ROWS = (
         cost="aps.training.cost:knn",
     ),
     Stage(
+        name="embed",
+        module="aps.inference.stage",
+        help="write the features of images, of a study's test split or of any (WEIGHTS IMAGES)",
+        settings="aps.settings.blocks:EmbedSettings",
+        uses=("dataset", "encoder"),
+        outputs=("features.parquet", "neighbours.html", "map.png"),
+        cost="aps.training.cost:embed",
+    ),
+    Stage(
         name="detection",
         module="aps.detection.stage",
         help="train and score Mask R-CNN on an encoder (COCO transfer)",

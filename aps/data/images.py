@@ -74,6 +74,20 @@ def orientation(path: Path) -> int:
         return _orientation(image)
 
 
+def from_pillow(image: Image.Image) -> Tensor:
+    """Pixels of an image that Pillow has opened, as `read_image` gives them of its file.
+
+    Raises:
+        UserError: it can't be decoded, or has no 8-bit colours.
+    """
+    try:
+        image = image.copy()  # loads it too
+        _turn(image)
+        return _tensor(_rgb(image))
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"an image opened by Pillow can't be decoded ({_reason(error)}); give another") from None
+
+
 @cache
 def supported(suffix: str) -> bool:
     """Whether this installation of Pillow reads files of a suffix of SUFFIXES: some formats are optional there."""
@@ -102,8 +116,13 @@ def _decode(content: bytes, at_least: int | None) -> Tensor:
         rgb = _rgb(image)
         if at_least and (left := min(rgb.size) // at_least) > 1:
             rgb = rgb.reduce(left)
-        pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-        return pixels.view(rgb.height, rgb.width, 3).permute(2, 0, 1)
+        return _tensor(rgb)
+
+
+def _tensor(rgb: Image.Image) -> Tensor:
+    """uint8 (3, H, W)."""
+    pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+    return pixels.view(rgb.height, rgb.width, 3).permute(2, 0, 1)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -21,7 +21,7 @@ from aps.detection.annotations import CocoSplit
 from aps.detection.engine import Engine, Task, lr_factor
 from aps.detection.figure import predictions_figure
 from aps.detection.placement import Placed, backbone_tensors, place, table
-from aps.models.weights import load_encoder, save_tensors, trained_with
+from aps.models.weights import INFO_KEY, load_encoder, save_tensors, trained_with
 from aps.results import StageJob, StageRun
 from aps.runtime.cores import decoding_workers
 from aps.runtime.processes import Distributed, processes
@@ -147,5 +147,10 @@ def _save(stage: StageRun, engine: Engine, results: list[dict[str, Any]]) -> Non
     figure = stage.staging("predictions.png")
     predictions_figure(figure, engine.task.val, results)
     stage.figure(figure)
-    information = {"engine": engine.task.settings.engine, "classes": json.dumps(engine.task.val.classes)}
+    info = {"settings": stage.job.settings.relevant(), "mean": engine.task.mean, "std": engine.task.std}
+    information = {
+        "engine": engine.task.settings.engine,
+        "classes": json.dumps(engine.task.val.classes),
+        INFO_KEY: json.dumps(info),
+    }
     save_tensors(engine.model.state_dict(), stage.staging("model.safetensors"), information)

@@ -66,8 +66,12 @@ def save_encoder(
         info: what else a later reader needs, plain data: {"mean": ..., "std": ..., "classes": ..., "experiment": ...,
             "stage": ..., "digest": ...}. `export` prints the normalization from it.
     """
-    metadata = {SETTINGS_KEY: json.dumps(_as_built(settings)), INFO_KEY: json.dumps(dict(info or {}))}
-    save_tensors(encoder.state_dict(), path, metadata)
+    save_tensors(encoder.state_dict(), path, encoder_metadata(settings, info or {}))
+
+
+def encoder_metadata(settings: EncoderSettings, info: Mapping[str, Any]) -> dict[str, str]:
+    """What stands beside an encoder's tensors in its file."""
+    return {SETTINGS_KEY: json.dumps(_as_built(settings)), INFO_KEY: json.dumps(dict(info))}
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -300,6 +300,12 @@ class KnnSettings(Section):
         return self
 
 
+class EmbedSettings(Section):
+    queries: Positive = Field(12, description="test images whose neighbours are shown")
+    neighbours: Positive = Field(8, description="shown of each")
+    dataset: StageDataset = None
+
+
 class DetectionSettings(Section):
     """COCO transfer: Mask R-CNN on the encoder with a simple feature pyramid.
 

@@ -152,6 +152,14 @@ def knn(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
     return Cost(flops, features + max(frozen.peak, 4 * frozen.parameters + similarities), 1e5)
 
 
+def embed(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
+    """The test images through the encoder, and each compared with each."""
+    encoder = _shape(settings.encoder)
+    frozen, width = _count_frozen(encoder, half_precision("auto", gpu)), _width(encoder)
+    flops = counts.test * frozen.flops / BATCH + 2.0 * counts.test**2 * width
+    return Cost(flops, frozen.peak, 4.0 * counts.test * (width + 16) + 1e6)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Parts that stages share
 

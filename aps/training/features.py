@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,18 @@ def normalization(job: StageJob) -> Normalization:
             return found
         which = "measured"
     return Manifest.read(job.manifest).normalization(which)
+
+
+def pixels(job: StageJob) -> dict[str, Any]:
+    """How evaluation shows an image, for whoever uses the weights later: mean, std, and whether it sees the `whole` image (a
+    dataset in memory) or its `centre` (one of files).
+
+    Raises:
+        UserError: as `normalization`.
+    """
+    mean, std = normalization(job)
+    in_memory = Manifest.read(job.manifest).splits["train"].tensors is not None
+    return {"mean": mean, "std": std, "crop": "whole" if in_memory else "centre"}
 
 
 def normalize(images: Tensor, normalization: Normalization) -> Tensor:

@@ -31,7 +31,7 @@ from aps.runtime.processes import Distributed, processes
 from aps.settings.blocks import FinetuneSettings
 from aps.training.classify import accuracy
 from aps.training.examples import AugmentedExamples, Examples
-from aps.training.features import Normalization, normalization
+from aps.training.features import Normalization, normalization, pixels
 from aps.training.loop import Line, Loop, finite
 from aps.training.order import STEP, held_out, seed_of
 from aps.training.schedule import finetuning_lr
@@ -116,9 +116,9 @@ class Finetuning:
 
     def save(self, stage: StageRun) -> None:
         """Stage the last epoch's model."""
-        settings, (mean, std) = self.job.settings, self.normalization
+        settings = self.job.settings
         info = {"experiment": settings.experiment, "stage": "finetune", "digest": settings.digest,
-                "classes": list(self.manifest.classes), "mean": mean, "std": std}  # fmt: skip
+                "classes": list(self.manifest.classes), **pixels(self.job)}  # fmt: skip
         save_encoder(self.tuner.model, settings.encoder, stage.staging("model.safetensors"), info)
 
     def state_dict(self) -> dict[str, Any]:

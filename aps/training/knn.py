@@ -17,7 +17,7 @@ from aps.models.weights import check_finite, load_encoder
 from aps.results import StageJob, StageRun
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
-from aps.training.features import BROKEN_ENCODER, Normalization, features, normalization
+from aps.training.features import BROKEN_ENCODER, Normalization, features, normalization, pixels
 from aps.training.order import HOLDOUT, seeded
 
 CHUNK = 1024  # test images compared at once,
@@ -43,7 +43,13 @@ def run(job: StageJob) -> None:
             stage.log(k, knn_top1=accuracy)
         best_reported = {f"knn_top1_k{k}": accuracy for k, accuracy in accuracies.items()}
         stage.finish(
-            {**best_reported, "temperature": settings.temperature, "train_images": len(train), "test_images": len(test)}
+            {
+                **best_reported,
+                "temperature": settings.temperature,
+                "train_images": len(train),
+                "test_images": len(test),
+            },
+            pixels=pixels(job),
         )
 
 

@@ -6,6 +6,7 @@ little more than one run. All learning rates are reported; the one in the headli
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -21,14 +22,14 @@ from aps.data.load import ArraySplit, FileSplit, load_split
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.models.heads import synchronize_batch_norm
-from aps.models.weights import load_encoder, save_tensors
+from aps.models.weights import INFO_KEY, load_encoder, save_tensors
 from aps.results import StageJob, StageRun
 from aps.runtime.ahead import ahead, send
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
 from aps.settings.blocks import LinearProbeSettings, ViewSettings
 from aps.training.classify import accuracy
-from aps.training.features import BROKEN_ENCODER, normalization, normalize
+from aps.training.features import BROKEN_ENCODER, normalization, normalize, pixels
 from aps.training.loop import Line, Loop
 from aps.training.order import IMAGE, VIEWS, KeyedLoader, Order, held_out, seeded
 from aps.training.schedule import cosine, scaled_lr
@@ -51,7 +52,7 @@ def run(job: StageJob) -> None:
         loop.train(learner, learner.order.batches)
         metrics = learner.evaluate() | {"epochs": settings.epochs, "images_per_second": loop.rate}
         if distributed.main:
-            save_tensors(learner.heads.state_dict(), stage.staging("heads.safetensors"))
+            learner.save(stage, metrics["lr"])
             stage.finish(metrics, headline="test_top1", precision=learner.precision.name)
 
 
@@ -63,7 +64,7 @@ class Probing:
     def __init__(self, job: StageJob, distributed: Distributed) -> None:
         self.job, self.distributed, self.settings = job, distributed, job.settings.linear_probe
         settings, seed, device = self.settings, job.settings.seed, distributed.device
-        manifest = Manifest.read(job.manifest)
+        self.manifest = manifest = Manifest.read(job.manifest)
         self.normalization = normalization(job)
         train = load_split(job.manifest, "train", job.settings.dataset.train_limit, labelled=True)
         rows, held_rows = held_out(len(train), settings.holdout, seed)
@@ -147,6 +148,14 @@ class Probing:
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses.copy_(state["losses"])
+
+    def save(self, stage: StageRun, lr: float) -> None:
+        """Stage the heads, with what using the one of learning rate `lr` needs."""
+        settings = self.job.settings
+        info = {"experiment": settings.experiment, "stage": "linear_probe", "digest": settings.digest,
+                "classes": list(self.manifest.classes), "lrs": self.settings.lrs, "lr": lr,
+                **pixels(self.job)}  # fmt: skip
+        save_tensors(self.heads.state_dict(), stage.staging("heads.safetensors"), {INFO_KEY: json.dumps(info)})
 
 
 class Heads(nn.Module):

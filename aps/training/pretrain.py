@@ -27,7 +27,7 @@ from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
 from aps.sampling import global_noise
 from aps.training.batches import Batch, Batches
-from aps.training.features import normalization
+from aps.training.features import normalization, pixels
 from aps.training.knn import monitor
 from aps.training.loop import Line, Loop
 from aps.training.meter import Meter
@@ -111,8 +111,8 @@ class Pretraining:
 
     def save(self, stage: StageRun) -> None:
         """Stage the files: the encoder that is evaluated, and all that is left of the networks beside it."""
-        settings, (mean, std) = self.job.settings, self.normalization
-        info = {"experiment": settings.experiment, "stage": "pretrain", "digest": settings.digest, "mean": mean, "std": std}  # fmt: skip
+        settings = self.job.settings
+        info = {"experiment": settings.experiment, "stage": "pretrain", "digest": settings.digest, **pixels(self.job)}
         save_encoder(self.trainer.encoder, settings.encoder, stage.staging("encoder.safetensors"), info)
         encoder, networks = f"{self.trainer.method.evaluated}.", self.trainer.networks.state_dict()
         heads = {name: value for name, value in networks.items() if not name.startswith(encoder)}

@@ -1,0 +1,278 @@
+"""Weights that travel: to timm, to ONNX, to a folder for the Hub, to ViTDet; each with a model card.
+
+Every export returns the Python that loads it, transform and class names included; it needs nothing of this project, runs
+as it is printed (tests/inference/test_export.py) and gives what this project gives.
+
+Peculiar: a plain timm name cannot ask for LayerNorm's eps, which is 1e-5 here and 1e-6 in most of timm. A folder for the
+Hub therefore names the family whose eps is 1e-5 (timm's CLIP towers) with its extra norm switched off; the Python of a
+single file gives the norm itself.
+"""
+
+from __future__ import annotations
+
+import pprint
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aps.detection.placement import backbone_tensors
+from aps.errors import UserError
+from aps.files import atomic_path, write_json
+from aps.inference.cards import model_card
+from aps.inference.convert import EPS_FAMILIES, FAMILY, timm_arguments
+from aps.inference.model import Loaded, Model
+from aps.models.archs import dimensions
+from aps.models.encoder import Encoder
+from aps.models.weights import encoder_metadata, save_tensors
+
+LINE = 110  # characters of a printed list
+
+
+def export(model: Loaded, to: str, out: Path, licence: str | None = None) -> str:
+    """Write `model` in the form `to` (a key of TARGETS), and its card; returns the Python that loads it.
+
+    Args:
+        out: a file, or a folder for `hub-folder`.
+        licence: of the weights, for the card, as the Hub names it (`apache-2.0`, `cc-by-nc-4.0`, ...).
+
+    Raises:
+        UserError: the network has no such form, a package for it is missing, or `out` can't be written.
+    """
+    if to not in TARGETS:
+        raise UserError(f"--to {to}: choose {', '.join(TARGETS)}")
+    if not isinstance(model, Model):
+        raise UserError(f"{model.source.address} is a detector, which can't be exported; export its encoder")
+    loading = TARGETS[to](model, out)
+    card = out / "README.md" if to == "hub-folder" else out.with_suffix(".md")
+    with atomic_path(card) as temporary:
+        temporary.write_text(model_card(model, loading, licence, out.stem), encoding="utf-8")
+    return loading
+
+
+# --------------------------------------------------------------------------------------------------
+# timm
+
+
+def _export_timm(model: Model, out: Path) -> str:
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: timm's weights are a .safetensors file; name one")
+    save_tensors(_state(model), out, _metadata(model))
+    settings = model.source.settings
+    name, arguments, norm = _timm_name(model), dict[str, Any](num_classes=len(model.classes)), list[str]()
+    if settings is not None:
+        name, arguments = FAMILY, timm_arguments(settings, len(model.classes))
+        norm = [f"    norm_layer=partial(torch.nn.LayerNorm, eps={settings.layer_norm_eps!r}),"]
+    arguments |= {"pretrained_cfg_overlay": model.preprocessing.timm_config(), "checkpoint_path": str(out)}
+    creation = [
+        "model = timm.create_model(",
+        f'    "{name}",{"  # the family; every size is given below" if norm else ""}',
+        *(f"    {key}={value!r}," for key, value in arguments.items()),
+        *norm,
+        ").eval()",
+    ]
+    return _script(model, ["import timm"], creation, partial_=bool(norm))
+
+
+def _export_hub(model: Model, out: Path) -> str:
+    """timm's own layout: config.json and model.safetensors."""
+    if out.is_file():
+        raise UserError(f"--out {out} is a file; name a folder")
+    settings, classes = model.source.settings, len(model.classes)
+    pooling = "token"
+    layers = {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
+    if settings is None:
+        architecture, arguments = _timm_name(model).partition(".")[0], dict[str, Any]()
+        network: Any = model.network
+        pooling = getattr(network, "global_pool", "avg")
+        layers = {key: network.pretrained_cfg[key] for key in layers if key in network.pretrained_cfg}
+    elif settings.layer_norm_eps in EPS_FAMILIES:
+        architecture, extra = EPS_FAMILIES[settings.layer_norm_eps]
+        arguments = timm_arguments(settings, classes) | extra
+        del arguments["num_classes"]  # said once, below
+    else:
+        known = " or ".join(f"{eps:g}" for eps in EPS_FAMILIES)
+        raise UserError(
+            f"encoder.layer_norm_eps is {settings.layer_norm_eps:g}, and a folder for the Hub can only say {known}; use --to timm"
+        )
+    config: dict[str, Any] = {
+        "architecture": architecture,
+        "num_classes": classes,
+        "num_features": model.dim,
+        "global_pool": pooling,
+        "pretrained_cfg": {**model.preprocessing.timm_config(), "num_classes": classes, **layers},
+        "model_args": arguments,
+    }
+    if model.classes:
+        config["label_names"] = list(model.classes)
+    save_tensors(_state(model), out / "model.safetensors", _metadata(model))
+    write_json(out / "config.json", config)
+    creation = [f'model = timm.create_model("local-dir:{out}", pretrained=True).eval()']
+    return _script(model, ["import timm"], creation)
+
+
+def _timm_name(model: Model) -> str:
+    return model.source.address.removeprefix("timm:")
+
+
+def _state(model: Model) -> dict[str, Tensor]:
+    return {name: x.detach().cpu() for name, x in model.network.state_dict().items()}
+
+
+def _metadata(model: Model) -> dict[str, str]:
+    """So that `aps.load` takes the export back, where the network is one of ours."""
+    settings = model.source.settings
+    if settings is None:
+        return {"format": "pt"}
+    transform, made = model.preprocessing, model.provenance
+    info: dict[str, Any] = {
+        "mean": transform.mean,
+        "std": transform.std,
+        "crop": "whole" if transform.resize is None else "centre",
+        "stage": model.source.stage,
+        "experiment": made.get("experiment"),
+        "digest": made.get("settings_digest"),
+        "origin": made.get("origin"),
+    }
+    if model.classes:
+        info["classes"] = list(model.classes)
+    known = {key: value for key, value in info.items() if value is not None}
+    return {"format": "pt", **encoder_metadata(settings, known)}
+
+
+# --------------------------------------------------------------------------------------------------
+# ONNX
+
+
+def _export_onnx(model: Model, out: Path) -> str:
+    if out.suffix != ".onnx":
+        raise UserError(f"--out {out}: name an .onnx file")
+    model.to_onnx(out)
+    lines = [
+        *_imports(["import onnxruntime"]),
+        "",
+        f"session = onnxruntime.InferenceSession({str(out)!r})",
+        *_pre(model),
+    ]
+    if model.classes:
+        lines += [
+            "def predict(path):",
+            '    """The likeliest class of an image file, and its probability."""',
+            *_opened(),
+            '    (probabilities,) = session.run(["probabilities"], {"images": transform(image)[None].numpy()})',
+            "    best = int(probabilities[0].argmax())",
+            "    return classes[best], float(probabilities[0, best])",
+            "",
+            "",
+        ]
+    lines += [
+        "def embed(path):",
+        '    """The features of an image file, float32 (1, ' + str(model.dim) + ')."""',
+        *_opened(),
+        '    return session.run(["features"], {"images": transform(image)[None].numpy()})[0]',
+    ]
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# ViTDet
+
+
+def _export_vitdet(model: Model, out: Path) -> str:
+    """A checkpoint that detectron2 reads, with the names its ViTDet gives the backbone."""
+    if out.suffix not in (".pth", ".pt"):
+        raise UserError(f"--out {out}: detectron2 reads .pth files; name one")
+    settings = model.source.settings
+    if settings is None or not isinstance(model.network, Encoder):
+        raise UserError(f"{model.source.address} is no encoder of this project; only those go to ViTDet")
+    found = backbone_tensors(model.network)
+    state = {f"backbone.net.{name}": x.detach().cpu().clone() for name, x in found.tensors.items()}
+    with atomic_path(out) as temporary:
+        torch.save({"model": state, "__author__": "aps", "matching_heuristics": False}, temporary)
+    dim, depth, heads = dimensions(settings)
+    mean, std = ([round(255 * x, 3) for x in values] for values in (model.preprocessing.mean, model.preprocessing.std))
+    return "\n".join(
+        [
+            "from functools import partial",
+            "",
+            "import torch",
+            "from detectron2.modeling import ViT",
+            "",
+            "# detectron2: these arguments in the model's configuration, and train.init_checkpoint = " + repr(str(out)),
+            "net = ViT(",
+            "    img_size=1024,  # of detection",
+            f"    patch_size={settings.patch_size},",
+            f"    embed_dim={dim},",
+            f"    depth={depth},",
+            f"    num_heads={heads},",
+            f"    mlp_ratio={settings.mlp_ratio!r},",
+            f"    qkv_bias={settings.qkv_bias!r},",
+            f"    norm_layer=partial(torch.nn.LayerNorm, eps={settings.layer_norm_eps!r}),",
+            f"    pretrain_img_size={settings.image_size},",
+            "    pretrain_use_cls_token=False,  # the position embedding has no row for it",
+            '    out_feature="last_feat",',
+            ")",
+            f'state = torch.load({str(out)!r}, weights_only=True)["model"]',
+            'net.load_state_dict({name.removeprefix("backbone.net."): x for name, x in state.items()})',
+            f"pixel_mean, pixel_std = {mean}, {std}  # of the model, in RGB",
+            *_classes(model),
+        ]
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# What is printed
+
+
+def _script(model: Model, imports: list[str], creation: list[str], partial_: bool = False) -> str:
+    lines = [*(["from functools import partial", ""] if partial_ else []), *_imports([*imports]), ""]
+    lines += [*creation, *_pre(model)]
+    if model.classes:
+        lines += [
+            "def predict(path):",
+            '    """The likeliest class of an image file, and its probability."""',
+            *_opened(),
+            "    with torch.inference_mode():",
+            "        probabilities = model(transform(image)[None]).softmax(1)[0]",
+            "    return classes[int(probabilities.argmax())], float(probabilities.max())",
+            "",
+            "",
+        ]
+    lines += [
+        "def embed(path):",
+        '    """The features of an image file, float32 (1, ' + str(model.dim) + ')."""',
+        *_opened(),
+        "    with torch.inference_mode():",
+        "        return model.forward_head(model.forward_features(transform(image)[None]), pre_logits=True)",
+    ]
+    return "\n".join(lines)
+
+
+def _imports(own: list[str]) -> list[str]:
+    third = ["from PIL import Image, ImageOps", "from torchvision.transforms import v2"]
+    return [*sorted([*own, "import torch"]), *third]
+
+
+def _pre(model: Model) -> list[str]:
+    """Transform and class names."""
+    return [*model.preprocessing.code().split("\n"), *_classes(model), "", ""]
+
+
+def _classes(model: Model) -> list[str]:
+    if not model.classes:
+        return []
+    return ["classes = " + pprint.pformat(list(model.classes), width=LINE, compact=True)]
+
+
+def _opened() -> list[str]:
+    return ['    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")']
+
+
+TARGETS: dict[str, Callable[[Model, Path], str]] = {
+    "timm": _export_timm,
+    "onnx": _export_onnx,
+    "hub-folder": _export_hub,
+    "vitdet": _export_vitdet,
+}

@@ -1,0 +1,355 @@
+"""Features of any number of images in one Parquet file: path, embedding, and a place on a plane.
+
+Peculiar: memory does not grow with the number of images. Parts of a thousand rows are written as they are computed, each
+whole or not at all, so a killed run goes on behind the last one; at the end an incremental PCA reads the parts, gives
+every row its place, and the file appears whole. Run again, it computes what is new or changed and takes the rest from the
+file that is there. An unreadable image costs a line in a list, never the run.
+
+Columns: `path` (text), `embedding` (D float32), `xy` (2 float32: the first two principal components), `label` (text or
+null), `bytes` and `modified` (of the file, null where there is none). The file's metadata say which weights made it.
+
+It does not know what features are for (`neighbours`, `curate`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+from sklearn.decomposition import IncrementalPCA
+
+from aps import __version__
+from aps.errors import Preempted, UserError
+from aps.files import atomic_path, read_json, write_json
+from aps.inference.images import ImageLike, walk
+from aps.inference.model import BATCH, Model
+from aps.progress import Progress
+
+PART = 1024  # rows computed between two writings
+KEY = b"aps"  # of the file's metadata
+SHOWN = 3  # unreadable images named on the terminal
+
+
+class Item(NamedTuple):
+    """An image to embed."""
+
+    path: str  # its name in the file
+    image: ImageLike
+    label: str | None = None
+    bytes: int | None = None
+    modified: int | None = None  # nanoseconds
+
+    @property
+    def identity(self) -> tuple[str, int | None, int | None]:
+        return self.path, self.bytes, self.modified
+
+
+def files(places: Iterable[str | Path]) -> Iterator[Item]:
+    """Items of image files and of folders of them; see `aps.inference.images.walk`."""
+    for path in walk(places):
+        name = os.fsencode(path).decode("utf-8", errors="backslashreplace")  # Parquet's text is UTF-8
+        try:
+            status = path.stat()
+        except OSError:  # a link that leads nowhere: reading says so
+            yield Item(name, path)
+            continue
+        yield Item(name, path, None, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of the images."""
+
+    images: int  # rows of the file
+    computed: int
+    known: int  # taken from an earlier or interrupted run
+    unreadable: int
+
+
+def write_features(
+    model: Model,
+    items: Iterable[Item],
+    total: int,
+    out: Path,
+    batch_size: int = BATCH,
+    stop: Callable[[], bool] = lambda: False,
+    label: str = "embed",
+) -> Written:
+    """Embed `items` into `out`.
+
+    Args:
+        items: in an order that is the same at every call, such as that of `files`.
+        total: how many they are, for the progress alone.
+        stop: asked after each batch; where it says yes, what is computed is kept and the run ends.
+
+    Raises:
+        UserError: no image is readable, `out` can't be written, or another process is writing it.
+        Preempted: asked to stop; the same call goes on from there.
+    """
+    parts = out.with_name(f"{out.name}.parts")
+    made_by = {"weights": model.digest, "transform": asdict(model.preprocessing)}
+    with _claim(parts, out):
+        if not _same(parts / "state.json", made_by):
+            for file in parts.glob("*.parquet"):
+                file.unlink()
+            write_json(parts / "state.json", made_by)
+        run = _Run(model, out, parts, total, batch_size, stop, label)
+        old = _rows(out) if out.exists() and _of(out, made_by) else None
+        stream = run.skip_finished(iter(items))
+        run.embed(stream, _Known(old))
+        written = run.assemble({**made_by, "source": model.source.address, "dim": model.dim})
+        shutil.rmtree(parts)
+    return written
+
+
+class _Run:
+    """One writing of one file."""
+
+    def __init__(
+        self, model: Model, out: Path, parts: Path, total: int, batch_size: int, stop: Callable[[], bool], label: str
+    ) -> None:  # fmt: skip
+        self.model, self.out, self.parts, self.schema = model, out, parts, _schema(model.dim)
+        self.total, self.batch_size, self.stop, self.label = total, batch_size, stop, label
+        self.finished = self.computed = self.known = 0
+        self.stopped = False
+        self.rows: list[dict[str, Any]] = []  # of the part that is growing
+
+    def skip_finished(self, items: Iterator[Item]) -> Iterator[Item]:
+        """Count the parts whose images are still the first ones; drop the others. Returns the items behind them."""
+        for number, file in enumerate(sorted(self.parts.glob("*.parquet"))):
+            done = [
+                (row["path"], row["bytes"], row["modified"])
+                for row in pq.read_table(file, columns=["path", "bytes", "modified"]).to_pylist()
+            ]
+            own = list(islice(items, len(done)))
+            if [item.identity for item in own] != done or file.name != _part_name(number):
+                for stale in sorted(self.parts.glob("*.parquet"))[number:]:
+                    stale.unlink()
+                return chain(own, items)
+            self.finished += 1
+            self.known += len(done)
+        return items
+
+    def embed(self, items: Iterator[Item], known: _Known) -> None:
+        with Progress(self.label, self.total, "images", self.known) as progress:
+            while chunk := list(islice(items, PART)):
+                found = [known.find(item) for item in chunk]
+                fresh = [item for item, row in zip(chunk, found, strict=True) if row is None]
+                computed = self._compute(fresh, progress)
+                for item, row in zip(chunk, found, strict=True):
+                    if row is not None:
+                        self.known += 1
+                        progress.update(1)
+                    elif (row := next(computed, None)) is None:  # asked to stop
+                        break
+                    else:
+                        self.computed += 1
+                    self.rows.append({**item._asdict(), **row})
+                self._write_part()
+                if self.stopped:
+                    raise Preempted(f"{self.label}: {progress.done} images are done; run it again to go on")
+
+    def _compute(self, items: list[Item], progress: Progress) -> Iterator[dict[str, Any]]:
+        """`embedding`, zeros where `error` says why there is none, of each item; ends early where it is to stop."""
+        nothing = np.zeros(self.model.dim, dtype=np.float32)  # Parquet's lists of fixed length can't be null
+        for batch in self.model.prepared((item.image for item in items), self.batch_size):
+            readable = [x for x in batch if not isinstance(x, UserError)]
+            vectors = iter(self.model.features_of(readable).numpy() if readable else ())
+            progress.update(len(batch), len(batch))
+            self.stopped = self.stop()
+            for x in batch:
+                if isinstance(x, UserError):
+                    yield {"embedding": nothing, "error": str(x).encode(errors="backslashreplace").decode()}
+                else:
+                    yield {"embedding": next(vectors), "error": None}
+            if self.stopped:
+                return
+
+    def _write_part(self) -> None:
+        if self.rows:
+            columns = {name: [row[name] for row in self.rows] for name in _PART_COLUMNS}
+            with atomic_path(self.parts / _part_name(self.finished)) as temporary:
+                pq.write_table(pa.table(columns, schema=_part_schema(self.schema)), temporary)
+            self.finished += 1
+            self.rows = []
+
+    def assemble(self, metadata: dict[str, Any]) -> Written:
+        """The parts as one file, each row with its place on the plane."""
+        pca = _Plane()
+        unreadable = images = 0
+        problems = self.out.with_name(f"{self.out.name}.unreadable.txt")
+        with (
+            atomic_path(problems) as temporary,
+            temporary.open("w", encoding="utf-8", errors="surrogateescape") as list_,
+        ):
+            for table in self._tables():
+                broken = [text for text in table["error"].to_pylist() if text is not None]
+                list_.writelines(f"{text}\n" for text in broken)
+                for text in broken[: max(0, SHOWN - unreadable)]:
+                    print(f"left out: {text}", file=sys.stderr)
+                unreadable += len(broken)
+                vectors = _vectors(table.filter(pa.compute.is_null(table["error"])))
+                images += len(vectors)
+                pca.learn(vectors)
+        if not images:
+            raise UserError(f"{self.out}: none of the {unreadable} images can be read; they are listed in {problems}")
+        if not unreadable:
+            problems.unlink()
+        metadata |= {"rows": images, "version": __version__, "folder": str(Path.cwd())}
+        schema = self.schema.with_metadata({KEY: json.dumps(metadata).encode()})
+        with atomic_path(self.out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+            for table in self._tables():
+                readable = table.filter(pa.compute.is_null(table["error"]))
+                if not len(readable):
+                    continue
+                xy = pa.FixedSizeListArray.from_arrays(pa.array(pca.places(_vectors(readable)).ravel()), 2)
+                columns = {name: readable[name] for name in readable.column_names} | {"xy": xy}
+                writer.write_table(pa.table([columns[name] for name in schema.names], schema=schema))
+        return Written(images, self.computed, self.known, unreadable)
+
+    def _tables(self) -> Iterator[pa.Table]:
+        for number in range(self.finished):
+            yield pq.read_table(self.parts / _part_name(number))
+
+
+class _Plane:
+    """The first two principal components of vectors that come a few at a time."""
+
+    def __init__(self) -> None:
+        self._pca: IncrementalPCA | None = None
+        self._waiting = np.empty((0, 0), dtype=np.float32)
+
+    def learn(self, vectors: np.ndarray) -> None:
+        """vectors: (m, D). It learns from two at least: a single one waits for the next."""
+        if len(self._waiting):
+            vectors = np.concatenate([self._waiting, vectors])
+        if len(vectors) < 2:
+            self._waiting = vectors if len(vectors) else self._waiting
+            return
+        self._waiting = np.empty((0, 0), dtype=np.float32)
+        self._pca = self._pca or IncrementalPCA(min(2, vectors.shape[1]))
+        self._pca.partial_fit(vectors)
+
+    def places(self, vectors: np.ndarray) -> np.ndarray:
+        """(m, D) -> float32 (m, 2)."""
+        if self._pca is None:  # of a single image
+            return np.zeros((len(vectors), 2), dtype=np.float32)
+        return self._pca.transform(vectors).astype(np.float32)
+
+
+class _Known:
+    """Embeddings of the file that is there, found by walking both in the same order."""
+
+    def __init__(self, rows: Iterator[dict[str, Any]] | None) -> None:
+        self._rows = rows or iter(())
+        self._next = next(self._rows, None)
+
+    def find(self, item: Item) -> dict[str, Any] | None:
+        key = Path(item.path).parts
+        while self._next is not None and Path(self._next["path"]).parts < key:
+            self._next = next(self._rows, None)
+        row = self._next
+        if row is None or item.modified is None or (row["path"], row["bytes"], row["modified"]) != item.identity:
+            return None
+        return {"embedding": row["embedding"], "error": None}
+
+
+_PART_COLUMNS = ("path", "label", "bytes", "modified", "embedding", "error")
+
+
+def _schema(dim: int) -> pa.Schema:
+    return pa.schema(
+        [
+            ("path", pa.string()),
+            ("label", pa.string()),
+            ("embedding", pa.list_(pa.float32(), dim)),
+            ("xy", pa.list_(pa.float32(), 2)),
+            ("bytes", pa.int64()),
+            ("modified", pa.int64()),
+        ]
+    )
+
+
+def _part_schema(schema: pa.Schema) -> pa.Schema:
+    types = {"error": pa.string()} | {field.name: field.type for field in schema}
+    return pa.schema([(name, types[name]) for name in _PART_COLUMNS])
+
+
+def _part_name(number: int) -> str:
+    return f"{number:08d}.parquet"
+
+
+def _vectors(table: pa.Table) -> np.ndarray:
+    """float32 (m, D)"""
+    column = table["embedding"].combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    with pq.ParquetFile(file) as opened:
+        for group in range(opened.num_row_groups):
+            table = opened.read_row_group(group, columns=["path", "bytes", "modified", "embedding"])
+            vectors = _vectors(table)
+            for row, vector in zip(table.drop(["embedding"]).to_pylist(), vectors, strict=True):
+                yield row | {"embedding": vector}
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """Which weights made a file of features, how wide they are, how many rows there are.
+
+    Raises:
+        UserError: it is missing, broken or none of ours.
+    """
+    try:
+        stored = pq.read_schema(file).metadata or {}
+        return dict(json.loads(stored[KEY]))
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist; `aps embed WEIGHTS IMAGES --out {file}` makes it") from None
+    except (pa.ArrowInvalid, KeyError, ValueError, OSError):
+        raise UserError(f"{file} is no file of features; make one by `aps embed WEIGHTS IMAGES --out FILE`") from None
+
+
+def _of(file: Path, made_by: dict[str, Any]) -> bool:
+    """Whether a file that is there was made by the same weights and transform; False for anything else."""
+    try:
+        stored = read_metadata(file)
+    except UserError:
+        return False
+    return all(stored.get(key) == json.loads(json.dumps(value)) for key, value in made_by.items())
+
+
+def _same(file: Path, made_by: dict[str, Any]) -> bool:
+    return file.exists() and read_json(file) == json.loads(json.dumps(made_by))
+
+
+@contextlib.contextmanager
+def _claim(parts: Path, out: Path) -> Iterator[None]:
+    """The only process that writes `out`."""
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+        lock = (parts / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"{parts}: cannot be written ({error.strerror}); choose another --out") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{out} is being written by another process; wait for it, or choose another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield

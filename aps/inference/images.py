@@ -1,0 +1,270 @@
+"""Images of any kind in, pixels as a model sees them out.
+
+Peculiar: a file, the same image opened by Pillow and the same pixels as an array give the same tensor, and a photograph
+goes through the very operations by which the model's accuracy was measured (`aps.training.features`). Decoding runs in
+threads a few batches ahead, so any number of images needs the memory of a few batches.
+
+Letters: H, W rows and columns of an image, S side of the model's view.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from aps.data.images import from_pillow, read_image
+from aps.data.walk import HOUSEKEEPING, SUFFIXES, printable
+from aps.errors import UserError
+from aps.training.features import CENTRE
+
+ImageLike: TypeAlias = str | os.PathLike | PIL.Image.Image | np.ndarray | Tensor
+Images: TypeAlias = ImageLike | Iterable[ImageLike]
+
+THREADS = min(8, os.cpu_count() or 1)
+AHEAD = 2  # batches decoded while one is computed
+SLACK = 1e-3  # by which resampling may leave [0, 1]
+
+
+def read(image: Any, name: str = "image") -> Tensor:
+    """(3, H, W), uint8, or float32 in [0, 1] where the image is a float one.
+
+    Args:
+        image: a path; a Pillow image; an array or tensor, uint8 or float in [0, 1], (H, W), (H, W, C) or (C, H, W) with
+            1, 3 or 4 channels, of which a fourth (alpha) is dropped.
+        name: what to call it in messages.
+
+    Raises:
+        UserError: anything else, or a file that can't be read.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(Path(image))
+    if isinstance(image, PIL.Image.Image):
+        return from_pillow(image)
+    if isinstance(image, np.ndarray):
+        layout, x = "(H, W, 3)", torch.from_numpy(np.ascontiguousarray(image)) if _numeric(image) else None
+    elif isinstance(image, Tensor):
+        layout, x = "(3, H, W)", image.detach().cpu()
+    else:
+        raise UserError(
+            f"{name} is a {type(image).__name__}; give a path, a Pillow image, or a uint8 or float array or tensor"
+        )
+    if x is None or not (x.dtype == torch.uint8 or x.is_floating_point()):
+        raise UserError(f"{name} has dtype {image.dtype}; give uint8, or float in [0, 1]")
+    return _three_channels(_in_range(x, name), isinstance(image, np.ndarray), name, layout)
+
+
+def _numeric(array: np.ndarray) -> bool:
+    return array.dtype == np.uint8 or array.dtype in (np.float16, np.float32, np.float64)
+
+
+def _in_range(x: Tensor, name: str) -> Tensor:
+    if x.dtype == torch.uint8 or x.numel() == 0:
+        return x
+    x = x.float()
+    low, high = float(x.min()), float(x.max())
+    if not (low >= -SLACK and high <= 1 + SLACK):  # also where one of them is not a number
+        raise UserError(
+            f"{name} has float values from {low:.4g} to {high:.4g}; give uint8, or float in [0, 1] (the model "
+            "normalizes by itself)"
+        )
+    return x
+
+
+def _three_channels(x: Tensor, channels_last: bool, name: str, layout: str) -> Tensor:
+    shape = tuple(x.shape)
+    if x.ndim == 2:
+        x = x[None]
+    first, last = (x.ndim == 3 and x.shape[axis] in (1, 3, 4) for axis in (0, -1))
+    if last and (channels_last or not first):
+        x = x.permute(2, 0, 1)
+    elif not first:
+        raise UserError(f"{name} has shape {shape}; give {layout}")
+    if x.numel() == 0:
+        raise UserError(f"{name} has shape {shape}, which holds no pixel; give {layout}")
+    x = x[:3] if len(x) == 4 else x
+    return x.expand(3, -1, -1).contiguous()
+
+
+@dataclass(frozen=True)
+class Transform:
+    """From an image to what the network reads.
+
+    Attributes:
+        size: S.
+        mean, std: of a channel, in [0, 1] units.
+        resize: None: the whole image is resized to S x S, as images of datasets in memory are. Else its shorter side is
+            resized to this many pixels and the centre cut out, as images of files are.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int | None
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    @classmethod
+    def of_stage(cls, size: int, mean: Iterable[float], std: Iterable[float], crop: str) -> Transform:
+        """crop: `whole` or `centre`."""
+        return cls(size, tuple(mean), tuple(std), None if crop == "whole" else round(size * CENTRE))
+
+    def __call__(self, image: ImageLike) -> Tensor:
+        """An image -> (3, S, S) float32, normalized. Raises UserError where it is none."""
+        return self.normalize(self.pixels(image))
+
+    def pixels(self, image: ImageLike, name: str = "image") -> Tensor:
+        """An image -> (3, S, S) float32 in [0, 1]."""
+        x, size = read(image, name), [self.size, self.size]
+        mode = InterpolationMode(self.interpolation)
+        if self.resize is None:
+            x = _unit(x)
+            return x if list(x.shape[1:]) == size else functional.resize(x, size, mode, antialias=True)
+        x = functional.resize(x, [self.resize], mode, antialias=True)
+        return _unit(functional.center_crop(x, size))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """(..., 3, S, S) in [0, 1] -> normalized."""
+        mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return (x - mean) / std
+
+    def timm_config(self) -> dict[str, Any]:
+        """The same in the words of timm's `pretrained_cfg`."""
+        share = 1.0 if self.resize is None else self.size / self.resize
+        if self.resize is not None and int(self.size / share) != self.resize:  # timm divides and cuts off
+            share = math.nextafter(share, 0)
+        return {
+            "input_size": (3, self.size, self.size),
+            "mean": self.mean,
+            "std": self.std,
+            "interpolation": self.interpolation,
+            "crop_pct": share,
+            "crop_mode": "squash" if self.resize is None else "center",
+        }
+
+    def code(self) -> str:
+        """Python that makes the same tensor from a file with torchvision and Pillow alone, as `transform(image)`."""
+        mode = "" if self.interpolation == "bilinear" else ", interpolation=v2.InterpolationMode.BICUBIC"
+        scale = "    v2.ToDtype(torch.float32, scale=True),"
+        steps = (
+            [scale, f"    v2.Resize([{self.size}, {self.size}], antialias=True{mode}),"]
+            if self.resize is None
+            else [f"    v2.Resize([{self.resize}], antialias=True{mode}),", f"    v2.CenterCrop({self.size}),", scale]
+        )
+        return "\n".join(
+            [
+                "transform = v2.Compose([",
+                "    v2.ToImage(),",
+                *steps,
+                f"    v2.Normalize({list(self.mean)}, {list(self.std)}),",
+                "    v2.ToPureTensor(),",
+                "])",
+            ]
+        )
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+# --------------------------------------------------------------------------------------------------
+# Many of them
+
+
+def as_list(images: Images) -> list[ImageLike]:
+    """One image, or some; a batch of arrays or tensors, (B, ...) in four dimensions, as its members.
+
+    Raises:
+        UserError: there are none, or the thing is neither an image nor a list of images.
+    """
+    if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
+        found: list[ImageLike] = list(images)
+    elif isinstance(images, str | os.PathLike | PIL.Image.Image | np.ndarray | Tensor):
+        found = [images]
+    elif isinstance(images, Iterable) and not isinstance(images, bytes | bytearray | dict):
+        found = list(images)
+    else:
+        raise UserError(f"images is a {type(images).__name__}; give an image or a list of images")
+    if not found:
+        raise UserError("images is empty; give at least one image")
+    return found
+
+
+def decoded(
+    images: Iterable[ImageLike],
+    prepare: Callable[[ImageLike, str], Tensor],
+    batch: int,
+    threads: int = THREADS,
+) -> Iterator[list[Tensor | UserError]]:
+    """Batches of `prepare(image, name)`, in order; where it refuses an image, its sentence takes the tensor's place."""
+
+    def attempt(image: ImageLike, number: int) -> Tensor | UserError:
+        try:
+            return prepare(image, f"image {number}" if not isinstance(image, str | os.PathLike) else str(image))
+        except UserError as error:
+            return error
+
+    source = enumerate(iter(images))
+    waiting: deque[list[Future[Tensor | UserError]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            while True:
+                while len(waiting) <= AHEAD and (chunk := list(islice(source, batch))):
+                    waiting.append([pool.submit(attempt, image, number) for number, image in chunk])
+                if not waiting:
+                    return
+                yield [future.result() for future in waiting.popleft()]
+        finally:  # whoever asked stopped asking
+            for future in chain.from_iterable(waiting):
+                future.cancel()
+
+
+def walk(places: Iterable[str | os.PathLike]) -> Iterator[Path]:
+    """Image files: those named, and all in the folders named, at any depth, in an order that never changes.
+
+    Lazy: a folder of any size costs the memory of one directory a level. Hidden files and folders, and what systems leave among people's files, are left out; a link
+    to a folder is followed unless it leads back up.
+
+    Raises:
+        UserError: a place does not exist, or a folder named holds no image.
+    """
+    for place in map(Path, places):
+        if place.is_file():
+            yield place
+        elif place.is_dir():
+            count = 0
+            for count, path in enumerate(_inside(place, frozenset()), 1):  # noqa: B007
+                yield path
+            if not count:
+                raise UserError(f"{place}: no images in this folder ({', '.join(sorted(SUFFIXES))}); give another")
+        else:
+            raise UserError(f"{place} does not exist; give image files or folders of images")
+
+
+def _inside(folder: Path, above: frozenset[str]) -> Iterator[Path]:
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
+    except OSError as error:
+        raise UserError(f"{printable(folder)}: cannot be listed ({error.strerror}); change its permissions") from None
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name.lower() in HOUSEKEEPING:
+            continue
+        if entry.is_dir():
+            yield from _inside(folder / entry.name, above | {real})
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+            yield folder / entry.name

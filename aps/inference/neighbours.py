@@ -1,0 +1,193 @@
+"""Nearest neighbours in a file of features: exact, a piece of the file at a time; by FAISS where there are very many.
+
+Similarity is the cosine, as in the kNN stage. With more than 100,000 rows and `faiss` installed (`pip install faiss-cpu`),
+an inverted file of FAISS is built once, kept beside the features and searched instead: a few neighbours in a hundred may
+be missed, none has a wrong similarity.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aps.errors import UserError
+from aps.files import atomic_path
+from aps.inference.features import read_metadata
+from aps.inference.model import Loaded
+
+EXACT_UP_TO = 100_000  # rows
+LEARNED_FROM = 64  # vectors a cell of FAISS's partition is learned from
+PROBED = 32  # cells searched
+
+
+class Neighbour(NamedTuple):
+    row: int
+    path: str
+    label: str | None
+    similarity: float
+
+
+class Index:
+    """Features on disk, to be searched.
+
+    Args:
+        file: written by `aps.inference.features.write_features`.
+
+    Raises:
+        UserError: it is missing or none.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = Path(file)
+        self.metadata = read_metadata(self.file)
+        self._opened = pq.ParquetFile(self.file)
+        counts = [self._opened.metadata.row_group(i).num_rows for i in range(self._opened.num_row_groups)]
+        self._starts = np.cumsum([0, *counts])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def approximate(self) -> bool:
+        """Whether `search` uses FAISS."""
+        return len(self) > EXACT_UP_TO and find_spec("faiss") is not None
+
+    def check(self, model: Loaded) -> None:
+        """Raises UserError where another network made the features: distances between the two mean nothing."""
+        if self.metadata["weights"] != model.digest:
+            raise UserError(
+                f"{self.file} was made by {self.metadata['source']}, not by the weights of {model.source.address}; name those, "
+                f"or make it anew by `aps embed {model.source.address} IMAGES --out FILE`"
+            )
+
+    def batches(self, least: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """(number of its first row, float32 (m, D) of length 1 each) of every piece of the file, of `least` rows or more."""
+        waiting: list[Tensor] = []
+        first = 0
+        for group, end in enumerate(self._starts[1:].tolist()):
+            waiting.append(self._piece(group))
+            if end - first >= least or end == len(self):
+                yield first, torch.cat(waiting)
+                waiting, first = [], end
+
+    def _piece(self, group: int) -> Tensor:
+        column = self._opened.read_row_group(group, columns=["embedding"])["embedding"].combine_chunks()
+        vectors = torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1).copy())
+        return F.normalize(vectors, dim=1)
+
+    def vectors(self, rows: list[int]) -> Tensor:
+        """float32 (m, D) of rows, each of length 1; a piece of the file at a time."""
+        groups = (np.searchsorted(self._starts, rows, side="right") - 1).tolist()
+        pieces = {group: self._piece(group) for group in sorted(set(groups))}
+        return torch.stack(
+            [pieces[group][row - int(self._starts[group])] for row, group in zip(rows, groups, strict=True)]
+        )
+
+    @torch.inference_mode()
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Similarities float32 (Q, k) and rows int64 (Q, k), most similar first; k is at most the number of rows.
+
+        queries: (Q, D).
+        """
+        queries, k = F.normalize(queries.float(), dim=1), min(k, len(self))
+        if self.approximate:
+            return self._search_faiss(queries, k)
+        best = torch.full((len(queries), 0), -2.0)
+        rows = torch.zeros((len(queries), 0), dtype=torch.int64)
+        for start, vectors in self.batches():
+            similar = torch.cat([best, queries @ vectors.T], dim=1)
+            numbers = torch.arange(start, start + len(vectors)).expand(len(queries), -1)
+            best, order = similar.topk(min(k, similar.shape[1]), dim=1)
+            rows = torch.cat([rows, numbers], dim=1).gather(1, order)
+        return best, rows
+
+    def neighbours(self, queries: Tensor, k: int) -> list[list[Neighbour]]:
+        """The k rows most similar to each query, (Q, D), with their paths and labels."""
+        similar, rows = self.search(queries, k)
+        named = self.describe(sorted(set(rows.flatten().tolist())))
+        return [
+            [Neighbour(row, *named[row], value) for row, value in zip(own, values, strict=True)]
+            for own, values in zip(rows.tolist(), similar.tolist(), strict=True)
+        ]
+
+    def describe(self, rows: list[int]) -> dict[int, tuple[str, str | None]]:
+        """Path and label of rows given in ascending order; only the pieces that hold them are read."""
+        found: dict[int, tuple[str, str | None]] = {}
+        groups = np.searchsorted(self._starts, rows, side="right") - 1
+        for group in np.unique(groups).tolist():
+            table = self._opened.read_row_group(group, columns=["path", "label"])
+            for row in (row for row, own in zip(rows, groups.tolist(), strict=True) if own == group):
+                at = row - int(self._starts[group])
+                found[row] = (table["path"][at].as_py(), table["label"][at].as_py())
+        return found
+
+    def sizes(self) -> np.ndarray:
+        """int64 (M): bytes of each row's file, 0 where it has none."""
+        return self._opened.read(columns=["bytes"])["bytes"].fill_null(0).to_numpy()
+
+    def image(self, path: str) -> Path | None:
+        """Where the file of a row lies now: as named, or as seen from where the features were made. None: nowhere."""
+        places = (Path(path), Path(self.metadata["folder"]) / path)
+        return next((place for place in places if place.is_file()), None)
+
+    def _search_faiss(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        index = self._faiss()
+        similar, rows = index.search(queries.numpy(), k)
+        return torch.from_numpy(similar), torch.from_numpy(rows)
+
+    def _faiss(self) -> Any:
+        import faiss
+
+        index: Any
+        kept = self.file.with_name(f"{self.file.name}.faiss")
+        if kept.exists() and kept.stat().st_mtime_ns > self.file.stat().st_mtime_ns:
+            index = faiss.read_index(str(kept))
+            index.nprobe = PROBED
+            return index
+        print(f"{kept}: building FAISS's index of {len(self):,} rows, once", file=sys.stderr)
+        dim, cells = int(self.metadata["dim"]), max(1, int(4 * len(self) ** 0.5))
+        wanted, share = LEARNED_FROM * cells, min(1.0, LEARNED_FROM * cells / len(self))
+        generator = np.random.default_rng(0)
+        sample = np.concatenate(
+            [vectors.numpy()[generator.random(len(vectors)) < share] for _, vectors in self.batches()]
+        )[:wanted]
+        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
+        index.train(sample)
+        for _, vectors in self.batches():
+            index.add(vectors.numpy())
+        with atomic_path(kept) as temporary:
+            faiss.write_index(index, str(temporary))
+        index.nprobe = PROBED
+        return index
+
+
+def table(queries: list[str], found: list[list[Neighbour]]) -> str:
+    """For the terminal: a line a neighbour, under its query."""
+    lines = []
+    for query, neighbours in zip(queries, found, strict=True):
+        lines.append(query)
+        lines += [
+            f"  {rank:>3}  {n.similarity:6.3f}  {n.path}{f'  ({n.label})' if n.label else ''}"
+            for rank, n in enumerate(neighbours, 1)
+        ]
+    return "\n".join(lines)
+
+
+def write_table(path: Path, queries: list[str], found: list[list[Neighbour]]) -> None:
+    """The same as CSV: query, rank, path, label, similarity."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["query", "rank", "path", "label", "similarity"])
+        for query, neighbours in zip(queries, found, strict=True):
+            for rank, n in enumerate(neighbours, 1):
+                writer.writerow([query, rank, n.path, n.label or "", f"{n.similarity:.6f}"])

@@ -1,0 +1,304 @@
+"""Models in MLflow: a stage's result as one that `mlflow models serve` serves, and the way back to its weights.
+
+What is logged holds the weights with all that loading them needs, the code of this package as it is, the versions of what
+it imports, a signature and an example; so it serves wherever these packages are. Beside `aps.tracking` this is the only
+module that imports mlflow.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import aps
+from aps.errors import UserError
+from aps.files import read_json
+from aps.inference.upstream import find_encoder
+from aps.layout import stage_folder, study_folder
+from aps.seals import read_metrics
+from aps.settings.study import Study
+from aps.tracking.addresses import OFF, database_file, full, settled
+from aps.tracking.reasons import why
+from aps.tracking.server import ARTIFACTS, PROXIED, Server
+
+STORE = "results/mlflow.db"  # where a study without a server tracks
+NAME = "model"  # of the logged model, in its run
+SWITCH = "APS_LOG_MODELS"  # a variable; 0 keeps models out of MLflow, where disks are small
+SECONDS = 60.0  # how long the end of a stage waits for MLflow to take its model
+ANSWERS = {"pretrain": "embeddings", "finetune": "classes", "linear_probe": "classes", "detection": "detections"}
+# What `aps.inference.served` imports.
+NEEDED = ("mlflow", "torch", "torchvision", "timm", "safetensors", "pydantic", "pyyaml", "numpy", "pandas", "pillow",
+          "pycocotools", "tqdm", "psutil")  # fmt: skip
+
+
+def track_model(folder: Path, address: str, label: str, seconds: float = SECONDS) -> None:
+    """Log the model of a stage that has just finished, for a bounded time; what fails or is late is left to `sync_models`.
+
+    Args:
+        folder: the stage's results, complete.
+        address: of MLflow's server or store, or OFF.
+        label: of the stage, for the sentence.
+    """
+    if not _wanted(address):
+        return
+    reasons = ["it does not answer (timed out)"]
+
+    def log() -> None:
+        try:
+            _track(folder, address)
+            reasons.clear()
+        except Exception as error:  # whatever a server answers, the stage is finished
+            reasons[:] = [why(error)]
+
+    thread = threading.Thread(target=log, daemon=True, name="mlflow-model")
+    thread.start()
+    thread.join(seconds)
+    for reason in reasons:
+        print(
+            f"{label}: MLflow did not take its model ({reason}); `python -m aps sync` sends it later", file=sys.stderr
+        )
+
+
+def sync_models(study: Study, address: str) -> tuple[int, int]:
+    """Log the models that MLflow lacks of a study's finished stages. Returns (sent, still missing)."""
+    sent = 0
+    folders = [stage_folder(study_folder(study), *job) for job in study.jobs()]
+    waiting = [folder for folder in folders if (folder / "metrics.json").exists()] if _wanted(address) else []
+    for number, folder in enumerate(waiting):
+        try:
+            sent += _track(folder, address)
+        except UserError as error:  # the report speaks of damaged results
+            logging.getLogger(__name__).debug("%s", error)
+        except Exception as error:  # the server is away: asking it for each of the others would take minutes
+            print(f"{folder}: MLflow at {address} did not take its model: {why(error)}", file=sys.stderr)
+            return sent, len(waiting) - number
+    return sent, 0
+
+
+def _wanted(address: str) -> bool:
+    return address != OFF and os.environ.get(SWITCH) != "0"
+
+
+def _track(folder: Path, address: str) -> bool:
+    """Log the model of a stage's results where its run in MLflow has none; returns whether it did.
+
+    Raises:
+        Exception: whatever mlflow raises, and UserError where the results are not whole.
+    """
+    metrics = read_metrics(folder / "metrics.json")
+    run = metrics.get("mlflow_run_id")
+    if metrics["stage"] not in ANSWERS or run is None:
+        return False
+    client = _client(address)
+    if _logged(client, run) is not None:
+        return False
+    encoder = find_encoder(folder, metrics) if metrics["stage"] == "linear_probe" else None
+    log_model(client, address, run, folder, encoder)
+    return True
+
+
+def _client(address: str) -> Any:
+    return Server(address).client
+
+
+def log_model(client: Any, address: str, run_id: str, folder: Path, encoder: Path | None = None) -> str | None:
+    """Log what a finished stage left as a model of its MLflow run. Logging it again does nothing.
+
+    Done by the client's own steps, which neither load the network nor touch mlflow's global state: this runs beside
+    training.
+
+    Args:
+        client: an MlflowClient of `address`.
+        run_id: the stage's run.
+        folder: the stage's results.
+        encoder: weights that the stage needs beside its own, of a linear probe.
+
+    Returns:
+        The model's address, `models:/ID`; None where the stage leaves no model.
+
+    Raises:
+        Exception: whatever mlflow raises when the server does not take it.
+    """
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model
+
+    metrics = read_json(folder / "metrics.json")
+    stage = metrics["stage"]
+    if stage not in ANSWERS:
+        return None
+    if known := _logged(client, run_id):
+        return known
+    about = {key: str(metrics[key]) for key in ("stage", "experiment", "seed", "settings_digest")}
+    logged = client.create_logged_model(
+        client.get_run(run_id).info.experiment_id, NAME, run_id, about, model_type="pyfunc"
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary) / "model"
+        record = Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
+        save_model(place, folder, encoder, mlflow_model=record, metadata=about)
+        if (local := _beside_store(address, logged.artifact_location)) is not None:
+            shutil.copytree(place, local)
+        else:
+            client.log_model_artifacts(logged.model_id, str(place))
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    client.finalize_logged_model(logged.model_id, "READY")
+    return f"models:/{logged.model_id}"
+
+
+def save_model(place: Path, folder: Path, encoder: Path | None = None, **more: Any) -> None:
+    """Write a finished stage as a model folder that `mlflow models serve -m PLACE` serves.
+
+    Args:
+        place: the folder to make.
+        folder, encoder: as of `log_model`.
+    """
+    import mlflow
+
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it tells of each step
+    stage = read_json(folder / "metrics.json")["stage"]
+    with tempfile.TemporaryDirectory() as temporary:
+        mlflow.pyfunc.save_model(
+            path=str(place),
+            loader_module="aps.inference.served",
+            data_path=str(_gathered(folder, stage, encoder, Path(temporary) / "weights")),
+            code_paths=[str(Path(aps.__file__).parent)],
+            signature=_signature(ANSWERS[stage]),
+            input_example=_example(),
+            pip_requirements=requirements(),
+            **more,
+        )
+
+
+def weights_of(address: str) -> Path:
+    """The folder of weights behind `runs:/ID` or `models:/NAME/VERSION`, downloaded where it is not local.
+
+    The server is that of MLFLOW_TRACKING_URI, else the store of the results folder here.
+
+    Raises:
+        UserError: MLflow does not know it, does not answer, or it holds no weights of this software.
+    """
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    if not server:
+        if not Path(STORE).is_file():
+            raise UserError(f"{address}: set MLFLOW_TRACKING_URI to the server that has it (there is no {STORE} here)")
+        server = f"sqlite:///{Path(STORE).resolve()}"
+    server = settled(server)
+    try:
+        folder = _downloaded(address, server)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a server answers
+        raise UserError(f"{address}: MLflow at {server} does not give it ({why(error)}); check the address") from None
+    found = next(iter(folder.glob("**/metrics.json")), None)
+    if found is None:
+        raise UserError(f"{address}: it holds no weights of this software; name a model that one of its stages logged")
+    return found.parent
+
+
+def _downloaded(address: str, server: str) -> Path:
+    """A folder that has the model's files, or those of the stage whose run it is."""
+    import mlflow
+
+    client = _client(server)
+    run_id = address.removeprefix("runs:/").strip("/")
+    if address.startswith("runs:/") and "/" not in run_id:
+        results = client.get_run(run_id).data.tags.get("results")
+        known = _logged(client, run_id)
+        if known is None:
+            if results is not None and Path(results).is_dir():
+                return Path(results)
+            raise UserError(
+                f"{address}: this run logged no model, and its results are not at {results}; give their folder"
+            )
+        address = known
+    if address.startswith("models:/m-"):
+        location = client.get_logged_model(address.removeprefix("models:/")).artifact_location
+        if (local := _beside_store(server, location)) is not None:
+            return local
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(full(server))
+    try:
+        return Path(mlflow.artifacts.download_artifacts(address))
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def _beside_store(address: str, location: str) -> Path | None:
+    """Where artifacts lie that only a server would find by their location: beside a SQLite store, which has none."""
+    store = database_file(address)
+    if store is None or not location.startswith(PROXIED):
+        return None
+    return store.parent / ARTIFACTS / location.removeprefix(PROXIED).lstrip("/")
+
+
+def requirements() -> list[str]:
+    """Every package that a served model imports, at the version that is installed."""
+    pinned = []
+    for name in NEEDED:
+        try:
+            pinned.append(f"{name}=={version(name).partition('+')[0]}")
+        except PackageNotFoundError:
+            continue
+    return pinned
+
+
+def _logged(client: Any, run_id: str) -> str | None:
+    """The model that a run has logged whole before."""
+    experiment = client.get_run(run_id).info.experiment_id
+    models = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
+    ready = [model for model in models if model.name == NAME and model.status == "READY"]
+    return f"models:/{ready[0].model_id}" if ready else None
+
+
+def _gathered(folder: Path, stage: str, encoder: Path | None, data: Path) -> Path:
+    """The files that `aps.load` needs of a stage, in one folder."""
+    data.mkdir()
+    weights = {"pretrain": "encoder.safetensors", "linear_probe": "heads.safetensors"}.get(stage, "model.safetensors")
+    for file in (folder / "metrics.json", folder / weights, *([encoder] if encoder is not None else [])):
+        shutil.copyfile(file, data / file.name)
+    return data
+
+
+def _signature(answer: str) -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+    from mlflow.types.schema import Array, Map, Object, Property
+
+    numbers = Array("double")
+    mask = Object([Property("size", Array("long")), Property("counts", "string")])
+    columns: list[Any] = {
+        "classes": [
+            ColSpec("string", "class"),
+            ColSpec("double", "probability"),
+            ColSpec(Map("double"), "probabilities"),
+        ],
+        "embeddings": [ColSpec(numbers, "embedding")],
+        "detections": [
+            ColSpec(Array(numbers), "boxes"),
+            ColSpec(Array("string"), "labels"),
+            ColSpec(numbers, "scores"),
+            ColSpec(Array(mask), "masks"),
+        ],
+    }[answer]
+    return ModelSignature(inputs=Schema([ColSpec("string", "image")]), outputs=Schema(columns))
+
+
+def _example() -> Any:
+    """A request: one small image, base64."""
+    import numpy as np
+    import pandas as pd
+    import PIL.Image
+
+    rows = np.arange(16, dtype=np.uint8)[:, None, None] * np.array([16, 8, 4], dtype=np.uint8)
+    out = io.BytesIO()
+    PIL.Image.fromarray(np.broadcast_to(rows, (16, 16, 3)).copy()).save(out, format="PNG")
+    return pd.DataFrame({"image": [base64.b64encode(out.getvalue()).decode()]})

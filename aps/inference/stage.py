@@ -1,0 +1,148 @@
+"""The embed stage: what an encoder makes of a dataset's test images, to be looked at and used.
+
+Outputs features.parquet (docs/inference.md), neighbours.html (some images and those most similar to each) and map.png (every
+image at its place on the plane of the first two principal components, in the colour of its class). The one figure is
+`neighbour_top1`: how often an image's nearest other one is of its class, in percent; a dataset without labels has none, and
+its only images are those of train. A killed run goes on behind
+the last part that is written.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pyarrow.parquet as pq
+import torch
+
+from aps.data.load import ArraySplit, FileSplit, load_split
+from aps.data.manifest import Manifest
+from aps.inference import figures
+from aps.inference.features import Item, files, write_features
+from aps.inference.images import Transform
+from aps.inference.model import Model, Source
+from aps.inference.neighbours import Index, Neighbour
+from aps.models.weights import load_encoder
+from aps.results import StageJob, StageRun
+from aps.runtime.processes import processes
+from aps.runtime.signals import stop_requested
+from aps.training.features import pixels
+
+SMALLEST = 96  # pixels of a thumbnail's longer side
+AT_ONCE = 8192  # images whose neighbours are searched in one pass over the file
+
+
+def run(job: StageJob) -> None:
+    """The stage. Outputs features.parquet, neighbours.html, map.png, history.jsonl, metrics.json.
+
+    Raises:
+        UserError: settings that do not fit the encoder.
+        Preempted: asked to stop; what is computed is kept.
+    """
+    with processes() as distributed, StageRun(job) as stage:
+        if not distributed.main:  # one process is enough
+            return
+        settings, manifest = job.settings.embed, Manifest.read(job.manifest)
+        torch.manual_seed(job.settings.seed)  # of random weights
+        encoder = load_encoder(job.encoder_spec, job.settings.encoder)
+        shown = pixels(job)
+        transform = Transform.of_stage(job.settings.encoder.image_size, **shown)
+        source = Source(str(job.encoder_spec), settings=job.settings.encoder)
+        model = Model(encoder, transform, (), source, distributed.device)
+        split = load_split(job.manifest, "test" if "test" in manifest.splits else "train")  # unlabelled: all are train
+        out = stage.staging("features.parquet")
+        write_features(
+            model, _items(split, manifest.name), len(split), out,
+            stop=lambda: stop_requested(distributed), label=job.label,
+        )  # fmt: skip
+        index = Index(out)
+        agreement = {"neighbour_top1": neighbour_top1(index)} if split.classes else {}
+        stage.log(len(split), images=len(index), **agreement)
+        _page(stage.staging("neighbours.html"), index, split, settings.queries, settings.neighbours, job.label)
+        table = pq.read_table(out, columns=["xy", "label"])
+        picture = stage.staging("map.png")
+        places = np.array(table["xy"].to_pylist(), dtype=np.float32)
+        figures.feature_map(picture, places, table["label"].to_pylist(), f"{manifest.name}: {job.label}")
+        stage.figure(picture)
+        metrics = {**agreement, "images": len(index), "dim": model.dim}
+        stage.finish(metrics, pixels=shown)
+
+
+def _items(split: ArraySplit | FileSplit, dataset: str) -> Iterator[Item]:
+    names = [split.classes[label] if split.classes else None for label in split.labels.tolist()]
+    if isinstance(split, FileSplit):
+        for item, name in zip(files(split.paths), names, strict=True):
+            yield item._replace(label=name)
+    else:
+        for number, name in enumerate(names):
+            yield Item(f"{dataset}/test/{number:06d}", split.images[number], name)
+
+
+def neighbour_top1(index: Index) -> float:
+    """Percent of images whose nearest other one has their label."""
+    labels = np.array(pq.read_table(index.file, columns=["label"])["label"].to_pylist(), dtype=object)
+    if len(index) < 2:
+        return 0.0
+    right = 0
+    for start, vectors in index.batches(AT_ONCE):
+        _, rows = index.search(vectors, 2)
+        own = torch.arange(start, start + len(vectors))
+        nearest = torch.where(rows[:, 0] == own, rows[:, 1], rows[:, 0]).numpy()
+        right += int((labels[nearest] == labels[own.numpy()]).sum())
+    return 100 * right / len(index)
+
+
+# --------------------------------------------------------------------------------------------------
+
+STYLE = (
+    "body{font:15px system-ui,sans-serif;margin:2rem;color:#222}div{display:flex;gap:.6rem;margin:.4rem 0 1.2rem}"
+    "figure{margin:0;width:7.2rem}img{width:100%;image-rendering:auto}figcaption{font-size:.75rem;word-break:break-word}"
+    ".query img{outline:3px solid #222}.other figcaption{color:#b00}"
+)
+
+
+def _page(path: Path, index: Index, split: ArraySplit | FileSplit, queries: int, k: int, title: str) -> None:
+    """A self-contained page: images spread over the split, each with the others most similar to it."""
+    chosen = np.linspace(0, len(index) - 1, min(queries, len(index))).round().astype(int).tolist()
+    vectors = index.vectors(chosen)
+    named = index.describe(chosen)
+    rows = []
+    for row, own in zip(chosen, index.neighbours(vectors, k + 1), strict=True):
+        name, label = named[row]
+        cells = [_figure(_image(split, row), f"{label or ''} {Path(name).name}", "query")]
+        for n in [n for n in own if n.row != row][:k]:
+            cells.append(_figure(_image(split, n.row), _caption(n), "same" if n.label == label else "other"))
+        rows.append(f"<div>{''.join(cells)}</div>")
+    heading = html.escape(title)
+    path.write_text(
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Neighbours: {heading}</title><style>{STYLE}</style>'
+        f"<h1>Nearest neighbours</h1><p>{heading}: images, framed, and the others most similar to each (cosine). "
+        "Red: of another class.</p>" + "".join(rows) + "</html>\n",
+        encoding="utf-8",
+    )
+
+
+def _image(split: ArraySplit | FileSplit, row: int) -> Any:
+    return split.path(row) if isinstance(split, FileSplit) else split.images[row]
+
+
+def _caption(n: Neighbour) -> str:
+    return f"{n.similarity:.3f} {n.label or Path(n.path).name}"
+
+
+def _figure(image: Any, caption: str, kind: str) -> str:
+    out = io.BytesIO()
+    picture = PIL.Image.fromarray(figures.small(image))
+    if max(picture.size) < SMALLEST:  # enlarged without blur, so that 8 x 8 pixels can be seen
+        factor = -(-SMALLEST // max(picture.size))
+        picture = picture.resize([side * factor for side in picture.size], PIL.Image.Resampling.NEAREST)
+    picture.save(out, format="PNG")
+    data = base64.b64encode(out.getvalue()).decode()
+    text = html.escape(caption)
+    return f'<figure class="{kind}"><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'

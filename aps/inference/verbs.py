@@ -1,0 +1,362 @@
+"""The verbs that use an encoder: embed, neighbours, curate, predict, detect, attention, export.
+
+Any number of images costs the memory of a few batches. Heavy imports happen inside the verb, so that `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from itertools import islice, tee
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aps.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from aps.inference.model import Detections, Loaded, Model
+
+Verb = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
+
+WEIGHTS = "a stage's folder, a .safetensors file, timm:NAME, runs:/ID or models:/NAME/VERSION"
+IMAGES = "image files, and folders of them at any depth"
+ROWS = 12  # of a picture of many images
+
+
+def add(verb: Verb) -> None:
+    """Register the verbs, all but `embed`, which is a stage too."""
+    p = verb("neighbours", _neighbours, "find the images of a file of features that are most similar to given ones")
+    p.add_argument("weights", help=f"what made the features: {WEIGHTS}")
+    p.add_argument("images", nargs="+", metavar="QUERY", help=IMAGES)
+    p.add_argument("--index", type=Path, required=True, help="features, written by `aps embed`")
+    p.add_argument("-k", type=_positive, default=8, help="neighbours of each query (default: 8)")
+    p.add_argument("--picture", type=Path, default=Path("neighbours.png"), help="(default: neighbours.png)")
+    p.add_argument("--table", type=Path, help="write them as CSV too")
+    _how(p)
+
+    p = verb("curate", _curate, "find near duplicates and outliers among images, by their embeddings")
+    p.add_argument("weights", nargs="?", help=f"{WEIGHTS}; not needed where --index is there")
+    p.add_argument("images", nargs="*", metavar="IMAGES", help=IMAGES)
+    p.add_argument("--index", type=Path, default=Path("features.parquet"), help="features, made where images are given")
+    p.add_argument("--similarity", type=float, help="from which two are near duplicates (default: 0.95)")
+    p.add_argument("--outliers", type=_positive, default=12, help="how many to show (default: 12)")
+    p.add_argument("--out", type=Path, default=Path("curate.csv"), help="a row an image (default: curate.csv)")
+    p.add_argument("--picture", type=Path, default=Path("curate.png"), help="(default: curate.png)")
+    _how(p)
+
+    p = verb("predict", _predict, "classify images by a finetuned model or a probe")
+    _weights_and_images(p)
+    p.add_argument("--top", type=_positive, default=3, help="classes of each image (default: 3)")
+    p.add_argument("--out", type=Path, help="write every class's probability as CSV")
+    _how(p)
+
+    p = verb("detect", _detect, "find objects in images by a detector: a picture each, and COCO's results")
+    _weights_and_images(p)
+    p.add_argument("--threshold", type=float, default=0.5, help="score from which a detection counts (default: 0.5)")
+    p.add_argument("--out", type=Path, default=Path("detections"), help="folder (default: detections)")
+    _how(p, batch=4)
+
+    p = verb("attention", _attention, "draw what the class token attends to, in each head")
+    _weights_and_images(p)
+    p.add_argument("--block", type=int, default=-1, help="from 0, or from the end (default: -1, the last)")
+    p.add_argument(
+        "--out", type=Path, default=Path("attention.png"),
+        help=f"a .png file for up to {ROWS} images, or a folder for a picture each (default: attention.png)",
+    )  # fmt: skip
+    _how(p)
+
+    p = verb(
+        "export", _export, "write weights for other software, with a model card, and print the Python that loads them"
+    )
+    p.add_argument("weights", help=WEIGHTS)
+    p.add_argument("--to", default="timm", help="timm (a .safetensors file), onnx, hub-folder, vitdet (default: timm)")
+    p.add_argument("--out", type=Path, required=True, help="the file, or the folder of hub-folder")
+    p.add_argument("--licence", help="of the weights, as the Hub names it: apache-2.0, cc-by-4.0 ...")
+    p.set_defaults(device="cpu")
+
+
+def add_embed(p: argparse.ArgumentParser) -> None:
+    """Let the verb of the stage `embed` take WEIGHTS and IMAGES instead of a study."""
+    run_stage = p.get_default("run")
+
+    def run(args: argparse.Namespace) -> None:
+        (run_stage if args.weights is None else _embed)(args)
+
+    p.set_defaults(run=run)
+    own = p.add_argument_group("any images, without a study", "(--out: the file, default features.parquet)")
+    own.add_argument("weights", nargs="?", metavar="WEIGHTS", help=WEIGHTS)
+    own.add_argument("images", nargs="*", metavar="IMAGES", help=IMAGES)
+    _how(own)
+
+
+def _weights_and_images(p: argparse.ArgumentParser) -> None:
+    p.add_argument("weights", help=WEIGHTS)
+    p.add_argument("images", nargs="+", metavar="IMAGES", help=IMAGES)
+
+
+def _how(p: argparse._ActionsContainer, batch: int = 64) -> None:
+    p.add_argument("--batch-size", type=_positive, default=batch, help=f"images at once (default: {batch})")
+    p.add_argument("--device", help="default: the GPU where there is one, else the CPU")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _model(args: argparse.Namespace, verb: str) -> Model:
+    """Raises UserError where it can't `verb`."""
+    from aps.inference.model import Model
+
+    loaded = _loaded(args)
+    loaded.check(verb)
+    assert isinstance(loaded, Model)
+    return loaded
+
+
+def _loaded(args: argparse.Namespace) -> Loaded:
+    from aps.inference.load import load
+
+    return load(args.weights, device=args.device)
+
+
+Prepare = Callable[[Any, str], "Tensor"]
+
+
+def _readable(args: argparse.Namespace, prepare: Prepare) -> Iterator[tuple[list[Path], list[Tensor]]]:
+    """Batches of the images that the arguments name, prepared; those that can't be read are named on standard error.
+
+    Raises:
+        UserError: a place does not exist, or none of the images can be read.
+    """
+    from aps.inference.images import decoded, walk
+
+    names, paths = tee(walk(args.images))
+    found = False
+    for batch in decoded(paths, prepare, args.batch_size):
+        own = list(zip(islice(names, len(batch)), batch, strict=True))
+        for error in (x for _, x in own if isinstance(x, UserError)):
+            print(f"left out: {error}", file=sys.stderr)
+        if kept := [(path, x) for path, x in own if not isinstance(x, UserError)]:
+            found = True
+            yield [path for path, _ in kept], [x for _, x in kept]
+    if not found:
+        raise UserError("none of the images can be read; give others")
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _embed(args: argparse.Namespace) -> None:
+    if not args.images:
+        raise UserError(f"embed {args.weights}: name images after the weights")
+    args.out = args.out or Path("features.parquet")
+    written = _write_features(args, args.out)
+    lost = f", {written.unreadable} unreadable, listed in {args.out}.unreadable.txt" if written.unreadable else ""
+    known = f" ({written.known} of them known before)" if written.known else ""
+    print(f"{args.out}: {written.images} images{known}{lost}")
+
+
+def _write_features(args: argparse.Namespace, out: Path) -> Any:
+    from aps.inference.features import files, write_features
+    from aps.inference.images import walk
+    from aps.runtime.processes import Distributed
+    from aps.runtime.signals import stop_requested
+
+    model = _model(args, "embed")
+    alone = Distributed(0, 1, model.device)
+    total = sum(1 for _ in walk(args.images))
+    return write_features(model, files(args.images), total, out, args.batch_size, lambda: stop_requested(alone))
+
+
+def _neighbours(args: argparse.Namespace) -> None:
+    from aps.inference import figures
+    from aps.inference.images import walk
+    from aps.inference.neighbours import Index, table, write_table
+
+    index, model = Index(args.index), _model(args, "embed")
+    index.check(model)
+    queries = list(walk(args.images))
+    found = [
+        [n for n in own if not _is(index.image(n.path), query)][: args.k]  # a query is no neighbour of its own
+        for query, own in zip(queries, index.neighbours(model.embed(queries, args.batch_size), args.k + 1), strict=True)
+    ]
+    names = [str(path) for path in queries]
+    print(table(names, found))
+    if args.table:
+        write_table(args.table, names, found)
+    rows = [
+        (
+            "",
+            [
+                figures.Cell(path, f"query: {path.name}", "black"),
+                *(figures.Cell(index.image(n.path), f"{n.similarity:.3f} {n.label or Path(n.path).name}") for n in own),
+            ],
+        )
+        for path, own in zip(queries[:ROWS], found, strict=False)
+    ]
+    figures.grid(args.picture, rows)
+    more = f" (the first {ROWS} of {len(queries)} queries)" if len(queries) > ROWS else ""
+    print(f"\n{args.picture}{more}")
+
+
+def _is(file: Path | None, other: Path) -> bool:
+    return file is not None and file.samefile(other)
+
+
+def _curate(args: argparse.Namespace) -> None:
+    from aps.inference import curate, figures
+    from aps.inference.neighbours import Index
+
+    if args.weights is not None:
+        if not args.images:
+            raise UserError(f"curate {args.weights}: name images after the weights, or neither and --index")
+        _write_features(args, args.index)
+    index = Index(args.index)
+    found = curate.curate(index, args.similarity or curate.SIMILAR)
+    curate.write_table(args.out, index, found)
+    print(curate.summary(index, found, args.outliers))
+    groups, outliers = found.groups[:ROWS], found.outliers(args.outliers)
+    named = index.describe(sorted({row for rows in groups for row in rows} | set(outliers)))
+    rows = [
+        (
+            f"group {number}",
+            [
+                figures.Cell(
+                    index.image(named[row][0]),
+                    "keep" if found.keep[row] else f"{found.similarity[row]:.3f}",
+                    "green" if found.keep[row] else "firebrick",
+                )
+                for row in members[:8]
+            ],
+        )
+        for number, members in enumerate(groups)
+    ]
+    for start in range(0, len(outliers), 8):
+        cells = [
+            figures.Cell(index.image(named[row][0]), f"{found.outlier[row]:.3f}") for row in outliers[start : start + 8]
+        ]
+        rows.append(("outliers" if not start else "", cells))
+    figures.grid(args.picture, rows)
+    print(f"\n{args.out}, {args.picture}")
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from aps.inference.model import Predictions
+
+    model = _model(args, "predict")
+    with _Table(args.out, ["path", "class", "probability", *model.classes]) as table:
+        for paths, pixels in _readable(args, model.preprocessing.pixels):
+            found = Predictions(model.probabilities_of(pixels), model.classes)
+            for path, top, every in zip(paths, found.top(args.top), found.probabilities.tolist(), strict=True):
+                print(f"{path}  " + "  ".join(f"{name} {probability:.3f}" for name, probability in top))
+                table.write([str(path), top[0][0], f"{top[0][1]:.6f}", *(f"{x:.6f}" for x in every)])
+    if args.out:
+        print(f"\n{args.out}", file=sys.stderr)
+
+
+class _Table:
+    """A CSV file that appears whole or not at all; without a path, nothing."""
+
+    def __init__(self, path: Path | None, header: list[str]) -> None:
+        self.path, self.header = path, header
+
+    def __enter__(self) -> _Table:
+        from contextlib import ExitStack
+
+        from aps.files import atomic_path
+
+        self._stack = ExitStack()
+        if self.path is not None:
+            temporary = self._stack.enter_context(atomic_path(self.path))
+            file = self._stack.enter_context(temporary.open("w", newline="", errors="backslashreplace"))
+            self._writer = csv.writer(file, lineterminator="\n")
+            self._writer.writerow(self.header)
+        return self
+
+    def write(self, row: list[str]) -> None:
+        if self.path is not None:
+            self._writer.writerow(row)
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+
+def _detect(args: argparse.Namespace) -> None:
+    from aps.files import atomic_path
+    from aps.inference import figures
+    from aps.inference.model import as_bytes
+
+    model, results = _loaded(args), args.out / "detections.jsonl"
+    model.check("detect")
+    objects = images = 0
+    with atomic_path(results) as temporary, temporary.open("w") as file:
+        for paths, pixels in _readable(args, as_bytes):
+            for path, image, found in zip(paths, pixels, model.detect(pixels, args.threshold), strict=True):
+                file.write(json.dumps({"path": str(path), "detections": coco(found)}) + "\n")
+                figures.detections(picture_of(args.out, path), image, found, model.classes, path.name)
+                objects, images = objects + len(found), images + 1
+    print(f"{objects} objects in {images} images: {results}, and a picture of each image in {args.out}")
+
+
+def coco(found: Detections) -> list[dict[str, Any]]:
+    """Detections as COCO has them: label, score, bbox (left, top, width, height), segmentation as run lengths, if it has masks."""
+    codes = [{"segmentation": code} for code in found.run_lengths()] or [{} for _ in found.labels]
+    return [
+        {
+            "label": label,
+            "score": round(score, 6),
+            "bbox": [round(x, 2) for x in (left, top, right - left, bottom - top)],
+        }
+        | code
+        for label, score, (left, top, right, bottom), code in zip(
+            found.labels, found.scores.tolist(), found.boxes.tolist(), codes, strict=True
+        )
+    ]
+
+
+def picture_of(folder: Path, path: Path) -> Path:
+    """Where the picture of an image goes: its own path under `folder`, so that no two share one."""
+    inside = Path(os.path.normpath(path.absolute()))
+    try:
+        inside = inside.relative_to(Path.cwd())
+    except ValueError:
+        inside = inside.relative_to(inside.anchor)
+    return folder / inside.with_name(f"{inside.name}.png")
+
+
+def _attention(args: argparse.Namespace) -> None:
+    from aps.inference import figures
+
+    model = _model(args, "attention")
+    single = args.out.suffix.lower() == ".png"
+    rows: list[Any] = []
+    for paths, pixels in _readable(args, model.preprocessing.pixels):
+        images = [x.permute(1, 2, 0).numpy() for x in pixels]
+        maps = model.attention_of(pixels, args.block)
+        own = [(path, (path.name, *row)) for path, *row in zip(paths, images, maps, strict=True)]
+        if not single:
+            for path, row in own:
+                figures.attention(picture_of(args.out, path), [row])
+            continue
+        rows += [row for _, row in own]
+        if len(rows) > ROWS:
+            print(f"only the first {ROWS} images are drawn; name a folder for all: --out attention", file=sys.stderr)
+            break
+    if single:
+        figures.attention(args.out, rows[:ROWS])
+    print(args.out)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from aps.inference.export import export
+
+    print(export(_loaded(args), args.to, args.out, args.licence))
