@@ -30,13 +30,16 @@ class Progress:
             else None
         )
 
-    def update(self, steps: int = 1, items: int = 0, note: str = "") -> None:
+    def update(self, steps: int = 1, items: int = 0, note: str = "", total: int | None = None) -> None:
+        """total: where it is another one by now."""
         self.done += steps
+        self.total = self.total if total is None else total
         self._items += items
         if not self.shown:
             return
         rate = f"{self.rate:,.0f} images/s" if self._items else ""
         if self._bar is not None:
+            self._bar.total = self.total
             self._bar.set_postfix_str("  ".join(x for x in (rate, note) if x), refresh=False)
             self._bar.update(steps)
         elif time.monotonic() - self._last_line >= LINE_SECONDS or self.done >= self.total:

@@ -306,7 +306,7 @@ class StageRun:
             **known,
             "finished": _now(),
             "wall_seconds": seconds,
-            "cost": spent(self.job.settings, self._counts(), seconds, known["hardware"], made),
+            "cost": spent(self.job.settings, self._counts(), seconds, known["hardware"], made, metrics.get("flops")),
         }
 
     def _counts(self) -> Counts | None:

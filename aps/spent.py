@@ -25,6 +25,7 @@ def spent(
     seconds: float,
     hardware: Mapping[str, Any],
     made: Mapping[str, Any] | None = None,
+    flops: float | None = None,
 ) -> dict[str, float]:
     """The cost of a run so far, for metrics.json.
 
@@ -33,11 +34,13 @@ def spent(
         seconds: that it worked, over all its attempts.
         hardware: `aps.results.hardware`.
         made: `cost` in metrics.json of the pretraining that made its encoder.
+        flops: what the run itself counted, where its settings do not say it.
     """
+    counted = _flops(settings, counts)
     own: dict[str, float | None] = {
         "seconds": seconds,
         "gpu_hours": seconds * hardware["processes"] / 3600 if "gpu" in hardware else None,
-        "flops": _flops(settings, counts),
+        "flops": flops if counted is None else counted,
         "peak_gpu_gb": hardware["peak_gpu_bytes"] / 1e9 if "peak_gpu_bytes" in hardware else None,
         "peak_memory_gb": _peak_memory(),
     }

@@ -63,6 +63,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "warmup_lr": 1e-6,
         "weight_decay": 0.05,
         "layer_decay": 1.0,
+        "clip_grad": 0.0,
         "drop_path": 0.1,
         "rand_augment": "rand-m9-mstd0.5-inc1",
         "crop": "pad",

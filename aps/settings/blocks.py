@@ -183,11 +183,28 @@ class SamplingSettings(Section):
         )
 
 
+class BudgetSettings(Section):
+    """What a pretraining may cost: one of the two."""
+
+    flops: PositiveFloat | None = Field(None, description="operations of all steps, counted; a multiply-add is two")
+    minutes: PositiveFloat | None = Field(None, description="of training; such a run does not repeat bit for bit")
+
+    @model_validator(mode="after")
+    def _check(self) -> BudgetSettings:
+        if (self.flops is None) == (self.minutes is None):
+            raise ValueError("budget is {flops: ...} or {minutes: ...}, one of the two")
+        return self
+
+
 class PretrainSettings(Section):
     """What every method has; a method's own keys come with it (method.md, Pretraining recipe)."""
 
     method: str = Field("aps", description="a file of `aps/methods`; its own keys stand in a table below")
     epochs: Positive = Field(1600, description="E")
+    budget: BudgetSettings | None = Field(
+        None,
+        description="`{flops: 1e15}` or `{minutes: 30}`: the schedule of `epochs`, stretched or shrunk to so many operations of training, or to so long",
+    )
     batch_size: Positive = Field(512, description="B, over all processes")
     lr: PositiveFloat = Field(1e-3, description="of a batch of 256; the optimizer gets lr B / 256")
     warmup_epochs: Natural = Field(20, description="of the learning rate")
@@ -226,6 +243,7 @@ class FinetuneSettings(Section):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="learning rate of a block over that of the next; 1: the same for all"
     )
+    clip_grad: NonNegative = Field(0.0, description="largest norm of the gradient of all weights together; 0: any")
     drop_path: Probability = Field(0.1, description="stochastic depth of the last block, linear from 0")
     rand_augment: Annotated[str, Field(pattern=RAND_AUGMENT)] | None = Field(
         "rand-m9-mstd0.5-inc1", description="RandAugment in timm's notation; null: none"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from aps.cost import Cost, Counts, half_precision
+from aps.errors import UserError
 from aps.models.encoder import build_encoder
 from aps.runtime.counting import Counted, autocast, count
 from aps.sampling import Geometry, global_noise
@@ -30,7 +31,18 @@ from aps.training.networks import at_least_float32, build_method, build_networks
 # Pretraining
 
 # Settings that change no operation of a step.
-SCHEDULE = ("epochs", "lr", "warmup_epochs", "schedule", "weight_decay", "betas", "precision", "compile", "knn_every")
+SCHEDULE = (
+    "epochs",
+    "budget",
+    "lr",
+    "warmup_epochs",
+    "schedule",
+    "weight_decay",
+    "betas",
+    "precision",
+    "compile",
+    "knn_every",
+)
 
 
 def step_flops(settings: Any) -> float:
@@ -46,13 +58,29 @@ def step_flops(settings: Any) -> float:
     return settings.pretrain.accumulate * _pretraining_part(settings).flops
 
 
+def batches_within(flops: float, settings: Any, steps: int) -> int:
+    """Whole batches, of `steps` optimizer steps each, that so many operations make. Raises what `step_flops` does."""
+    return int(flops / (steps * step_flops(settings)))
+
+
 def pretrain(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
+    """Raises UserError for a budget of minutes, too: the machine decides how many operations they make."""
     s, train = settings.pretrain, _train_images(settings, "pretrain", counts)
     part = _pretraining_part(settings, half_precision(s.precision, gpu))
     method = build_method(settings)
-    flops = s.epochs * (train // s.batch_size) * method.steps * s.accumulate * part.flops
-    if s.knn_every:
-        flops += s.epochs // s.knn_every * min(MONITOR_IMAGES, train) * _image_flops(settings.encoder)
+    epoch = train // s.batch_size
+    batches = s.epochs * epoch
+    if s.budget is not None:
+        if s.budget.flops is None:
+            raise UserError(
+                f"pretrain.budget.minutes {s.budget.minutes:g} is as many operations as the machine makes in that time; "
+                "give pretrain.budget.flops for a number that is known beforehand"
+            )
+        batches = batches_within(s.budget.flops, settings, method.steps)
+    flops = batches * method.steps * s.accumulate * part.flops
+    if s.knn_every and epoch:
+        readings = -(-batches // (s.knn_every * epoch))  # the last one at the end
+        flops += readings * min(MONITOR_IMAGES, train) * _image_flops(settings.encoder)
     pixels = sum(4 * 3 * view.size**2 for view in method.views())  # of one image's views
     waiting = (2 * s.batch_size - s.batch_size / s.accumulate) * pixels / gpus  # the batch's other parts and the next
     return Cost(flops, part.training_memory(gpus) + waiting, 4 * part.parameters * (1 + 2 * 3))

@@ -170,6 +170,9 @@ class Finetuner:
             logits = self._forward(batch.images)
         loss = F.cross_entropy(logits.float(), batch.targets)
         self.precision.scaler.scale(loss).backward()
+        if self.settings.clip_grad:
+            self.precision.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -53,7 +53,7 @@ class Loop:
 
     Args:
         state: gives what `restore` needs, plain data and tensors.
-        total: batches of the whole run.
+        total: batches of the whole run; a function where a clock ends it, which may say otherwise after every batch.
         images: of a batch, over all processes.
         unit: what a batch is called.
         steps: of the journal for each batch.
@@ -67,13 +67,13 @@ class Loop:
         state: Callable[[], dict[str, Any]],
         restore: Callable[[dict[str, Any]], Any],
         *,
-        total: int,
+        total: int | Callable[[], int],
         images: int,
         unit: str = "batches",
         steps: int = 1,
     ) -> None:
         self.job, self.stage, self.distributed = job, stage, distributed
-        self.total, self.images, self.unit, self.steps = total, images, unit, steps
+        self._total, self.images, self.unit, self.steps = total, images, unit, steps
         self._state = state
         self._checkpoints = Checkpoints(job.checkpoints, job.checkpoint_minutes, writes=distributed.main)
         saved = self._checkpoints.load()
@@ -84,14 +84,20 @@ class Loop:
             restore(saved["state"])
         stage.resume(self.done * steps)  # a killed run may have logged without leaving a checkpoint
 
+    @property
+    def total(self) -> int:
+        return self._total if isinstance(self._total, int) else self._total()
+
     def train(self, learner: Learner, batches: int) -> None:
-        """All epochs of `batches` batches."""
+        """Epochs of `batches` batches until all are done; the last one may be cut short."""
         with self.running():
             while self.done < self.total:
                 epoch, first = divmod(self.done, batches)
                 for batch in learner.batches(epoch, first):
                     learner.step(batch, self.done)
                     self.advance(learner.lines, learner.note)
+                    if self.done == self.total:
+                        break
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -109,7 +115,7 @@ class Loop:
             Preempted: asked to stop; the state is saved.
         """
         self.done += 1
-        self._progress.update(1, self.images, note)
+        self._progress.update(1, self.images, note, total=self.total)
         for line in lines(self.done):
             self.stage.log(self.done * self.steps, **line)
         self._trace.batch_done()

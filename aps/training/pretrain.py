@@ -33,6 +33,7 @@ from aps.training.loop import Line, Loop
 from aps.training.meter import Meter
 from aps.training.networks import at_least_float32, build_method, build_networks
 from aps.training.order import SAMPLING, STEP, seed_of, seeded
+from aps.training.pace import Pace
 from aps.training.schedule import pretraining_lr
 
 LOG_BATCHES = 50  # batches between two log lines, within an epoch
@@ -50,12 +51,13 @@ def run(job: StageJob) -> None:
         settings, epoch = job.settings.pretrain, learner.data.batches
         loop = Loop(
             job, stage, distributed, learner.state_dict, learner.load_state_dict,
-            total=settings.epochs * epoch, images=settings.batch_size, steps=learner.trainer.method.steps,
+            total=lambda: learner.pace.total, images=settings.batch_size, steps=learner.trainer.method.steps,
         )  # fmt: skip
         loop.train(learner, epoch)
         if distributed.main:
             learner.save(stage)
-            metrics = {**learner.meter.last, "images_per_second": loop.rate, "epochs": settings.epochs}
+            length = {"epochs": loop.total / epoch, "steps": loop.total * loop.steps, **learner.pace.so_far(loop.total)}
+            metrics = {**learner.meter.last, "images_per_second": loop.rate, **length}
             stage.finish(metrics, precision=learner.trainer.precision.name)
 
 
@@ -71,6 +73,7 @@ class Pretraining:
             self.split, method.views(), self.settings.batch_size, self.normalization, job.settings.seed, distributed,
             job.workers,
         )  # fmt: skip
+        self.pace = Pace(job.settings, self.data.batches, method.steps, distributed)
         self.trainer = Trainer(job, distributed, method)
         self.meter = Meter(distributed)
 
@@ -79,6 +82,7 @@ class Pretraining:
         return self.meter.note
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        self.pace.start()
         batches = self.data.epoch(epoch, first)
         while (batch := self.meter.fetch(batches)) is not None:
             yield batch
@@ -91,23 +95,30 @@ class Pretraining:
         sampled = self.trainer.method.sample(batch.geometries, noise)
         for step, drawn in zip(range(done * steps, (done + 1) * steps), sampled, strict=True):
             torch.manual_seed(seed_of(seed, STEP, step, distributed.rank))  # of drop path and its like
-            self.lr = pretraining_lr(self.settings, step, per_epoch * steps)
-            progress = step / (self.settings.epochs * per_epoch * steps)
-            self.meter.add(self.trainer.step(batch.views, drawn, self.lr, progress))
+            self.lr = pretraining_lr(self.settings, self.pace.epoch(step), 1)
+            self.meter.add(self.trainer.step(batch.views, drawn, self.lr, self.pace.progress(step)))
+        self.pace.batch_done(done + 1)
 
     def lines(self, done: int) -> Iterator[Line]:
-        per_epoch, every = self.data.batches, self.settings.knn_every
-        if done % per_epoch == 0 or (done % per_epoch) % LOG_BATCHES == 0:
-            yield {"epoch": done / per_epoch, "lr": self.lr, **self.meter.read()}
-        if every and done % (every * per_epoch) == 0 and self.split.classes:
-            yield monitor(self.trainer.encoder, self.split, self.normalization, self.distributed)
+        per_epoch, every, last = self.data.batches, self.settings.knn_every, done == self.pace.total
+        if done % per_epoch == 0 or (done % per_epoch) % LOG_BATCHES == 0 or last:
+            yield {"epoch": done / per_epoch, "lr": self.lr, **self.meter.read(), **self.pace.so_far(done)}
+        if every and (done % (every * per_epoch) == 0 or last) and self.split.classes:
+            with self.pace.stopped():
+                found = monitor(self.trainer.encoder, self.split, self.normalization, self.distributed)
+            yield {**found, **self.pace.so_far(done)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"trainer": self.trainer.state_dict(), "meter": self.meter.state_dict()}
+        return {
+            "trainer": self.trainer.state_dict(),
+            "meter": self.meter.state_dict(),
+            "pace": self.pace.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.trainer.load_state_dict(state["trainer"])
         self.meter.load_state_dict(state["meter"])
+        self.pace.load_state_dict(state["pace"])
 
     def save(self, stage: StageRun) -> None:
         """Stage the files: the encoder that is evaluated, and all that is left of the networks beside it."""

@@ -17,7 +17,7 @@ def cosine(progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def pretraining_lr(settings: PretrainSettings, step: int, steps_per_epoch: int) -> float:
+def pretraining_lr(settings: PretrainSettings, step: float, steps_per_epoch: int) -> float:
     """Learning rate of optimizer step `step`, counted from 0 over the whole run.
 
     `release`: constant through epoch e, `min((e+1)/warmup, (1+cos(pi*e/E))/2)` (method.md, Pretraining recipe).

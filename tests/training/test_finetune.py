@@ -220,3 +220,24 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path) -> None:
 
 def test_an_odd_batch_trains_where_nothing_is_mixed(digits: Path, tmp_path: Path) -> None:
     small.run(small.job("finetune", digits, tmp_path, batch_size=33, mixup=0.0, cutmix=0.0, epochs=1))
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01, 1e6])
+def test_gradients_are_no_longer_than_asked(
+    clip: float, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, plain = tuner(digits, tmp_path, clip_grad=clip), tuner(digits, tmp_path)
+    seen: dict[str, list[Tensor]] = {}
+    for name, one in (("ours", ours), ("plain", plain)):
+
+        def step(*given: Any, name: str = name, one: Finetuner = one) -> None:
+            seen[name] = [p.grad.clone() for p in one.model.parameters() if p.grad is not None]
+
+        monkeypatch.setattr(one.optimizer, "step", step)
+        torch.manual_seed(0)
+        one.step(batch(), lr=0.0)
+    length = torch.cat([grad.flatten() for grad in seen["plain"]]).norm().item()
+    factor = min(1.0, clip / length) if clip else 1.0
+    assert length > 0.1
+    for found, whole in zip(seen["ours"], seen["plain"], strict=True):
+        torch.testing.assert_close(found, whole * factor, rtol=1e-4, atol=1e-9)

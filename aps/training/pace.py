@@ -1,0 +1,135 @@
+"""How long pretraining runs, and where on its way it is: so many epochs, operations or minutes.
+
+Design: a run with a budget is a run of `epochs` that is stretched or shrunk to another length. Learning rate, weight decay,
+momenta and temperatures go the same way from start to end, warmup included. Operations are counted on the method's step
+(`aps.training.cost`), so the number of steps is known beforehand, and such a run repeats bit for bit as any other.
+
+Minutes end by the clock, and the schedule follows the time that has passed: how many steps that makes depends on the
+machine and on what else it does, so such a run does not repeat. Its clock stands still between two attempts and during kNN
+readings; compiling, waiting for data and checkpoints count.
+
+It does not know what a step is.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from aps.errors import UserError
+from aps.runtime.processes import Distributed
+from aps.training.cost import batches_within, step_flops
+
+
+class Pace:
+    """The way of one run.
+
+    Args:
+        settings: of the run.
+        batches: of an epoch.
+        steps: optimizer steps of a batch.
+
+    Raises:
+        UserError: a budget of operations that is less than a batch's, or for a step that can't be counted.
+
+    Attributes:
+        total: batches of the whole run; of minutes, as many as it looks by now.
+    """
+
+    def __init__(self, settings: Any, batches: int, steps: int, distributed: Distributed) -> None:
+        self.batches, self.steps, self.distributed = batches, steps, distributed
+        self._epochs, self._budget = settings.pretrain.epochs, settings.pretrain.budget
+        self._seconds = 0.0  # until the clock was last started
+        self._since: float | None = None  # when that was
+        # Exchanged on the CPU, so that nobody waits for a device
+        self._group: Any = dist.new_group(backend="gloo") if distributed.world > 1 and self._minutes else None
+        self._share = 0.0  # of the minutes, when the last batch was done
+        self.step_flops = self._count(settings)
+        self.total = self._epochs * batches
+        if self._budget is not None and self._budget.flops is not None:
+            assert self.step_flops is not None
+            self.total = batches_within(self._budget.flops, settings, steps)
+            if self.total < 1:
+                raise UserError(
+                    f"pretrain.budget.flops {self._budget.flops:g} is less than the {steps * self.step_flops:.4g} operations "
+                    "of one batch; raise it"
+                )
+
+    @property
+    def _minutes(self) -> float | None:
+        return self._budget.minutes if self._budget is not None else None
+
+    def _count(self, settings: Any) -> float | None:
+        """Operations of an optimizer step; None where they can't be counted and nothing depends on it."""
+        try:
+            return step_flops(settings)
+        except UserError as error:
+            if self._budget is not None and self._budget.flops is not None:
+                raise
+            if self.distributed.main:
+                print(f"no operations in this run's journal: {error}", file=sys.stderr)
+            return None
+
+    def progress(self, step: int) -> float:
+        """Share of the run that is done before optimizer step `step`, in [0, 1)."""
+        return self._share if self._minutes else step / (self.total * self.steps)
+
+    def epoch(self, step: int) -> float:
+        """Where the schedule of `epochs` is at that step."""
+        if self._budget is None:
+            return step / (self.batches * self.steps)
+        return self.progress(step) * self._epochs
+
+    def so_far(self, done: int) -> dict[str, float]:
+        """Operations and seconds of training after `done` batches, for the journal."""
+        flops = {} if self.step_flops is None else {"flops": done * self.steps * self.step_flops}
+        return {**flops, "seconds": self.seconds}
+
+    # Clock
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all attempts."""
+        return self._seconds + (time.monotonic() - self._since if self._since is not None else 0.0)
+
+    def start(self) -> None:
+        """The clock runs from here on."""
+        if self._since is None:
+            self._since = time.monotonic()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The clock stands still within, and runs afterwards."""
+        self._wait()
+        self._seconds, self._since = self.seconds, None
+        yield
+        self._wait()
+        self.start()
+
+    def batch_done(self, done: int) -> None:
+        """After each batch, the `done`-th: a run of minutes sees how much of them is left."""
+        if not self._minutes:
+            return
+        self._wait()
+        seconds = torch.tensor(self.seconds, dtype=torch.float64)
+        if self._group is not None:  # all processes by the clock of the first
+            dist.broadcast(seconds, 0, self._group)
+        self._share = float(seconds) / (60 * self._minutes)
+        self.total = done if self._share >= 1 else max(done + 1, round(done / self._share))
+
+    def _wait(self) -> None:
+        """For the device: work that it has yet to do is not done."""
+        if self.distributed.device.type == "cuda":
+            torch.cuda.synchronize(self.distributed.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "share": self._share, "total": self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._seconds, self._share, self.total = state["seconds"], state["share"], state["total"]
