@@ -73,7 +73,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", "none")
         study = load_study(["study.yaml"])
-        for dataset in study.datasets():
+        for dataset in study.dataset_names():
             assert main(["data", dataset, "--configfile", "study.yaml"]) == 0
         for experiment, seed, stage in study.jobs():
             own = ["--experiment", experiment, "--seed", str(seed)]
