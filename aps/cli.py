@@ -85,7 +85,7 @@ def _parsed(given: list[str]) -> argparse.Namespace:
         args.arguments = given[1:]
         return args
     args, rest = top.parse_known_args(given)
-    if "images" in args and not any(text.startswith("-") for text in rest):
+    if isinstance(getattr(args, "images", None), list) and not any(text.startswith("-") for text in rest):
         args.images += rest  # argparse does not take up optional positionals again behind an option
     elif rest:
         top.parse_args(given)  # refuses them

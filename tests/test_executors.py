@@ -35,6 +35,7 @@ defaults:
   dataset: {name: digits, train_limit: 64}
   stages: [pretrain, knn]
   encoder: {arch: micro, image_size: 16, patch_size: 4, dim: 24, depth: 1, heads: 3}
+  pretrain: {batch_size: 32}
   knn: {k: [5]}
 experiments:
   one: {}

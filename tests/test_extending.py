@@ -60,7 +60,11 @@ def test_the_documented_file_adds_a_method(
 ) -> None:
     """From a study's settings to the files: it trains, learns, is stopped, and ends as if undisturbed."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
-    small_crops = {"dataset": {"name": "digits", "train_limit": 100}, "encoder": small.ENCODER.model_dump()}
+    small_crops = {
+        "stages": ["pretrain"],
+        "dataset": {"name": "digits", "train_limit": 100},
+        "encoder": small.ENCODER.model_dump(),
+    }
     own = {"method": simclr, "epochs": 20, "batch_size": 32, "warmup_epochs": 2, "projector": [16, 8], "lr": 0.01}
     with pytest.raises(UserError, match=r"unknown key 'pretrain\.temprature'; did you mean 'pretrain\.temperature'"):
         study({**small_crops, "pretrain": own | {"temprature": 1.0}})

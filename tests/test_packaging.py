@@ -90,6 +90,8 @@ def test_versions_tested_are_within_the_bounds() -> None:
     versions = dict(pins())
     for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]:
         requirement = Requirement(text)
+        if requirement.name == PROJECT["name"]:  # extras of its own
+            continue
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), text
 
 

@@ -38,7 +38,14 @@ ELSEWHERE = {"ssh", "cd", "git", "cp", "tmux", "source", "pip", "mlflow", "docke
 TARGETS = {"all", "report", *RULE_OF_TARGET}
 # What they do after installing; a server would stay, and the tests are these.
 MADE = {"make demo": "snakemake all --cores 2", "make ui": "true", "make test": "true"}
-WALKED = ["README.md", "tutorial.md", "own-images.md", "mlflow.md", "sweep.md", "ablation.md"]  # given as they are printed
+WALKED = [
+    "README.md",
+    "tutorial.md",
+    "own-images.md",
+    "mlflow.md",
+    "sweep.md",
+    "ablation.md",
+]  # given as they are printed
 
 
 class Block(NamedTuple):

@@ -104,12 +104,13 @@ def test_the_verb_draws_a_studys_dataset(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_no_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["show-views", "--images", "0", "--out", str(tmp_path / "views.png")]) == 2
-    assert "--images 0 leaves nothing to draw" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["show-views", "--images", "0", "--out", str(tmp_path / "views.png")])
+    assert ended.value.code == 2 and 'argument --images: "0" is not a whole number from 1' in capsys.readouterr().err
 
 
 def test_a_dataset_that_is_not_prepared_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = tmp_path / "study.yaml"
     study.write_text(f"results: {tmp_path}\n{STUDY}")
     assert main(["show-views", "--configfile", str(study), "--out", str(tmp_path / "views.png")]) == 2
-    assert "prepare it by `python -m aps data digits`" in capsys.readouterr().err
+    assert "prepare it by `python -m aps data digits" in capsys.readouterr().err

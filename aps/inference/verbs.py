@@ -43,7 +43,12 @@ def add(verb: Verb) -> None:
     p = verb("curate", _curate, "find near duplicates and outliers among images, by their embeddings")
     p.add_argument("weights", nargs="?", help=f"{WEIGHTS}; not needed where --index is there")
     p.add_argument("images", nargs="*", metavar="IMAGES", help=IMAGES)
-    p.add_argument("--index", type=Path, default=Path("features.parquet"), help="features, made where images are given")
+    p.add_argument(
+        "--index",
+        type=Path,
+        default=Path("features.parquet"),
+        help="features, made where images are given (default: features.parquet)",
+    )
     p.add_argument("--similarity", type=float, help="from which two are near duplicates (default: 0.95)")
     p.add_argument("--outliers", type=_positive, default=12, help="how many to show (default: 12)")
     p.add_argument("--out", type=Path, default=Path("curate.csv"), help="a row an image (default: curate.csv)")
@@ -77,7 +82,7 @@ def add(verb: Verb) -> None:
     p.add_argument("weights", help=WEIGHTS)
     p.add_argument("--to", default="timm", help="timm (a .safetensors file), onnx, hub-folder, vitdet (default: timm)")
     p.add_argument("--out", type=Path, required=True, help="the file, or the folder of hub-folder")
-    p.add_argument("--licence", help="of the weights, as the Hub names it: apache-2.0, cc-by-4.0 ...")
+    p.add_argument("--licence", help="of the weights, as the Hub names it, such as apache-2.0 or cc-by-4.0")
     p.set_defaults(device="cpu")
 
 

@@ -107,7 +107,9 @@ class EncoderSettings(Section):
         if self.arch not in ARCHS:
             raise ValueError(f"arch '{self.arch}' is unknown; {ARCHS.unknown(self.arch)}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; change either"
+            )
         if self.grid**2 > MOST_CELLS:
             raise ValueError(
                 f"image_size {self.image_size} and patch_size {self.patch_size} make {self.grid**2:,} cells of an image, above "
@@ -494,7 +496,9 @@ class OwnDataset(Section):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise UserError(f"--entry: not an entry of `datasets`: {error.errors()[0]['msg']}") from None
+            raise UserError(
+                f"--entry: not an entry of `datasets`: {error.errors()[0]['msg']}; give one as JSON"
+            ) from None
 
     @model_validator(mode="after")
     def _check(self) -> OwnDataset:

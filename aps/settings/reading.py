@@ -72,7 +72,7 @@ def read_value(text: str, where: str) -> Any:
     try:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}; correct it there") from None
     except RecursionError:
         raise UserError(_too_deep(where)) from None
     except ValueError as error:  # a date that is none, a number of more digits than Python reads
@@ -160,7 +160,7 @@ def _read(file: Path, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(
-            f"{file}: a study is a block of keys (study, defaults, experiments), not a {type(content).__name__}"
+            f"{file}: a study is a block of keys (study, defaults, experiments), not a {type(content).__name__}; write KEY: VALUE"
         )
     merged: dict[str, Any] = {}
     includes = content.pop("include", None) or []
@@ -214,7 +214,9 @@ def _inherit(
             f"{where}: experiment '{name}': inherits '{parent}', which does not exist; {nearest(str(parent), list(experiments))}"
         )
     if parent in (*chain, name):
-        raise UserError(f"{where}: experiment '{name}': inherits itself through {' -> '.join((*chain, name, parent))}")
+        raise UserError(
+            f"{where}: experiment '{name}': inherits itself through {' -> '.join((*chain, name, parent))}; remove one"
+        )
     base = _inherit(parent, experiments, defaults, where, (*chain, name))
     base = {key: value for key, value in base.items() if key not in ("inherits", "description", "published")}
     return _merge(base, own)

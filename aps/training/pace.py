@@ -69,7 +69,7 @@ class Pace:
         """Operations of an optimizer step; None where they can't be counted and nothing depends on it."""
         try:
             return step_flops(settings)
-        except UserError as error:
+        except Exception as error:  # whatever a method does that tensors without data can't: training goes on
             if self._budget is not None and self._budget.flops is not None:
                 raise
             if self.distributed.main:

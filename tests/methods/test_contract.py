@@ -116,7 +116,7 @@ def test_a_method_with_all_of_the_contract_trains_and_resumes_bit_for_bit(
     assert one[:2] == other[:2] and small.same(one[2], other[2])
     lines = [line for line in one[0] if "loss" in line]
     assert [line["step"] for line in lines] == [6, 12] and all(line["norm"] > 0 for line in lines)
-    assert one[1].keys() == {"loss", "norm", "epochs"}
+    assert one[1].keys() >= {"loss", "norm", "epochs"}
 
 
 def test_the_encoder_that_is_evaluated_is_saved_and_the_rest_lies_beside_it(

@@ -46,9 +46,9 @@ def test_pretraining_on_one_and_evaluating_on_another_takes_three_lines(tmp_path
 
 
 def test_a_stages_dataset_may_have_settings_of_its_own(tmp_path: Path) -> None:
-    study = one(tmp_path, dataset={"name": "pool", "train_limit": 100}, stages=["pretrain", "knn", "finetune"],
+    study = one(tmp_path, dataset={"name": "pool", "train_limit": 1000}, stages=["pretrain", "knn", "finetune"],
                 knn={"dataset": {"name": "eval", "train_limit": 7}}, finetune={"dataset": "eval"})  # fmt: skip
-    assert study.stage_settings("e", 0, "pretrain").dataset.train_limit == 100
+    assert study.stage_settings("e", 0, "pretrain").dataset.train_limit == 1000
     assert study.stage_settings("e", 0, "knn").dataset.train_limit == 7
     finetuned = study.stage_settings("e", 0, "finetune").dataset
     # as the encoder saw its images, unless it says otherwise

@@ -126,7 +126,7 @@ def test_the_first_failure_ends_the_waiting_for_a_server_that_hangs(
     said = capsys.readouterr()
     assert len(asked) == 1 and "did not take it: it does not answer (timed out)" in said.err
     if verb == "sync":
-        assert exit_code == 2 and "0 runs brought up to date, 4 could not be sent" in said.out
+        assert exit_code == 2 and "0 runs brought up to date, 0 models logged, 4 could not be sent" in said.out
         assert (
             f"MLflow at {address} did not take 4 runs (it does not answer (timed out)); mend that and run" in said.err
         )

@@ -208,10 +208,10 @@ def test_layer_decay_slows_early_layers(digits: Path, tmp_path: Path) -> None:
 
 
 def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"finetune.batch_size 33 gives each of the 1 processes an odd number"):
-        small.run(small.job("finetune", digits, tmp_path / "odd", batch_size=33))
-    with pytest.raises(UserError, match=r"finetune.batch_size 91 exceeds the 90 training images"):
-        small.run(small.job("finetune", digits, tmp_path / "large", batch_size=91))
+    with pytest.raises(ValueError, match=r"batch_size 33 is odd"):
+        small.job("finetune", digits, tmp_path / "odd", batch_size=33)
+    with pytest.raises(UserError, match=r"finetune.batch_size 92 exceeds the 90 training images"):
+        small.run(small.job("finetune", digits, tmp_path / "large", batch_size=92))
     with pytest.raises(UserError, match=r"holdout of 0.001 of 100 training images keeps none"):
         small.run(small.job("finetune", digits, tmp_path / "none", holdout=0.001))
     with pytest.raises(UserError, match=r"the finetuning loss became nan; lower finetune.lr"):

@@ -72,10 +72,10 @@ def test_killed_while_it_evaluates_it_only_evaluates_again(
     job = few(stage, digits, tmp_path)
     load = small.module(stage).load_split
 
-    def killed(manifest: Path, split: str, *limit: int | None) -> Any:
+    def killed(manifest: Path, split: str, *limit: int | None, **more: Any) -> Any:
         if split == "test":
             raise SystemExit("killed")
-        return load(manifest, split, *limit)
+        return load(manifest, split, *limit, **more)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(small.module(stage), "load_split", killed)
