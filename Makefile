@@ -11,7 +11,7 @@ UV ?= $(shell command -v uv 2>/dev/null)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui test test-fast test-slow lint format reference bench docs pictures lock install clean
+.PHONY: help demo ui test test-fast test-slow test-soak lint format reference bench docs pictures lock install clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,7 +30,10 @@ test-fast: $(VENV)/.dev  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow and not end_to_end" -n $(CORES)
 
 test-slow: $(VENV)/.dev  ## the slow ones: a real Slurm, detectron2
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not soak"
+
+test-soak: $(VENV)/.dev  ## the longest: browsers, servers that are killed, every page walked, the container's steps
+	$(BIN)/python -m pytest -m soak
 
 lint: $(VENV)/.dev  ## style (ruff, snakefmt) and types (mypy)
 	$(BIN)/ruff check .

@@ -96,6 +96,7 @@ def test_the_build_context_holds_what_is_copied_and_nothing_else() -> None:
     assert all((ROOT / source).exists() for source in copied())
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_the_steps_of_the_dockerfile_make_an_environment_that_plans_a_study(tmp_path: Path) -> None:
     here = tmp_path / "work"

@@ -160,6 +160,7 @@ def test_a_command_of_ours_is_one(block: Block, checkout: Path) -> None:
             assert words[0] in ELSEWHERE, f"{block}: {command}"
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [block for block in of("sh") if "snakemake" in block.text], ids=str)
 def test_snakemake_plans_what_a_page_asks_for(block: Block, checkout: Path) -> None:
@@ -255,6 +256,7 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.end_to_end
 def test_the_pages_can_be_followed_from_top_to_bottom(checkout: Path) -> None:

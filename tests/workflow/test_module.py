@@ -119,6 +119,7 @@ def test_the_catalog_can_list_it() -> None:
         assert (ROOT / file).exists(), file
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_snakedeploy_deploys_it(tmp_path: Path) -> None:
     """From a local clone, which snakedeploy writes into the Snakefile by a relative path: that line is put right."""
