@@ -127,7 +127,7 @@ class Disturber:
         for line in run("squeue", "-h", "-a", "-t", "all", "-o", "%i|%T|%k").splitlines():
             job, state, comment = line.split("|")
             self.study.submitted.add(comment.removeprefix("rule_").split("_wildcards")[0])
-            if found := re.fullmatch(r"rule_(\w+?)_encoder_wildcards_(\w+)_0", comment):
+            if found := re.fullmatch(r"rule_(\w+?)_encoder_wildcards_(\w+)_0_\w+", comment):
                 stage, experiment = found.groups()
                 name = experiment if stage == "pretrain" else f"{experiment}.{stage}"
                 fields = dict(re.findall(r"(\S+?)=(\S+)", run("scontrol", "show", "job", "-d", "-o", job)))
