@@ -29,7 +29,7 @@ from aps.results import saved_run
 from aps.settings.reading import load_study
 from aps.stages import STAGES
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = [pytest.mark.slurm, pytest.mark.soak, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
