@@ -97,6 +97,7 @@ def test_a_dry_run_plans_the_whole_study_for_lsf(checkout: Path) -> None:
     assert {"pretrain_encoder", "knn_encoder", "report"} <= set(re.findall(r"^(\w+) +[12]$", done.stdout, re.MULTILINE))
 
 
+@pytest.mark.soak
 @needs_generic
 @pytest.mark.slow
 def test_lsf_runs_a_stage_with_what_it_asks_for(checkout: Path) -> None:

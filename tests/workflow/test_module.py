@@ -161,6 +161,7 @@ os.execvp(words[at + 1], words[at + 1 :])
 """
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_jobs_run_in_the_studys_container(tmp_path: Path) -> None:
     inside, outside = tmp_path / "inside", tmp_path / "bin"
