@@ -98,12 +98,23 @@ def fake_job(
     )
 
 
+def pretend_prepared(manifest: Path, digest: str) -> None:
+    """A manifest of no files, with this digest."""
+    name = manifest.parent.name
+    content = {
+        "name": name, "kind": "detection" if "coco" in name else "classification", "classes": ["a", "b"],
+        "image_size": None, "splits": {}, "statistics": {"measured": None}, "digest": digest, "digest_of": "nothing",
+        "origin": "a test",
+    }  # fmt: skip
+    manifest.write_text(json.dumps(content))
+
+
 def pretend_finished(study: Study) -> list[Path]:
     """Every result of a study, without computing it: sealed, but with a few letters for weights -> the files."""
     for dataset in study.dataset_names():
         manifest = manifest_path(study.results, dataset)
         manifest.parent.mkdir(parents=True, exist_ok=True)
-        manifest.write_text(json.dumps({"name": dataset, "digest": f"images of {dataset}"}))
+        pretend_prepared(manifest, f"images of {dataset}")
     files = [manifest_path(study.results, dataset) for dataset in study.dataset_names()]
     for experiment, seed, stage in study.jobs():
         folder = stage_folder(study_folder(study), experiment, seed, stage)

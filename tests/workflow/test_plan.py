@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_study import STUDY, checkout, pretend_finished, put
+from tiny_study import STUDY, checkout, pretend_finished, pretend_prepared, put
 
 from aps.errors import UserError
 from aps.settings.reading import load_study
@@ -90,7 +90,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FINETUNINGS = {"finetune_encoder aps", "finetune_encoder floor"}
-ON_PRETRAINING = {f"{JOB_RULES[stage]} aps" for stage in STAGES}
+ON_PRETRAINING = {f"{JOB_RULES[stage]} aps" for stage in STUDY["experiments"]["aps"]["stages"]}
 
 
 def test_nothing_is_done_where_all_is_finished(finished: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_damaged_result_is_made_again(
 
 def test_other_images_run_everything_again_that_was_made_of_them(tmp_path: Path, finished: Path) -> None:
     folder = shutil.copytree(finished, tmp_path / "copy", symlinks=True)
-    (folder / "results/data/digits/manifest.json").write_text('{"name": "digits", "digest": "other images"}')
+    pretend_prepared(folder / "results/data/digits/manifest.json", "other images")
     assert plan(folder) == {*ON_PRETRAINING, "finetune_encoder floor", "knn_encoder floor", "report"}
 
 
