@@ -195,9 +195,9 @@ def table(folder: Path, *overrides: str) -> str:
 
 
 def test_results_of_other_settings_are_named_instead_of_shown(study: Path) -> None:
-    assert "7 of 7 runs finished" in table(study)
+    assert "8 of 8 runs finished" in table(study)
     text = table(study, "defaults.pretrain.epochs=999")
-    assert "2 of 7 runs finished" in text
+    assert "2 of 8 runs finished" in text
     assert "pretrain aps/seed0: other settings: pretrain.epochs 2, now 999" in text
     assert "knn aps/seed0: its encoder: other settings: pretrain.epochs 2, now 999" in text
 
