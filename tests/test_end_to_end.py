@@ -118,7 +118,8 @@ def test_mlflow_has_a_run_of_each_stage_with_params_curves_final_metrics_and_fig
         name, seed, stage = job
         run, found = runs[f"{name}/seed{seed}/{stage}"], metrics(study, *job)
         assert run.info.status == "FINISHED" and run.info.run_id == found["mlflow_run_id"] and found["mlflow_complete"]
-        assert run.data.params["seed"] == "0" and f"{stage}.precision" in run.data.params
+        own = {f"{stage}.{key}" for key, value in found["settings"][stage].items() if value is not None}
+        assert run.data.params["seed"] == "0" and own <= {*run.data.params}
         final = finals(found)
         assert {key: run.data.metrics[key] for key in final} == pytest.approx(final) and "cost/flops" in final
         first = read_history(of(study, *job) / "history.jsonl")[0]
