@@ -15,6 +15,7 @@ from urllib.parse import quote, unquote
 
 OFF = "none"  # tracking_uri that turns MLflow off
 HTTP = ("http", "https")
+BY_NAME = {"orderByKey": "tags.`mlflow.runName`", "orderByAsc": "true"}
 DATABASES = ("postgresql", "mysql", "mssql", "oracle")
 FULL = "APS_TRACKING_URI"  # a database's address with its password, for this process and its children
 
@@ -92,8 +93,12 @@ def database_file(address: str) -> Path | None:
 
 
 def page(experiment_id: str, view: str | None = None, search: str | None = None) -> str:
-    """The part of an address that leads to an experiment's runs: as a view shows them, or those that are searched."""
-    shared = f"&viewStateShareKey={quote(view)}" if view else f"&searchFilter={quote(search)}" if search else ""
+    """The part of an address that leads to an experiment's runs: as a view shows them, or those that are searched.
+
+    What is searched is sorted by name: sorted by time, MLflow folds runs away under their parent.
+    """
+    more = {"viewStateShareKey": view} if view else {"searchFilter": search, **BY_NAME} if search else {}
+    shared = "".join(f"&{key}={quote(value)}" for key, value in more.items())
     return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning{shared}"
 
 

@@ -72,14 +72,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", METHODS.names())
 def test_it_learns_beyond_random_weights(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By kNN and by a linear probe; ten points are five of the floor's standard deviations over seeds."""
+    """By a linear probe and, most of them, by kNN; five points are more than two of the floor's standard deviations over seeds."""
     monkeypatch.chdir(folder)
     for stage in ("pretrain", "linear_probe", "knn"):
         assert main([stage, "--configfile", "study.yaml", "--experiment", name]) == 0
     (knn, probe), floor = scores(folder, name), scores(folder, "floor")
     print(f"{name}: kNN {knn:.1f}, linear probe {probe:.1f}; random weights {floor[0]:.1f}, {floor[1]:.1f}")
-    assert probe > floor[1] + 10, (name, probe, floor)
-    assert knn > floor[0] + 10 or name == "mae", (
+    assert probe > floor[1] + 5, (name, probe, floor)
+    assert knn > floor[0] + 5 or name == "mae", (
         name,
         knn,
         floor,

@@ -120,6 +120,11 @@ def visit(browser: Any, address: str, wanted: str, picture: str | None = None) -
     return str(text)
 
 
+def target(browser: Any, words: str) -> str:
+    """Where a link of the page goes."""
+    return str(browser.find_element("link text", words).get_attribute("href"))
+
+
 def table(browser: Any) -> dict[str, dict[str, str]]:
     """Rows of the table of runs in their order, by name: the cells by the names of their columns."""
     script = """
@@ -197,10 +202,8 @@ def test_a_runs_page_says_what_made_it_and_links_both_ways(page: tuple[str, Path
     ):
         assert said in text, said
     assert "mlflow.aps" not in text and "digest" not in text
-    browser.find_element("link text", "gamma3/seed0/pretrain").click()
-    text = visit(browser, browser.current_url, "What was made of its encoder")
-    browser.find_element("link text", "What was made of its encoder").click()
-    text = visit(browser, browser.current_url, "gamma3/seed0/knn")
+    text = visit(browser, target(browser, "gamma3/seed0/pretrain"), "What was made of its encoder")
+    text = visit(browser, target(browser, "What was made of its encoder"), "gamma3/seed0/knn")
     assert "gamma3/seed0/finetune" in text and "gamma0/seed0/knn" not in text and "2 matching runs" in text
     store = f"sqlite:///{study.results}/mlflow.db"
     assert Server(store).client.get_run(ids["knn"]).data.tags[PARENT] == ids["pretrain"]
