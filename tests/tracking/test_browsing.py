@@ -142,7 +142,6 @@ def table(browser: Any) -> dict[str, dict[str, str]]:
     return {row["attributes.`Run Name`"]: row for row in ordered}
 
 
-@pytest.mark.soak
 @pytest.mark.slow
 def test_which_gamma_is_best_on_knn_over_three_seeds_and_at_what_cost_is_the_first_screen(
     page: tuple[str, Path], browser: Any
@@ -164,7 +163,6 @@ def test_which_gamma_is_best_on_knn_over_three_seeds_and_at_what_cost_is_the_fir
         assert float(shown["sampling.gamma"]) == gamma
 
 
-@pytest.mark.soak
 @pytest.mark.slow
 def test_the_page_draws_scores_costs_and_curves_and_no_epoch(page: tuple[str, Path], browser: Any) -> None:
     address = page[0].replace("aps-finetune", "aps-knn")
@@ -182,7 +180,6 @@ def test_the_page_draws_scores_costs_and_curves_and_no_epoch(page: tuple[str, Pa
     assert "epoch" in [item.text for item in browser.find_elements("css selector", "[role=menu] [role^=menuitem]")]
 
 
-@pytest.mark.soak
 @pytest.mark.slow
 def test_a_runs_page_says_what_made_it_and_links_both_ways(page: tuple[str, Path], browser: Any) -> None:
     base, study = page[0].partition("/#")[0], load_study([page[1]])
@@ -209,7 +206,6 @@ def test_a_runs_page_says_what_made_it_and_links_both_ways(page: tuple[str, Path
     assert Server(store).client.get_run(ids["knn"]).data.tags[PARENT] == ids["pretrain"]
 
 
-@pytest.mark.soak
 @pytest.mark.slow
 def test_figures_are_shown_though_the_results_were_moved(page: tuple[str, Path], browser: Any) -> None:
     base, study = page[0].partition("/#")[0], load_study([page[1]])
