@@ -18,7 +18,7 @@ from aps.data import NEED_A_PATH
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.findings import Findings
-from aps.layout import encoder_file, manifest_path
+from aps.layout import encoder_file, manifest_of
 from aps.registry import nearest
 from aps.settings.blocks import SourceSettings
 from aps.settings.study import Study
@@ -55,7 +55,7 @@ def hints(study: Study) -> Iterator[str]:
     """A sentence for each dataset that has to be prepared first, or again."""
     findings = Findings(study)
     for name in study.dataset_names():
-        if not manifest_path(study.results, name).exists():
+        if not manifest_of(study, name).exists():
             yield f"dataset '{name}' is not prepared yet: `python -m aps data {name}`"
         elif (reason := findings.of_data(name)) is not None:
             yield f"dataset '{name}' will be prepared again ({reason}): `python -m aps data {name}`"
@@ -90,7 +90,7 @@ def _batch(study: Study, experiment: str, stage: str) -> Iterator[str]:
             f"experiment '{experiment}': {stage}.accumulate {parts} does not divide the {batch // processes} images of a "
             "process; change either"
         )
-    path = manifest_path(study.results, e.dataset_of(stage))
+    path = manifest_of(study, e.dataset_of(stage))
     if STAGES[stage].detects or not path.exists():
         return
     try:
