@@ -518,7 +518,7 @@ def _check(args: argparse.Namespace) -> None:
         print(f"  {name:<28} {e.dataset.name:<14} seeds {list(e.seeds)}  {', '.join(e.stages)}{shown}")
     for hint in hints(study):
         print(_runnable(hint, args))
-    found = list(problems(study, _address(study)))
+    found = list(problems(study))
     for problem in found[:-1]:
         print(f"error: {_runnable(problem, args)}", file=sys.stderr)
     if found:
