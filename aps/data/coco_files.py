@@ -102,6 +102,7 @@ def describe(folder: Path, name: str, files: dict[str, Files], key: str, masks: 
         contents += [split, seen[split].sha256, content["images"], content["annotations"]]
         notes += reports[split].notes()
         notes += _without(classes, content["annotations"]) if split == "train" else []
+    notes += trees.damaged(folder, listings, seen)
     notes += trees.alike(folder, listings, {split: own.sha256 for split, own in seen.items()})
     if not masks:
         notes.append("instances have boxes and no masks: detection trains boxes only, and there is no mask AP")

@@ -25,6 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from aps.data.complaints import dropped
 from aps.data.walk import SUFFIXES, printable
 from aps.errors import UserError
 
@@ -61,7 +62,8 @@ def read_file(path: Path) -> bytes:
 def decode_image(content: bytes, path: Path, at_least: int | None = None) -> Tensor:
     """`read_image` of a file whose bytes are there; `path` is for messages."""
     try:
-        return _decode(content, at_least)
+        with dropped():
+            return _decode(content, at_least)
     except Exception as error:  # a damaged file can raise anything
         raise UserError(
             f"{printable(path)}: cannot be read as an image ({_reason(error)}); replace or remove it"
