@@ -5,7 +5,7 @@ pycocotools count on: annotation ids from 1 (an id of 0 counts as no match there
 are polygons of three points or more or whole run lengths, areas, class names told apart. What was mended is counted in
 notes; what could mean two things is refused, in a sentence that names the annotation.
 
-Peculiar: run lengths are checked here in Python, because pycocotools writes out of bounds on broken ones. Where a record
+Design: run lengths are checked here in Python, because pycocotools writes out of bounds on broken ones. Where a record
 has the size of an image before its EXIF orientation, boxes and masks are turned with the image.
 
 It deliberately does not know detectors, and keeps the ids of images and categories where they are whole numbers, so that

@@ -3,7 +3,7 @@
 Whatever Pillow reads is read: 16 bit, CMYK, palettes, animations (their first frame); an EXIF orientation is applied, so
 that an image stands as people see it.
 
-Peculiar: plain JPEG files are decoded by torchvision, which takes two thirds of Pillow's time and gives the same pixels,
+Design: plain JPEG files are decoded by torchvision, which takes two thirds of Pillow's time and gives the same pixels,
 because both are libjpeg-turbo; a test compares the two. Everything else, PNG above all, goes through Pillow: a
 flipped byte can crash torchvision's PNG decoder, and libpng prints warnings that name no file. A PNG's own checksums are
 checked before it is decoded. Colour profiles are not applied, transparency is dropped.

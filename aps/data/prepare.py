@@ -171,7 +171,10 @@ def _hold(name: str, path: Path) -> IO[str] | None:
             print(f"{name}: waiting for another process that prepares it in {path.parent}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            print(f"{name}: {path}: no lock to be had ({error.strerror}); prepare it once at a time", flush=True)
+            print(
+                f"{name}: {path}: this file system has no locks ({error.strerror}), so let only one process prepare it at a time",
+                flush=True,
+            )
             return lock
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), path.stat()):

@@ -3,7 +3,7 @@
 Two kinds: a `Model`, a Vision Transformer with or without a classifier, and a `Detector`. Either has every verb; the one
 that a network is not made for says in a sentence what is.
 
-Peculiar: a linear probe is a classifier like a finetuned model, because in evaluation its BatchNorm and its head are one
+Design: a linear probe is a classifier like a finetuned model, because in evaluation its BatchNorm and its head are one
 linear layer (`aps.inference.load` folds them); hence every verb and every export works on it. Any other timm network, a
 convolutional one too, embeds and predicts as well.
 
