@@ -267,7 +267,7 @@ def damaged(folder: Path, splits: dict[str, Listing], seen: dict[str, Seen]) -> 
                         found.append(f"{printable(splits[split].root / name)}: {complaints.since(before)}")
     if not found:
         return []
-    write_atomic(folder / "damaged.txt", "".join(f"{line}\n" for line in found).encode())
+    write_bytes(folder / "damaged.txt", "".join(f"{line}\n" for line in found).encode())
     be = "images are" if len(found) > 1 else "image is"
     return [
         f"{len(found):,} {be} damaged and used as far as it can be decoded ({found[0]}); {folder / 'damaged.txt'} lists "
