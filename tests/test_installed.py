@@ -116,7 +116,7 @@ def test_installed_in_a_fresh_environment_it_lays_out_plans_and_runs(wheel: Path
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv/bin/python"
     site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
-    install = ["install", "--quiet", "--no-deps", "--no-index", f"--python={python}", str(wheel)]
+    install = [f"--python={python}", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
     subprocess.run([sys.executable, "-m", "pip", *install], check=True)
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
