@@ -18,12 +18,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from aps.data import USERS_OWN
 from aps.data.fingerprint import changed, outdated
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.files import read_json, sha256, write_json
 from aps.layout import encoder_file, manifest_of, stage_folder, study_folder
+from aps.registry import USERS_OWN
 from aps.results import flatten
 from aps.seals import contents, damage, read_metrics
 from aps.settings.study import Study

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from aps.data import USERS_OWN
+from aps.registry import USERS_OWN
 from aps.settings.blocks import OwnDataset, SourceSettings
 from aps.settings.study import Study
 
