@@ -165,7 +165,7 @@ def with_a_stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (STAGE, "workflow/rules/class_means.smk", "config/means.yaml"):
         (folder / name).write_text(FILES[name])
     rows, table = folder / "aps/stages.py", folder / "workflow/Snakefile"
-    rows.write_text(rows.read_text().replace("ROWS = (\n", "ROWS = (\n" + FILES["aps/stages.py"]))
+    rows.write_text(rows.read_text().replace("ROWS = (\n", f"ROWS = (\n{FILES['aps/stages.py'].rstrip()},\n"))
     include = re.search(r"`(include: [^`]+)`", PAGE)[1]
     table.write_text(
         table.read_text().replace('include: "rules/report.smk"', f'{include}\ninclude: "rules/report.smk"')
