@@ -26,7 +26,7 @@ from aps.workflow.start import command
 if TYPE_CHECKING:
     from aps.inference.model import Model
 
-EXPERIMENT = "aps"  # of `pretrain`
+EXPERIMENT, IMAGES = "aps", "images"  # of `pretrain`: its experiment, and a folder's name as a dataset
 
 
 def run(study: str | os.PathLike | Mapping[str, Any], *targets: str, cores: int | None = None) -> list[dict[str, Any]]:
@@ -70,6 +70,7 @@ def pretrain(
     seed: int = 0,
     results: str = "results",
     cores: int | None = None,
+    labels: bool = True,
     **settings: Any,
 ) -> Model:
     """Pretrain an encoder on a dataset or a folder of images; what is finished is not computed again.
@@ -77,6 +78,7 @@ def pretrain(
     Args:
         data: a dataset's name (`digits`, `cifar10` ...) or a folder of images, a folder a class.
         name: of the study; its results lie in results/NAME.
+        labels: false: the folder is any tree of images, all of them for training.
         settings: blocks of an experiment, as in YAML: `encoder={"arch": "tiny", "image_size": 64}`,
             `pretrain={"epochs": 100}` ...
 
@@ -90,11 +92,11 @@ def pretrain(
     study: dict[str, Any] = {
         "study": name,
         "results": results,
-        "defaults": {"dataset": str(data) if known else "folder", "seeds": [seed], "stages": ["pretrain"], **settings},
+        "defaults": {"dataset": str(data) if known else IMAGES, "seeds": [seed], "stages": ["pretrain"], **settings},
         "experiments": {EXPERIMENT: {}},
     }
     if not known:
-        study["sources"] = {"folder": {"path": str(Path(data).expanduser().resolve())}}
+        study["datasets"] = {IMAGES: {"folder": str(Path(data).expanduser().resolve()), "labels": labels}}
     run(study, "pretrain", cores=cores)
     from aps.inference.load import load
 

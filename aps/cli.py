@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("data", _data, "prepare a dataset: fetch or find it, verify it, write its manifest")
     p.add_argument("name", help="a dataset's name; an unknown one lists them")
-    p.add_argument("--out", type=Path, help="folder of the prepared dataset (default: results/data/NAME)")
+    p.add_argument("--out", type=Path, help="folder of the prepared dataset (default: its own under results/data)")
     p.add_argument(
         "--source", help="folder with the dataset's archives or unpacked files (default: the study's, or download)"
     )
@@ -343,7 +343,7 @@ def _run_stage(stage: Stage) -> Callable[[argparse.Namespace], None]:
 
 
 def _job(stage: Stage, args: argparse.Namespace):  # type: ignore[no-untyped-def]  # StageJob, imported late
-    from aps.layout import encoder_file, manifest_path, stage_folder, study_folder
+    from aps.layout import encoder_file, manifest_of, manifest_path, stage_folder, study_folder
     from aps.results import StageJob, saved_run
     from aps.tracking.addresses import OFF
 
@@ -353,7 +353,7 @@ def _job(stage: Stage, args: argparse.Namespace):  # type: ignore[no-untyped-def
     if args.settings is not None:
         settings, study_name, results = StageSettings.from_json(args.settings), args.study, args.results
         description = ""
-        folder = results / study_name
+        folder, manifest = results / study_name, manifest_path(results, settings.dataset_name)
         encoder, tracking = args.encoder, args.tracking or os.environ.get("MLFLOW_TRACKING_URI", OFF)
         if settings.stage != stage.name:
             raise UserError(
@@ -367,11 +367,12 @@ def _job(stage: Stage, args: argparse.Namespace):  # type: ignore[no-untyped-def
         address = _address(study)  # whatever is given, it may carry what the server wants to know
         encoder, tracking = args.encoder, args.tracking or address
         folder, description = study_folder(study), study.experiments[name].description
+        manifest = manifest_of(study, settings.dataset_name)
         if encoder is None and stage.encoder:
             encoder = encoder_file(study, name, seed)
             if not started_by_torchrun():
                 _check_encoder(study, name, seed, f"{stage.name} {name}/seed{seed}")
-    manifest = args.manifest or manifest_path(results, settings.dataset_name)
+    manifest = args.manifest or manifest
     for path in (manifest, encoder):
         if path is not None and not path.exists():
             raise UserError(f"{path} is missing; run the stage that makes it (`snakemake {path}`)")
@@ -432,8 +433,7 @@ def _data(args: argparse.Namespace) -> None:
         or (args.out is not None and (given or not any(Path(file).exists() for file in args.configfile)))
         else _load(args)
     )
-    folder = args.out or manifest_path(study.results if study else "results", args.name).parent
-    source = study.source(args.name) if study else SourceSettings()
+    source: SourceSettings | OwnDataset = study.source(args.name) if study else SourceSettings()
     if args.entry is not None:
         source = OwnDataset.from_json(args.entry)
     if isinstance(source, SourceSettings):
@@ -443,6 +443,7 @@ def _data(args: argparse.Namespace) -> None:
             source = source.model_copy(update={"download": False})
     elif args.source is not None:
         raise UserError(f"--source is for published datasets; datasets.{args.name} of the study says where yours lies")
+    folder = args.out or manifest_path(study.results if study else "results", args.name, source).parent
     prepare(args.name, folder, source, args.again)
 
 
@@ -489,7 +490,7 @@ def _import_weights(args: argparse.Namespace) -> None:
 
 
 def _show_views(args: argparse.Namespace) -> None:
-    from aps.layout import manifest_path
+    from aps.layout import manifest_of
     from aps.settings.study import experiment_model, method_of
     from aps.show_views import show_views
 
@@ -499,7 +500,7 @@ def _show_views(args: argparse.Namespace) -> None:
     else:
         study = _load(args)
         settings = study.experiment(args.experiment or next(iter(study.experiments)))
-        manifest = args.manifest or manifest_path(study.results, settings.dataset.name)
+        manifest = args.manifest or manifest_of(study, settings.dataset.name)
     print(show_views(manifest, settings, args.out, args.images, args.seed))
     print(args.out)
 
@@ -517,7 +518,7 @@ def _check(args: argparse.Namespace) -> None:
         print(f"  {name:<28} {e.dataset.name:<14} seeds {list(e.seeds)}  {', '.join(e.stages)}{shown}")
     for hint in hints(study):
         print(_runnable(hint, args))
-    found = list(problems(study, _address(study)))
+    found = list(problems(study))
     for problem in found[:-1]:
         print(f"error: {_runnable(problem, args)}", file=sys.stderr)
     if found:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from aps.cost import Cost, CostFunction, Counts
 from aps.errors import UserError
+from aps.layout import manifest_of
 from aps.models.archs import dimensions
 from aps.progress import Progress
 from aps.registry import resolve
@@ -123,7 +123,7 @@ def dataset_counts(study: Study, name: str) -> Counts:
     Raises:
         UserError: neither is there.
     """
-    manifest = Path(study.results) / "data" / name / "manifest.json"
+    manifest = manifest_of(study, name)
     if manifest.exists():
         from aps.data.manifest import Manifest
 

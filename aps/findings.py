@@ -18,12 +18,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from aps.data import USERS_OWN
 from aps.data.fingerprint import changed, outdated
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.files import read_json, sha256, write_json
-from aps.layout import encoder_file, manifest_path, stage_folder, study_folder
+from aps.layout import encoder_file, manifest_of, stage_folder, study_folder
+from aps.registry import USERS_OWN
 from aps.results import flatten
 from aps.seals import contents, damage, read_metrics
 from aps.settings.study import Study
@@ -140,6 +140,9 @@ class Findings:
         images = self._images(settings.dataset_name)
         if images is not None and metrics["dataset"]["digest"] != images:
             return f"other images: dataset {settings.dataset_name} has changed since"
+        made_from, source_now = metrics["dataset"].get("source"), self.study.source(settings.dataset_name).identity
+        if images is None and made_from not in (None, source_now):  # not prepared yet, so there is no digest to compare
+            return f"other images: the source of dataset {settings.dataset_name} is now {source_now}"
         source = self.study.pretrain_source(experiment) if settings.upstream is not None else None
         if source is not None:
             upstream = self.of(source, seed, "pretrain")
@@ -157,7 +160,7 @@ class Findings:
     def _find_data(self, dataset: str) -> str | None:
         """Why a prepared dataset has to be prepared again (`aps.data.fingerprint`); None where it has not to, or is not
         prepared yet. Where a published dataset lies changes no result."""
-        path, source = manifest_path(self.study.results, dataset), self.study.source(dataset)
+        path, source = manifest_of(self.study, dataset), self.study.source(dataset)
         if not path.exists():
             return None
         try:
@@ -169,7 +172,7 @@ class Findings:
 
     def _digest_of_images(self, dataset: str) -> str | None:
         """Of the prepared dataset; None where it is not prepared, which contradicts nothing."""
-        path = manifest_path(self.study.results, dataset)
+        path = manifest_of(self.study, dataset)
         return str(read_json(path)["digest"]) if path.exists() else None
 
 

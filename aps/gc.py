@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from aps.errors import UserError
 from aps.findings import Findings
-from aps.layout import encoder_file, manifest_path, study_folder
+from aps.layout import encoder_file, manifest_of, study_folder
 from aps.results import saved_run
 from aps.settings.study import Study
 from aps.stages import STAGES
@@ -69,7 +69,7 @@ def _runs(study: Study) -> list[Path]:
     findings, runs = Findings(study), []
     for finding in findings:
         settings = study.stage_settings(finding.experiment, finding.seed, finding.stage)
-        manifest = manifest_path(study.results, settings.dataset_name)
+        manifest = manifest_of(study, settings.dataset_name)
         encoder = None
         if STAGES[finding.stage].encoder:
             encoder = encoder_file(study, finding.experiment, finding.seed)

@@ -4,16 +4,21 @@
     results/STUDY/report/, logs/, benchmarks/
     results/runs/STAGE/KEY/                 a saved run: what it needs to go on after a kill, then its outputs
     results/data/DATASET/manifest.json      a prepared dataset
+    results/data/DATASET-KEY/               one of people's own, where DATASET links to the one that was prepared last
     results/mlflow.db, mlartifacts/         MLflow, where no server is named
 
 A study never touches another study's folder. What several of them ask for alike is one saved run: its KEY is a digest
-of what made it (`aps.results.run_key`).
+of what made it (`aps.results.run_key`). People's own data have a KEY over their source in the same way, so that two studies
+may give one name to different folders.
 """
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
+from aps.registry import USERS_OWN
+from aps.settings.blocks import OwnDataset, SourceSettings
 from aps.settings.study import Study
 
 SHARE = Path(__file__).parent / "share"  # what the installed package carries: Snakefile, workflow, config
@@ -31,8 +36,20 @@ def run_folder(results: str | Path, stage: str, key: str) -> Path:
     return Path(results) / "runs" / stage / key
 
 
-def manifest_path(results: str | Path, dataset: str) -> Path:
-    return Path(results) / "data" / dataset / "manifest.json"
+def data_folder(dataset: str, source: SourceSettings | OwnDataset | None = None) -> str:
+    """Name of a prepared dataset's folder. source: where it comes from, which counts for people's own data only."""
+    own = source is not None and (isinstance(source, OwnDataset) or dataset in USERS_OWN)
+    if source is None or not own or source.identity is None:
+        return dataset
+    return f"{dataset}-{hashlib.sha256(source.identity.encode()).hexdigest()[:8]}"
+
+
+def manifest_path(results: str | Path, dataset: str, source: SourceSettings | OwnDataset | None = None) -> Path:
+    return Path(results) / "data" / data_folder(dataset, source) / "manifest.json"
+
+
+def manifest_of(study: Study, dataset: str) -> Path:
+    return manifest_path(study.results, dataset, study.source(dataset))
 
 
 def report_folder(study: Study) -> Path:

@@ -18,23 +18,20 @@ from aps.data import NEED_A_PATH
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.findings import Findings
-from aps.layout import encoder_file, manifest_path
+from aps.layout import encoder_file, manifest_of
 from aps.registry import nearest
 from aps.settings.blocks import SourceSettings
 from aps.settings.study import Study
 from aps.stages import STAGES
-from aps.tracking.addresses import OFF
+from aps.tracking.addresses import OFF, given_address, shown
 from aps.workflow.resources import check_resources
 
 # What MLflow takes before the `:` of an address; databases with a driver too, as in mysql+pymysql.
 SCHEMES = ("http", "https", "sqlite", "file", "postgresql", "mysql", "mssql", "databricks", "databricks-uc")
 
 
-def problems(study: Study, address: str) -> Iterator[str]:
-    """A sentence for everything that would stop a job.
-
-    address: where MLflow is.
-    """
+def problems(study: Study) -> Iterator[str]:
+    """A sentence for everything that would stop a job."""
     for name in study.dataset_names():
         yield from _source(study, name)
     for experiment, e in study.experiments.items():
@@ -48,14 +45,15 @@ def problems(study: Study, address: str) -> Iterator[str]:
             check_resources(study, stage)
         except UserError as error:
             yield str(error)
-    yield from _address(address)
+    if (address := given_address(study.tracking_uri)) is not None:
+        yield from _address(address.strip())
 
 
 def hints(study: Study) -> Iterator[str]:
     """A sentence for each dataset that has to be prepared first, or again."""
     findings = Findings(study)
     for name in study.dataset_names():
-        if not manifest_path(study.results, name).exists():
+        if not manifest_of(study, name).exists():
             yield f"dataset '{name}' is not prepared yet: `python -m aps data {name}`"
         elif (reason := findings.of_data(name)) is not None:
             yield f"dataset '{name}' will be prepared again ({reason}): `python -m aps data {name}`"
@@ -90,7 +88,7 @@ def _batch(study: Study, experiment: str, stage: str) -> Iterator[str]:
             f"experiment '{experiment}': {stage}.accumulate {parts} does not divide the {batch // processes} images of a "
             "process; change either"
         )
-    path = manifest_path(study.results, e.dataset_of(stage))
+    path = manifest_of(study, e.dataset_of(stage))
     if STAGES[stage].detects or not path.exists():
         return
     try:
@@ -116,8 +114,8 @@ def _batch(study: Study, experiment: str, stage: str) -> Iterator[str]:
 
 
 def _address(address: str) -> Iterator[str]:
-    what = f"tracking_uri {address}"
-    if address == OFF:
+    what = f"tracking_uri {shown(address) if re.search('[@?#]', address) else address}"
+    if address.lower() == OFF:
         return
     if re.match(r"[\w.-]+:\d+(/|$)", address):
         yield f"{what}: has no scheme, so MLflow would take it for a folder; write http://{address}"

@@ -115,6 +115,7 @@ DATASETS = Registry(
         "folder": "aps.data.folder:prepare",
     },
 )
+USERS_OWN = ("folder",)  # datasets that are what their source says
 DETECTION_DATASETS = Registry(
     "aps.detection_datasets",
     {

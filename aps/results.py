@@ -282,7 +282,11 @@ class StageRun:
             "settings": settings.relevant(),
             "settings_digest": settings.digest,
             "key": self.job.checkpoints.name,
-            "dataset": {"name": manifest["name"], "digest": manifest["digest"]},
+            "dataset": {
+                "name": manifest["name"],
+                "digest": manifest["digest"],
+                **({"source": manifest["source"]} if manifest.get("source") else {}),
+            },
             "encoder": {
                 "source": str(self.job.encoder_spec),
                 "sha256": sha256(self.job.encoder) if self.job.encoder else None,

@@ -1,6 +1,10 @@
 """The examples of docs/extending.md, run as they are printed."""
 
+import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,17 +27,22 @@ from aps.settings.reading import load_study
 from aps.settings.study import Study, experiment_model, stage_model
 from aps.views import draw_parameters
 
-PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "extending.md").read_text()
 METHOD, STRATEGY, ARCH, _ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+FILES = {name: text for name, text in re.findall(r"```\w+ title=\"([^\"]+)\"\n(.*?)```", PAGE, re.DOTALL)}
+(COMMANDS,) = (text.splitlines() for text in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL))
+STAGE = "aps/training/class_means.py"
 
 
 def study(experiment: dict[str, Any]) -> Study:
     return load_study([], {"experiments": {"mine": experiment}})
 
 
-def test_examples_are_at_most_ten_lines_and_a_method_a_hundred() -> None:
-    for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
-        assert len([line for line in code.splitlines() if line]) <= (100 if code == METHOD else 10)
+def test_examples_are_at_most_ten_lines_a_method_a_hundred_and_a_stage_sixteen() -> None:
+    for code in [*re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL), FILES[STAGE]]:
+        most = {METHOD: 100, FILES[STAGE]: 16}.get(code, 10)
+        assert len([line for line in code.splitlines() if line]) <= most
 
 
 def forget() -> None:
@@ -127,3 +136,117 @@ def test_the_documented_row_adds_an_architecture(monkeypatch: pytest.MonkeyPatch
     encoder = build_encoder(EncoderSettings(arch="mini", image_size=16, patch_size=4))
     assert (encoder.embed_dim, len(encoder.blocks), encoder.blocks[0].attn.num_heads) == (128, 6, 2)
     assert encoder(torch.zeros(2, 3, 16, 16), torch.arange(4).expand(2, -1)).shape == (2, 128)
+
+
+# --------------------------------------------------------------------------------------------------
+# A stage, and a package of one's own: in other processes, which know nothing of this one's.
+
+
+def given(command: str, folder: Path, *paths: Path) -> str:
+    """What a command line of ours says in `folder`, with `paths` before everything that Python knows."""
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": ":".join(map(str, paths)),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_TRACKING_URI": "none",
+    }
+    run = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, f"{command}\n{run.stdout}{run.stderr}"
+    return run.stdout + run.stderr
+
+
+@pytest.fixture(scope="module")
+def with_a_stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository with what the page adds to it for a stage."""
+    folder = tmp_path_factory.mktemp("stage")
+    for name in ("aps", "workflow", "config", "profiles"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(ROOT / "Snakefile", folder / "Snakefile")
+    for name in (STAGE, "workflow/rules/class_means.smk", "config/means.yaml"):
+        (folder / name).write_text(FILES[name])
+    rows, table = folder / "aps/stages.py", folder / "workflow/Snakefile"
+    rows.write_text(rows.read_text().replace("ROWS = (\n", f"ROWS = (\n{FILES['aps/stages.py'].rstrip()},\n"))
+    include = re.search(r"`(include: [^`]+)`", PAGE)[1]
+    table.write_text(
+        table.read_text().replace('include: "rules/report.smk"', f'{include}\ninclude: "rules/report.smk"')
+    )
+    return folder
+
+
+def test_the_documented_stage_is_checked_and_planned(with_a_stage: Path) -> None:
+    check, plan, _ = COMMANDS
+    assert "class_means" in given(check, with_a_stage, with_a_stage)
+    planned = given(f"{plan} --dry-run --quiet all", with_a_stage, with_a_stage)
+    assert "rror" not in planned
+    wrong = {"experiments": {"one": {"dataset": "digits", "stages": ["class_mean"]}}}
+    (with_a_stage / "config/wrong.yaml").write_text(json.dumps(wrong))
+    with pytest.raises(AssertionError, match="class_means"):
+        given("python -m aps check --configfile config/wrong.yaml", with_a_stage, with_a_stage)
+
+
+@pytest.mark.slow
+def test_the_documented_stage_runs_and_its_figure_is_in_the_table(with_a_stage: Path) -> None:
+    for command in COMMANDS:
+        said = given(command, with_a_stage, with_a_stage)
+    (found,) = (with_a_stage / "results/means").rglob("class_means/metrics.json")
+    figure = json.loads(found.read_text())["metrics"]["class_means_top1"]
+    assert 15 < figure < 100  # of ten classes
+    assert "class means top-1" in said and f"{figure:.1f}" in said
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """The page's package, built and installed by pip into a folder of its own, with nothing from anywhere."""
+    source, folder = tmp_path / "source", tmp_path / "installed"
+    (source / "ours").mkdir(parents=True)
+    (source / "pyproject.toml").write_text(FILES["pyproject.toml"])
+    imports = {
+        "__init__": "",
+        "simclr": "",
+        "archs": "from aps.models.archs import Arch\n\n",
+        "strategies": "import torch\n\nfrom aps.sampling import Cells, Geometry, Noise, coverage, kept_cells, sparse\n"
+        "from aps.settings.blocks import SamplingSettings\n\n\n",
+    }
+    code = {"__init__": "", "simclr": METHOD, "archs": ARCH, "strategies": STRATEGY}
+    for name, own in code.items():
+        (source / "ours" / f"{name}.py").write_text(imports[name] + own)
+    given(
+        f"python -m pip install --quiet --no-deps --no-index --no-build-isolation --target {folder} {source}", tmp_path
+    )
+    return folder
+
+
+@pytest.mark.slow
+def test_an_installed_package_adds_a_method_a_strategy_and_an_architecture(package: Path, tmp_path: Path) -> None:
+    """They are known where a study is read, a misspelt one is named, and both pretrain."""
+    shared = {
+        "dataset": {"name": "digits", "train_limit": 64},
+        "encoder": {"arch": "mini", "image_size": 16, "patch_size": 4},
+        "stages": ["pretrain"],
+    }
+    pretrain = {"epochs": 1, "batch_size": 32, "warmup_epochs": 0}
+    study = {
+        "study": "foreign",
+        "defaults": shared,
+        "experiments": {
+            "method": {"pretrain": pretrain | {"method": "ours_simclr", "projector": [16, 8]}},
+            "strategy": {"pretrain": pretrain, "sampling": {"strategy": "least"}},
+        },
+    }
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    with pytest.raises(AssertionError, match="ours_simclr"):
+        given(
+            "python -m aps check --configfile study.yaml --set defaults.pretrain.method=ours_simcl",
+            tmp_path,
+            package,
+            ROOT,
+        )
+    with pytest.raises(AssertionError, match="arch 'mini' is unknown"):
+        given("python -m aps check --configfile study.yaml", tmp_path, ROOT)
+    given("python -m aps data digits --configfile study.yaml", tmp_path, package, ROOT)
+    for experiment in ("method", "strategy"):
+        given(f"python -m aps pretrain --configfile study.yaml --experiment {experiment}", tmp_path, package, ROOT)
+        metrics = json.loads((tmp_path / f"results/foreign/{experiment}/seed0/pretrain/metrics.json").read_text())
+        assert metrics["settings"]["encoder"]["arch"] == "mini"
+    heads = load_file(tmp_path / "results/foreign/method/seed0/pretrain/heads.safetensors")
+    assert {name.split(".")[0] for name in heads} == {"projector"}

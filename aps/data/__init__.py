@@ -13,5 +13,4 @@ The user's own data, which a study's block `datasets` names, go through `own`: t
 (`array_files`), COCO files (`coco_files`).
 """
 
-USERS_OWN = ("folder",)  # datasets that are what their source is
 NEED_A_PATH = ("folder", "imagenet1k")  # datasets that nobody can download

@@ -5,7 +5,7 @@ pycocotools count on: annotation ids from 1 (an id of 0 counts as no match there
 are polygons of three points or more or whole run lengths, areas, class names told apart. What was mended is counted in
 notes; what could mean two things is refused, in a sentence that names the annotation.
 
-Peculiar: run lengths are checked here in Python, because pycocotools writes out of bounds on broken ones. Where a record
+Design: run lengths are checked here in Python, because pycocotools writes out of bounds on broken ones. Where a record
 has the size of an image before its EXIF orientation, boxes and masks are turned with the image.
 
 It deliberately does not know detectors, and keeps the ids of images and categories where they are whole numbers, so that
@@ -103,6 +103,7 @@ def describe(folder: Path, name: str, files: dict[str, Files], key: str, masks: 
         contents += [split, seen[split].sha256, content["images"], content["annotations"]]
         notes += reports[split].notes()
         notes += _without(classes, content["annotations"]) if split == "train" else []
+    notes += trees.damaged(folder, listings, seen)
     notes += trees.alike(folder, listings, {split: own.sha256 for split, own in seen.items()})
     if not masks:
         notes.append("instances have boxes and no masks: detection trains boxes only, and there is no mask AP")

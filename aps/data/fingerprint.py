@@ -3,7 +3,7 @@
 The manifest holds a digest over all of them, which a walk through the folders computes again; `files.tsv` beside it has
 a line a file, so that a difference can be told in numbers.
 
-Peculiar: contents are not read, so a file that is replaced by another of the same size and time is not noticed (a digest
+Design: contents are not read, so a file that is replaced by another of the same size and time is not noticed (a digest
 over contents is taken when a dataset is prepared). It imports nothing heavy: planning asks.
 """
 

@@ -4,7 +4,7 @@ With labels, either `train/` and `test/` (or `val/`, taken as the test split; th
 class, or one tree of class folders, of which a fixed, stratified fifth is held out as the test split. Without labels,
 every image of the tree is a training image. Every image is decoded once, so none fails in training.
 
-Peculiar: a folder's layout is guessed from names alone, so this file is mostly about layouts that look like another. What
+Design: a folder's layout is guessed from names alone, so this file is mostly about layouts that look like another. What
 would give figures without a meaning (split folders or a whole dataset taken for a class) is refused.
 """
 

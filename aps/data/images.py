@@ -3,7 +3,7 @@
 Whatever Pillow reads is read: 16 bit, CMYK, palettes, animations (their first frame); an EXIF orientation is applied, so
 that an image stands as people see it.
 
-Peculiar: plain JPEG files are decoded by torchvision, which takes two thirds of Pillow's time and gives the same pixels,
+Design: plain JPEG files are decoded by torchvision, which takes two thirds of Pillow's time and gives the same pixels,
 because both are libjpeg-turbo; a test compares the two. Everything else, PNG above all, goes through Pillow: a
 flipped byte can crash torchvision's PNG decoder, and libpng prints warnings that name no file. A PNG's own checksums are
 checked before it is decoded. Colour profiles are not applied, transparency is dropped.
@@ -25,6 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from aps.data.complaints import dropped
 from aps.data.walk import SUFFIXES, printable
 from aps.errors import UserError
 
@@ -61,7 +62,8 @@ def read_file(path: Path) -> bytes:
 def decode_image(content: bytes, path: Path, at_least: int | None = None) -> Tensor:
     """`read_image` of a file whose bytes are there; `path` is for messages."""
     try:
-        return _decode(content, at_least)
+        with dropped():
+            return _decode(content, at_least)
     except Exception as error:  # a damaged file can raise anything
         raise UserError(
             f"{printable(path)}: cannot be read as an image ({_reason(error)}); replace or remove it"

@@ -21,6 +21,7 @@ from aps.data.fingerprint import outdated
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.files import DISK_ERRORS
+from aps.layout import data_folder
 from aps.registry import DATASETS, DETECTION_DATASETS, resolve
 from aps.settings.blocks import OwnDataset, SourceSettings
 
@@ -34,7 +35,8 @@ def prepare(name: str, folder: Path, source: SourceSettings | OwnDataset, force:
 
     Args:
         name: a dataset of `aps.registry`; any, where `source` is the user's own.
-        folder: the dataset's own folder, results/data/NAME.
+        folder: the dataset's own folder, results/data/NAME; of people's own data results/data/NAME-KEY, to which NAME then
+            becomes a link, unless it is something else.
         source: where it comes from; `path` None means download (or no source needed).
         force: delete what was prepared before and do it again; downloads that are under way go on.
 
@@ -63,6 +65,8 @@ def prepare(name: str, folder: Path, source: SourceSettings | OwnDataset, force:
             f"dataset '{name}': {where}: {error.strerror}; free the disk or make it accessible, then run again "
             "(what is done is kept)"
         ) from error
+    if folder.name != name and folder.name == data_folder(name, source):
+        _name(folder, name)
     for note in manifest.notes:
         print(f"{name}: {note}", flush=True)
     return manifest
@@ -91,6 +95,17 @@ def _prepare(name: str, folder: Path, source: SourceSettings | OwnDataset) -> Ma
     shutil.rmtree(folder / fetch.DOWNLOADS, ignore_errors=True)
     print(f"{name}: prepared: {summary(manifest)}", flush=True)
     return manifest
+
+
+def _name(folder: Path, name: str) -> None:
+    """A link beside the folder by the dataset's plain name, for people; nothing here follows it."""
+    link = folder.with_name(name)
+    with suppress(OSError):  # no links here
+        if link.is_symlink() or not link.exists():
+            new = folder.with_name(f".{folder.name}.link")
+            new.unlink(missing_ok=True)
+            new.symlink_to(folder.name)
+            new.replace(link)
 
 
 def _prepared(name: str, folder: Path, source: SourceSettings | OwnDataset) -> Manifest | None:
@@ -156,7 +171,10 @@ def _hold(name: str, path: Path) -> IO[str] | None:
             print(f"{name}: waiting for another process that prepares it in {path.parent}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            print(f"{name}: {path}: no lock to be had ({error.strerror}); prepare it once at a time", flush=True)
+            print(
+                f"{name}: {path}: this file system has no locks ({error.strerror}), so let only one process prepare it at a time",
+                flush=True,
+            )
             return lock
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), path.stat()):

@@ -10,14 +10,16 @@ import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from aps.data.complaints import Complaints
 from aps.data.fetch import parallel
 from aps.data.fingerprint import take
-from aps.data.images import decode_image, read_file, supported
+from aps.data.images import decode_image, read_file, read_image, supported
 from aps.data.load import limited
 from aps.data.manifest import (
     ChannelStatistics,
@@ -59,6 +61,7 @@ class Seen(NamedTuple):
     image_sizes: list[tuple[int, int]]  # height, width
     sums: Accumulator
     broken: list[UserError]
+    suspects: list[str]  # about which a library may have complained
 
 
 def survey(root: Path) -> Walk:
@@ -157,6 +160,7 @@ def describe(
     seen = {split: look_at(folder, split, images) for split, images in looked.items()}
     every = looked is splits
     over = f"every pixel of {'the' if every else 'a seeded, class-balanced sample of'} {len(looked['train'].names):,}"
+    notes = [*notes, *damaged(folder, looked, seen)]
     notes = [*notes, *(alike(folder, splits, {split: own.sha256 for split, own in seen.items()}) if every else [])]
     contents = {
         split: [images.names, images.labels, seen[split].sha256 if every else images.sizes]
@@ -196,12 +200,14 @@ def look_at(folder: Path, split: str, images: Listing) -> Seen:
         UserError: one is unreadable; all of those are listed in `folder`/unreadable.txt.
     """
     chunks = [images.names[i : i + 64] for i in range(0, len(images.names), 64)]
-    every = Seen([], [], Accumulator(), [])
-    for seen in parallel(lambda names: _look(images.root, names), chunks, f"decode {split}"):
-        every.sha256.extend(seen.sha256)
-        every.image_sizes.extend(seen.image_sizes)
-        every.sums.merge(seen.sums)
-        every.broken.extend(seen.broken)
+    every = Seen([], [], Accumulator(), [], [])
+    with Complaints() as complaints:
+        for seen in parallel(lambda names: _look(images.root, names, complaints), chunks, f"decode {split}"):
+            every.sha256.extend(seen.sha256)
+            every.image_sizes.extend(seen.image_sizes)
+            every.sums.merge(seen.sums)
+            every.broken.extend(seen.broken)
+            every.suspects.extend(seen.suspects)
     if every.broken:
         listed = folder / "unreadable.txt"
         write_bytes(listed, "".join(f"{error}\n" for error in every.broken).encode())
@@ -248,15 +254,39 @@ def _readable(tree: Walk, inside: str = "") -> list[tuple[str, int]]:
     ]
 
 
-def _look(root: Path, names: list[str]) -> Seen:
-    seen = Seen([], [], Accumulator(), [])
+def damaged(folder: Path, splits: dict[str, Listing], seen: dict[str, Seen]) -> list[str]:
+    """The note on images that a library complained about and decoded as far as it could; `folder`/damaged.txt lists them."""
+    found = []
+    with Complaints() as complaints:
+        for split, own in seen.items():
+            for name in own.suspects:  # alone this time
+                before = complaints.size
+                with suppress(UserError):
+                    read_image(splits[split].root / name)
+                    if complaints.size > before:
+                        found.append(f"{printable(splits[split].root / name)}: {complaints.since(before)}")
+    if not found:
+        return []
+    write_bytes(folder / "damaged.txt", "".join(f"{line}\n" for line in found).encode())
+    be = "images are" if len(found) > 1 else "image is"
+    return [
+        f"{len(found):,} {be} damaged and used as far as it can be decoded ({found[0]}); {folder / 'damaged.txt'} lists "
+        "them: replace or remove them"
+    ]
+
+
+def _look(root: Path, names: list[str], complaints: Complaints) -> Seen:
+    seen = Seen([], [], Accumulator(), [], [])
     for name in names:
+        before = complaints.size
         try:
             content = read_file(root / name)
             image = decode_image(content, root / name)
         except UserError as error:
             seen.broken.append(error)
             continue
+        if complaints.size != before:
+            seen.suspects.append(name)
         seen.sha256.append(hashlib.sha256(content).hexdigest())
         seen.image_sizes.append((image.shape[1], image.shape[2]))
         seen.sums.add(image[None])

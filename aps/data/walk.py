@@ -2,7 +2,7 @@
 
 One pass with `os.scandir`, for listing a dataset and for its fingerprint alike. Links are followed, of folders too.
 
-Peculiar: nothing is raised here. A walk collects all that is wrong, so that one message can list it; `Walk.check` raises.
+Design: nothing is raised here. A walk collects all that is wrong, so that one message can list it; `Walk.check` raises.
 It imports nothing heavy, because planning walks too, and deliberately does not know classes or splits.
 """
 

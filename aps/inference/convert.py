@@ -1,6 +1,6 @@
 """From a network to what others run: its features, its attention, a plain timm twin, an ONNX file.
 
-Peculiar: a plain timm name cannot ask for LayerNorm's eps, which is 1e-5 here and 1e-6 in most of timm, so two families
+Design: a plain timm name cannot ask for LayerNorm's eps, which is 1e-5 here and 1e-6 in most of timm, so two families
 stand below. It does not know images, classes or addresses.
 
 Letters: B images, S image side, D width, G cells along a side.

@@ -3,7 +3,7 @@
 Every export returns the Python that loads it, transform and class names included; it needs nothing of this project, runs
 as it is printed (tests/inference/test_export.py) and gives what this project gives.
 
-Peculiar: a plain timm name cannot ask for LayerNorm's eps, which is 1e-5 here and 1e-6 in most of timm. A folder for the
+Design: a plain timm name cannot ask for LayerNorm's eps, which is 1e-5 here and 1e-6 in most of timm. A folder for the
 Hub therefore names the family whose eps is 1e-5 (timm's CLIP towers) with its extra norm switched off; the Python of a
 single file gives the norm itself.
 """

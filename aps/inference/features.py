@@ -1,6 +1,6 @@
 """Features of any number of images in one Parquet file: path, embedding, and a place on a plane.
 
-Peculiar: memory does not grow with the number of images. Parts of a thousand rows are written as they are computed, each
+Design: memory does not grow with the number of images. Parts of a thousand rows are written as they are computed, each
 whole or not at all, so a killed run goes on behind the last one; at the end an incremental PCA reads the parts, gives
 every row its place, and the file appears whole. Run again, it computes what is new or changed and takes the rest from the
 file that is there. An unreadable image costs a line in a list, never the run.

@@ -5,6 +5,7 @@ Everything is drawn from plain data, without a display. It does not know models.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from aps.data.images import read_image
 from aps.errors import UserError
 from aps.files import atomic_path
 from aps.inference.images import ImageLike, read
@@ -158,7 +160,7 @@ def feature_map(path: Path, xy: np.ndarray, labels: Sequence[str | None], title:
 
 def small(image: ImageLike) -> np.ndarray:
     """(H, W, 3), no longer than PIXELS."""
-    x = read(image)
+    x = read_image(Path(image), at_least=PIXELS) if isinstance(image, str | os.PathLike) else read(image)
     longest = max(x.shape[1:])
     if longest > PIXELS:
         size = [max(1, round(side * PIXELS / longest)) for side in x.shape[1:]]

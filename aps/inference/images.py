@@ -1,6 +1,6 @@
 """Images of any kind in, pixels as a model sees them out.
 
-Peculiar: a file, the same image opened by Pillow and the same pixels as an array give the same tensor, and a photograph
+Design: a file, the same image opened by Pillow and the same pixels as an array give the same tensor, and a photograph
 goes through the very operations by which the model's accuracy was measured (`aps.training.features`). Decoding runs in
 threads a few batches ahead, so any number of images needs the memory of a few batches.
 

@@ -8,7 +8,7 @@
 | `runs:/ID`, `models:/NAME/VERSION`   | what MLflow holds, or the folder its run wrote             |
 | `timm:NAME`                          | timm's public weights                                      |
 
-Peculiar: a probe's head is the one whose learning rate was picked, folded with its BatchNorm into one linear layer; its
+Design: a probe's head is the one whose learning rate was picked, folded with its BatchNorm into one linear layer; its
 encoder is found from the path that the stage noted, wherever the results have been moved to, and only taken when it is
 the very one. Weights are never loaded in part.
 """

@@ -3,7 +3,7 @@
 Two kinds: a `Model`, a Vision Transformer with or without a classifier, and a `Detector`. Either has every verb; the one
 that a network is not made for says in a sentence what is.
 
-Peculiar: a linear probe is a classifier like a finetuned model, because in evaluation its BatchNorm and its head are one
+Design: a linear probe is a classifier like a finetuned model, because in evaluation its BatchNorm and its head are one
 linear layer (`aps.inference.load` folds them); hence every verb and every export works on it. Any other timm network, a
 convolutional one too, embeds and predicts as well.
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from aps.inference.convert import class_attention, features, timm_twin, write_on
 from aps.inference.images import ImageLike, Images, Transform, as_list, decoded, read
 from aps.progress import Progress
 from aps.runtime.precision import Precision
+
+T = TypeVar("T")
 
 BATCH = 64
 DETECTED_AT_ONCE = 4
@@ -190,8 +192,28 @@ class Loaded:
         self.check(verb)
         return NotImplementedError(verb)
 
-    def _label(self, verb: str) -> str:
-        return f"{verb} by {self.source.stage or self.source.address}"
+    def _batches(
+        self,
+        images: list[ImageLike],
+        prepare: Callable[[ImageLike, str], Tensor],
+        compute: Callable[[list[Tensor]], T],
+        batch_size: int,
+        progress: bool | None,
+        verb: str,
+    ) -> Iterator[T]:
+        """`compute` of each batch of prepared images, with a bar.
+
+        Raises:
+            UserError: one of them is no image.
+        """
+        shown = len(images) > batch_size if progress is None else progress
+        label = f"{verb} by {self.source.stage or self.source.address}"
+        with Progress(label, len(images), "images", shown=shown) as bar:
+            for batch in decoded(images, prepare, batch_size):
+                if refused := next((x for x in batch if isinstance(x, UserError)), None):
+                    raise refused
+                yield compute(batch)  # type: ignore[arg-type]
+                bar.update(len(batch), len(batch))
 
 
 class Model(Loaded):
@@ -239,8 +261,7 @@ class Model(Loaded):
         Raises:
             UserError: one of them is no image.
         """
-        listed = as_list(images)
-        return torch.cat(list(self._batches(listed, self.features_of, batch_size, progress, "embed")))
+        return torch.cat(list(self._computed(images, self.features_of, batch_size, progress, "embed")))
 
     def predict(self, images: Images, batch_size: int = BATCH, progress: bool | None = None) -> Predictions:
         """Classes and probabilities. Arguments as of `embed`.
@@ -249,8 +270,7 @@ class Model(Loaded):
             UserError: the network has no classifier, or one of them is no image.
         """
         self.check("predict")
-        listed = as_list(images)
-        found = torch.cat(list(self._batches(listed, self.probabilities_of, batch_size, progress, "predict")))
+        found = torch.cat(list(self._computed(images, self.probabilities_of, batch_size, progress, "predict")))
         return Predictions(found, self.classes)
 
     def attention(
@@ -268,9 +288,8 @@ class Model(Loaded):
             UserError: the network has no class token or no such block, or one of `images` is no image.
         """
         self._attention_layer(block)
-        listed = as_list(images)
-        found = self._batches(
-            listed, lambda pixels: self.attention_of(pixels, block), batch_size, progress, "attention"
+        found = self._computed(
+            images, lambda pixels: self.attention_of(pixels, block), batch_size, progress, "attention"
         )
         return torch.cat(list(found))
 
@@ -331,21 +350,15 @@ class Model(Loaded):
         with self.precision.autocast():
             return compute(x).float().cpu()
 
-    def _batches(
+    def _computed(
         self,
-        images: list[ImageLike],
+        images: Images,
         compute: Callable[[list[Tensor]], Tensor],
         batch_size: int,
         progress: bool | None,
         verb: str,
     ) -> Iterator[Tensor]:
-        shown = len(images) > batch_size if progress is None else progress
-        with Progress(self._label(verb), len(images), "images", shown=shown) as bar:
-            for batch in self.prepared(images, batch_size):
-                if refused := next((x for x in batch if isinstance(x, UserError)), None):
-                    raise refused
-                yield compute(batch)  # type: ignore[arg-type]
-                bar.update(len(batch), len(batch))
+        return self._batches(as_list(images), self.preprocessing.pixels, compute, batch_size, progress, verb)
 
     def _attention_layer(self, block: int) -> Attention:
         network = self.network
@@ -393,19 +406,13 @@ class Detector(Loaded):
         Raises:
             UserError: one of them is no image.
         """
-        listed = as_list(images)
         found: list[Detections] = []
-        shown = len(listed) > batch_size if progress is None else progress
-        with Progress(self._label("detect"), len(listed), "images", shown=shown) as bar:
-            for batch in decoded(listed, as_bytes, batch_size):
-                if refused := next((x for x in batch if isinstance(x, UserError)), None):
-                    raise refused
-                for one in self.engine.predict(batch):  # type: ignore[arg-type]
-                    kept = one.scores >= threshold
-                    labels = [self.classes[i] for i in one.labels[kept].tolist()]
-                    masks = one.masks[kept] if one.masks is not None else None
-                    found.append(Detections(one.boxes[kept].float(), one.scores[kept].float(), labels, masks))
-                bar.update(len(batch), len(batch))
+        for batch in self._batches(as_list(images), as_bytes, self.engine.predict, batch_size, progress, "detect"):
+            for one in batch:
+                kept = one.scores >= threshold
+                labels = [self.classes[i] for i in one.labels[kept].tolist()]
+                masks = one.masks[kept] if one.masks is not None else None
+                found.append(Detections(one.boxes[kept].float(), one.scores[kept].float(), labels, masks))
         return found
 
 

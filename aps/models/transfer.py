@@ -1,4 +1,4 @@
-"""Weights from and to other software: the authors' released checkpoints in, timm models out.
+"""Weights from the authors' released checkpoints. What goes out to other software is `aps.inference.export`.
 
 Design: checkpoints of the release are read as tensors only. Those saved as whole pickled modules are refused, because
 opening them runs whatever code they name; the message says how to get the tensors out.
@@ -8,7 +8,6 @@ The names of the release are those of method.md ("The release's checkpoints"). N
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
@@ -22,15 +21,7 @@ from torch import Tensor, nn
 from aps.errors import UserError
 from aps.models.encoder import build_encoder
 from aps.models.heads import projection_head
-from aps.models.weights import (
-    INFO_KEY,
-    check_finite,
-    load_state,
-    read_settings,
-    read_tensors,
-    save_encoder,
-    save_tensors,
-)
+from aps.models.weights import check_finite, load_state, save_encoder, save_tensors
 from aps.settings.blocks import EncoderSettings
 
 # What the release normalizes 32-pixel images with: CIFAR's statistics in pretraining, but ImageNet's in finetuning
@@ -196,61 +187,3 @@ def _release_name(name: str) -> str:
     back = {ours: theirs for theirs, ours in (ENCODER_NAMES | ENCODER_PREFIXES).items()}
     start = next((s for s in back if name.startswith(s)), "")
     return back.get(start, "") + name.removeprefix(start)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def export_timm(weights: Path, out: Path) -> str:
-    """Writes an encoder, or a finetuned model with its head, as a file that `timm.create_model` loads strictly.
-
-    Returns:
-        The Python that loads it: runnable as it is, it leaves the model in `model`.
-
-    Raises:
-        UserError: the file lacks the settings that `save_encoder` stores, or its tensors don't fit them.
-    """
-    state, metadata = read_tensors(weights)
-    settings = read_settings(metadata, weights)
-    if settings is None:
-        raise UserError(
-            f"{weights}: it has no encoder settings, so it was not written by this software; export one that was"
-        )
-    load_state(build_encoder(settings), state, settings, str(weights))  # nothing broken leaves the house
-    save_tensors(state, out, {"format": "pt", INFO_KEY: metadata.get(INFO_KEY, "{}")})
-    classes = len(state["head.weight"]) if "head.weight" in state else 0
-    return _snippet(settings, classes, metadata, out)
-
-
-def _snippet(settings: EncoderSettings, classes: int, metadata: Mapping[str, str], out: Path) -> str:
-    info = json.loads(metadata.get(INFO_KEY, "{}"))
-    size = settings.image_size
-    pixels = {"input_size": (3, size, size)} | {k: tuple(info[k]) for k in ("mean", "std") if k in info}
-    arguments = {
-        "img_size": size,
-        "patch_size": settings.patch_size,
-        "embed_dim": settings.dim,
-        "depth": settings.depth,
-        "num_heads": settings.heads,
-        "mlp_ratio": settings.mlp_ratio,
-        "qkv_bias": settings.qkv_bias,
-        "no_embed_class": True,
-        "num_classes": classes,
-        "pretrained_cfg_overlay": pixels,
-        "checkpoint_path": str(out),
-    }
-    lines = [f"    {key}={value!r}," for key, value in arguments.items()]
-    return "\n".join(
-        [
-            "from functools import partial",
-            "",
-            "import timm",
-            "import torch",
-            "",
-            "model = timm.create_model(",
-            '    "vit_base_patch16_224",  # the family; every size is given below',
-            *lines,
-            f"    norm_layer=partial(torch.nn.LayerNorm, eps={settings.layer_norm_eps!r}),",
-            ")",
-        ]
-    )

@@ -26,8 +26,12 @@ _LEAST_SECRET = 4  # letters; anything shorter would blot out innocent words
 
 def tracking_address(wanted: str | None, results: str | Path) -> str:
     """MLFLOW_TRACKING_URI, else the address `wanted` by the study, else SQLite in its results folder; as `settled`."""
-    default = f"sqlite:///{Path(results).resolve() / 'mlflow.db'}"
-    return settled(os.environ.get("MLFLOW_TRACKING_URI") or wanted or default)
+    return settled(given_address(wanted) or f"sqlite:///{Path(results).resolve() / 'mlflow.db'}")
+
+
+def given_address(wanted: str | None) -> str | None:
+    """The address as somebody wrote it, which may hold a password; None where nobody did."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or wanted
 
 
 def settled(address: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from aps.errors import UserError
 from aps.files import read_json, write_json
-from aps.layout import manifest_path, stage_folder, study_folder
+from aps.layout import manifest_of, stage_folder, study_folder
 from aps.seals import read_metrics, seal
 from aps.settings.study import Study
 from aps.tracking.addresses import OFF, settled
@@ -99,7 +99,7 @@ def _maker(metrics: dict[str, Any], folder: Path) -> dict[str, Any] | None:
 def _manifest(study: Study, metrics: dict[str, Any]) -> dict[str, Any]:
     """Of a run's dataset, where it is there still; empty where it is another one now."""
     try:
-        manifest = read_json(manifest_path(study.results, metrics["dataset"]["name"]))
+        manifest = read_json(manifest_of(study, metrics["dataset"]["name"]))
         return dict(manifest) if manifest["digest"] == metrics["dataset"]["digest"] else {}
     except (UserError, KeyError, TypeError, ValueError):
         return {}

@@ -6,7 +6,7 @@ cuts off (tests/training/test_augmentation.py, operator by operator, and in dist
 
     B  images of a batch, S side of an image in pixels, L operators one after another (`n` of RandAugment), C classes
 
-Peculiar: parameters are drawn on the CPU for the global batch, so that they do not depend on the number of processes,
+Design: parameters are drawn on the CPU for the global batch, so that they do not depend on the number of processes,
 and which image gets which operator is known there: the device is never asked. Images are sorted by operator, so each
 operator is a slice, and families of them need one computation:
 - eight operators are a table of 256 values for each channel of each image (`tables`);

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
-from aps.data.load import ArraySplit, FileSplit
+from aps.data.load import ArraySplit, FileSplit, load_split
 from aps.data.manifest import Manifest
 from aps.models.encoder import Encoder
-from aps.models.weights import trained_with
+from aps.models.weights import load_encoder, trained_with
 from aps.progress import Progress
 from aps.results import StageJob
 from aps.runtime.cores import decoding_workers
@@ -136,3 +136,27 @@ def features(
     everyone = [torch.empty_like(padded) for _ in range(distributed.world)]
     dist.all_gather(everyone, padded)
     return torch.cat(everyone)[: len(split)]
+
+
+def labelled_features(job: StageJob, distributed: Distributed, precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features and labels of a stage's images under its encoder, frozen: train (M, D), (M,), test (Q, D), (Q,).
+
+    precision: as in the settings of a stage.
+
+    Raises:
+        UserError: the dataset is not prepared or has no labels, or the encoder's file is broken or does not fit.
+    """
+    torch.manual_seed(job.settings.seed)  # of random weights
+    encoder = load_encoder(job.encoder_spec, job.settings.encoder).to(distributed.device)
+    limit, found = job.settings.dataset.train_limit, []
+    for name, split in (
+        ("train", load_split(job.manifest, "train", limit, labelled=True)),
+        ("test", load_split(job.manifest, "test")),
+    ):
+        computed = features(
+            encoder, split, normalization(job), distributed, Precision(precision, distributed.device), job.workers,
+            f"{job.label} {name} features",
+        )  # fmt: skip
+        found += [computed, split.labels.to(computed.device)]
+    bank, labels, queries, truth = found
+    return bank, labels, queries, truth

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aps.data.load import ArraySplit, FileSplit, load_split
+from aps.data.load import ArraySplit, FileSplit
 from aps.errors import UserError
 from aps.models.encoder import Encoder
-from aps.models.weights import check_finite, load_encoder
+from aps.models.weights import check_finite
 from aps.results import StageJob, StageRun
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
-from aps.training.features import BROKEN_ENCODER, Normalization, features, normalization, pixels
+from aps.training.features import BROKEN_ENCODER, Normalization, features, labelled_features, pixels
 from aps.training.order import HOLDOUT, seeded
 
 CHUNK = 1024  # test images compared at once,
@@ -29,16 +29,8 @@ def run(job: StageJob) -> None:
     """The stage. Outputs metrics.json (top-1 for every k) and history.jsonl (a line a k, step = k)."""
     with processes() as distributed, StageRun(job) as stage:
         settings = job.settings.knn
-        torch.manual_seed(job.settings.seed)
-        encoder = load_encoder(job.encoder_spec, job.settings.encoder).to(distributed.device)
-        precision = Precision(settings.precision, distributed.device)
-        train = load_split(job.manifest, "train", job.settings.dataset.train_limit, labelled=True)
-        test = load_split(job.manifest, "test")
-        bank, queries = (
-            features(encoder, split, normalization(job), distributed, precision, job.workers, f"{job.label} {name}")
-            for split, name in ((train, "train features"), (test, "test features"))
-        )
-        accuracies = knn_accuracy(bank, train.labels, queries, test.labels, settings.k, settings.temperature)
+        bank, labels, queries, truth = labelled_features(job, distributed, settings.precision)
+        accuracies = knn_accuracy(bank, labels, queries, truth, settings.k, settings.temperature)
         for k, accuracy in accuracies.items():
             stage.log(k, knn_top1=accuracy)
         best_reported = {f"knn_top1_k{k}": accuracy for k, accuracy in accuracies.items()}
@@ -46,8 +38,8 @@ def run(job: StageJob) -> None:
             {
                 **best_reported,
                 "temperature": settings.temperature,
-                "train_images": len(train),
-                "test_images": len(test),
+                "train_images": len(bank),
+                "test_images": len(queries),
             },
             pixels=pixels(job),
         )

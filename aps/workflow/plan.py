@@ -25,8 +25,9 @@ from snakemake.io import ancient
 from aps.errors import UserError
 from aps.findings import Findings
 from aps.layout import (
+    data_folder,
     encoder_file,
-    manifest_path,
+    manifest_of,
     of_the_old_layout,
     report_folder,
     stage_folder,
@@ -63,6 +64,7 @@ class Plan:
         self.findings = Findings(study)
         self.folder = study_folder(study)
         self.report = report_folder(study)
+        self.datasets = {data_folder(name, study.source(name)): name for name in study.dataset_names()}  # by folder
         self._tracking = tracking_address(study.tracking_uri, study.results)
         self._forced: frozenset[str] = frozenset()
         # Whatever has to be made again has this file among its inputs, which a job of its own makes first.
@@ -193,7 +195,7 @@ class Plan:
 
     def manifests(self) -> list[str]:
         names = self.study.dataset_names()
-        files = [str(manifest_path(self.written.results, name)) for name in names]
+        files = [str(manifest_of(self.written, name)) for name in names]
         return files + self._mark(any(self.findings.of_data(name) for name in names))
 
     def everything(self) -> list[str]:
@@ -296,7 +298,7 @@ class Plan:
     def inputs(self, wildcards: Any) -> dict[str, Any]:
         """The dataset's manifest and, where the stage starts from one, the encoder."""
         settings = self._settings(wildcards)
-        files = {"manifest": manifest_path(self.written.results, settings.dataset_name)}
+        files = {"manifest": manifest_of(self.written, settings.dataset_name)}
         if STAGES[settings.stage].encoder:
             encoder = encoder_file(self.written, settings.experiment, settings.seed)
             files |= {"encoder": encoder} if encoder else {}
@@ -317,7 +319,8 @@ class Plan:
 
     def data_inputs(self, wildcards: Any) -> dict[str, str]:
         """The mark where the files that a dataset was prepared from have changed since."""
-        return {"outdated": self.outdated} if self.is_main and self.findings.of_data(wildcards.dataset) else {}
+        changed = self.is_main and self.findings.of_data(self.datasets[wildcards.dataset])
+        return {"outdated": self.outdated} if changed else {}
 
     def report_inputs(self, wildcards: Any) -> dict[str, Any]:
         """Every metrics.json; the report is made again where it shows something else than what is there."""
@@ -356,14 +359,18 @@ class Plan:
 
     # -- data and report --------------------------------------------------------------------------
 
+    def dataset_name(self, wildcards: Any, resources: Any) -> str:
+        """Name of the dataset that a folder under results/data is of."""
+        return self.datasets[wildcards.dataset]
+
     def runs_here(self, stage: str) -> bool:
         return runs_here(self.study, stage)
 
     def threads_of(self, stage: str) -> Callable[[Any], int]:
         return rule_threads(self.study, stage)
 
-    def source_options(self, dataset: str) -> str:
-        source = self.study.source(dataset)
+    def source_options(self, wildcards: Any, resources: Any) -> str:
+        source = self.study.source(self.datasets[wildcards.dataset])
         if isinstance(source, OwnDataset):
             return f"--entry {shlex.quote(source.model_dump_json(exclude_defaults=True))}"
         path = f"--source {shlex.quote(source.path)}" if source.path else ""

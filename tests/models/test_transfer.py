@@ -1,4 +1,4 @@
-"""The authors' released layout in, timm models out; each with the same features as before."""
+"""The authors' released layout in, and from there out to timm; each with the same features as before."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aps.errors import UserError
+from aps.inference.export import export
+from aps.inference.load import load
 from aps.models.encoder import Encoder, build_encoder
-from aps.models.transfer import export_timm, import_weights
+from aps.models.transfer import import_weights
 from aps.models.weights import load_encoder, read_info, save_encoder, save_tensors
 from aps.settings.blocks import EncoderSettings
 
@@ -213,6 +215,10 @@ def test_a_width_that_does_not_tell_its_heads_needs_them_said(tmp_path: Path) ->
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def export_timm(weights: Path, out: Path) -> str:
+    return export(load(weights, "cpu"), "timm", out)
 
 
 def run(snippet: str) -> Any:

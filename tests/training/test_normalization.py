@@ -13,9 +13,10 @@ from torch import Tensor
 
 from aps.data import arrays
 from aps.data.manifest import ChannelStatistics, Manifest
-from aps.models.encoder import Encoder
-from aps.models.weights import read_info
+from aps.models.encoder import Encoder, build_encoder
+from aps.models.weights import read_info, save_encoder
 from aps.settings.blocks import DatasetSettings, SourceSettings, ViewSettings
+from aps.training.features import normalization
 
 COLOURS = ((204, 102, 51), (20, 60, 240))
 PUBLISHED = ChannelStatistics(mean=(0.1, 0.3, 0.7), std=(0.5, 0.25, 0.2), over="this test")
@@ -67,3 +68,21 @@ def test_every_image_an_encoder_sees_is_normalized_by_the_datasets_constants(
     if stage in ("pretrain", "finetune"):  # and the weights say so to whoever reads them
         info = read_info(job.out / {"pretrain": "encoder.safetensors", "finetune": "model.safetensors"}[stage])
         assert info["mean"] == pytest.approx(mean.tolist()) and info["std"] == pytest.approx(std.tolist())
+
+
+def test_statistics_of_the_encoder_are_those_its_file_names_else_the_measured_ones(flat: Path, tmp_path: Path) -> None:
+    """`dataset: {statistics: encoder}`: what evaluates on other images than it was trained on."""
+    job = small.job("knn", flat, tmp_path, dataset=DatasetSettings(name="flat", statistics="encoder"))
+    assert job.encoder is not None
+    assert normalization(job) == Manifest.read(flat).normalization("measured")  # this file says nothing
+    own = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
+    save_encoder(build_encoder(small.ENCODER), small.ENCODER, job.encoder, own)
+    assert normalization(job) == (own["mean"], own["std"])
+    for stage in ("knn", "linear_probe", "finetune"):
+        job = small.job(stage, flat, tmp_path / stage, dataset=DatasetSettings(name="flat", statistics="encoder"))
+        assert job.encoder is not None
+        save_encoder(build_encoder(small.ENCODER), small.ENCODER, job.encoder, own)
+        small.run(job)
+        if stage == "finetune":  # hands them on
+            info = read_info(job.out / "model.safetensors")
+            assert info["mean"] == pytest.approx(own["mean"]) and info["std"] == pytest.approx(own["std"])

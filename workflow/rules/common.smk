@@ -48,7 +48,7 @@ onstart:
 
 wildcard_constraints:
     experiment="|".join(map(re.escape, PLAN.study.experiments)),
-    dataset="|".join(map(re.escape, PLAN.study.dataset_names())),
+    dataset="|".join(map(re.escape, PLAN.datasets)),
     seed=r"\d+",
 
 

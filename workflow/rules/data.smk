@@ -15,7 +15,8 @@ rule prepare_dataset:
         prefix=PLAN.prefix,
         python=PLAN.python,
         # depends on resources only so that Snakemake does not take a moved source for a changed result
-        source=lambda wildcards, resources: PLAN.source_options(wildcards.dataset),
+        source=PLAN.source_options,
+        name=PLAN.dataset_name,
         folder=lambda wildcards, output: Path(output.manifest).parent,
     log:
         f"{RESULTS}/logs/data/{{dataset}}.log",
@@ -30,5 +31,5 @@ rule prepare_dataset:
     container:
         PLAN.image()
     shell:
-        "{params.prefix}{params.python:q} -m aps data {wildcards.dataset} --configfile --out {params.folder:q} {params.source}"
+        "{params.prefix}{params.python:q} -m aps data {params.name} --configfile --out {params.folder:q} {params.source}"
         " 2>&1 | tee {log:q}"

@@ -1,0 +1,228 @@
+"""`check`: what a job would stumble over is said before the first one, and its hints are commands that work as printed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tiny_study import STUDY, put
+
+from aps import cli
+from aps.layout import manifest_of
+from aps.settings.reading import load_study
+
+COCO = {
+    "train": {"images": "img", "annotations": "train.json"},
+    "val": {"images": "img", "annotations": "val.json"},
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+def check(
+    capsys: pytest.CaptureFixture[str], study: dict[str, Any], *arguments: str, file: str = "my study.yaml"
+) -> tuple[int, str, list[str]]:
+    """Status, what is printed, and the sentences about what is wrong."""
+    Path(file).write_text(yaml.safe_dump(study))
+    capsys.readouterr()
+    status = cli.main(["check", "--configfile", file, *arguments])
+    shown = capsys.readouterr()
+    return status, shown.out, [line.removeprefix("error: ") for line in shown.err.splitlines()]
+
+
+def on(dataset: dict[str, Any], labels: bool = True) -> dict[str, Any]:
+    """A study of one experiment on a dataset of one's own."""
+    stage = "knn" if labels else "pretrain"
+    weights = {"weights": "random"} if labels else {}
+    experiment = {"dataset": "mine", "stages": [stage], "encoder": {"image_size": 16, "patch_size": 4} | weights}
+    return {"study": "own", "datasets": {"mine": dataset}, "experiments": {"e": experiment}}
+
+
+MISSING: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "a folder": (on({"folder": "phtos"}), ["datasets.mine.folder: phtos does not exist; correct the path"]),
+    "without labels": (on({"folder": "x", "labels": False}, labels=False), ["datasets.mine.folder: x does not exist"]),
+    "arrays": (on({"arrays": "x.npz"}), ["datasets.mine.arrays: x.npz does not exist"]),
+    "COCO files": (
+        put(
+            {"study": "own", "datasets": {"mine": {"coco": COCO}}, "experiments": {"e": STUDY["defaults"]}},
+            ("experiments", "e"),
+            STUDY["defaults"]
+            | {"stages": ["detection"], "encoder": STUDY["defaults"]["encoder"] | {"weights": "random"}}
+            | {"detection": STUDY["defaults"]["detection"] | {"dataset": "mine"}},
+        ),
+        [f"datasets.mine.coco.{split}.{key}: " for split in ("train", "val") for key in ("images", "annotations")],
+    ),
+    "a known dataset's source": (
+        {
+            "sources": {"cifar10": {"path": "/nowhere/cifar"}},
+            "experiments": {"e": {"dataset": "cifar10", "stages": ["knn"], "encoder": {"weights": "random"}}},
+        },
+        ["sources.cifar10.path: /nowhere/cifar does not exist; correct the path"],
+    ),
+    "a source that has to be named": (
+        {"experiments": {"e": {"dataset": "folder", "stages": ["knn"], "encoder": {"weights": "random"}}}},
+        ["sources.folder.path is not set, and dataset 'folder' can't be downloaded"],
+    ),
+    "an encoder's file": (
+        {"experiments": {"e": {"dataset": "digits", "stages": ["knn"], "encoder": {"weights": "gone.safetensors"}}}},
+        ["experiment 'e': encoder.weights: gone.safetensors does not exist"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_a_source_that_is_not_there_is_named_with_its_key(
+    case: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, expected = MISSING[case]
+    status, _, errors = check(capsys, study)
+    assert status == 2 and len(errors) == len(expected)
+    for sentence, start in zip(errors, expected, strict=True):
+        assert sentence.startswith(start), sentence
+
+
+def test_a_password_in_a_wrong_address_is_not_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, errors = check(capsys, STUDY | {"tracking_uri": "htp://me:hush@127.0.0.1:5000"})
+    assert status == 2 and "did you mean 'http'" in errors[0] and "hush" not in errors[0]
+
+
+def test_everything_that_is_wrong_is_said_at_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = on({"folder": "phtos"}) | {"tracking_uri": "htp://127.0.0.1:5000"}
+    status, _, errors = check(capsys, study)
+    assert status == 2 and len(errors) == 2
+
+
+SMALL: dict[str, tuple[dict[str, Any], str]] = {
+    "pretrain": (
+        {"pretrain": {"batch_size": 2000}},
+        "pretrain.batch_size 2000 exceeds the 1438 training images; lower it",
+    ),
+    "finetune, held out": (
+        {"finetune": {"batch_size": 1300, "holdout": 0.1}},
+        "finetune.batch_size 1300 exceeds the 1294 training images (144 of 1438 are held out); lower it",
+    ),
+    "limit": (
+        {"dataset": {"name": "digits", "train_limit": 5000}},
+        "dataset.train_limit 5000 exceeds the 1438 training images of dataset 'digits'; lower it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_a_batch_that_the_prepared_images_cannot_fill_is_refused(
+    case: str, here: Path, digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks, sentence = SMALL[case]
+    (stage,) = {"pretrain"} if case != "finetune, held out" else {"finetune"}
+    study = {"experiments": {"e": {"dataset": "digits", **blocks, "stages": sorted({"pretrain", stage})}}}
+    assert check(capsys, study)[0] == 0  # before the data are prepared nobody knows
+    Path("results/data").mkdir(parents=True)
+    Path("results/data/digits").symlink_to(digits.parent)
+    status, _, errors = check(capsys, study)
+    assert status == 2 and any(f"experiment 'e': {sentence}" == error for error in errors), errors
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"gpus": 3, "nodes": 2}, "gpus 3 don't spread evenly over nodes 2"),
+        ({"processes": 5, "nodes": 2}, "processes 5 don't spread evenly over nodes 2"),
+        ({"local": True}, "only data and report have a choice"),
+        ({"processes": 3}, "batch_size 256 is not a multiple of the 3 processes"),
+    ],
+)
+def test_resources_that_snakemake_would_refuse_are_said(
+    asked: dict[str, Any], words: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = {"dataset": "digits", "stages": ["pretrain"], "pretrain": {"batch_size": 256}}
+    status, _, errors = check(capsys, {"resources": {"pretrain": asked}, "experiments": {"e": experiment}})
+    assert status == 2 and words in " ".join(errors), errors
+
+
+ADDRESSES = {
+    "htp://127.0.0.1:5000": "did you mean 'http'?",
+    "sqllite:///x.db": "did you mean 'sqlite'?",
+    "sqlite://x.db": "with three slashes",
+    "http:/127.0.0.1:5000": "with two slashes",
+    "127.0.0.1:5000": "write http://127.0.0.1:5000",
+    "http://:5000": "names no host",
+    "http://127.0.0.1:port": "write http://HOST:PORT",
+    "mlflow": "is no address and no folder",
+    "http://no-such-host.invalid:5000": "no host 'no-such-host.invalid' is known from here",
+}
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_misspelt_tracking_address_is_said(address: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, errors = check(capsys, STUDY | {"tracking_uri": address})
+    assert status == 2 and len(errors) == 1 and ADDRESSES[address] in errors[0], errors
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:5000", "sqlite:///x.db", "none", "./mlruns", None])
+def test_an_address_that_can_be_one_is_not(address: str | None, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(capsys, STUDY | {"tracking_uri": address})[0] == 0
+
+
+def test_hints_are_commands_that_work_as_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a study whose file has a space in its name, with settings laid over it: the datasets they prepare are the study's."""
+    for number in range(8):
+        (here / f"images/{number % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((9, 9, 3), 20 * number, np.uint8)).save(here / f"images/{number % 2}/{number}.png")
+    overrides = ("--set", "results=out", "datasets.mine.folder=images")
+    status, said, _ = check(capsys, on({"folder": "elsewhere"}), *overrides)
+    assert status == 0
+    prepare, everything = re.findall(r"`([^`]+)`", said)
+    words = shlex.split(prepare)
+    assert words[:3] == ["python", "-m", "aps"] and cli.main(words[3:]) == 0
+    study = load_study(["my study.yaml"], {"results": "out", "datasets": {"mine": {"folder": "images"}}})
+    assert manifest_of(study, "mine").exists()
+    status, said, _ = check(capsys, on({"folder": "elsewhere"}), *overrides)
+    assert status == 0 and "not prepared" not in said
+    from snakemake.cli import get_argument_parser
+
+    arguments = get_argument_parser().parse_args(shlex.split(everything)[1:])
+    assert [str(file) for file in arguments.configfile] == ["my study.yaml"] and arguments.targets == ["all"]
+    assert len(arguments.config) == 2
+    (here / "images/0/new.png").write_bytes((here / "images/0/0.png").read_bytes())
+    _, said, _ = check(capsys, on({"folder": "elsewhere"}), *overrides)
+    assert "dataset 'mine' will be prepared again (folder images: 1 image new)" in said
+    assert re.findall(r"`([^`]+)`", said)[0] == prepare
+
+
+# --------------------------------------------------------------------------------------------------
+# `data`.
+
+
+def test_data_again_prepares_from_scratch(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for extra, words in (
+        ([], "digits: prepared:"),
+        ([], "already prepared and verified"),
+        (["--again"], "digits: prepared:"),
+    ):
+        assert cli.main(["data", "digits", *extra]) == 0
+        assert words in capsys.readouterr().out
+
+
+def test_an_entry_stands_in_for_a_study(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("a.npz", images=np.zeros((10, 8, 8), np.uint8), labels=np.arange(10) % 2)
+    assert cli.main(["data", "mine", "--entry", '{"arrays": "a.npz"}', "--out", "here"]) == 0
+    assert "mine: prepared: 8 train, 2 test images of 2 classes" in capsys.readouterr().out
+    assert (here / "here/manifest.json").exists()
+    for arguments, words in (
+        (["--entry", '{"arays": "a.npz"}'], "--entry: not an entry of `datasets`"),
+        (["--entry", "{}"], "--entry: not an entry of `datasets`"),
+        (["--entry", '{"arrays": "a.npz"}', "--source", "b.npz"], "--source is for published datasets"),
+    ):
+        assert cli.main(["data", "mine", *arguments]) == 2
+        assert words in capsys.readouterr().err
