@@ -221,10 +221,8 @@ def test_a_server_that_is_slow_or_fails_keeps_no_stage_waiting(
     monkeypatch.setattr(serving, "_track", lambda folder, address: wait.wait(60))
     track_model(stages / "finetune", "http://127.0.0.1:9", "finetune mine/seed0", seconds=0.1)
     wait.set()
-    assert (
-        "finetune mine/seed0: MLflow did not take its model; `python -m aps sync` sends it later"
-        in capsys.readouterr().err
-    )
+    said = "finetune mine/seed0: MLflow did not take its model (it does not answer (timed out)); `python -m aps sync` sends"
+    assert said in capsys.readouterr().err
 
     def fails(folder: Path, address: str) -> bool:
         raise ConnectionError
