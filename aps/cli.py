@@ -289,17 +289,23 @@ def _runnable(text: str, args: argparse.Namespace) -> str:
         overrides = parse_overrides(args.overrides)
     except UserError:  # which is what the text says
         return text
+    words = f" {_study_words(args)}".rstrip()
     study = f" --configfile {shlex.join(args.configfile)}" if args.configfile != [DEFAULT_STUDY] else ""
-    for_us = f" --set {shlex.join(args.overrides)}" if args.overrides else ""
     pairs = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in overrides.items()]
     for_snakemake = f" --config {' '.join(pairs)}" if pairs else ""
 
     def complete(found: re.Match[str]) -> str:
         command = found[1].removesuffix(ANY_STUDY)
-        return f"`{command}{study}{for_snakemake if command.startswith('snakemake') else for_us}`"
+        return f"`{command}{study + for_snakemake if command.startswith('snakemake') else words}`"
 
-    verbs = "|".join([*STAGES, "data", "sync", "results", "report", "check", "estimate"])
+    verbs = "|".join([*STAGES, "data", "sync", "results", "report", "status", "check", "estimate"])
     return re.sub(rf"`((?:python -m aps (?:{verbs})|snakemake )\b[^`]*)`", complete, text)
+
+
+def _study_words(args: argparse.Namespace) -> str:
+    """Options by which another verb reads the same study; none where it is the default one."""
+    file = f"--configfile {shlex.join(args.configfile)}" if args.configfile != [DEFAULT_STUDY] else ""
+    return f"{file} --set {shlex.join(args.overrides)}".strip() if args.overrides else file
 
 
 def _no_study(args: argparse.Namespace) -> bool:
@@ -452,7 +458,7 @@ def _report(args: argparse.Namespace) -> None:
     from aps.findings import Findings
     from aps.inference.serving import sync_models
     from aps.layout import report_folder
-    from aps.report import write_report
+    from aps.report.page import write_report
     from aps.tracking.syncing import log_report, sync
 
     address = _address(study)
@@ -460,7 +466,7 @@ def _report(args: argparse.Namespace) -> None:
     if not away:
         sync_models(study, address)
     folder = args.out or report_folder(study)
-    files, runs = write_report(study, folder, address)
+    files, runs = write_report(study, folder, address, _study_words(args))
     Findings(study).stamp_report(folder)
     if not away:
         log_report(study, address, files)
@@ -469,7 +475,7 @@ def _report(args: argparse.Namespace) -> None:
 
 def _results(args: argparse.Namespace) -> None:
     study = _load(args)
-    from aps.report import terminal
+    from aps.report.terminal import terminal
 
     print(terminal(study, _address(study)))
 

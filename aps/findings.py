@@ -89,7 +89,7 @@ class Findings:
             [f.label, f.problem, {k: v for k, v in (f.metrics or {}).items() if not k.startswith(("mlflow", "sha256"))}]
             for f in self
         ]
-        words = [[name, e.description, e.published] for name, e in self.study.experiments.items()]
+        words = [self.study.question, *([n, e.description, e.published] for n, e in self.study.experiments.items())]
         return hashlib.sha256(json.dumps([runs, words], sort_keys=True).encode()).hexdigest()[:16]
 
     def report_is_theirs(self, folder: Path) -> bool:

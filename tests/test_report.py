@@ -14,7 +14,9 @@ from aps.cli import main
 from aps.files import sha256
 from aps.findings import Findings
 from aps.layout import stage_folder, study_folder
-from aps.report import Table, terminal, write_report
+from aps.report.page import write_report
+from aps.report.table import Table
+from aps.report.terminal import terminal
 from aps.seals import contents, seal
 from aps.settings.reading import load_study
 from aps.settings.study import Study
@@ -124,10 +126,10 @@ def test_a_report_has_a_row_a_run_escapes_what_it_shows_and_needs_no_other_file(
     page = (tmp_path / "report/report.html").read_text()
     assert "a &lt;fast&gt; CPU" in page and "a <fast> CPU" not in page
     assert "80.0 ± 0.0" in page
-    assert page.count("data:image/png;base64,") == 2  # scores and curves
-    assert 'src="http' not in page and "<link" not in page and "<script" not in page
-    for picture in ("scores.png", "curves.png"):
-        assert (tmp_path / "report" / picture).read_bytes().startswith(b"\x89PNG")
+    assert page.count("<figure") == 3  # scores of kNN, and two curves
+    assert 'src="' not in page and "<link" not in page and "<script" not in page
+    for picture in ("scores/scores.png", "curves/curves.png"):
+        assert (tmp_path / "report/figures" / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_report_on_nothing_says_so(study: Study, tmp_path: Path) -> None:

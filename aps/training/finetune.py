@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ from aps.runtime.memory import keep_memory
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
 from aps.settings.blocks import FinetuneSettings
-from aps.training.classify import accuracy
+from aps.training.classify import accuracy, confusion
 from aps.training.examples import AugmentedExamples, Examples
 from aps.training.features import Normalization, normalization, pixels
 from aps.training.loop import Line, Loop, finite
 from aps.training.order import STEP, held_out, seed_of
 from aps.training.schedule import finetuning_lr
+
+CONFUSED = 100  # classes up to which metrics.json holds the confusion matrix
 
 
 def run(job: StageJob) -> None:
@@ -55,7 +57,7 @@ def run(job: StageJob) -> None:
         metrics = learner.evaluate() | {"epochs": settings.epochs, "images_per_second": loop.rate}
         if distributed.main:
             learner.save(stage)
-            stage.finish(metrics, headline="test_top1", precision=learner.tuner.precision.name)
+            stage.finish(metrics, headline="test_top1", precision=learner.tuner.precision.name, **learner.mistakes)
 
 
 class Finetuning:
@@ -78,6 +80,7 @@ class Finetuning:
         self.tuner = Finetuner(job, classes, self.normalization, distributed)
         self.sums, self.loss = torch.zeros(2, device=distributed.device), math.nan  # of this epoch, of the last one
         self.best = {"epoch": -1, "accuracy": -1.0}
+        self.mistakes: dict[str, Any] = {}  # for metrics.json
 
     def batches(self, epoch: int, first: int) -> Iterator[Examples]:
         return self.examples.epoch(epoch, first)
@@ -106,13 +109,22 @@ class Finetuning:
         """Final figures: of the last epoch's weights, of their average, of the best epoch's on the held-out part."""
         tuner, workers = self.tuner, self.job.workers
         test = load_split(self.job.manifest, "test")
-        metrics = {"test_top1": tuner.accuracy(tuner.model, test, workers), "loss": self.loss}
+        metrics = {"test_top1": self._test(test, workers), "loss": self.loss}
         if tuner.ema is not None:
             metrics["test_top1_ema"] = tuner.accuracy(tuner.ema.module, test, workers)
         if self.held is not None:
             metrics |= {"holdout_top1": self.best["accuracy"], "holdout_epoch": self.best["epoch"]}
             metrics["test_top1_holdout_epoch"] = tuner.accuracy(tuner.remembered(), test, workers)
         return metrics
+
+    def _test(self, test: ArraySplit | FileSplit, workers: int | None) -> float:
+        """Top-1 of the last epoch's weights; where there are few classes, what is taken for what is kept beside it."""
+        tuner = self.tuner
+        if len(test.classes) > CONFUSED:
+            return tuner.accuracy(tuner.model, test, workers)
+        counts = tuner.confusion(tuner.model, test, workers)
+        self.mistakes = {"confusion": {"classes": list(test.classes), "counts": counts.tolist()}}
+        return 100 * int(counts.trace()) / len(test)
 
     def save(self, stage: StageRun) -> None:
         """Stage the last epoch's model."""
@@ -182,11 +194,20 @@ class Finetuner:
 
     def accuracy(self, model: nn.Module, split: ArraySplit | FileSplit, workers: int | None) -> float:
         """Top-1 in percent, in eval mode."""
+        return float(self._evaluated(accuracy, model, split, workers))
+
+    def confusion(self, model: nn.Module, split: ArraySplit | FileSplit, workers: int | None) -> Tensor:
+        """Images of each class by what they are taken for, in eval mode -> (C, C)."""
+        return self._evaluated(confusion, model, split, workers)
+
+    def _evaluated(
+        self, measure: Callable[..., Tensor], model: nn.Module, split: ArraySplit | FileSplit, workers: int | None
+    ) -> Tensor:
         training = model.training
         model.eval()
-        result = accuracy(model, split, self.size, self.normalization, self.distributed, self.precision, workers)
+        result = measure(model, split, self.size, self.normalization, self.distributed, self.precision, workers)
         model.train(training)
-        return float(result)
+        return result
 
     def remember(self) -> None:
         """Keep the present weights as those of the best epoch on the held-out part."""
