@@ -166,11 +166,18 @@ def parser() -> argparse.ArgumentParser:
     _study_options(p)
 
     p = verb("report", _report, "tables and figures over the finished runs of a study")
-    p.add_argument("--out", type=Path, help="folder of the report (default: results/report/STUDY)")
+    p.add_argument("--out", type=Path, help="folder of the report (default: results/STUDY/report)")
     _study_options(p)
 
     p = verb("results", _results, "print the table of a study's finished runs, where they lie and how to browse them")
     _study_options(p)
+
+    p = verb("status", _status, "what is done, running, queued, failed or outdated of a study, while it runs too")
+    p.add_argument("--picture", type=Path, metavar="FILE", help="draw it: experiments by stages (.svg or .png)")
+    _study_options(p)
+
+    p = verb("compare", _compare, "print what finished runs differ in: settings, data, what made them, cost and scores")
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders results/STUDY/EXPERIMENT/seedN/STAGE")
 
     p = verb(
         "ui", _ui, "show a study's runs in MLflow: start its server where there is none, and print the page's address"
@@ -478,6 +485,25 @@ def _results(args: argparse.Namespace) -> None:
     from aps.report.terminal import terminal
 
     print(terminal(study, _address(study)))
+
+
+def _status(args: argparse.Namespace) -> None:
+    study = _load(args)
+    from aps.status import status_of, text
+
+    found = status_of(study)
+    print(text(study, found))
+    if args.picture is not None:
+        from aps.report.states import draw_status
+
+        draw_status(study, found, args.picture)
+        print(f"\n{args.picture}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from aps.compare import compare
+
+    print(compare(args.runs))
 
 
 def _ui(args: argparse.Namespace) -> None:

@@ -103,7 +103,10 @@ class Findings:
     def stamp_report(self, folder: Path) -> None:
         """Says beside the report what it shows."""
         (folder / STAMP).unlink(missing_ok=True)
-        write_json(folder / STAMP, {"shows": self.digest(), "files": contents(folder)})
+        files = contents(folder)
+        for inner in sorted({file.parent for file in folder.glob("figures/*/*")}):
+            files |= {f"{inner.relative_to(folder)}/{name}": own for name, own in contents(inner).items()}
+        write_json(folder / STAMP, {"shows": self.digest(), "files": files})
 
     def _find(self, experiment: str, seed: int, stage: str) -> Finding:
         folder = stage_folder(self._folder, experiment, seed, stage)
