@@ -175,6 +175,8 @@ def _detections(table: Table, finding: Finding, manifest: Path) -> Panel | None:
             found = sorted(by_image[split.ids[index]], key=lambda result: -result["score"])[: len(truth)]
             draw_instances(line[0], image, split, truth)
             draw_instances(line[1], image, split, found)
+            for spot in line:
+                spot.spines[:].set_visible(False)
         for spot, title in zip(axes[0], ("truth", "detections"), strict=True):
             spot.set_title(title, fontsize=7.5, loc="center")
         _heading(axes, finding.experiment)

@@ -8,7 +8,6 @@ what made it: its files, its run in MLflow, its settings, and the command that m
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +18,9 @@ import jinja2
 from markupsafe import Markup
 
 from aps import __version__
-from aps.files import atomic_path
-from aps.findings import Finding, Findings
+from aps.errors import UserError
+from aps.files import atomic_path, read_json
+from aps.findings import STAMP, Finding, Findings
 from aps.report import csv_file
 from aps.report.differences import differing, shown
 from aps.report.drawing import Picture
@@ -50,8 +50,8 @@ def write_report(study: Study, folder: Path, address: str, options: str = "") ->
     findings = Findings(study)
     table = Table(study, findings)
     pictures = all_figures(table, whole) + _examples(table)
-    shutil.rmtree(folder / FIGURES, ignore_errors=True)  # none of an earlier report stays
-    (folder / FIGURES).mkdir(parents=True)
+    _remove_figures(folder)
+    (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     files = [folder / "report.html", folder / "results.csv"]
     for picture in pictures:
         file = folder / FIGURES / picture.category / f"{picture.name}.png"
@@ -64,6 +64,17 @@ def write_report(study: Study, folder: Path, address: str, options: str = "") ->
     with atomic_path(folder / "report.html") as temporary:
         temporary.write_text(_page(table, pictures, folder, address, options))
     return files, table.runs
+
+
+def _remove_figures(folder: Path) -> None:
+    """Those of an earlier report, by what it said to have written: the folder may be somebody's own."""
+    try:
+        names = [str(name) for name in read_json(folder / STAMP)["files"] if str(name).endswith(".png")]
+    except (UserError, KeyError, TypeError):
+        return
+    for name in names:
+        if ".." not in name:
+            (folder / name).unlink(missing_ok=True)
 
 
 def whole(finding: Finding, file: str) -> bool:

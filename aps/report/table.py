@@ -164,26 +164,28 @@ class Table:
         def of(name: str) -> Sample:
             return self.cells[name][score]
 
-        first, *others = sorted(names, key=lambda name: -of(name).mean)
-        single = [name for name in (first, *others) if len(of(name).values) == 1]
-        if single:
-            who = "one seed" if len(single) == len(names) else f"{single[0]} has one finished seed"
+        single = [name for name in names if len(of(name).values) == 1]
+        several = sorted((name for name in names if name not in single), key=lambda name: -of(name).mean)
+        if len(several) < 2:
+            who = "one seed" if not several else f"one seed of all but {several[0]}"
             return Verdict(score, dataset, None, f"{who}, so there is no spread and no best")
+        first, *others = several
+        beside = f" (not compared, one seed: {', '.join(single)})" if single else ""
         for other in others:
             difference, spread = of(first).mean - of(other).mean, max(of(first).range, of(other).range)
             both = f"{first} {of(first)} and {other} {of(other)} differ by {difference:.1f}"
             if difference <= spread:
                 why = f"none is best beyond the spread: {both}, seeds of one of them by {spread:.1f}"
-                return Verdict(score, dataset, None, why)
+                return Verdict(score, dataset, None, why + beside)
             ours, theirs = self.interval(first, score), self.interval(other, score)
             if ours is not None and theirs is not None and ours.low <= theirs.high:
                 why = f"none is best for certain: {both}, but on {ours.images} test images their 95 % intervals overlap"
-                return Verdict(score, dataset, None, why)
+                return Verdict(score, dataset, None, why + beside)
         second = others[0]
         difference, spread = of(first).mean - of(second).mean, max(of(first).range, of(second).range)
         above = f"{difference:.1f} above {second} ({of(second)})"
         why = f"{first} is best: {of(first)}, {above}, while seeds differ by {spread:.1f} at most"
-        return Verdict(score, dataset, first, why)
+        return Verdict(score, dataset, first, why + beside)
 
     # -- cost -------------------------------------------------------------------------------------
 

@@ -213,13 +213,16 @@ def test_the_csv_file_has_the_settings_and_an_evaluation_those_of_its_pretrainin
     assert float(row["cost.seconds"]) > 300 and row["finetune.epochs"] == ""
 
 
-def test_no_figure_of_an_earlier_report_stays(study: Study, tmp_path: Path) -> None:
+def test_no_figure_of_an_earlier_report_stays_and_other_files_do(study: Study, tmp_path: Path) -> None:
     folder = finish(study, "aps", 0, "knn", knn_top1_k20=80.0)
+    (tmp_path / "report/figures/scores").mkdir(parents=True)
+    mine = tmp_path / "report/figures/scores/mine.png"
     write(study, tmp_path / "report")
-    assert (tmp_path / "report/figures/scores/scores.png").exists()
+    Findings(study).stamp_report(tmp_path / "report")
+    mine.write_text("mine")
     (folder / "metrics.json").unlink()
     write(study, tmp_path / "report")
-    assert not list((tmp_path / "report/figures").rglob("*.png"))
+    assert list((tmp_path / "report/figures").rglob("*.png")) == [mine]
 
 
 def test_a_changed_picture_makes_the_report_anew(study: Study) -> None:

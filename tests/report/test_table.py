@@ -84,8 +84,17 @@ def test_one_seed_has_no_spread_and_no_best(study: Study) -> None:
     finish(study, "untrained", 0, "knn", knn_top1_k20=50.0)
     assert verdict(study, "knn") == (None, "one seed, so there is no spread and no best")
     finish(study, "untrained", 1, "knn", knn_top1_k20=50.0)
-    assert verdict(study, "knn") == (None, "aps has one finished seed, so there is no spread and no best")
+    assert verdict(study, "knn") == (None, "one seed of all but untrained, so there is no spread and no best")
     assert "±" not in table(study).text("aps", table(study).scores[1])
+
+
+def test_an_experiment_of_one_seed_keeps_the_others_from_nothing_and_is_named(study: Study) -> None:
+    for seed in (0, 1):
+        finish(study, "aps", seed, "finetune", test_top1=90.0)
+        finish(study, "longer", seed, "finetune", test_top1=60.0)
+    finish(study, "untrained", 0, "finetune", test_top1=95.0)
+    best, reason = verdict(study, "finetune")
+    assert best == "aps" and reason.endswith("(not compared, one seed: untrained)")
 
 
 def test_nobody_is_best_of_one(study: Study) -> None:
