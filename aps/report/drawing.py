@@ -21,7 +21,7 @@ INK, LINE = "#010203", "#010204"  # no other colour is like them: they become th
 PAGE = {INK: "currentColor", LINE: "var(--line)"}
 PAPER = {INK: "#1d2429", LINE: "#d5dce0"}
 # Told from each other by people who see no red or no green, and legible on white and on black.
-COLOURS = ("#2a7fd4", "#d9730d", "#1f9d6b", "#c2468f", "#8a63d2", "#a8860b", "#d0453c", "#2a9db0")
+COLOURS = ("#2a7fd4", "#d9730d", "#1f9d6b", "#c2468f", "#8a63d2", "#a8860b", "#d0453c", "#2a9db0", "#7f8a91", "#9a6750")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 WIDTH = 3.6  # inches of a panel
@@ -77,6 +77,7 @@ class Picture:
         name: of its file.
         category: heading under which `snakemake --report` lists it.
         legend: what the colours of all panels mean.
+        dots: whether these are colours of dots and not of lines.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Picture:
     caption: str
     panels: Sequence[Panel]
     legend: Mapping[str, Look] = field(default_factory=dict)
+    dots: bool = False
 
     def inline(self) -> list[tuple[str, str]]:
         """(label, SVG to stand in a page) of every panel."""
@@ -104,7 +106,12 @@ class Picture:
                 panel.draw(_axes(panel, place))
             if self.legend:
                 lines = [
-                    matplotlib.lines.Line2D([], [], color=look.colour, linestyle=look.dash)
+                    matplotlib.lines.Line2D(
+                        [],
+                        [],
+                        color=look.colour,
+                        **({"marker": "o", "linestyle": "none"} if self.dots else {"linestyle": look.dash}),
+                    )
                     for look in self.legend.values()
                 ]
                 names = [_plain(name) for name in self.legend]

@@ -156,7 +156,7 @@ def _neighbours(table: Table, finding: Finding, manifest: Path) -> Panel | None:
                 spot.spines[:].set(visible=same is None or wrong, color=WRONG if wrong else INK, linewidth=1.5)
         _heading(axes, finding.experiment)
 
-    return Panel(f"Nearest neighbours by {finding.experiment}", draw, 0.4 + 0.78 * len(lines), (len(lines), width))
+    return Panel(f"Nearest neighbours by {finding.experiment}", draw, 0.4 + 0.7 * len(lines), (len(lines), width))
 
 
 def _detections(table: Table, finding: Finding, manifest: Path) -> Panel | None:

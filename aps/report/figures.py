@@ -427,14 +427,14 @@ def maps(table: Table, whole: Whole) -> list[Picture]:
             if finding is not None and whole(finding, "features.parquet"):
                 places, labels = _places(finding.folder / "features.parquet")
                 classes = sorted({label for label in labels if label is not None})
-                own = looks(classes) if 0 < len(classes) <= 16 else {}
+                own = looks(classes) if 0 < len(classes) <= len(COLOURS) else {}
                 legend |= own
                 panels.append(Panel(f"Map of the test images by {name}", _map(name, places, labels, own), 3.2))
                 break
     if not panels:
         return []
     caption = "Every test image at its place on the plane of the first two principal components of its features."
-    return [Picture("map", "examples", "Map of the test images", caption, panels, legend)]
+    return [Picture("map", "examples", "Map of the test images", caption, panels, legend, dots=True)]
 
 
 def _places(file: Path) -> tuple[np.ndarray, list[str | None]]:
@@ -448,14 +448,13 @@ def _map(name: str, places: np.ndarray, labels: Sequence[str | None], look: dict
     def draw(axes: Axes) -> None:
         size = float(np.clip(3000 / max(1, len(places)), 1, 14))
         own = np.array([label or "" for label in labels])
-        for label, (colour, _, marker) in (look or {"": Look(COLOURS[0], "-", "o")}).items():
+        for label, (colour, _, _) in (look or {"": Look(COLOURS[0], "-", "o")}).items():
             rows = own == label if look else slice(None)
             axes.scatter(
                 places[rows, 0],
                 places[rows, 1],
                 s=size,
                 color=colour,
-                marker=marker,
                 alpha=0.7,
                 linewidths=0,
                 rasterized=True,
