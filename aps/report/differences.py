@@ -6,6 +6,7 @@ pretraining that made its encoder.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from typing import Any, NamedTuple
@@ -80,36 +81,52 @@ def differing(table: Table) -> dict[str, dict[str, list[str]]]:
 
 
 def sweeps(table: Table) -> list[Sweep]:
-    """Every setting that takes three values or more while all others stay, in the order of `FIRST`."""
+    """Every setting that takes three values or more while all others stay, or change with it; in the order of `FIRST`."""
     flat = {name: own for name in table.evaluated() if (own := settings_of(table, name))}
     keys = [key for key in differing(table) if key != "encoder.weights"]
-    trained = [name for name in flat if table.study.experiments[name].encoder.weights != "random"]
-    groups: dict[tuple[str, ...], list[list[str]]] = defaultdict(list)
-    for base in trained:
-        others: dict[tuple[str, ...], list[str]] = defaultdict(list)
-        for name in trained:
-            if table.study.experiments[name].stages != table.study.experiments[base].stages:
-                continue
-            changed = tuple(key for key in keys if flat[name].get(key, ABSENT) != flat[base].get(key, ABSENT))
-            if changed:
-                others[changed].append(name)
-        for changed, names in others.items():
-            members = [name for name in trained if name in (base, *names)]
-            distinct = {shown(flat[name].get(changed[0], ABSENT)) for name in members}
-            if len(distinct) == len(members) >= LEAST and members not in groups[changed]:
-                groups[changed].append(members)
+    groups = _groups(table, {name: flat[name] for name in flat if not _untrained(table, name)}, keys)
+
+    def value(name: str, key: str) -> Any:
+        return flat[name].get(key, ABSENT)
+
     found = []
     for changed, lists in groups.items():
-        whole = [names for names in lists if not any(set(names) < set(other) for other in lists)]
-        apart = [
-            key for key in keys if key not in changed and len({shown(flat[n[0]].get(key, ABSENT)) for n in whole}) > 1
-        ]
+        apart = [key for key in keys if key not in changed and len({shown(value(own[0], key)) for own in lists}) > 1]
         lines = {}
-        for names in whole:
-            label = ", ".join(f"{key.rpartition('.')[2]} {shown(flat[names[0]].get(key, ABSENT))}" for key in apart)
-            lines[label] = {name: flat[name].get(changed[0], ABSENT) for name in names}
+        for names in lists:
+            read = [key for key in apart if key in flat[names[0]]]
+            label = ", ".join(f"{key.rpartition('.')[2]} {shown(value(names[0], key))}" for key in read)
+            lines[label] = {name: value(name, changed[0]) for name in names}
         found.append(Sweep(changed[0], changed[1:], lines))
     return sorted(found, key=lambda sweep: (_rank(sweep.key), len(sweep.with_it)))
+
+
+def _groups(table: Table, flat: dict[str, dict[str, Any]], keys: list[str]) -> dict[tuple[str, ...], list[list[str]]]:
+    """Settings that change together -> groups of experiments, any two of which differ in all of these and nothing else."""
+
+    def changed(a: str, b: str) -> tuple[str, ...]:
+        return tuple(key for key in keys if flat[a].get(key, ABSENT) != flat[b].get(key, ABSENT))
+
+    found: dict[tuple[str, ...], list[list[str]]] = defaultdict(list)
+    stages = {name: table.study.experiments[name].stages for name in flat}
+    sets = {changed(a, b) for a, b in itertools.combinations(flat, 2) if stages[a] == stages[b]} - {()}
+    for together in sorted(sets, key=lambda own: (len(own), keys.index(own[0]))):
+        for base in flat:
+            members = [base]
+            for name in flat:
+                if stages[name] == stages[base] and all(changed(name, other) == together for other in members):
+                    members.append(name)
+            members.sort(key=list(flat).index)
+            read = all(key in flat[name] for name in members for key in together)
+            # The diagonal of a grid is no sweep: what changes there together also changes alone.
+            diagonal = any(set(own) < set(together) for own, lists in found.items() if lists)
+            if len(members) >= LEAST and read and not diagonal and members not in found[together]:
+                found[together].append(members)
+    return {together: lists for together, lists in found.items() if lists}
+
+
+def _untrained(table: Table, name: str) -> bool:
+    return table.study.experiments[name].encoder.weights == "random"
 
 
 def shown(value: Any) -> str:

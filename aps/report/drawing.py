@@ -98,7 +98,9 @@ class Picture:
         rows = -(-len(self.panels) // columns)
         heights = [max(p.height for p in self.panels[i * columns : (i + 1) * columns]) for i in range(rows)]
         with matplotlib.rc_context(_style(PAPER)):
-            legend = 0.3 * -(-len(self.legend) // (2 * columns)) if self.legend else 0
+            longest = max((len(name) for name in self.legend), default=0)
+            beside = max(1, int(columns * WIDTH / (0.5 + 0.075 * longest)))  # names in a line
+            legend = 0.2 * -(-len(self.legend) // beside) + 0.1 * bool(self.legend)
             figure = Figure(figsize=(WIDTH * columns, sum(heights) + legend + 0.3), layout="constrained", dpi=150)
             figure.suptitle(self.title, fontsize=10, x=0.01, ha="left")
             places = figure.subfigures(rows, columns, squeeze=False, height_ratios=heights)
@@ -115,7 +117,7 @@ class Picture:
                     for look in self.legend.values()
                 ]
                 names = [_plain(name) for name in self.legend]
-                figure.legend(lines, names, loc="outside lower center", ncols=2 * columns, fontsize=8)
+                figure.legend(lines, names, loc="outside lower center", ncols=min(beside, len(names)), fontsize=8)
             out = io.BytesIO()
             figure.savefig(out, format="png")
         return out.getvalue()
