@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,14 +29,14 @@ from aps.runtime.memory import keep_memory
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
 from aps.settings.blocks import FinetuneSettings
-from aps.training.classify import accuracy, confusion
+from aps.training.classify import accuracy
 from aps.training.examples import AugmentedExamples, Examples
 from aps.training.features import Normalization, normalization, pixels
 from aps.training.loop import Line, Loop, finite
 from aps.training.order import STEP, held_out, seed_of
 from aps.training.schedule import finetuning_lr
 
-CONFUSED = 100  # classes up to which metrics.json holds the confusion matrix
+MOST_CONFUSED = 100  # classes up to which metrics.json holds the confusion matrix
 
 
 def run(job: StageJob) -> None:
@@ -109,22 +109,17 @@ class Finetuning:
         """Final figures: of the last epoch's weights, of their average, of the best epoch's on the held-out part."""
         tuner, workers = self.tuner, self.job.workers
         test = load_split(self.job.manifest, "test")
-        metrics = {"test_top1": self._test(test, workers), "loss": self.loss}
+        C = len(test.classes)
+        confusion = torch.zeros(C, C, dtype=torch.int64, device=self.distributed.device) if C <= MOST_CONFUSED else None
+        metrics = {"test_top1": tuner.accuracy(tuner.model, test, workers, confusion), "loss": self.loss}
+        if confusion is not None:
+            self.mistakes = {"confusion": {"classes": list(test.classes), "counts": confusion.tolist()}}
         if tuner.ema is not None:
             metrics["test_top1_ema"] = tuner.accuracy(tuner.ema.module, test, workers)
         if self.held is not None:
             metrics |= {"holdout_top1": self.best["accuracy"], "holdout_epoch": self.best["epoch"]}
             metrics["test_top1_holdout_epoch"] = tuner.accuracy(tuner.remembered(), test, workers)
         return metrics
-
-    def _test(self, test: ArraySplit | FileSplit, workers: int | None) -> float:
-        """Top-1 of the last epoch's weights; where there are few classes, what is taken for what is kept beside it."""
-        tuner = self.tuner
-        if len(test.classes) > CONFUSED:
-            return tuner.accuracy(tuner.model, test, workers)
-        counts = tuner.confusion(tuner.model, test, workers)
-        self.mistakes = {"confusion": {"classes": list(test.classes), "counts": counts.tolist()}}
-        return 100 * int(counts.trace()) / len(test)
 
     def save(self, stage: StageRun) -> None:
         """Stage the last epoch's model."""
@@ -192,22 +187,17 @@ class Finetuner:
             self.ema.update(self.model)
         return torch.stack([loss.detach(), (logits.argmax(1) == batch.labels).float().mean()])
 
-    def accuracy(self, model: nn.Module, split: ArraySplit | FileSplit, workers: int | None) -> float:
-        """Top-1 in percent, in eval mode."""
-        return float(self._evaluated(accuracy, model, split, workers))
-
-    def confusion(self, model: nn.Module, split: ArraySplit | FileSplit, workers: int | None) -> Tensor:
-        """Images of each class by what they are taken for, in eval mode -> (C, C)."""
-        return self._evaluated(confusion, model, split, workers)
-
-    def _evaluated(
-        self, measure: Callable[..., Tensor], model: nn.Module, split: ArraySplit | FileSplit, workers: int | None
-    ) -> Tensor:
+    def accuracy(
+        self, model: nn.Module, split: ArraySplit | FileSplit, workers: int | None, confusion: Tensor | None = None
+    ) -> float:
+        """Top-1 in percent, in eval mode. confusion: (C, C), to be counted into."""
         training = model.training
         model.eval()
-        result = measure(model, split, self.size, self.normalization, self.distributed, self.precision, workers)
+        result = accuracy(
+            model, split, self.size, self.normalization, self.distributed, self.precision, workers, confusion
+        )
         model.train(training)
-        return result
+        return float(result)
 
     def remember(self) -> None:
         """Keep the present weights as those of the best epoch on the held-out part."""
