@@ -26,6 +26,7 @@ DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 WIDTH = 3.6  # inches of a panel
 IN_A_ROW = 3  # panels of a PNG file
+LEAST_POINTS = 10.0  # that an axis of percentages spans
 
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8, "xtick.labelsize": 7.5,
@@ -138,6 +139,12 @@ def room(values: Sequence[float], least: float, share: float = 0.12) -> tuple[fl
     if max(values) <= 100 and high > 100:
         high, low = 102.0, min(low, 100 - least)
     return low, high
+
+
+def short(text: str, letters: int = 40) -> str:
+    """Of a name within a figure: cut in the middle where it is long; dollars would start a formula."""
+    text = text if len(text) <= letters else f"{text[: letters - 9]}…{text[-8:]}"
+    return text.replace("$", r"\$")
 
 
 def _plain(text: str) -> str:

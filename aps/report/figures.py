@@ -18,14 +18,12 @@ from matplotlib.colors import to_rgb
 
 from aps.findings import Finding
 from aps.journal import read_history
-from aps.report.differences import Sweep, shown, sweeps
-from aps.report.drawing import COLOURS, Look, Panel, Picture, grid_lines, looks, room
+from aps.report.drawing import COLOURS, LEAST_POINTS, Look, Panel, Picture, grid_lines, looks, room, short
+from aps.report.sweep_figures import sweep_figures
 from aps.report.table import Column, Table
 from aps.stages import STAGES
 
-LEAST_POINTS = 10.0  # that an axis of percentages spans
 MONITOR = "knn_train_top1"
-LINES = 8  # of a sweep in one panel
 WITH_NUMBERS = 12  # classes of a confusion matrix whose cells have room for a number
 ROW = 0.4  # inches of an experiment
 
@@ -94,7 +92,7 @@ def _rows(table: Table, score: Column, names: Sequence[str], look: dict[str, Loo
             axes.text(
                 0,
                 row - 0.36,
-                f"{_words(name)}  {sample}",
+                f"{short(name)}  {sample}",
                 transform=axes.get_yaxis_transform(),
                 va="center",
                 fontsize=7.5,
@@ -207,7 +205,7 @@ def _bars(values: dict[str, list[float]], look: dict[str, Look]) -> Callable[[Ax
             axes.text(
                 0,
                 row - 0.36,
-                f"{_words(name)}  {statistics.fmean(own):.2f} GB",
+                f"{short(name)}  {statistics.fmean(own):.2f} GB",
                 transform=axes.get_yaxis_transform(),
                 va="center",
                 fontsize=7.5,
@@ -262,107 +260,6 @@ def _scatter(
 # --------------------------------------------------------------------------------------------------
 
 
-def sweep_figures(table: Table) -> Iterator[Picture]:
-    """A picture for each setting that a study sweeps, a panel for each score."""
-    for number, sweep in enumerate(sweeps(table)):
-        lines = dict(list(sweep.lines.items())[:LINES])
-        panels = []
-        for score in table.scores:
-            present = {label: {n: v for n, v in own.items() if score in table.cells[n]} for label, own in lines.items()}
-            present = {label: own for label, own in present.items() if len(own) > 1}
-            if present:
-                panels.append(Panel(f"{score.label} for each {sweep.key}", _sweep(table, score, sweep, present)))
-        if not panels:
-            continue
-        caption = "Means over seeds, dots are seeds; an axis of percentages spans ten points or more."
-        if sweep.with_it:
-            caption = f"{', '.join(sweep.with_it)} changes with it. {caption}"
-        if len(sweep.lines) > LINES:
-            caption += f" The first {LINES} of {len(sweep.lines)} lines."
-        legend = {label: _line_look(i) for i, label in enumerate(lines)} if len(lines) > 1 else {}
-        yield Picture(
-            f"sweep-{sweep.key}{f'-{number}' if number else ''}",
-            "sweeps",
-            f"What {sweep.key} does",
-            caption,
-            panels,
-            legend,
-        )
-
-
-def _line_look(number: int) -> Look:
-    return looks([str(i) for i in range(number + 1)])[str(number)]
-
-
-def _sweep(table: Table, score: Column, sweep: Sweep, lines: dict[str, dict[str, Any]]) -> Callable[[Axes], None]:
-    def draw(axes: Axes) -> None:
-        every = list(dict.fromkeys(shown(v) for own in lines.values() for v in own.values()))
-        if sweep.numeric:
-            every = [shown(v) for v in sorted({v for own in lines.values() for v in own.values()})]
-        numbers = [float(text) for text in every] if sweep.numeric else []
-        even = bool(numbers) and min(numbers) > 0 and max(numbers) / min(numbers) >= 8  # their ratios count
-        for label, own in lines.items():
-            look = _line_look(list(sweep.lines).index(label))
-            points = sorted(
-                (float(v) if sweep.numeric else float(every.index(shown(v))), table.cells[n][score])
-                for n, v in own.items()
-            )
-            for x, sample in points:
-                axes.plot(
-                    [x] * len(sample.values),
-                    sample.values,
-                    "o",
-                    color=look.colour,
-                    markersize=3.5,
-                    alpha=0.5,
-                    markeredgewidth=0,
-                )
-            line = look.dash if sweep.numeric else "none"
-            axes.plot(
-                [x for x, _ in points],
-                [s.mean for _, s in points],
-                linestyle=line,
-                marker=look.marker,
-                color=look.colour,
-                linewidth=1.2,
-                markersize=4.5,
-            )
-        if not sweep.numeric:
-            axes.set_xticks(
-                range(len(every)),
-                [_words(text) for text in every],
-                rotation=30 if max(map(len, every)) > 6 else 0,
-                ha="right" if max(map(len, every)) > 6 else "center",
-            )
-            axes.set_xlim(-0.5, len(every) - 0.5)
-        elif even:
-            axes.set_xscale("log")
-            axes.set_xticks(numbers, every)
-            axes.set_xticks([], minor=True)
-        else:
-            axes.set_xticks(_apart(numbers))
-        axes.set_ylim(
-            room([v for own in lines.values() for n in own for v in table.cells[n][score].values], LEAST_POINTS)
-        )
-        axes.set_xlabel(sweep.key)
-        axes.set_title(f"{score.label}, %")
-        grid_lines(axes, "y")
-
-    return draw
-
-
-def _apart(numbers: Sequence[float]) -> list[float]:
-    """Those of ascending numbers whose labels don't overlap on an axis."""
-    kept: list[float] = []
-    for x in numbers:
-        if not kept or x - kept[-1] >= 0.1 * (numbers[-1] - numbers[0]):
-            kept.append(x)
-    return kept
-
-
-# --------------------------------------------------------------------------------------------------
-
-
 def confusions(table: Table) -> list[Picture]:
     """What finetuned models take for what, over all seeds of an experiment."""
     panels = []
@@ -403,15 +300,15 @@ def _matrix(name: str, counts: np.ndarray, classes: Sequence[str]) -> Callable[[
         labelled = range(0, c, max(1, -(-c // 20)))
         axes.set_xticks(
             [i + 0.5 for i in labelled],
-            [_words(classes[i], 14) for i in labelled],
+            [short(classes[i], 14) for i in labelled],
             rotation=90 if max(len(x) for x in classes) > 2 else 0,
         )
-        axes.set_yticks([i + 0.5 for i in labelled], [_words(classes[i], 14) for i in labelled])
+        axes.set_yticks([i + 0.5 for i in labelled], [short(classes[i], 14) for i in labelled])
         axes.tick_params(length=0)
         axes.set_ylim(c, 0)
         axes.set_aspect("equal")
         axes.spines[["left", "bottom"]].set_visible(False)
-        axes.set_title(_words(name))
+        axes.set_title(short(name))
         axes.set_xlabel("guess")
         axes.set_ylabel("truth")
 
@@ -461,7 +358,7 @@ def _map(name: str, places: np.ndarray, labels: Sequence[str | None], look: dict
             )
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_title(_words(name))
+        axes.set_title(short(name))
 
     return draw
 
@@ -473,9 +370,3 @@ def _histories(table: Table, whole: Whole) -> Iterator[tuple[Finding, list[dict[
     for finding in table.findings.values():
         if finding.metrics is not None and whole(finding, "history.jsonl"):
             yield finding, read_history(finding.folder / "history.jsonl")
-
-
-def _words(text: str, letters: int = 40) -> str:
-    """Of a name within a figure: cut in the middle where it is long; dollars would start a formula."""
-    text = text if len(text) <= letters else f"{text[: letters - 9]}…{text[-8:]}"
-    return text.replace("$", r"\$")
