@@ -34,6 +34,7 @@ from aps.tracking.browsing import how_to_look
 from aps.tracking.state import read_state
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
+NAMED = 6  # results that are not shown for one reason
 FIGURES = "figures"  # of the report's folder: CATEGORY/NAME.png
 
 
@@ -135,7 +136,7 @@ def _page(table: Table, pictures: Sequence[Picture], folder: Path, address: str,
         facts=_facts(table),
         groups=_groups(table, folder, address, options),
         pages=_neighbours(table, folder),
-        stale=table.stale(),
+        stale=_reasons(table),
         look=how_to_look(study, address),
         options=options,
         version=__version__,
@@ -237,6 +238,17 @@ def mlflow_page(finding: Finding, address: str) -> str | None:
     if state is None or state.address != address or state.run_id is None or state.experiment_id is None:
         return None
     return f"{address}/{run_page(state.experiment_id, state.run_id)}"
+
+
+def _reasons(table: Table) -> dict[str, str]:
+    """Why results that are there are not shown -> which these are."""
+    found: dict[str, list[str]] = {}
+    for finding in table.stale():
+        found.setdefault(finding.problem or "", []).append(finding.label)
+    return {
+        problem: ", ".join(labels[:NAMED]) + (f" and {len(labels) - NAMED} more" if len(labels) > NAMED else "")
+        for problem, labels in found.items()
+    }
 
 
 def _neighbours(table: Table, folder: Path) -> list[tuple[str, str]]:

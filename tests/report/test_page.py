@@ -123,6 +123,22 @@ def test_the_page_opens_with_the_question_date_commit_and_machine(study: Study, 
         assert said in top, said
 
 
+def test_results_that_are_not_shown_for_one_reason_are_one_line(study: Study, tmp_path: Path) -> None:
+    for name, stages in (
+        ("aps", ("pretrain", "finetune")),
+        ("longer", ("pretrain", "finetune")),
+        ("untrained", ("finetune",)),
+    ):
+        for seed in (0, 1):
+            for stage in stages:
+                finish(study, name, seed, stage, test_top1=80.0)
+    changed = {"defaults": {"finetune": {"lr": 0.5}}, "experiments": {"longer": {"finetune": {"lr": 0.5}}}}
+    page = write(load_study([tmp_path / "study.yaml"], changed), tmp_path / "report")
+    lines = re.findall(r"<li>(finetune .*?)</li>", page)
+    assert len(lines) == 1 and lines[0].startswith("finetune aps/seed0, finetune aps/seed1, ")
+    assert "finetune.lr" in lines[0] and "now 0.5" in lines[0]
+
+
 def test_another_question_makes_the_report_anew(study: Study, tmp_path: Path) -> None:
     folder = report_folder(study)
     write(study, folder)
