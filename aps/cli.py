@@ -166,11 +166,18 @@ def parser() -> argparse.ArgumentParser:
     _study_options(p)
 
     p = verb("report", _report, "tables and figures over the finished runs of a study")
-    p.add_argument("--out", type=Path, help="folder of the report (default: results/report/STUDY)")
+    p.add_argument("--out", type=Path, help="folder of the report (default: results/STUDY/report)")
     _study_options(p)
 
     p = verb("results", _results, "print the table of a study's finished runs, where they lie and how to browse them")
     _study_options(p)
+
+    p = verb("status", _status, "what is done, running, queued, failed or outdated of a study, while it runs too")
+    p.add_argument("--picture", type=Path, metavar="FILE", help="draw it: experiments by stages (.svg or .png)")
+    _study_options(p)
+
+    p = verb("compare", _compare, "print what finished runs differ in: settings, data, what made them, cost and scores")
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders results/STUDY/EXPERIMENT/seedN/STAGE")
 
     p = verb(
         "ui", _ui, "show a study's runs in MLflow: start its server where there is none, and print the page's address"
@@ -289,17 +296,23 @@ def _runnable(text: str, args: argparse.Namespace) -> str:
         overrides = parse_overrides(args.overrides)
     except UserError:  # which is what the text says
         return text
+    words = f" {_study_words(args)}".rstrip()
     study = f" --configfile {shlex.join(args.configfile)}" if args.configfile != [DEFAULT_STUDY] else ""
-    for_us = f" --set {shlex.join(args.overrides)}" if args.overrides else ""
     pairs = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in overrides.items()]
     for_snakemake = f" --config {' '.join(pairs)}" if pairs else ""
 
     def complete(found: re.Match[str]) -> str:
         command = found[1].removesuffix(ANY_STUDY)
-        return f"`{command}{study}{for_snakemake if command.startswith('snakemake') else for_us}`"
+        return f"`{command}{study + for_snakemake if command.startswith('snakemake') else words}`"
 
-    verbs = "|".join([*STAGES, "data", "sync", "results", "report", "check", "estimate"])
+    verbs = "|".join([*STAGES, "data", "sync", "results", "report", "status", "check", "estimate"])
     return re.sub(rf"`((?:python -m aps (?:{verbs})|snakemake )\b[^`]*)`", complete, text)
+
+
+def _study_words(args: argparse.Namespace) -> str:
+    """Options by which another verb reads the same study; none where it is the default one."""
+    file = f"--configfile {shlex.join(args.configfile)}" if args.configfile != [DEFAULT_STUDY] else ""
+    return f"{file} --set {shlex.join(args.overrides)}".strip() if args.overrides else file
 
 
 def _no_study(args: argparse.Namespace) -> bool:
@@ -453,7 +466,7 @@ def _report(args: argparse.Namespace) -> None:
     from aps.findings import Findings
     from aps.inference.serving import sync_models
     from aps.layout import report_folder
-    from aps.report import write_report
+    from aps.report.page import write_report
     from aps.tracking.syncing import log_report, sync
 
     address = _address(study)
@@ -461,7 +474,7 @@ def _report(args: argparse.Namespace) -> None:
     if not away:
         sync_models(study, address)
     folder = args.out or report_folder(study)
-    files, runs = write_report(study, folder, address)
+    files, runs = write_report(study, folder, address, _study_words(args))
     Findings(study).stamp_report(folder)
     if not away:
         log_report(study, address, files)
@@ -470,9 +483,28 @@ def _report(args: argparse.Namespace) -> None:
 
 def _results(args: argparse.Namespace) -> None:
     study = _load(args)
-    from aps.report import terminal
+    from aps.report.terminal import terminal
 
     print(terminal(study, _address(study)))
+
+
+def _status(args: argparse.Namespace) -> None:
+    study = _load(args)
+    from aps.status import status_of, text
+
+    found = status_of(study)
+    print(text(study, found))
+    if args.picture is not None:
+        from aps.report.states import draw_status
+
+        draw_status(study, found, args.picture)
+        print(f"\n{args.picture}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from aps.compare import compare
+
+    print(compare(args.runs))
 
 
 def _ui(args: argparse.Namespace) -> None:

@@ -89,7 +89,7 @@ class Findings:
             [f.label, f.problem, {k: v for k, v in (f.metrics or {}).items() if not k.startswith(("mlflow", "sha256"))}]
             for f in self
         ]
-        words = [[name, e.description, e.published] for name, e in self.study.experiments.items()]
+        words = [self.study.question, *([n, e.description, e.published] for n, e in self.study.experiments.items())]
         return hashlib.sha256(json.dumps([runs, words], sort_keys=True).encode()).hexdigest()[:16]
 
     def report_is_theirs(self, folder: Path) -> bool:
@@ -103,7 +103,10 @@ class Findings:
     def stamp_report(self, folder: Path) -> None:
         """Says beside the report what it shows."""
         (folder / STAMP).unlink(missing_ok=True)
-        write_json(folder / STAMP, {"shows": self.digest(), "files": contents(folder)})
+        files = contents(folder)
+        for inner in sorted({file.parent for file in folder.glob("figures/*/*")}):
+            files |= {f"{inner.relative_to(folder)}/{name}": own for name, own in contents(inner).items()}
+        write_json(folder / STAMP, {"shows": self.digest(), "files": files})
 
     def _find(self, experiment: str, seed: int, stage: str) -> Finding:
         folder = stage_folder(self._folder, experiment, seed, stage)

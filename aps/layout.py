@@ -32,6 +32,10 @@ def stage_folder(study_folder: str | Path, experiment: str, seed: int, stage: st
     return Path(study_folder) / experiment / f"seed{seed}" / stage
 
 
+def log_file(study_folder: str | Path, experiment: str, seed: int, stage: str) -> Path:
+    return Path(study_folder) / "logs" / experiment / f"seed{seed}" / f"{stage}.log"
+
+
 def run_folder(results: str | Path, stage: str, key: str) -> Path:
     return Path(results) / "runs" / stage / key
 

@@ -51,9 +51,9 @@ class Progress:
         filled = int(BAR * share)
         seconds = time.monotonic() - self._start
         left = (self.total - self.done) * seconds / max(1, self.done - self._first)
-        clock = f"{_clock(left)} left" if self.done < self.total else f"{_clock(seconds)} in all"
+        when = f"{clock(left)} left" if self.done < self.total else f"{clock(seconds)} in all"
         bar = f"[{'#' * filled}{'-' * (BAR - filled)}] {int(100 * share):3d}%"
-        parts = (f"{self.label:<24}", bar, f"{self.done}/{self.total} {self.unit}", rate, note, clock)
+        parts = (f"{self.label:<24}", bar, f"{self.done}/{self.total} {self.unit}", rate, note, when)
         return "  ".join(part for part in parts if part)
 
     @property
@@ -71,7 +71,7 @@ class Progress:
             self._bar.close()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

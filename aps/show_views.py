@@ -146,44 +146,54 @@ def draw(shown: list[Example], grid: int) -> Figure:
     figure = Figure(figsize=(1.42 * columns, 1.62 * rows + 0.35), layout=layout, facecolor="white")
     axes = figure.subplots(rows, columns, squeeze=False)
     for row, example in zip(axes, shown, strict=True):
-        _draw_row(row, example, grid)
+        draw_row(dict(enumerate(row)), example, grid)
     for ax, title, color in zip(axes[0], COLUMNS, ("0.2", *2 * COLORS[:1], *3 * COLORS[1:], "0.2"), strict=True):
         ax.set_title(title, fontsize=9, color=color, fontweight="bold")
     return figure
 
 
-def _draw_row(row: np.ndarray, example: Example, grid: int) -> None:
+def draw_row(row: dict[int, Axes], example: Example, grid: int) -> None:
+    """An example onto the axes of some of COLUMNS, by their numbers."""
     views = (example.view1, example.view2)
     height, width, _ = example.source.shape
     side, source = max(height, width), example.source / 255
     pale = 1 - (1 - source.mean(2, keepdims=True).repeat(3, 2)) * 2 * FADED
-    for ax, image in ((row[0], source), (row[6], pale)):
-        ax.imshow(image, extent=(0, width, height, 0))
-        ax.set(xlim=((width - side) / 2, (width + side) / 2), ylim=((height + side) / 2, (height - side) / 2))
+    for place, image in ((0, source), (6, pale)):
+        if (ax := row.get(place)) is not None:
+            ax.imshow(image, extent=(0, width, height, 0))
+            ax.set(xlim=((width - side) / 2, (width + side) / 2), ylim=((height + side) / 2, (height - side) / 2))
     for view, color in zip(views, COLORS, strict=True):
-        _outline(row[0], view.box, color, linewidth=2.2)
-        for box in view.cells(grid):
-            _outline(row[6], box, color, linewidth=0.6, facecolor=(*to_rgb(color), 0.45))
-    for ax, view in zip((row[1], row[3]), views, strict=True):
-        ax.imshow(view.pixels, extent=(0, grid, grid, 0))
-        ax.set_xlabel("flipped" if view.flip else " ", fontsize=8, labelpad=2)
-    for ax, view, color in zip((row[2], row[5]), views, COLORS, strict=True):
-        mask = np.zeros(grid * grid)
-        mask[view.kept] = 1
-        patch = len(view.pixels) // grid
-        visible = np.kron(mask.reshape(grid, grid), np.ones((patch, patch)))[:, :, None]
-        ax.imshow(1 - (1 - view.pixels) * np.where(visible > 0, 1, FADED), extent=(0, grid, grid, 0))
-        for cell in view.kept:
-            _outline(ax, (cell // grid, cell % grid, 1, 1), color, linewidth=0.6)
-    row[4].imshow(example.covered, extent=(0, grid, grid, 0), cmap="Blues", vmin=0, vmax=1)
-    for cell in example.view2.kept:
-        _outline(row[4], (cell // grid, cell % grid, 1, 1), COLORS[1], linewidth=0.9)
-    kept = example.covered.ravel()[example.view2.kept].mean()
-    row[4].set_xlabel(f"all {example.covered.mean():.0%}, kept {kept:.0%}", fontsize=8, labelpad=2)
-    for ax in row:
+        if (ax := row.get(0)) is not None:
+            _outline(ax, view.box, color, linewidth=2.2)
+        for box in view.cells(grid) if (ax := row.get(6)) is not None else ():
+            _outline(ax, box, color, linewidth=0.6, facecolor=(*to_rgb(color), 0.45))  # type: ignore[arg-type]
+    for place, view in zip((1, 3), views, strict=True):
+        if (ax := row.get(place)) is not None:
+            ax.imshow(view.pixels, extent=(0, grid, grid, 0))
+            ax.set_xlabel("flipped" if view.flip else " ", fontsize=8, labelpad=2)
+    for place, view, color in zip((2, 5), views, COLORS, strict=True):
+        if (ax := row.get(place)) is not None:
+            _draw_kept(ax, view, color, grid)
+    if (ax := row.get(4)) is not None:
+        ax.imshow(example.covered, extent=(0, grid, grid, 0), cmap="Blues", vmin=0, vmax=1)
+        for cell in example.view2.kept:
+            _outline(ax, (cell // grid, cell % grid, 1, 1), COLORS[1], linewidth=0.9)
+        kept = example.covered.ravel()[example.view2.kept].mean()
+        ax.set_xlabel(f"all {example.covered.mean():.0%}, kept {kept:.0%}", fontsize=8, labelpad=2)
+    for place, ax in row.items():
         ax.set_xticks([])
         ax.set_yticks([])
-        ax.spines[:].set(color="0.8", linewidth=0.6, visible=ax not in (row[0], row[6]) or height == width)
+        ax.spines[:].set(color="0.8", linewidth=0.6, visible=place not in (0, 6) or height == width)
+
+
+def _draw_kept(ax: Axes, view: View, color: str, grid: int) -> None:
+    mask = np.zeros(grid * grid)
+    mask[view.kept] = 1
+    patch = len(view.pixels) // grid
+    visible = np.kron(mask.reshape(grid, grid), np.ones((patch, patch)))[:, :, None]
+    ax.imshow(1 - (1 - view.pixels) * np.where(visible > 0, 1, FADED), extent=(0, grid, grid, 0))
+    for cell in view.kept:
+        _outline(ax, (cell // grid, cell % grid, 1, 1), color, linewidth=0.6)
 
 
 def _outline(ax: Axes, box: Box, color: str, linewidth: float, facecolor: Any = "none") -> None:

@@ -23,6 +23,7 @@ class Score(NamedTuple):
     metric: str
     label: str
     prefer: int | None = None
+    share: bool = False  # whether it is the share of test images that are right, so that chance among them is known
 
 
 class Curve(NamedTuple):
@@ -91,7 +92,7 @@ ROWS = (
         settings="aps.settings.blocks:FinetuneSettings",
         uses=("dataset", "encoder"),
         outputs=("model.safetensors",),
-        scores=(Score("test_top1", "finetuned top-1"),),
+        scores=(Score("test_top1", "finetuned top-1", share=True),),
         curves=(Curve("loss", "finetuning loss"),),
         traced=True,
         cost="aps.training.cost:finetune",
@@ -103,7 +104,7 @@ ROWS = (
         settings="aps.settings.blocks:LinearProbeSettings",
         uses=("dataset", "encoder"),
         outputs=("heads.safetensors",),
-        scores=(Score("test_top1", "linear probe top-1"),),
+        scores=(Score("test_top1", "linear probe top-1", share=True),),
         traced=True,
         cost="aps.training.cost:linear_probe",
     ),
@@ -114,7 +115,7 @@ ROWS = (
         settings="aps.settings.blocks:KnnSettings",
         uses=("dataset", "encoder"),
         outputs=(),
-        scores=(Score("knn_top1_k{k}", "kNN top-1, k = {k}", prefer=20),),
+        scores=(Score("knn_top1_k{k}", "kNN top-1, k = {k}", prefer=20, share=True),),
         cost="aps.training.cost:knn",
     ),
     Stage(

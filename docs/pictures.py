@@ -32,7 +32,7 @@ WINDOW = (1280, 800)
 def main() -> None:
     if not (REPORT / "report.html").exists():
         sys.exit(f"{REPORT}/report.html is missing; run make demo first")
-    shutil.copy(REPORT / "scores.png", IMAGES / "scores.png")
+    shutil.copy(REPORT / "figures/scores/scores.png", IMAGES / "scores.png")
     dot, browser = shutil.which("dot"), shutil.which("chromium") or shutil.which("google-chrome")
     if dot:
         rules = subprocess.run(

@@ -22,6 +22,7 @@ from aps.tracking.syncing import log_report, sync
 
 GAMMAS, SEEDS = (0.0, 3.0, 9.0), (0, 1, 2)
 STARTED = 1795600000.0
+QUESTION = "How sharply should overlap be avoided?"
 
 
 def write_study(folder: Path) -> Path:
@@ -33,7 +34,12 @@ def write_study(folder: Path) -> Path:
         f"gamma{gamma:g}": {"inherits": "gamma0", "description": base["description"], "sampling": {"gamma": gamma}}
         for gamma in GAMMAS[1:]
     }
-    study = {"study": "gammas", "results": str(folder / "results"), "experiments": {"gamma0": base, **others}}
+    study = {
+        "study": "gammas",
+        "question": QUESTION,
+        "results": str(folder / "results"),
+        "experiments": {"gamma0": base, **others},
+    }
     file = folder / "gammas.yaml"
     file.write_text(json.dumps(study))
     return file
@@ -77,10 +83,11 @@ def _finish(study: Study, name: str, seed: int, stage: str, made: dict[str, Any]
         "stage": stage, "experiment": name, "seed": seed, "metrics": final, "settings": settings.relevant(),
         "settings_digest": settings.digest, "started": "2026-11-25T12:00:00+00:00", "wall_seconds": seconds,
         "dataset": {"name": "digits", "digest": "01" * 32}, "files": contents(folder), "commit": "0123456789ab",
-        "command": f"python -m aps {stage} --experiment {name} --seed {seed}", "hardware": {"cpu": "two cores", "host": "n1"},
+        "finished": "2026-11-25T13:00:00+00:00", "version": "0.2.0", "mlflow_run_id": None,
+        "command": f"python -m aps {stage} --experiment {name} --seed {seed}", "hardware": {"cpu": "two cores", "host": "n1", "processes": 1},
         "encoder": {"source": str(folder.parent / "pretrain" / "encoder.safetensors") if made else None,
                     "sha256": made["files"]["encoder.safetensors"]["sha256"] if made else None},
-        "cost": {"seconds": total, "gpu_hours": round(total / 3600, 4), "peak_gpu_gb": 1.2},
+        "cost": {"seconds": total, "gpu_hours": round(total / 3600, 4), "peak_gpu_gb": 1.2, "flops": 1e9 * total},
     }  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(seal(metrics)))
     State(address=OFF, about=describe(metrics, study.study)).write(folder / "tracking.json")

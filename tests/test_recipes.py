@@ -162,4 +162,4 @@ def test_no_value_of_the_file_goes_unchecked() -> None:
             if section in ("inherits", "published"):
                 continue
             assert set(values) <= set(SHARED[section]) | {key for s, key in OWN if s == section}, section
-    assert set(raw) == {"study", "resources", "defaults", "experiments"}
+    assert set(raw) == {"study", "question", "resources", "defaults", "experiments"}

@@ -131,7 +131,7 @@ def pretend_finished(study: Study) -> list[Path]:
         }  # fmt: skip
         (folder / "metrics.json").write_text(json.dumps(seal(described)))
         files += [folder / name for name in STAGES[stage].files]
-    report_folder(study).mkdir(parents=True, exist_ok=True)
+    (report_folder(study) / "figures").mkdir(parents=True, exist_ok=True)
     for name in ("report.html", "results.csv"):
         (report_folder(study) / name).write_text("")
         files.append(report_folder(study) / name)

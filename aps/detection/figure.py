@@ -33,16 +33,16 @@ def predictions_figure(path: Path, split: CocoSplit, results: list[dict[str, Any
     for column, index in enumerate(indices):
         image = split.read(int(index)).permute(1, 2, 0).numpy()
         truth = [a for a in split.coco.imgToAnns[split.ids[index]] if not a.get("iscrowd", 0)]
-        _draw(axes[0, column], image, split, truth)
+        draw_instances(axes[0, column], image, split, truth)
         found = sorted(by_image[split.ids[index]], key=lambda row: -row["score"])
-        _draw(axes[1, column], image, split, found[: len(truth)])
+        draw_instances(axes[1, column], image, split, found[: len(truth)])
         axes[0, column].set_title(f"image {split.ids[index]}", fontsize=9)
     axes[0, 0].set_ylabel("truth")
     axes[1, 0].set_ylabel("as many best detections")
     figure.savefig(path, dpi=110, format="png")
 
 
-def _draw(axes: Axes, image: np.ndarray, split: CocoSplit, rows: list[dict[str, Any]]) -> None:
+def draw_instances(axes: Axes, image: np.ndarray, split: CocoSplit, rows: list[dict[str, Any]]) -> None:
     """image: uint8 (H, W, 3); rows: annotations or results, a colour each class."""
     colours = matplotlib.colormaps["tab10" if len(split.classes) <= 10 else "hsv"].resampled(
         max(10, len(split.classes))

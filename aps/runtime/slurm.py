@@ -26,6 +26,7 @@ from aps.files import read_json, write_json
 from aps.runtime.signals import received
 
 BEAT_SECONDS = 5.0  # between two touches of an attempt's mark
+FRESH_SECONDS = 60.0  # since a mark of another machine was touched, whose clock may differ
 KILL_SECONDS = 3.0  # how long a killed process may take to be gone
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "RESIZING", "STOPPED"}
 ENDINGS = {
@@ -174,6 +175,28 @@ class Claim:
             except OSError:  # it has just ended
                 return False
         return False
+
+
+def at_work(folder: Path) -> dict[str, object] | None:
+    """The mark of the attempt that is at work in the folder of a run at this moment; None where nobody is.
+
+    Of another machine's attempt one sees the mark being touched every few seconds.
+    """
+    file = folder / "attempt.json"
+    try:
+        age, mark = time.time() - file.stat().st_mtime, read_json(file)
+    except (OSError, UserError):
+        return None
+    if not isinstance(mark, dict):
+        return None
+    if mark.get("host") == _host() and mark.get("born") is not None:
+        try:
+            pid = int(str(mark.get("pid")))
+        except ValueError:
+            return None
+        alive = _identity(pid) == {"boot": mark.get("boot"), "born": mark["born"]} and not _is_zombie(pid)
+        return mark if alive else None
+    return mark if age < FRESH_SECONDS else None
 
 
 @contextlib.contextmanager

@@ -181,6 +181,7 @@ def _own_defaults(raw: dict[str, Any]) -> dict[str, Any]:
             if isinstance(own, dict) and "inherits" not in own:
                 experiments[name] = _merge(defaults, own)
     raw.pop("study", None)
+    raw.pop("question", None)
     return raw
 
 

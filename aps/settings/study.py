@@ -117,6 +117,7 @@ class StudySettings(Section):
     study: Annotated[str, Field(pattern=f"^{NAME}$")] = Field(
         "study", description="names the report's folder and MLflow's experiment"
     )
+    question: str = Field("", description="what the study asks, in a sentence; the report opens with it")
     include: tuple[str, ...] = Field(
         (),
         description="studies laid under this one, paths relative to this file; their `defaults` reach their own experiments only",

@@ -43,7 +43,7 @@ def sync(study: Study, address: str) -> Synced:
         folder = stage_folder(study_folder(study), experiment, seed, stage)
         if metrics := _metrics(folder):
             description = study.experiments[experiment].description
-            about = describe(metrics, study.study, _maker(metrics, folder), description, _manifest(study, metrics))
+            about = describe(metrics, study.study, maker(metrics, folder), description, _manifest(study, metrics))
             _sync_run(about, address, folder, metrics, found)
     return found
 
@@ -84,7 +84,7 @@ def _sync_run(about: About, address: str, folder: Path, metrics: dict[str, Any],
         write_json(folder / "metrics.json", seal(metrics | said))
 
 
-def _maker(metrics: dict[str, Any], folder: Path) -> dict[str, Any] | None:
+def maker(metrics: dict[str, Any], folder: Path) -> dict[str, Any] | None:
     """metrics.json of the pretraining that made a run's encoder, where it is still the same one."""
     encoder = metrics.get("encoder") or {}
     source = Path(encoder.get("source") or "")

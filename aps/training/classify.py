@@ -1,4 +1,4 @@
-"""What finetuning and linear probing share: accuracy of a classifier on a split."""
+"""What finetuning and linear probing share: accuracy of a classifier on a split, and what it takes for what."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ def accuracy(
     distributed: Distributed,
     precision: Precision,
     workers: int | None = None,
+    confusion: Tensor | None = None,
 ) -> Tensor:
     """Top-1 in percent over the whole split, the work shared among processes.
 
     classify: (B, 3, S, S) normalized -> logits (..., B, C); leading dimensions are several classifiers at once
-    -> (...) float64 on the CPU.
+    -> (...) float64 on the CPU. confusion: int64 (C, C) on the device, for one classifier: to a class's row is added how many
+    of its images are taken for each class.
     """
     part = -(-len(split) // distributed.world)
     rows = range(min(len(split), distributed.rank * part), min(len(split), (distributed.rank + 1) * part))
@@ -37,7 +39,12 @@ def accuracy(
             guesses = classify(normalize(images, normalization)).argmax(-1)
         labels = split.labels[start : start + len(images)].to(distributed.device)
         right = right + (guesses == labels).sum(-1)
+        if confusion is not None:
+            pairs = torch.bincount(labels * len(confusion) + guesses, minlength=confusion.numel())
+            confusion += pairs.view_as(confusion)
         start += len(images)
     if distributed.world > 1:
         dist.all_reduce(right)
+        if confusion is not None:
+            dist.all_reduce(confusion)
     return 100 * right.double().cpu() / len(split)

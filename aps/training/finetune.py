@@ -36,6 +36,8 @@ from aps.training.loop import Line, Loop, finite
 from aps.training.order import STEP, held_out, seed_of
 from aps.training.schedule import finetuning_lr
 
+MOST_CONFUSED = 100  # classes up to which metrics.json holds the confusion matrix
+
 
 def run(job: StageJob) -> None:
     """The stage. Outputs model.safetensors (the last epoch's), history.jsonl, metrics.json.
@@ -55,7 +57,7 @@ def run(job: StageJob) -> None:
         metrics = learner.evaluate() | {"epochs": settings.epochs, "images_per_second": loop.rate}
         if distributed.main:
             learner.save(stage)
-            stage.finish(metrics, headline="test_top1", precision=learner.tuner.precision.name)
+            stage.finish(metrics, headline="test_top1", precision=learner.tuner.precision.name, **learner.mistakes)
 
 
 class Finetuning:
@@ -78,6 +80,7 @@ class Finetuning:
         self.tuner = Finetuner(job, classes, self.normalization, distributed)
         self.sums, self.loss = torch.zeros(2, device=distributed.device), math.nan  # of this epoch, of the last one
         self.best = {"epoch": -1, "accuracy": -1.0}
+        self.mistakes: dict[str, Any] = {}  # for metrics.json
 
     def batches(self, epoch: int, first: int) -> Iterator[Examples]:
         return self.examples.epoch(epoch, first)
@@ -106,7 +109,11 @@ class Finetuning:
         """Final figures: of the last epoch's weights, of their average, of the best epoch's on the held-out part."""
         tuner, workers = self.tuner, self.job.workers
         test = load_split(self.job.manifest, "test")
-        metrics = {"test_top1": tuner.accuracy(tuner.model, test, workers), "loss": self.loss}
+        C = len(test.classes)
+        confusion = torch.zeros(C, C, dtype=torch.int64, device=self.distributed.device) if C <= MOST_CONFUSED else None
+        metrics = {"test_top1": tuner.accuracy(tuner.model, test, workers, confusion), "loss": self.loss}
+        if confusion is not None:
+            self.mistakes = {"confusion": {"classes": list(test.classes), "counts": confusion.tolist()}}
         if tuner.ema is not None:
             metrics["test_top1_ema"] = tuner.accuracy(tuner.ema.module, test, workers)
         if self.held is not None:
@@ -180,11 +187,15 @@ class Finetuner:
             self.ema.update(self.model)
         return torch.stack([loss.detach(), (logits.argmax(1) == batch.labels).float().mean()])
 
-    def accuracy(self, model: nn.Module, split: ArraySplit | FileSplit, workers: int | None) -> float:
-        """Top-1 in percent, in eval mode."""
+    def accuracy(
+        self, model: nn.Module, split: ArraySplit | FileSplit, workers: int | None, confusion: Tensor | None = None
+    ) -> float:
+        """Top-1 in percent, in eval mode. confusion: (C, C), to be counted into."""
         training = model.training
         model.eval()
-        result = accuracy(model, split, self.size, self.normalization, self.distributed, self.precision, workers)
+        result = accuracy(
+            model, split, self.size, self.normalization, self.distributed, self.precision, workers, confusion
+        )
         model.train(training)
         return float(result)
 

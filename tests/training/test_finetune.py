@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,24 @@ def test_the_headline_is_the_test_accuracy_of_the_weights_left_behind(
     found = small.run(job)
     assert found["test_top1"] == pytest.approx(top1(trained(job, 4), colours), abs=1e-9)
     assert 70 < found["test_top1"] < 100  # it learns; the Bayes rate is about 92
+
+
+@pytest.mark.parametrize("most", [4, 3])
+def test_what_the_model_takes_for_what_is_kept_where_classes_are_few(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(features, "BATCH", 50)
+    monkeypatch.setattr(finetune, "MOST_CONFUSED", most)
+    job = small.job("finetune", colours, tmp_path, dataset=DatasetSettings(name="colours"), **QUICK)
+    found = small.run(job)
+    kept = json.loads((job.out / "metrics.json").read_text()).get("confusion")
+    if most < 4:
+        assert kept is None
+        return
+    split, counts = load_split(colours, "test"), torch.tensor(kept["counts"])
+    assert kept["classes"] == list("abcd")
+    assert torch.equal(counts.sum(1), torch.bincount(split.labels)), "a row is a class"
+    assert found["test_top1"] == 100 * int(counts.trace()) / len(split)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

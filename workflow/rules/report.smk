@@ -7,6 +7,13 @@ rule report:
     output:
         html=report(f"{FOLDER}/report/report.html", caption="../report/report.rst", category="Results"),
         csv=report(f"{FOLDER}/report/results.csv", caption="../report/table.rst", category="Results"),
+        figures=report(
+            directory(f"{FOLDER}/report/figures"),
+            patterns=["{category}/{name}.png"],
+            caption="../report/figure.rst",
+            category="{category}",
+            labels={"figure": "{name}"},
+        ),
     params:
         prefix=PLAN.prefix,
         python=PLAN.python,

@@ -1,0 +1,59 @@
+"""results.csv: one row a run, with its figures, its cost, and every setting that it depends on.
+
+Columns of settings have a dot in their names (`sampling.gamma`), as in a study's file; an evaluation has those of the
+pretraining that made its encoder too, so one table answers which setting gave which score.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+from aps.report.differences import NOT_COMPARED, shown
+from aps.report.table import Run, Table, machine
+from aps.results import flatten
+from aps.tracking.describing import INHERITED
+
+FIXED = ("experiment", "seed", "stage", "dataset", "headline", "value", "wall_seconds", "finished", "version", "commit",
+         "settings_digest", "dataset_digest", "hardware", "mlflow_run_id")  # fmt: skip
+
+
+def content(table: Table) -> str:
+    """The file's text. Figures of single classes are left to metrics.json."""
+    rows = [_row(table, run) for run in table.runs]
+    groups: list[dict[str, Any]] = [{}, {}, {}]  # metrics, cost, settings: each has its columns together
+    for row in rows:
+        for group, own in zip(groups, row[1:], strict=True):
+            group |= dict.fromkeys(own)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [*FIXED, *(key for group in groups for key in group)], lineterminator="\n")
+    writer.writeheader()
+    for parts in rows:
+        writer.writerow({key: value for part in parts for key, value in part.items()})
+    return out.getvalue()
+
+
+def settings_columns(table: Table, run: Run) -> dict[str, str]:
+    """Settings of a run by their names in a study's file."""
+    tree = {key: value for key, value in run["settings"].items() if key not in NOT_COMPARED}
+    source = table.study.pretrain_source(run["experiment"]) if run["stage"] != "pretrain" else None
+    made = table.findings.get((source, run["seed"], "pretrain")) if source is not None else None
+    if made is not None and made.metrics is not None:
+        theirs = made.metrics["settings"]
+        tree |= {block: theirs[block] for block in INHERITED if block in theirs and block not in tree}
+    return {key: shown(value) for key, value in flatten(tree).items()}
+
+
+def _row(table: Table, run: Run) -> tuple[dict[str, Any], ...]:
+    metrics = {key: value for key, value in run["metrics"].items() if isinstance(value, int | float)}
+    headline = next((s.metric for s in table.scores if s.stage == run["stage"]), "loss")
+    fixed = {key: run[key] for key in FIXED if key in run and key != "dataset"} | {
+        "dataset": run["dataset"]["name"],
+        "dataset_digest": run["dataset"]["digest"],
+        "headline": headline,
+        "value": metrics.get(headline),
+        "hardware": machine(run),
+    }
+    cost = {f"cost.{key}": value for key, value in (run.get("cost") or {}).items()}
+    return fixed, metrics, cost, settings_columns(table, run)

@@ -1,0 +1,214 @@
+"""The report's figures of images: kept cells, class-token attention, nearest neighbours, detections beside the truth.
+
+They are drawn by what the stages themselves call: the sampler, the encoder, the features, the annotations. A few images
+each, on the CPU, so that a report can be made on a login node. What can't be drawn (data that are gone, a network without
+class token) is left out with a sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+
+from aps import show_views
+from aps.data.load import ArraySplit, FileSplit, load_split
+from aps.data.manifest import Manifest
+from aps.detection.annotations import CocoSplit
+from aps.detection.figure import draw_instances
+from aps.errors import UserError
+from aps.findings import Finding
+from aps.inference.figures import small
+from aps.inference.load import load
+from aps.inference.model import Model
+from aps.inference.neighbours import Index
+from aps.layout import manifest_path
+from aps.registry import METHODS
+from aps.report.drawing import INK, Panel, Picture
+from aps.report.figures import Whole
+from aps.report.table import Table
+
+IMAGES = 3  # of each figure
+HEADS = 2  # whose attention is shown beside the mean
+QUERIES, NEIGHBOURS = 4, 5
+WRONG = "#d0453c"
+
+
+def examples(table: Table, whole: Whole) -> list[Picture]:
+    """Those that there is something to show in."""
+    makers = (
+        ("kept-cells", "What the encoder sees", "Training images with the boxes of both views (blue and orange), and the cells of each that are kept.", "pretrain", "encoder.safetensors", _kept),
+        ("attention", "What the class token attends to", "Test images; the last block's attention, mean of all heads and the first heads.", "pretrain", "encoder.safetensors", _attention),
+        ("neighbours", "Nearest neighbours", "Test images, left, and those most similar to each by cosine; red: of another class.", "embed", "features.parquet", _neighbours),
+        ("detections", "Detections beside the truth", "As many of the best detections as there are instances.", "detection", "predictions.json", _detections),
+    )  # fmt: skip
+    found = []
+    for name, title, caption, stage, file, make in makers:
+        panels = list(_panels(table, whole, stage, file, make))
+        if panels:
+            found.append(Picture(name, "examples", title, caption, panels))
+    return found
+
+
+def _panels(
+    table: Table, whole: Whole, stage: str, file: str, make: Callable[[Table, Finding, Path], Panel | None]
+) -> Iterator[Panel]:
+    """Of each experiment's first seed that has run the stage on the data that are there."""
+    for name, experiment in table.study.experiments.items():
+        for seed in experiment.seeds:
+            finding = table.findings.get((name, seed, stage))
+            if finding is None or finding.metrics is None or not whole(finding, file):
+                continue
+            manifest = manifest_path(table.study.results, finding.metrics["dataset"]["name"])
+            try:
+                there = manifest.exists() and Manifest.read(manifest).digest == finding.metrics["dataset"]["digest"]
+                panel = make(table, finding, manifest) if there else None
+            except UserError as error:
+                print(f"{finding.label}: not drawn in the report: {error}", file=sys.stderr)
+                break
+            if panel is not None:
+                yield panel
+            break
+
+
+def _kept(table: Table, finding: Finding, manifest: Path) -> Panel | None:
+    settings = table.study.experiments[finding.experiment]
+    if "sampling" not in METHODS.load(settings.pretrain.method).blocks:
+        return None
+    shown = show_views.examples(_spread(load_split(manifest, "train"), IMAGES), settings, finding.seed)
+    places = (0, 2, 5)  # of show_views.COLUMNS
+
+    def draw(axes: np.ndarray) -> None:
+        for row, example in zip(axes, shown, strict=True):
+            show_views.draw_row(dict(zip(places, row, strict=True)), example, settings.encoder.grid)
+        for spot, place in zip(axes[0], places, strict=True):
+            colour = {2: show_views.COLORS[0], 5: show_views.COLORS[1]}.get(place, INK)
+            spot.set_title(show_views.COLUMNS[place], fontsize=7.5, color=colour, loc="center")
+        _heading(axes, finding.experiment)
+
+    return Panel(f"Kept cells of {finding.experiment}", draw, 0.5 + 1.2 * len(shown), (len(shown), len(places)))
+
+
+def _attention(table: Table, finding: Finding, manifest: Path) -> Panel | None:
+    model = load(finding.folder, "cpu")
+    assert isinstance(model, Model)
+    where = "test" if "test" in Manifest.read(manifest).splits else "train"
+    split = _spread(load_split(manifest, where), IMAGES)
+    pixels = [model.preprocessing.pixels(split.read(i), f"image {i}") for i in range(len(split))]
+    maps = model.attention_of(pixels)  # (M, heads, G, G)
+    heads = min(HEADS, maps.shape[1]) if maps.shape[1] > 1 else 0
+    names = ["image", "mean of heads", *(f"head {i}" for i in range(heads))] if heads else ["image", "attention"]
+
+    def draw(axes: np.ndarray) -> None:
+        for line, image, own in zip(axes, pixels, maps, strict=True):
+            shown = image.permute(1, 2, 0).clamp(0, 1).numpy()
+            _image(line[0], shown)
+            for spot, weights in zip(line[1:], [own.mean(0), *own[:heads]], strict=True):
+                _image(spot, shown.mean(-1, keepdims=True).repeat(3, -1))
+                side = len(shown)
+                spot.imshow(
+                    weights.numpy(),
+                    cmap="inferno",
+                    alpha=0.65,
+                    extent=(-0.5, side - 0.5, side - 0.5, -0.5),
+                    interpolation="nearest",
+                )
+        for spot, name in zip(axes[0], names, strict=True):
+            spot.set_title(name, fontsize=7.5, loc="center")
+        _heading(axes, finding.experiment)
+
+    return Panel(
+        f"Class-token attention of {finding.experiment}",
+        draw,
+        0.5 + 3.4 / len(names) * len(pixels),
+        (len(pixels), len(names)),
+    )
+
+
+def _neighbours(table: Table, finding: Finding, manifest: Path) -> Panel | None:
+    index = Index(finding.folder / "features.parquet")
+    split = load_split(manifest, "test" if "test" in Manifest.read(manifest).splits else "train")
+    if len(split) != len(index) or len(index) < 2:
+        return None
+    rows = _rows(len(index), QUERIES)
+    named = index.describe(rows)
+    lines = []
+    for row, found in zip(rows, index.neighbours(index.vectors(rows), NEIGHBOURS + 1), strict=True):
+        others = [n for n in found if n.row != row][:NEIGHBOURS]
+        lines.append([(row, named[row][1], None), *((n.row, n.label, n.label == named[row][1]) for n in others)])
+    width = max(len(line) for line in lines)
+
+    def draw(axes: np.ndarray) -> None:
+        for line, spots in zip(lines, axes, strict=True):
+            for spot in spots:
+                spot.axis("off")
+            for (row, label, same), spot in zip(line, spots, strict=False):
+                spot.axis("on")
+                _image(spot, small(split.read(row)))
+                wrong = same is False and label is not None
+                spot.set_title(_short(label), fontsize=6.5, loc="center", pad=2, color=WRONG if wrong else INK)
+                spot.spines[:].set(visible=same is None or wrong, color=WRONG if wrong else INK, linewidth=1.5)
+        _heading(axes, finding.experiment)
+
+    return Panel(f"Nearest neighbours by {finding.experiment}", draw, 0.4 + 0.7 * len(lines), (len(lines), width))
+
+
+def _detections(table: Table, finding: Finding, manifest: Path) -> Panel | None:
+    results = json.loads((finding.folder / "predictions.json").read_text())
+    split = CocoSplit(manifest, "val", training=False)
+    chosen = _rows(len(split), IMAGES)
+    by_image: dict[int, list[dict[str, Any]]] = {split.ids[i]: [] for i in chosen}
+    for result in results:
+        if result["image_id"] in by_image:
+            by_image[result["image_id"]].append(result)
+
+    def draw(axes: np.ndarray) -> None:
+        for line, index in zip(axes, chosen, strict=True):
+            image = split.read(index).permute(1, 2, 0).numpy()
+            truth = [a for a in split.coco.imgToAnns[split.ids[index]] if not a.get("iscrowd", 0)]
+            found = sorted(by_image[split.ids[index]], key=lambda result: -result["score"])[: len(truth)]
+            draw_instances(line[0], image, split, truth)
+            draw_instances(line[1], image, split, found)
+            for spot in line:
+                spot.spines[:].set_visible(False)
+        for spot, title in zip(axes[0], ("truth", "detections"), strict=True):
+            spot.set_title(title, fontsize=7.5, loc="center")
+        _heading(axes, finding.experiment)
+
+    return Panel(
+        f"Detections of {finding.experiment} beside the truth", draw, 0.5 + 1.75 * len(chosen), (len(chosen), 2)
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _rows(count: int, shown: int) -> list[int]:
+    """Spread evenly over `count`, ascending."""
+    return sorted(set(np.linspace(0, count - 1, min(shown, count)).round().astype(int).tolist()))
+
+
+def _spread(split: ArraySplit | FileSplit, shown: int) -> ArraySplit | FileSplit:
+    return split.select(torch.tensor(_rows(len(split), shown)))
+
+
+def _image(axes: Axes, pixels: np.ndarray) -> None:
+    axes.imshow(pixels, interpolation="nearest" if max(pixels.shape[:2]) <= 64 else "antialiased")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+
+
+def _heading(axes: np.ndarray, name: str) -> None:
+    axes[0, 0].figure.suptitle(name.replace("$", r"\$"), fontsize=9, x=0.02, ha="left")
+
+
+def _short(text: str | None, letters: int = 9) -> str:
+    text = (text or "").replace("$", r"\$")
+    return text if len(text) <= letters else f"{text[: letters - 1]}…"

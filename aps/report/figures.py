@@ -1,0 +1,372 @@
+"""The report's figures of numbers: scores, curves, accuracy against cost, sweeps, confusions, the map of features.
+
+Each function gives a picture, or None where no run has what it shows. They read metrics.json, history.jsonl and
+features.parquet; what needs a network is in `aps.report.examples`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+
+from aps.findings import Finding
+from aps.journal import read_history
+from aps.report.drawing import COLOURS, LEAST_POINTS, Look, Panel, Picture, grid_lines, looks, room, short
+from aps.report.sweep_figures import sweep_figures
+from aps.report.table import Column, Table
+from aps.stages import STAGES
+
+MONITOR = "knn_train_top1"
+WITH_NUMBERS = 12  # classes of a confusion matrix whose cells have room for a number
+ROW = 0.4  # inches of an experiment
+
+Whole = Callable[[Finding, str], bool]  # whether a file of a run is the one that was written
+
+
+class Curve(NamedTuple):
+    """A line of one run."""
+
+    experiment: str
+    x: list[float]
+    y: list[float]
+
+
+def all_figures(table: Table, whole: Whole) -> list[Picture]:
+    """Those that there is something to show in, in the order of the page."""
+    made = [
+        scores(table),
+        *sweep_figures(table),
+        during(table, whole),
+        against_cost(table),
+        curves(table, whole),
+        *confusions(table),
+        *maps(table, whole),
+    ]
+    return [picture for picture in made if picture is not None]
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def scores(table: Table) -> Picture | None:
+    """Every seed as a dot, the mean as a tick, a panel for each score."""
+    look, panels = looks(list(table.study.experiments)), []
+    for score in table.scores:
+        names = [name for name in table.evaluated() if score in table.cells[name]]
+        if names:
+            panels.append(Panel(_said(table, score, names), _rows(table, score, names, look), 0.55 + ROW * len(names)))
+    if not panels:
+        return None
+    return Picture(
+        "scores", "scores", "Scores", "Dots are seeds, ticks their means; an axis spans ten points or more.", panels
+    )
+
+
+def _said(table: Table, score: Column, names: Sequence[str]) -> str:
+    return f"{score.label}, percent: " + ", ".join(f"{name} {table.cells[name][score]}" for name in names)
+
+
+def _rows(table: Table, score: Column, names: Sequence[str], look: dict[str, Look]) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        for row, name in enumerate(names):
+            sample, own = table.cells[name][score], look[name]
+            axes.plot(
+                sample.values,
+                [row] * len(sample.values),
+                "o",
+                color=own.colour,
+                markersize=4.5,
+                alpha=0.65,
+                markeredgewidth=0,
+            )
+            axes.plot(sample.mean, row, "|", color=own.colour, markersize=12, markeredgewidth=2)
+            if interval := table.interval(name, score):
+                axes.plot([interval.low, interval.high], [row, row], color=own.colour, linewidth=1, alpha=0.5)
+            axes.text(
+                0,
+                row - 0.36,
+                f"{short(name)}  {sample}",
+                transform=axes.get_yaxis_transform(),
+                va="center",
+                fontsize=7.5,
+            )
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_ylim(len(names) - 0.6, -0.75)
+        values = [value for name in names for value in table.cells[name][score].values]
+        values += [edge for name in names if (found := table.interval(name, score)) for edge in found[:2]]
+        axes.set_xlim(room(values, LEAST_POINTS))
+        grid_lines(axes, "x")
+        axes.set_title(f"{score.label}, %")
+
+    return draw
+
+
+def curves(table: Table, whole: Whole) -> Picture | None:
+    """Curves of history.jsonl over the steps: one thin line a seed, a panel for each kind."""
+    look = looks(list(table.study.experiments))
+    found: dict[tuple[str, str], list[Curve]] = defaultdict(list)
+    for finding, history in _histories(table, whole):
+        for key, label in STAGES[finding.stage].curves:
+            points = [(float(line["step"]), float(line[key])) for line in history if key in line]
+            if len(points) > 1:
+                found[finding.stage, label].append(
+                    Curve(finding.experiment, [x for x, _ in points], [y for _, y in points])
+                )
+    ordered = [
+        (label, found[stage.name, label])
+        for stage in STAGES.values()
+        for _, label in stage.curves
+        if (stage.name, label) in found
+    ]
+    if not ordered:
+        return None
+    panels = [
+        Panel(f"{label} over the steps", _lines(label, "optimizer step", lines, look)) for label, lines in ordered
+    ]
+    return Picture(
+        "curves", "curves", "Learning curves", "One line a seed, from each run's history.jsonl.", panels, _legend(look, [line for _, lines in ordered for line in lines]),
+    )  # fmt: skip
+
+
+def _lines(
+    label: str, x: str, lines: Sequence[Curve], look: dict[str, Look], percent: bool = False
+) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        for name, xs, ys in lines:
+            axes.plot(xs, ys, look[name].dash, color=look[name].colour, linewidth=1.1, alpha=0.85)
+        axes.set_title(label)
+        axes.set_xlabel(x)
+        axes.set_xlim(left=0)
+        if percent or "%" in label:
+            axes.set_ylim(room([y for line in lines for y in line.y], LEAST_POINTS))
+        grid_lines(axes, "y")
+
+    return draw
+
+
+def _legend(look: dict[str, Look], lines: Sequence[Curve]) -> dict[str, Look]:
+    shown_there = {line.experiment for line in lines}
+    return {name: own for name, own in look.items() if name in shown_there}
+
+
+def during(table: Table, whole: Whole) -> Picture | None:
+    """kNN while pretraining, against operations and time, and the peak of memory."""
+    look = looks(list(table.study.experiments))
+    by: dict[str, list[Curve]] = {"flops": [], "seconds": []}
+    peaks: dict[str, list[float]] = defaultdict(list)
+    for finding, history in _histories(table, whole):
+        if finding.stage != "pretrain" or finding.metrics is None:
+            continue
+        points = [line for line in history if MONITOR in line]
+        for axis, lines in by.items():
+            own = [(line[axis], line[MONITOR]) for line in points if axis in line]
+            if len(own) > 1:
+                lines.append(Curve(finding.experiment, [x for x, _ in own], [y for _, y in own]))
+        cost = finding.metrics.get("cost") or {}
+        if peak := cost.get("peak_gpu_gb", cost.get("peak_memory_gb")):
+            peaks[finding.experiment].append(float(peak))
+    if not any(by.values()):
+        return None
+    names = {"flops": "operations", "seconds": "seconds of training"}
+    label = "kNN on held-out train images, %"
+    panels = [
+        Panel(f"{label} against {names[axis]}", _lines(label, names[axis], lines, look, percent=True))
+        for axis, lines in by.items()
+        if lines
+    ]
+    if peaks:
+        panels.append(Panel("Peak memory of pretraining", _bars(peaks, look), max(1.6, 0.6 + ROW * len(peaks))))
+    caption = (
+        "One line a seed. Operations are counted (a multiply-add is two); peak memory is the GPU's where there is one, else the "
+        "process's, in gigabytes."
+    )
+    return Picture(
+        "knn-cost",
+        "cost",
+        "Accuracy against cost, while pretraining",
+        caption,
+        panels,
+        _legend(look, [x for y in by.values() for x in y]),
+    )
+
+
+def _bars(values: dict[str, list[float]], look: dict[str, Look]) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        for row, (name, own) in enumerate(values.items()):
+            axes.barh(row, statistics.fmean(own), height=0.3, color=look[name].colour)
+            axes.text(
+                0,
+                row - 0.36,
+                f"{short(name)}  {statistics.fmean(own):.2f} GB",
+                transform=axes.get_yaxis_transform(),
+                va="center",
+                fontsize=7.5,
+            )
+        axes.set_yticks([])
+        axes.set_ylim(len(values) - 0.6, -0.75)
+        axes.spines["left"].set_visible(False)
+        axes.set_title("peak memory of pretraining, GB")
+        grid_lines(axes, "x")
+
+    return draw
+
+
+def against_cost(table: Table) -> Picture | None:
+    """Final scores against what one seed cost, pretraining and evaluations."""
+    look = looks(list(table.study.experiments))
+    spent = {name: found for name in table.evaluated() if (found := table.spent(name)) is not None}
+    counted = all(found.flops is not None for found in spent.values())
+    cost = {name: (found.flops if counted and found.flops else found.seconds).mean for name, found in spent.items()}
+    axis = "operations of one seed" if counted else "seconds of one seed"
+    panels, legend = [], dict[str, Look]()
+    for score in table.scores:
+        names = [name for name in cost if score in table.cells[name]]
+        if len(names) > 1:
+            panels.append(Panel(f"{score.label} against {axis}", _scatter(table, score, names, cost, axis, look)))
+            legend |= {name: look[name] for name in names}
+    if not panels:
+        return None
+    caption = "Means over seeds, with their range; cost is that of pretraining and all evaluations of one seed."
+    return Picture(
+        "score-cost", "cost", "Scores against cost", caption, panels, {n: look[n] for n in look if n in legend}
+    )
+
+
+def _scatter(
+    table: Table, score: Column, names: Sequence[str], cost: dict[str, float], axis: str, look: dict[str, Look]
+) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        for name in names:
+            sample, own = table.cells[name][score], look[name]
+            axes.plot([cost[name]] * 2, [min(sample.values), max(sample.values)], color=own.colour, linewidth=1)
+            axes.plot(cost[name], sample.mean, own.marker, color=own.colour, markersize=5.5)
+        axes.set_ylim(room([v for name in names for v in table.cells[name][score].values], LEAST_POINTS))
+        axes.set_xlim(0, 1.08 * max(cost[name] for name in names))
+        axes.set_title(f"{score.label}, %")
+        axes.set_xlabel(axis)
+        grid_lines(axes, "y")
+
+    return draw
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def confusions(table: Table) -> list[Picture]:
+    """What finetuned models take for what, over all seeds of an experiment."""
+    panels = []
+    for name in table.study.experiments:
+        runs = [run for run in table.runs if run["experiment"] == name and run.get("confusion")]
+        if not runs:
+            continue
+        counts = np.sum([np.array(run["confusion"]["counts"]) for run in runs], axis=0)
+        classes = runs[0]["confusion"]["classes"]
+        worst = _worst(counts, classes)
+        panels.append(Panel(f"Confusion matrix of {name}. {worst}", _matrix(name, counts, classes), 3.7))
+    if not panels:
+        return []
+    caption = "Finetuned models on the test images, all seeds. Rows are the truth, columns the guess; shares of a row, in percent."
+    return [Picture("confusion", "examples", "What is taken for what", caption, panels)]
+
+
+def _worst(counts: np.ndarray, classes: Sequence[str]) -> str:
+    off = counts.copy()
+    np.fill_diagonal(off, 0)
+    if not off.any():
+        return "No mistakes."
+    row, column = divmod(int(off.argmax()), len(classes))
+    return f"Most often {classes[row]} is taken for {classes[column]}."
+
+
+def _matrix(name: str, counts: np.ndarray, classes: Sequence[str]) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+        c = len(classes)
+        colours = np.concatenate([np.tile(to_rgb(COLOURS[0]), (c * c, 1)), 0.85 * shares.reshape(-1, 1)], axis=1)
+        mesh = axes.pcolormesh(np.arange(c + 1), np.arange(c + 1), shares)
+        mesh.set_array(None)
+        mesh.set_facecolor(colours.tolist())  # clear where nothing is, so that the page's own colour shows
+        for i, j in np.ndindex(c, c) if c <= WITH_NUMBERS else ():
+            if shares[i, j] >= 0.005:
+                axes.text(j + 0.5, i + 0.5, f"{100 * shares[i, j]:.0f}", ha="center", va="center", fontsize=7)
+        labelled = range(0, c, max(1, -(-c // 20)))
+        axes.set_xticks(
+            [i + 0.5 for i in labelled],
+            [short(classes[i], 14) for i in labelled],
+            rotation=90 if max(len(x) for x in classes) > 2 else 0,
+        )
+        axes.set_yticks([i + 0.5 for i in labelled], [short(classes[i], 14) for i in labelled])
+        axes.tick_params(length=0)
+        axes.set_ylim(c, 0)
+        axes.set_aspect("equal")
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.set_title(short(name))
+        axes.set_xlabel("guess")
+        axes.set_ylabel("truth")
+
+    return draw
+
+
+def maps(table: Table, whole: Whole) -> list[Picture]:
+    """The plane of the first two principal components, of an experiment's first seed that was embedded."""
+    panels, legend = [], dict[str, Look]()
+    for name, experiment in table.study.experiments.items():
+        for seed in experiment.seeds:
+            finding = table.findings.get((name, seed, "embed"))
+            if finding is not None and whole(finding, "features.parquet"):
+                places, labels = _places(finding.folder / "features.parquet")
+                classes = sorted({label for label in labels if label is not None})
+                own = looks(classes) if 0 < len(classes) <= len(COLOURS) else {}
+                legend |= own
+                panels.append(Panel(f"Map of the test images by {name}", _map(name, places, labels, own), 3.2))
+                break
+    if not panels:
+        return []
+    caption = "Every test image at its place on the plane of the first two principal components of its features."
+    return [Picture("map", "examples", "Map of the test images", caption, panels, legend, dots=True)]
+
+
+def _places(file: Path) -> tuple[np.ndarray, list[str | None]]:
+    import pyarrow.parquet as pq  # read here alone
+
+    found = pq.read_table(file, columns=["xy", "label"])
+    return np.array(found["xy"].to_pylist(), dtype=np.float32), found["label"].to_pylist()
+
+
+def _map(name: str, places: np.ndarray, labels: Sequence[str | None], look: dict[str, Look]) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        size = float(np.clip(3000 / max(1, len(places)), 1, 14))
+        own = np.array([label or "" for label in labels])
+        for label, (colour, _, _) in (look or {"": Look(COLOURS[0], "-", "o")}).items():
+            rows = own == label if look else slice(None)
+            axes.scatter(
+                places[rows, 0],
+                places[rows, 1],
+                s=size,
+                color=colour,
+                alpha=0.7,
+                linewidths=0,
+                rasterized=True,
+            )
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_title(short(name))
+
+    return draw
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _histories(table: Table, whole: Whole) -> Iterator[tuple[Finding, list[dict[str, Any]]]]:
+    for finding in table.findings.values():
+        if finding.metrics is not None and whole(finding, "history.jsonl"):
+            yield finding, read_history(finding.folder / "history.jsonl")

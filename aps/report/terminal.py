@@ -1,0 +1,64 @@
+"""The table of results for the terminal: `python -m aps results`."""
+
+from __future__ import annotations
+
+from aps.findings import Findings
+from aps.layout import report_folder, study_folder
+from aps.report.table import Table
+from aps.settings.study import Study
+from aps.tracking.browsing import how_to_look
+
+REASONS = 12  # lines
+
+
+def terminal(study: Study, address: str) -> str:
+    """The table, what is best, where everything lies and how to browse it in MLflow."""
+    findings = Findings(study)
+    table = Table(study, findings)
+    header = ["experiment", *(score.label for score in table.scores)]
+    body = [[name, *(table.text(name, score) for score in table.scores)] for name in table.evaluated()]
+    seeds = max((len(e.seeds) for e in study.experiments.values()), default=1)
+    report = report_folder(study)
+    return "\n".join(
+        [
+            "",
+            f"Study '{study.study}': {len(findings.runs())} of {len(study.jobs())} runs finished. "
+            f"In percent{', mean ± standard deviation over seeds' if seeds > 1 else ''}.",
+            *([study.question] if study.question else []),
+            "",
+            *columns_of(header, body),
+            *_verdicts(table),
+            *_reasons(table),
+            "",
+            f"Report   {report / 'report.html'}" + ("" if (report / "report.html").exists() else " (not yet made)"),
+            f"Table    {report / 'results.csv'}",
+            f"Results  {study_folder(study)}/EXPERIMENT/seedN/STAGE/",
+            f"MLflow   {how_to_look(study, address)}",
+        ]
+    )
+
+
+def columns_of(header: list[str], body: list[list[str]]) -> list[str]:
+    """Lines of a table whose columns are as wide as they must be."""
+    widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *body]]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return lines
+
+
+def _verdicts(table: Table) -> list[str]:
+    """Which experiment is best, for scores of several experiments."""
+    found = table.verdicts()
+    several = len({verdict.dataset for verdict in found}) > 1
+    lines = [f"  {v.score.label}{f' on {v.dataset}' if several else ''}: {v.reason}" for v in found]
+    return ["", *lines] if lines else []
+
+
+def _reasons(table: Table) -> list[str]:
+    """Why figures that are there are not shown."""
+    stale = table.stale()
+    if not stale:
+        return []
+    lines = [f"  {finding.label}: {finding.problem}" for finding in stale[:REASONS]]
+    more = [f"  and {len(stale) - REASONS} more"] if len(stale) > REASONS else []
+    return ["", "Not this study's figures, so not shown (`snakemake all` makes them again):", *lines, *more]

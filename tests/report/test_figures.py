@@ -1,0 +1,197 @@
+"""Figures: shown where their runs exist, with axes that don't exaggerate a point; sweeps found in a study."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import gammas
+import pytest
+from made_up import STUDY, finish, table
+from PIL import Image
+
+from aps.findings import Findings
+from aps.layout import stage_folder, study_folder
+from aps.report.differences import sweeps
+from aps.report.drawing import COLOURS, INK, Panel, Picture, looks, room
+from aps.report.figures import all_figures
+from aps.report.page import whole
+from aps.report.table import Table
+from aps.seals import contents, seal
+from aps.settings.reading import load_study
+from aps.settings.study import Study
+
+
+def names(study: Study) -> list[str]:
+    return [picture.name for picture in all_figures(table(study), whole)]
+
+
+def again(folder: Path, **more: Any) -> None:
+    """Seal a made-up result again, with its files as they are and more in it."""
+    metrics = json.loads((folder / "metrics.json").read_text()) | more
+    (folder / "metrics.json").write_text(json.dumps(seal(metrics | {"files": contents(folder)})))
+
+
+def test_a_figure_is_shown_only_where_its_run_exists(study: Study) -> None:
+    assert names(study) == []
+    folder = finish(study, "aps", 0, "pretrain", loss=1.0)
+    assert names(study) == ["curves"]
+    lines = [
+        {"step": s, "time": 0.0, "loss": 3.0, "knn_train_top1": 40.0 + s, "flops": 1e9 * s, "seconds": 2.0 * s}
+        for s in (1, 2)
+    ]
+    (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again(folder, cost={"seconds": 4.0, "flops": 2e9, "peak_memory_gb": 1.5})
+    during = next(p for p in all_figures(table(study), whole) if p.name == "knn-cost")
+    assert [panel.label for panel in during.panels] == [
+        "kNN on held-out train images, % against operations",
+        "kNN on held-out train images, % against seconds of training",
+        "Peak memory of pretraining",
+    ]
+    assert list(during.legend) == ["aps"]
+    finish(study, "untrained", 0, "knn", knn_top1_k20=50.0)
+    assert names(study) == ["scores", "knn-cost", "curves"]
+
+
+def test_scores_against_cost_need_two_experiments_of_which_all_has_run(study: Study) -> None:
+    for name, stages in (("untrained", ("finetune", "knn")), ("longer", ("pretrain", "finetune"))):
+        for stage in stages:
+            finish(study, name, 0, stage, test_top1=50.0, cost={"seconds": 1.0, "flops": 1e9})
+        assert ("score-cost" in names(study)) == (name == "longer")
+
+
+def test_a_damaged_journal_leaves_its_curve_out_with_a_sentence(
+    study: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = finish(study, "aps", 0, "pretrain", loss=1.0)
+    text = (folder / "history.jsonl").read_text()
+    (folder / "history.jsonl").write_text(text.replace("3.0", "9.0"))
+    assert names(study) == []
+    assert "pretrain aps/seed0: left out of the report" in capsys.readouterr().err
+
+
+def test_a_confusion_matrix_sums_the_seeds_and_names_the_most_frequent_mistake(study: Study) -> None:
+    for seed, counts in ((0, [[3, 1], [0, 4]]), (1, [[2, 2], [1, 3]])):
+        again(
+            finish(study, "aps", seed, "finetune", test_top1=50.0),
+            confusion={"classes": ["cat", "dog"], "counts": counts},
+        )
+    (picture,) = [p for p in all_figures(table(study), whole) if p.name == "confusion"]
+    assert picture.panels[0].label == "Confusion matrix of aps. Most often cat is taken for dog."
+    assert picture.png().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high"),
+    [((50.0, 51.0), 45.5, 55.5), ((50.0,), 45.0, 55.0), ((99.5, 100.0), 90.0, 102.0), ((0.0, 0.5), 0.0, 10.0)],
+)
+def test_an_axis_spans_ten_points_or_more(values: tuple[float, ...], low: float, high: float) -> None:
+    found = room(values, 10.0)
+    assert found == pytest.approx((low, high), abs=1.5)
+    assert found[1] - found[0] >= 10 and found[0] <= min(values) and found[1] >= max(values)
+
+
+def test_a_wide_spread_is_shown_whole(study: Study) -> None:
+    low, high = room((20.0, 90.0), 10.0)
+    assert low < 20 and high > 90
+
+
+def test_experiments_are_told_apart_by_colour_and_beyond_that_by_the_kind_of_line() -> None:
+    found = looks([f"e{i}" for i in range(40)])
+    assert len({(look.colour, look.dash) for look in found.values()}) == 40
+    assert len({look.colour for look in list(found.values())[: len(COLOURS)]}) == len(COLOURS)
+
+
+def test_an_inline_figure_has_no_ink_of_its_own_and_no_name_twice() -> None:
+    def draw(axes: Any) -> None:
+        axes.plot([1, 2], [3, 4], "o")
+        axes.set_title("dollars $ and $ signs".replace("$", r"\$"))
+
+    svgs = [svg for _, svg in Picture("it", "scores", "It", "", [Panel("a", draw), Panel("b", draw)]).inline()]
+    for svg in svgs:
+        assert INK not in svg and "currentColor" in svg and not re.search(r'<svg[^>]* (width|height)="', svg)
+        assert set(re.findall(r'href="#([^"]+)"', svg)) <= set(re.findall(r'\bid="([^"]+)"', svg))
+    ids = re.findall(r'\bid="([^"]+)"', "".join(svgs))
+    assert len(ids) == len(set(ids))
+
+
+def test_a_file_has_all_panels_on_white(tmp_path: Path) -> None:
+    panels = [Panel(str(i), lambda axes: axes.plot([1, 2])) for i in range(4)]
+    (tmp_path / "it.png").write_bytes(Picture("it", "scores", "It", "", panels, looks(["a", "_b"])).png())
+    with Image.open(tmp_path / "it.png") as picture:
+        assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+        assert picture.width > picture.height
+
+
+# -- sweeps ---------------------------------------------------------------------------------------
+
+
+def swept(tmp_path: Path, experiments: dict[str, Any], skip: tuple[str, ...] = ()) -> list[tuple[Any, ...]]:
+    """(key, what changes with it, {line: {experiment: value}}) of a made-up study in which all but `skip` has run."""
+    (tmp_path / "study.yaml").write_text(STUDY.format(results=tmp_path / "results").partition("experiments:")[0])
+    study = load_study([tmp_path / "study.yaml"], {"experiments": experiments})
+    for name, seed, stage in study.jobs():
+        if name not in skip and seed == 0:
+            finish(study, name, seed, stage, knn_top1_k20=50.0)
+    return [(s.key, s.with_it, s.lines) for s in sweeps(Table(study, Findings(study)))]
+
+
+SHORT = {"stages": ["pretrain", "knn"]}
+
+
+def test_a_sweep_is_three_values_of_one_setting(tmp_path: Path) -> None:
+    found = swept(tmp_path, {
+        "base": SHORT, "g0": {"inherits": "base", "sampling": {"gamma": 0}}, "g9": {"inherits": "base", "sampling": {"gamma": 9}},
+        "floor": {"inherits": "base", "encoder": {"weights": "random"}, "stages": ["knn"]},
+    })  # fmt: skip
+    assert found == [("sampling.gamma", (), {"": {"base": 3.0, "g0": 0.0, "g9": 9.0}})]
+
+
+def test_two_values_are_no_sweep_nor_are_three_that_have_not_run(tmp_path: Path) -> None:
+    experiments = {
+        "base": SHORT, "g0": {"inherits": "base", "sampling": {"gamma": 0}}, "g9": {"inherits": "base", "sampling": {"gamma": 9}},
+    }  # fmt: skip
+    assert swept(tmp_path, experiments, skip=("g9",)) == []
+
+
+def test_an_ablation_of_several_settings_has_a_sweep_for_each_and_says_what_changes_with_it(tmp_path: Path) -> None:
+    def change(**blocks: Any) -> dict[str, Any]:
+        return {"inherits": "base", **blocks}
+
+    found = swept(tmp_path, {
+        "base": SHORT,
+        "g0": change(sampling={"gamma": 0}), "g9": change(sampling={"gamma": 9}),
+        "t1": change(sampling={"samplings": 1}, pretrain={"epochs": 6400}), "t2": change(sampling={"samplings": 2}, pretrain={"epochs": 3200}),
+        "random": change(sampling={"strategy": "random"}),
+        "c1": change(views={"crop_scale": [0.1, 1.0]}), "c2": change(views={"crop_scale": [0.5, 1.0]}),
+    })  # fmt: skip
+    assert found == [
+        ("sampling.gamma", (), {"": {"base": 3.0, "g0": 0.0, "g9": 9.0}}),
+        ("sampling.samplings", ("pretrain.epochs",), {"": {"base": 4, "t1": 1, "t2": 2}}),
+        ("views.crop_scale", (), {"": {"base": [0.15, 1.0], "c1": [0.1, 1.0], "c2": [0.5, 1.0]}}),
+    ]
+
+
+def test_a_grid_has_a_line_for_each_value_of_the_others(tmp_path: Path) -> None:
+    experiments: dict[str, Any] = {
+        f"g{gamma}r{ratio}": {**SHORT, "sampling": {"gamma": gamma, "ratio": ratio}}
+        for gamma in (0, 1, 3) for ratio in (0.125, 0.25)
+    }  # fmt: skip
+    ((key, with_it, lines),) = swept(tmp_path, experiments)
+    assert (key, with_it) == ("sampling.gamma", ())
+    assert {label: list(own.values()) for label, own in lines.items()} == {
+        "ratio 0.125": [0.0, 1.0, 3.0], "ratio 0.25": [0.0, 1.0, 3.0],
+    }  # fmt: skip
+
+
+def test_a_sweep_is_drawn_over_its_setting(tmp_path: Path) -> None:
+    study = load_study([gammas.write_study(tmp_path)])
+    gammas.finish(study)
+    (picture,) = [p for p in all_figures(table(study), whole) if p.category == "sweeps"]
+    assert picture.name == "sweep-sampling.gamma"
+    assert [panel.label for panel in picture.panels] == [
+        "finetuned top-1 for each sampling.gamma", "kNN top-1, k = 20 for each sampling.gamma",
+    ]  # fmt: skip
+    assert stage_folder(study_folder(study), "gamma0", 0, "knn").exists() and picture.png()

@@ -1,0 +1,164 @@
+"""Scores over seeds: means and spreads, chance among test images, cost, the floor, what is best."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from made_up import finish, table
+from scipy.stats import binomtest
+
+from aps.layout import manifest_path
+from aps.report.table import wilson
+from aps.report.terminal import terminal
+from aps.settings.reading import load_study
+from aps.settings.study import Study
+
+
+def test_a_cell_is_the_mean_and_the_sample_standard_deviation_over_seeds(study: Study) -> None:
+    for seed, value in ((0, 80.0), (1, 84.0)):
+        finish(study, "aps", seed, "knn", knn_top1_k20=value)
+    finish(study, "untrained", 0, "knn", knn_top1_k20=50.0)
+    knn = next(score for score in table(study).scores if score.stage == "knn")
+    assert table(study).text("aps", knn) == "82.0 ± 2.8"  # sqrt(((80-82)^2 + (84-82)^2) / 1)
+    assert table(study).text("untrained", knn) == "50.0"
+
+
+def test_what_has_not_run_is_said_and_what_is_not_planned_is_empty(study: Study) -> None:
+    scores = {score.stage: score for score in table(study).scores}
+    assert table(study).text("aps", scores["finetune"]) == "not run"
+    assert table(study).text("longer", scores["knn"]) == ""
+    assert "detection" not in scores
+    assert "0 of 14 runs finished" in terminal(study, "none")  # aps 2 x 3, untrained 2 x 2, longer 2 x 2
+
+
+def test_the_floor_is_the_same_evaluation_of_random_weights(study: Study) -> None:
+    for seed in (0, 1):
+        finish(study, "aps", seed, "knn", knn_top1_k20=80.0 + seed)
+        finish(study, "untrained", seed, "knn", knn_top1_k20=50.0 + 4 * seed)
+        for name in ("aps", "untrained", "longer"):
+            finish(study, name, seed, "finetune", test_top1=90.0)
+    rows = table(study).above_floor()
+    knn = next(row for row in rows if "kNN" in row["score"])
+    assert (knn["experiment"], knn["floor"]) == ("aps", "untrained")
+    assert knn["difference"] == pytest.approx(80.5 - 52.0)
+    assert knn["spread"] == pytest.approx(4.0)  # the larger range of the two
+    assert knn["times"] == pytest.approx(28.5 / 4)
+    assert "longer" not in {row["experiment"] for row in rows}, "it finetunes longer than the floor does"
+
+
+def verdict(study: Study, stage: str) -> tuple[str | None, str]:
+    found = next(v for v in table(study).verdicts() if v.score.stage == stage)
+    return found.best, found.reason
+
+
+def test_best_is_who_is_ahead_of_every_other_by_more_than_seeds_differ(study: Study) -> None:
+    for seed in (0, 1):
+        finish(study, "aps", seed, "knn", knn_top1_k20=80.0 + seed)
+        finish(study, "untrained", seed, "knn", knn_top1_k20=70.0 + seed)
+        finish(study, "aps", seed, "finetune", test_top1=90.0 + seed)
+        finish(study, "untrained", seed, "finetune", test_top1=60.0)
+        finish(study, "longer", seed, "finetune", test_top1=89.0 + 2 * seed)
+    assert verdict(study, "knn") == (
+        "aps", "aps is best: 80.5 ± 0.7, 10.0 above untrained (70.5 ± 0.7), while seeds differ by 1.0 at most",
+    )  # fmt: skip
+    best, reason = verdict(study, "finetune")
+    assert best is None, "longer is behind by 0.5, its seeds differ by 2"
+    assert reason == (
+        "none is best beyond the spread: aps 90.5 ± 0.7 and longer 90.0 ± 1.4 differ by 0.5, seeds of one of them by 2.0"
+    )
+
+
+def test_a_rival_whose_seeds_scatter_keeps_the_first_from_being_best_though_another_is_second(study: Study) -> None:
+    for seed, wild in ((0, 40.0), (1, 86.0)):
+        finish(study, "aps", seed, "finetune", test_top1=90.0)
+        finish(study, "longer", seed, "finetune", test_top1=80.0)
+        finish(study, "untrained", seed, "finetune", test_top1=wild)
+    best, reason = verdict(study, "finetune")
+    assert best is None and "untrained" in reason
+
+
+def test_one_seed_has_no_spread_and_no_best(study: Study) -> None:
+    finish(study, "aps", 0, "knn", knn_top1_k20=80.0)
+    finish(study, "untrained", 0, "knn", knn_top1_k20=50.0)
+    assert verdict(study, "knn") == (None, "one seed, so there is no spread and no best")
+    finish(study, "untrained", 1, "knn", knn_top1_k20=50.0)
+    assert verdict(study, "knn") == (None, "one seed of all but untrained, so there is no spread and no best")
+    assert "±" not in table(study).text("aps", table(study).scores[1])
+
+
+def test_an_experiment_of_one_seed_keeps_the_others_from_nothing_and_is_named(study: Study) -> None:
+    for seed in (0, 1):
+        finish(study, "aps", seed, "finetune", test_top1=90.0)
+        finish(study, "longer", seed, "finetune", test_top1=60.0)
+    finish(study, "untrained", 0, "finetune", test_top1=95.0)
+    best, reason = verdict(study, "finetune")
+    assert best == "aps" and reason.endswith("(not compared, one seed: untrained)")
+
+
+def test_nobody_is_best_of_one(study: Study) -> None:
+    finish(study, "aps", 0, "knn", knn_top1_k20=80.0)
+    assert table(study).verdicts() == []
+
+
+def test_scores_on_different_datasets_are_not_compared(tmp_path: Path, study: Study) -> None:
+    study = load_study([tmp_path / "study.yaml"], {"experiments": {"longer": {"dataset": "fashion_mnist"}}})
+    for seed in (0, 1):
+        finish(study, "aps", seed, "finetune", test_top1=90.0)
+        finish(study, "longer", seed, "finetune", test_top1=60.0)
+    assert table(study).verdicts() == []
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (3, 7), (331, 359), (4500, 5000)])
+def test_the_interval_is_wilsons(right: int, n: int) -> None:
+    theirs = binomtest(right, n).proportion_ci(method="wilson")
+    assert wilson(right / n, n) == pytest.approx((100 * theirs.low, 100 * theirs.high), abs=1e-4)
+
+
+@pytest.mark.parametrize(("images", "shown"), [(359, True), (4999, True), (5000, False), (10_000, False)])
+def test_the_interval_is_shown_where_the_test_set_is_small(study: Study, images: int, shown: bool) -> None:
+    finish(study, "aps", 0, "knn", knn_top1_k20=80.0, test_images=images)
+    found = table(study)
+    knn = next(score for score in found.scores if score.stage == "knn")
+    assert (found.interval("aps", knn) is not None) == shown
+
+
+def test_test_images_are_those_of_the_manifest_unless_it_is_of_others_by_now(study: Study) -> None:
+    finish(study, "aps", 0, "finetune", test_top1=80.0)
+    manifest = manifest_path(study.results, "digits")
+    manifest.parent.mkdir(parents=True)
+    for digest, images in (("d" * 64, 100), ("e" * 64, None)):
+        manifest.write_text(json.dumps({"digest": digest, "splits": {"test": {"count": 100}}}))
+        assert table(study).test_images("aps", "finetune") == images
+
+
+def test_where_few_test_images_make_intervals_overlap_nobody_is_best(study: Study) -> None:
+    for seed in (0, 1):
+        finish(study, "aps", seed, "knn", knn_top1_k20=80.0, test_images=100)
+        finish(study, "untrained", seed, "knn", knn_top1_k20=75.0, test_images=100)
+    best, reason = verdict(study, "knn")
+    assert best is None and reason.endswith("but on 100 test images their 95 % intervals overlap")
+
+
+def test_the_cost_of_a_seed_counts_its_pretraining_once(study: Study) -> None:
+    for stage, seconds, flops in (("pretrain", 100.0, 1e12), ("finetune", 150.0, 3e12), ("knn", 105.0, 1.5e12)):
+        finish(study, "aps", 0, stage, cost={"seconds": seconds, "flops": flops})
+        assert (table(study).spent("aps") is not None) == (stage == "knn"), "a part of a sum is no sum"
+    spent = table(study).spent("aps")
+    assert spent is not None and spent.flops is not None
+    assert (spent.seconds.mean, spent.flops.mean) == (155.0, 3.5e12)
+
+
+def test_where_operations_are_unknown_there_are_none_and_the_seconds_stay(study: Study) -> None:
+    for stage, cost in (("finetune", {"seconds": 50.0, "flops": 1e12}), ("knn", {"seconds": 3.0})):
+        finish(study, "untrained", 0, stage, cost=cost)
+    spent = table(study).spent("untrained")
+    assert spent is not None and spent.flops is None and spent.seconds.mean == 53.0
+
+
+def test_the_terminal_says_what_is_best(study: Study) -> None:
+    for seed in (0, 1):
+        finish(study, "aps", seed, "knn", knn_top1_k20=80.0)
+        finish(study, "untrained", seed, "knn", knn_top1_k20=50.0 + seed)
+    assert "kNN top-1, k = 20: aps is best: 80.0 ± 0.0, 29.5 above untrained (50.5 ± 0.7)" in terminal(study, "none")
