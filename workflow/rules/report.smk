@@ -8,8 +8,7 @@ rule report:
         html=report(f"{FOLDER}/report/report.html", caption="../report/report.rst", category="Results"),
         csv=report(f"{FOLDER}/report/results.csv", caption="../report/table.rst", category="Results"),
     params:
-        prefix=PLAN.prefix,
-        python=PLAN.python,
+        start=PLAN.start,
         study=lambda wildcards, resources: PLAN.config_options(),
         folder=lambda wildcards, output: Path(output.html).parent,
     log:
@@ -17,7 +16,7 @@ rule report:
     benchmark:
         f"{FOLDER}/benchmarks/report.tsv"
     localrule: PLAN.runs_here("report")
-    threads: PLAN.threads_of("report")
+    threads: PLAN.threads("report")
     resources:
         **PLAN.resources("report"),
     conda:
@@ -25,4 +24,4 @@ rule report:
     container:
         PLAN.image()
     shell:
-        "{params.prefix}{params.python:q} -m aps report {params.study} --out {params.folder:q} 2>&1 | tee {log:q}"
+        "{params.start} -m aps report {params.study} --out {params.folder:q} 2>&1 | tee {log:q}"
