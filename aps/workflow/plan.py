@@ -95,7 +95,7 @@ class Plan:
         if deployed & {"CONDA", "APPTAINER"}:
             plan._python = "python"
         plan.is_main = workflow.is_main_process
-        plan.turns = TURN in workflow.global_resources.keys()
+        plan.turns = TURN in workflow.global_resources
         gc.set_threshold(
             100_000, 50, 100
         )  # a large DAG is millions of objects that stay; looking for garbage takes a fifth
