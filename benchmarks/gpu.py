@@ -21,6 +21,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -491,12 +492,15 @@ def table(out: Path) -> str:
 
 
 def unpack(wheels: Path, into: Path) -> None:
-    """Wheels are zip files: importing from the unpacked folder needs no pip."""
+    """Wheels are zip files: importing from the unpacked folder needs no pip. What Python has already stays as it is."""
     files = sorted(wheels.glob("*.whl"))
     if not files:
         sys.exit(f"{wheels}: no wheels; fill it by `make gpu-wheels` on a machine with a network")
     for file in files:
-        zipfile.ZipFile(file).extractall(into)
+        try:
+            distribution(file.name.split("-")[0])
+        except PackageNotFoundError:
+            zipfile.ZipFile(file).extractall(into)
 
 
 def conduct(args: argparse.Namespace) -> int:
