@@ -29,7 +29,7 @@ from aps.runtime.processes import Distributed
 from aps.settings.blocks import SourceSettings, ViewSettings
 from aps.training.batches import Batches
 from aps.views import View
-from benchmarks.common import arguments, row, spread, write
+from benchmarks.common import arguments, plot, row, spread, write
 
 COUNTS = (10_000, 100_000, 1_281_167)  # the last: ImageNet-1K's train images
 DISTINCT = 64  # files; a file system allows some ten thousand links to one
@@ -69,7 +69,14 @@ def measure(root: Path, count: int, classes: int) -> dict[str, float]:
     def prepare() -> Manifest:
         listing = trees.listing(survey, names)
         return trees.describe(
-            home, "large", names, {"train": listing}, origin=str(tree), source=SourceSettings(), trees=[survey], sample=1_000
+            home,
+            "large",
+            names,
+            {"train": listing},
+            origin=str(tree),
+            source=SourceSettings(),
+            trees=[survey],
+            sample=1_000,
         )
 
     manifest = timed("prepare", prepare)
@@ -78,7 +85,9 @@ def measure(root: Path, count: int, classes: int) -> dict[str, float]:
     split = timed("load the split", lambda: load_split(home / "manifest.json", "train"))
     view = View(32, ViewSettings())
     batch = min(64, count // 4)
-    batches = Batches(split, (view, view), batch, ((0.5,) * 3, (0.25,) * 3), 0, Distributed(0, 1, torch.device("cpu")), 2)
+    batches = Batches(
+        split, (view, view), batch, ((0.5,) * 3, (0.25,) * 3), 0, Distributed(0, 1, torch.device("cpu")), 2
+    )
     timed("an epoch's order", lambda: batches._order.epoch(0))
     start = time.perf_counter()
     epoch = batches.epoch(0)
@@ -108,6 +117,8 @@ def main() -> None:
             target = 30 if what.startswith("planning") else None
             rows.append(row(f"{count:,} images: {what}", spread([figure]), "" if "MiB" in what else "s", target))
     write("large", {"rows": rows, "found": found}, {"counts": counts, "distinct": DISTINCT}, args.out)
+    bars = {what: spread([figure]) for what, figure in found[counts[-1]].items() if "MiB" not in what}
+    plot("large", bars, "seconds", f"{counts[-1]:,} images", set(bars), args.out)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from aps.seals import contents, seal
 from aps.settings.reading import load_study
 from aps.settings.study import Study
 from aps.stages import STAGES
-from benchmarks.common import arguments, row, spread, write
+from benchmarks.common import arguments, plot, row, spread, write
 
 ROOT = Path(__file__).parent.parent
 SEEDS, RAN = 3, ("pretrain", "finetune", "linear_probe", "knn")
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--experiments", type=int, default=1000, help="of three seeds and four stages each")
     parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
-    experiments = 5 if args.quick else args.experiments
+    experiments = 2 if args.quick else args.experiments
     out = args.out.resolve()
     plan = (sys.executable, "-m", "snakemake", "-n", "--quiet", "all")
     study = ("--configfile", "many.yaml")
@@ -125,7 +125,7 @@ def main() -> None:
             found.setdefault("plan again", []).append(timed(*plan, *study, "--", "all"))
             found.setdefault("results", []).append(timed(sys.executable, "-m", "aps", "results", *study))
         os.chdir(home)
-    for _ in range(max(3, args.repeats)):
+    for _ in range(1 if args.quick else max(3, args.repeats)):
         found.setdefault("help", []).append(timed(sys.executable, "-m", "aps", "--help"))
         found.setdefault("demo", []).append(timed(*plan, "--", "all"))
     cpu = {name: spread([one["cpu"] for one in times]) for name, times in found.items()}
@@ -140,6 +140,10 @@ def main() -> None:
     ]
     load = os.getloadavg()
     write("planning", {"rows": rows, "times": found, "load": load}, {"experiments": experiments, "seeds": SEEDS}, out)
+    bars = {line["what"]: line["ratio"] for line in rows}
+    plot(
+        "planning", bars, "CPU time, s", f"A study of {jobs:,} jobs", set(bars) - {"Snakemake alone on such a DAG"}, out
+    )
 
 
 if __name__ == "__main__":
