@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -39,8 +40,14 @@ Row = tuple[str, float, str, str]  # what, figure, target such as `<= 0.02` or a
 def tests(args: argparse.Namespace) -> Found:
     """The tests that are marked `gpu`."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return {"rows": [("tests marked gpu: exit status", done.returncode, "== 0", "")], "output": done.stdout[-4000:]}
+    environment = _environment(args) | {"APS_TEST_DEVICE": args.device}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    rows: list[Row] = [
+        ("tests marked gpu: exit status", done.returncode, "== 0", ""),
+        ("tests marked gpu: passed", int(passed[1]) if passed else 0, ">= 1", ""),
+    ]
+    return {"rows": rows, "output": done.stdout[-4000:]}
 
 
 STUDY = """
