@@ -11,7 +11,7 @@ UV ?= $(shell command -v uv 2>/dev/null)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui test test-fast test-slow test-soak lint format reference bench docs pictures lock install clean
+.PHONY: help demo ui test test-fast test-slow test-soak lint format reference bench gpu gpu-wheels docs pictures lock install clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -51,6 +51,14 @@ reference: $(VENV)/.dev  ## make the tables of settings and their schema again
 
 bench: $(VENV)/.dev  ## every benchmark (benchmarks/README.md)
 	$(BIN)/python -m benchmarks
+
+gpu: $(VENV)/.dev  ## what has to be seen on a GPU, in nine minutes: gpu-results/table.txt
+	$(BIN)/python benchmarks/gpu.py
+
+# For `python benchmarks/gpu.py --wheels gpu-wheels` with Python 3.12, torch, torchvision and timm, without a network.
+gpu-wheels: $(VENV)/.installed  ## what that needs beside torch and timm, as wheels for a machine without a network
+	$(BIN)/python -m pip download --quiet --dest gpu-wheels --only-binary=:all: --python-version 3.12 --constraint $(CONSTRAINTS) \
+	jinja2 matplotlib psutil pyarrow pycocotools pydantic pytest pyyaml safetensors scikit-learn tqdm
 
 docs: $(VENV)/.dev  ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -18,6 +18,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aps import __version__
 from aps.errors import Preempted, UserError
@@ -25,11 +26,10 @@ from aps.files import DISK_ERRORS
 from aps.inference import verbs as inference
 from aps.runtime.memory import lack
 from aps.runtime.ranks import ranks, started_by_torchrun
-from aps.settings.blocks import OwnDataset, SourceSettings
-from aps.settings.reading import load_study, parse_overrides
-from aps.settings.sentences import shown
-from aps.settings.study import StageSettings, Study
 from aps.stages import STAGES, Stage
+
+if TYPE_CHECKING:  # settings take half of the time that `--help` does
+    from aps.settings.study import Study
 
 DEFAULT_STUDY = "config/config.yaml"
 ANY_STUDY = " --configfile STUDY.yaml"  # in hints of those who don't know the study
@@ -223,6 +223,8 @@ def _number(least: int, most: int) -> Callable[[str], int]:
                 return value
         except ValueError:
             pass
+        from aps.settings.sentences import shown
+
         raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {least} to {most}; give one")
 
     return read
@@ -234,6 +236,8 @@ def _minutes(text: str) -> float:
             return value
     except ValueError:
         pass
+    from aps.settings.sentences import shown
+
     raise argparse.ArgumentTypeError(f"{shown(text)} is no number of minutes from 0; give one, for example 10")
 
 
@@ -285,6 +289,8 @@ def _stage_options(p: argparse.ArgumentParser) -> None:
 
 
 def _load(args: argparse.Namespace) -> Study:
+    from aps.settings.reading import load_study, parse_overrides
+
     return load_study(args.configfile, parse_overrides(args.overrides))
 
 
@@ -292,6 +298,8 @@ def _runnable(text: str, args: argparse.Namespace) -> str:
     """`text` with its commands such that they work as printed: on the study and settings of this command."""
     if not getattr(args, "configfile", None) or getattr(args, "settings", None) is not None:
         return text  # no verb of a study, or a rule's command, which is told neither
+    from aps.settings.reading import parse_overrides
+
     try:
         overrides = parse_overrides(args.overrides)
     except UserError:  # which is what the text says
@@ -358,6 +366,7 @@ def _run_stage(stage: Stage) -> Callable[[argparse.Namespace], None]:
 def _job(stage: Stage, args: argparse.Namespace):  # type: ignore[no-untyped-def]  # StageJob, imported late
     from aps.layout import encoder_file, manifest_of, manifest_path, stage_folder, study_folder
     from aps.results import StageJob, saved_run
+    from aps.settings.study import StageSettings
     from aps.tracking.addresses import OFF
 
     if args.profile is not None and not stage.traced:
@@ -438,6 +447,7 @@ def _run(args: argparse.Namespace) -> None:
 def _data(args: argparse.Namespace) -> None:
     from aps.data.prepare import prepare
     from aps.layout import manifest_path
+    from aps.settings.blocks import OwnDataset, SourceSettings
 
     given = args.source is not None or args.entry is not None
     study = (
@@ -588,6 +598,7 @@ def _sync(args: argparse.Namespace) -> None:
 
 def _gc(args: argparse.Namespace) -> None:
     from aps.gc import delete, unneeded
+    from aps.settings.reading import load_study
 
     found = unneeded([load_study([file]) for file in args.studies])
     for one in found:

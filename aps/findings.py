@@ -111,10 +111,11 @@ class Findings:
     def _find(self, experiment: str, seed: int, stage: str) -> Finding:
         folder = stage_folder(self._folder, experiment, seed, stage)
         job = (experiment, seed, stage, folder)
-        if not (folder / "metrics.json").exists():
+        file = folder / "metrics.json"
+        if not file.exists():
             return Finding(*job, None, NOT_RUN)
         try:
-            metrics = read_metrics(folder / "metrics.json")
+            metrics = read_metrics(file)
             changes = self._changes(metrics, experiment, seed, stage)
             if changes:
                 listed = _listed([f"{key} {_short(old)}, now {_short(new)}" for key, old, new in changes])
@@ -123,13 +124,16 @@ class Findings:
         except UserError as error:
             return Finding(*job, None, f"damaged: {error}")
         except (KeyError, TypeError, AttributeError) as error:
-            return Finding(*job, None, f"damaged: {folder / 'metrics.json'} lacks {error}")
+            return Finding(*job, None, f"damaged: {file} lacks {error}")
         return Finding(*job, None if problem else metrics, problem)
 
     def _changes(self, metrics: dict[str, Any], experiment: str, seed: int, stage: str) -> list[tuple[str, Any, Any]]:
         """Settings of the stage itself that differ."""
-        ours = flatten(self.study.stage_settings(experiment, seed, stage).relevant())
-        theirs = flatten(metrics["settings"])
+        own = self.study.stage_settings(experiment, seed, stage).relevant()
+        names = {"experiment": own["experiment"], "upstream": own["upstream"]}
+        if metrics["settings"] | names == own:  # nearly always
+            return []
+        ours, theirs = flatten(own), flatten(metrics["settings"])
         keys = [key for key in {**theirs, **ours} if key not in ("experiment", "upstream")]
         missing = "absent"
         return [

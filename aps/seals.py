@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def damage(folder: Path, metrics: dict[str, Any], whole: bool) -> str | None:
     """What is wrong with the files that metrics.json describes, else None; `whole`: read them, else look at sizes."""
     for name, described in metrics["files"].items():
         try:
-            size = (folder / name).stat().st_size
+            size = os.stat(f"{folder}/{name}").st_size
         except OSError:
             return f"{name} is missing"
         if size != described["bytes"]:

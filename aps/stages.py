@@ -48,6 +48,7 @@ class Stage:
     encoder: bool = True  # whether it starts from an encoder
     labels: bool = True  # whether it needs the labels of its images
     detects: bool = False  # whether its images come from `detection.dataset` and not from `dataset`
+    small: bool = False  # whether it takes minutes, so that on a cluster an encoder's small stages share one job
     traced: bool = False  # whether it has batches for --profile to record
     check: str | None = None  # a function of the experiment that raises ValueError where the stage can't be built
     cost: str | None = None  # a function that counts what a run costs (aps/cost.py); None: not estimated
@@ -106,6 +107,7 @@ ROWS = (
         outputs=("heads.safetensors",),
         scores=(Score("test_top1", "linear probe top-1", share=True),),
         traced=True,
+        small=True,
         cost="aps.training.cost:linear_probe",
     ),
     Stage(
@@ -116,6 +118,7 @@ ROWS = (
         uses=("dataset", "encoder"),
         outputs=(),
         scores=(Score("knn_top1_k{k}", "kNN top-1, k = {k}", prefer=20, share=True),),
+        small=True,
         cost="aps.training.cost:knn",
     ),
     Stage(
@@ -125,6 +128,7 @@ ROWS = (
         settings="aps.settings.blocks:EmbedSettings",
         uses=("dataset", "encoder"),
         outputs=("features.parquet", "neighbours.html", "map.png"),
+        small=True,
         cost="aps.training.cost:embed",
     ),
     Stage(

@@ -9,7 +9,7 @@ import sys
 from benchmarks.common import arguments, label, table_line
 from benchmarks.peers import MISSING
 
-NAMES = ("views", "sampler", "step", "ceiling", "probe", "scaling", "choices", "augment", "peers")
+NAMES = ("views", "sampler", "step", "ceiling", "probe", "scaling", "choices", "augment", "planning", "large", "peers")
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ from aps.detection.annotations import CocoSplit
 from aps.detection.engine import Task
 from aps.runtime.processes import processes
 from aps.settings.blocks import DetectionSettings, EncoderSettings, SourceSettings
-from benchmarks.common import write
+from benchmarks.common import RESULTS, write
 
 
 def main() -> None:
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--iterations", type=int, default=4, help="the first one is left out of the time")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     args = parser.parse_args()
     settings = DetectionSettings(
         engine=args.engine, image_size=args.image_size, batch_size=args.batch_size, iterations=args.iterations,
@@ -69,7 +70,7 @@ def main() -> None:
         if distributed.device.type == "cuda":
             found["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     print("  " + json.dumps(found))
-    write(f"detection_step-{args.engine}-{args.arch}-{args.image_size}", found, vars(args))
+    write(f"detection_step-{args.engine}-{args.arch}-{args.image_size}", found, vars(args) | {"out": None}, args.out)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,8 @@ class Table:
             return str(self.cells[name][score])
         if score.stage not in self.study.experiments[name].stages:
             return ""
-        found = [f for (experiment, _, stage), f in self.findings.items() if (experiment, stage) == (name, score.stage)]
+        runs = [(name, seed, score.stage) for seed in self.study.experiments[name].seeds]
+        found = [self.findings[run] for run in runs if run in self.findings]
         return next((f.problem.partition(":")[0] for f in found if f.stale and f.problem), NOT_RUN)
 
     def stale(self) -> list[Finding]:

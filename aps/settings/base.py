@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -32,12 +34,24 @@ class Section(BaseModel):
         """YAML has lists where settings have tuples, and null where a block's keys are all commented out."""
         if not isinstance(value, dict):
             return value
-        blocks = {name for name, field in cls.model_fields.items() if isinstance(field.default, dict | BaseModel)}
         return {
             key: tuple(inner) if isinstance(inner, list) else inner
             for key, inner in value.items()
-            if inner is not None or key not in blocks
+            if inner is not None or key not in _blocks(cls)
         }
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, but what was computed of the old values (`cached_property`) is not taken along."""
+        copy = super().model_copy(update=update, deep=deep)
+        for computed in copy.__dict__.keys() - type(self).model_fields.keys():
+            del copy.__dict__[computed]
+        return copy
+
+
+@cache
+def _blocks(section: type[BaseModel]) -> frozenset[str]:
+    """Names of the fields that are blocks."""
+    return frozenset(k for k, field in section.model_fields.items() if isinstance(field.default, dict | BaseModel))
 
 
 def check_distinct(key: str, values: tuple[Any, ...]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError, create_model, field_validator, model_validator
@@ -169,7 +169,7 @@ class StageSettings(Blocks):
     def to_json(self) -> str:
         return json.dumps(self.relevant(), sort_keys=True, separators=(",", ":"))
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """16 hexadecimal digits over all that determines the result; the experiment's name does not."""
         content = {k: v for k, v in self.relevant().items() if k != "experiment"}
@@ -237,7 +237,18 @@ class Study(StudySettings):
     """A validated study and the answers the workflow asks of it."""
 
     def stage_settings(self, experiment: str, seed: int, stage: str) -> StageSettings:
-        """Raises UserError where the study has no such experiment, seed or stage."""
+        """The same object each time. Raises UserError where the study has no such experiment, seed or stage."""
+        job = (experiment, seed, stage)
+        if job not in self._resolved:
+            self._resolved[job] = self._resolve(*job)
+        return self._resolved[job]
+
+    @cached_property
+    def _resolved(self) -> dict[tuple[str, int, str], StageSettings]:
+        """Of jobs that were asked for: planning asks for each many times."""
+        return {}
+
+    def _resolve(self, experiment: str, seed: int, stage: str) -> StageSettings:
         chosen = self.experiment(experiment)
         if stage not in chosen.stages:
             raise UserError(
@@ -285,10 +296,20 @@ class Study(StudySettings):
         return sorted({e.dataset_of(stage) for e in self.experiments.values() for stage in e.stages})
 
     def stage_resources(self, stage: str, experiment: str | None = None) -> ResourceSettings:
-        """Defaults, then the study's for this stage, then the experiment's."""
-        layers = [self.resources.get("default"), self.resources.get(stage)]
-        if experiment is not None:
-            layers.append(self.experiments[experiment].resources.get(stage))
+        """Defaults, then the study's for this stage, then the experiment's. The same object each time."""
+        own = self.experiments[experiment].resources.get(stage) if experiment is not None else None
+        job = (stage, experiment if own is not None else None)
+        if job not in self._asked:
+            self._asked[job] = self._layered([self.resources.get("default"), self.resources.get(stage), own])
+        return self._asked[job]
+
+    @cached_property
+    def _asked(self) -> dict[tuple[str, str | None], ResourceSettings]:
+        """Resources that were asked for, by stage and the experiment that has its own."""
+        return {}
+
+    @staticmethod
+    def _layered(layers: list[ResourceSettings | None]) -> ResourceSettings:
         merged: dict[str, Any] = {}
         for layer in layers:
             merged |= layer.model_dump(exclude_none=True) if layer else {}

@@ -78,7 +78,7 @@ class KeyedLoader:
 
     def __init__(self, dataset: Dataset, workers: int | None, device: torch.device) -> None:
         workers = decoding_workers(workers)
-        self._keys: list[list[tuple[int, int]]] = []
+        self._keys = _Keys()
         self._loader = DataLoader(
             dataset,
             batch_sampler=self._keys,
@@ -90,5 +90,19 @@ class KeyedLoader:
 
     def epoch(self, epoch: int, rows: Tensor) -> Iterator[Any]:
         """Collated batches; rows: (batches, B) indices."""
-        self._keys[:] = [[(epoch, i) for i in batch] for batch in rows.tolist()]
+        self._keys.epoch, self._keys.rows = epoch, rows
         return iter(self._loader)
+
+
+class _Keys:
+    """The batch sampler: what an epoch asks for, made batch by batch, since a list of a million keys is 100 MB."""
+
+    def __init__(self) -> None:
+        self.epoch, self.rows = 0, torch.empty(0, 0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
+        return ([(epoch, i) for i in batch.tolist()] for batch in self.rows)

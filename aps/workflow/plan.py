@@ -9,6 +9,7 @@ Imports nothing heavy, for planning on a login node.
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import platform
@@ -16,7 +17,8 @@ import re
 import shlex
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ from aps.settings.reading import load_study, read_value
 from aps.settings.study import StageSettings, Study
 from aps.stages import STAGES
 from aps.tracking.addresses import settled, shown, tracking_address
-from aps.workflow.resources import check_resources, rule_resources, rule_threads, runs_here
+from aps.workflow.resources import TURN, check_resources, group, rule_resources, rule_threads, runs_here, simplest
 
 DEFAULT_STUDY = Path("config/config.yaml")
 DEFAULT_IMAGE = "aps.sif"
@@ -69,6 +71,7 @@ class Plan:
         self._forced: frozenset[str] = frozenset()
         # Whatever has to be made again has this file among its inputs, which a job of its own makes first.
         self.mark = f".outdated-{uuid.uuid4().hex[:8]}"
+        self.turns = False  # whether an encoder's small stages take turns in one job
         self.is_main = True  # of Snakemake's processes; the others run what it has planned
         self._first: dict[str, tuple[str, int, str]] = {}  # of the study's jobs, by the digest of their settings
         for job in study.jobs():
@@ -94,6 +97,10 @@ class Plan:
         if deployed & {"CONDA", "APPTAINER"}:
             plan._python = "python"
         plan.is_main = workflow.is_main_process
+        plan.turns = TURN in workflow.global_resources
+        gc.set_threshold(
+            100_000, 50, 100
+        )  # a large DAG is millions of objects that stay; looking for garbage takes a fifth
         if plan.is_main and plan.is_module:
             plan.sweep()
         return plan
@@ -199,13 +206,16 @@ class Plan:
         return files + self._mark(any(self.findings.of_data(name) for name in names))
 
     def everything(self) -> list[str]:
-        """Every file of every run."""
+        """What every run ends with."""
         return [file for stage in STAGES for file in self.outputs(stage)]
 
     def outputs(self, stage: str) -> list[str]:
-        """Every file of every run of a stage, and the mark where one of them has to be made again."""
+        """metrics.json of every run of a stage, and the mark where one of them has to be made again: for any of its files.
+
+        Each file that a target names costs Snakemake as much as half a job.
+        """
         jobs = [job for job in self.study.jobs() if job[2] == stage]
-        files = [str(self._stage(*job) / file) for job in jobs for file in STAGES[stage].files]
+        files = [str(self._stage(*job) / "metrics.json") for job in jobs]
         return files + self._mark(any(self.findings.of(*job).stale or self._other_images(*job) for job in jobs))
 
     def pages(self) -> list[str]:
@@ -269,13 +279,12 @@ class Plan:
     # -- every job's command ----------------------------------------------------------------------
     # `resources` is among the arguments so that none of it counts as a change.
 
-    def python(self, wildcards: Any, resources: Any) -> str:
-        """The Python that runs Snakemake, or that of the job's own environment (`--sdm conda`, `--sdm apptainer`)."""
-        return self._python
+    def start(self, wildcards: Any, resources: Any) -> str:
+        """What the shell does first, in these rules alone and not in those of a workflow around a module; then Python.
 
-    def prefix(self, wildcards: Any, resources: Any) -> str:
-        """What the shell does before the command: in these rules alone, not in those of a workflow around a module."""
-        return SHELL_PREFIX
+        It is the one that runs Snakemake, or that of the job's own environment (`--sdm conda`, `--sdm apptainer`).
+        """
+        return f"{SHELL_PREFIX}{shlex.quote(self._python)}"
 
     def image(self) -> str:
         """The container of `--sdm apptainer`."""
@@ -344,18 +353,28 @@ class Plan:
         return files | ({"outdated": self.outdated} if stale else {})
 
     def options(self, wildcards: Any, resources: Any) -> str:
-        """The way it runs; `resources` is among the arguments so that none of it counts as a change."""
+        """Of a stage: its study, and the way it runs."""
         given = {
             "tracking": self._tracking,
             **{key: getattr(resources, key, None) for key in ("processes", "nodes", "workers", "checkpoint_minutes")},
         }
-        return " ".join(f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items() if v is not None)
+        words = [f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items() if v is not None]
+        return " ".join([self._config_options, *words])
 
-    def threads(self, wildcards: Any) -> int:
-        return rule_threads(self.study, wildcards.stage)(wildcards)
+    def group(self, stage: str) -> str | None:
+        """Where the profile gives a job turns: elsewhere each stage is a job of its own."""
+        return group(self.study, stage) if self.turns else None
+
+    def threads(self, stage: str) -> Any:
+        return simplest(self.study, stage, rule_threads(self.study, stage))
 
     def resources(self, stage: str) -> dict[str, Any]:
-        return rule_resources(self.study, stage)
+        """What is None for all experiments is left out; memory grows with the attempt."""
+        found = {
+            name: value if name == "mem_mb" else simplest(self.study, stage, value)
+            for name, value in rule_resources(self.study, stage, self.group(stage) is not None).items()
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
     # -- data and report --------------------------------------------------------------------------
 
@@ -366,9 +385,6 @@ class Plan:
     def runs_here(self, stage: str) -> bool:
         return runs_here(self.study, stage)
 
-    def threads_of(self, stage: str) -> Callable[[Any], int]:
-        return rule_threads(self.study, stage)
-
     def source_options(self, wildcards: Any, resources: Any) -> str:
         source = self.study.source(self.datasets[wildcards.dataset])
         if isinstance(source, OwnDataset):
@@ -377,11 +393,30 @@ class Plan:
         return f"{path} {'' if source.download else '--no-download'}".strip()
 
     def config_options(self) -> str:
+        return self._config_options
+
+    @cached_property
+    def _config_options(self) -> str:
         """Options by which a verb reads the same study. A module's is all in `--set`, with no file under it."""
         address = self._overrides.get("tracking_uri")
         given = self._overrides | ({"tracking_uri": settled(address)} if isinstance(address, str) else {})
         pairs = [f"{key}={json.dumps(value)}" for key, value in given.items()]
         return shlex.join(["--configfile", *map(str, self._files), *(["--set", *pairs] if pairs else [])])
+
+
+def one_of(names: Iterable[str]) -> str:
+    """A regular expression that matches the names and nothing else.
+
+    What they begin with alike is written once: a plain a|b|c is tried name by name, for each file of each job.
+    """
+    after: dict[str, list[str]] = {}
+    for name in names:
+        after.setdefault(name[:1], []).append(name[1:])
+    ends = after.pop("", None) is not None
+    branches = [re.escape(first) + one_of(rest) for first, rest in sorted(after.items())]
+    if not branches or (len(branches) == 1 and not ends):
+        return "".join(branches)
+    return f"(?:{'|'.join(branches)})" + "?" * ends
 
 
 def _checked(files: list[Path], overrides: dict[str, Any]) -> Study:

@@ -1,7 +1,6 @@
 # What every rule file needs: the study, the paths, and nothing else. The package holds the logic.
 
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from aps.errors import UserError
 from aps.layout import study_folder
 from aps.runtime import launch
 from aps.workflow.forcing import force_by
-from aps.workflow.plan import Plan
+from aps.workflow.plan import Plan, one_of
 from snakemake.exceptions import WorkflowError
 
 try:
@@ -24,7 +23,7 @@ if workflow.is_main_process:
 RESULTS = PLAN.written.results
 FOLDER = study_folder(PLAN.written)
 
-# A job that is asked to stop saves its state first: Snakemake has to outlive it, and its shell by params.prefix.
+# A job that is asked to stop saves its state first: Snakemake has to outlive it, and its shell by params.start.
 launch.shield()
 
 # For envs/aps.post-deploy.sh, which is told nothing else.
@@ -47,8 +46,8 @@ onstart:
 
 
 wildcard_constraints:
-    experiment="|".join(map(re.escape, PLAN.study.experiments)),
-    dataset="|".join(map(re.escape, PLAN.datasets)),
+    experiment=one_of(PLAN.study.experiments),
+    dataset=one_of(PLAN.datasets),
     seed=r"\d+",
 
 

@@ -12,8 +12,7 @@ rule prepare_dataset:
     output:
         manifest=f"{RESULTS}/data/{{dataset}}/manifest.json",
     params:
-        prefix=PLAN.prefix,
-        python=PLAN.python,
+        start=PLAN.start,
         # depends on resources only so that Snakemake does not take a moved source for a changed result
         source=PLAN.source_options,
         name=PLAN.dataset_name,
@@ -23,7 +22,7 @@ rule prepare_dataset:
     benchmark:
         f"{RESULTS}/benchmarks/data/{{dataset}}.tsv"
     localrule: PLAN.runs_here("data")
-    threads: PLAN.threads_of("data")
+    threads: PLAN.threads("data")
     resources:
         **PLAN.resources("data"),
     conda:
@@ -31,5 +30,5 @@ rule prepare_dataset:
     container:
         PLAN.image()
     shell:
-        "{params.prefix}{params.python:q} -m aps data {params.name} --configfile --out {params.folder:q} {params.source}"
+        "{params.start} -m aps data {params.name} --configfile --out {params.folder:q} {params.source}"
         " 2>&1 | tee {log:q}"

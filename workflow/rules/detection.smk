@@ -11,5 +11,6 @@ use rule pretrain_encoder as detection_encoder with:
         **PLAN.output("detection"),
     wildcard_constraints:
         stage="detection",
+    threads: PLAN.threads("detection")
     resources:
         **PLAN.resources("detection"),

@@ -11,5 +11,8 @@ use rule pretrain_encoder as embed_encoder with:
         **PLAN.output("embed"),
     wildcard_constraints:
         stage="embed",
+    group:
+        PLAN.group("embed")
+    threads: PLAN.threads("embed")
     resources:
         **PLAN.resources("embed"),

@@ -11,5 +11,6 @@ use rule pretrain_encoder as finetune_encoder with:
         **PLAN.output("finetune"),
     wildcard_constraints:
         stage="finetune",
+    threads: PLAN.threads("finetune")
     resources:
         **PLAN.resources("finetune"),

@@ -11,5 +11,8 @@ use rule pretrain_encoder as knn_encoder with:
         **PLAN.output("knn"),
     wildcard_constraints:
         stage="knn",
+    group:
+        PLAN.group("knn")
+    threads: PLAN.threads("knn")
     resources:
         **PLAN.resources("knn"),

@@ -11,5 +11,8 @@ use rule pretrain_encoder as linear_probe_encoder with:
         **PLAN.output("linear_probe"),
     wildcard_constraints:
         stage="linear_probe",
+    group:
+        PLAN.group("linear_probe")
+    threads: PLAN.threads("linear_probe")
     resources:
         **PLAN.resources("linear_probe"),

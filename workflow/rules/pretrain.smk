@@ -12,9 +12,7 @@ rule pretrain_encoder:
     output:
         **PLAN.output("pretrain"),
     params:
-        prefix=PLAN.prefix,
-        python=PLAN.python,
-        study=lambda wildcards, resources: PLAN.config_options(),
+        start=PLAN.start,
         options=PLAN.options,
     log:
         f"{FOLDER}/logs/{{experiment}}/seed{{seed}}/{{stage}}.log",
@@ -22,7 +20,7 @@ rule pretrain_encoder:
         f"{FOLDER}/benchmarks/{{experiment}}/seed{{seed}}/{{stage}}.tsv"
     wildcard_constraints:
         stage="pretrain",
-    threads: PLAN.threads
+    threads: PLAN.threads("pretrain")
     resources:
         **PLAN.resources("pretrain"),
     conda:
@@ -30,5 +28,5 @@ rule pretrain_encoder:
     container:
         PLAN.image()
     shell:
-        "{params.prefix}{params.python:q} -m aps {wildcards.stage} {params.study} --experiment {wildcards.experiment}"
-        " --seed {wildcards.seed} {params.options} 2>&1 | tee {log:q}"
+        "{params.start} -m aps {wildcards.stage} --experiment {wildcards.experiment} --seed {wildcards.seed}"
+        " {params.options} 2>&1 | tee {log:q}"

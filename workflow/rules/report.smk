@@ -15,8 +15,7 @@ rule report:
             labels={"figure": "{name}"},
         ),
     params:
-        prefix=PLAN.prefix,
-        python=PLAN.python,
+        start=PLAN.start,
         study=lambda wildcards, resources: PLAN.config_options(),
         folder=lambda wildcards, output: Path(output.html).parent,
     log:
@@ -24,7 +23,7 @@ rule report:
     benchmark:
         f"{FOLDER}/benchmarks/report.tsv"
     localrule: PLAN.runs_here("report")
-    threads: PLAN.threads_of("report")
+    threads: PLAN.threads("report")
     resources:
         **PLAN.resources("report"),
     conda:
@@ -32,4 +31,4 @@ rule report:
     container:
         PLAN.image()
     shell:
-        "{params.prefix}{params.python:q} -m aps report {params.study} --out {params.folder:q} 2>&1 | tee {log:q}"
+        "{params.start} -m aps report {params.study} --out {params.folder:q} 2>&1 | tee {log:q}"

@@ -1,0 +1,584 @@
+"""All that has to be seen on a GPU, in nine minutes, the most important first: python benchmarks/gpu.py
+
+It needs plain Python 3.11 or newer with torch, torchvision and timm, and no network: what else is imported comes from a
+folder of wheels that `make gpu-wheels` fills beforehand (`--wheels`). Each step is a process of its own, has a time limit
+and writes a JSON file when it ends, so that a stop loses nothing that was measured; a table closes the run.
+
+    python benchmarks/gpu.py --wheels wheels --out gpu-results
+    python benchmarks/gpu.py --device cpu --tiny         every line once on a CPU; the figures mean nothing
+
+What is compared with what: a step's operations (aps.training.cost) with a square product in bf16 measured in the same
+process; CUDA's results with the CPU's from the same seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MINUTES = 9.0
+Found = dict[str, Any]
+Row = tuple[str, float, str, str]  # what, figure, target such as `<= 0.02` or an empty text, unit
+
+
+# --------------------------------------------------------------------------------------------------
+# The steps. Each gets the arguments and returns rows for the table and anything else worth keeping. Heavy imports are
+# theirs, so that the process that watches over them needs the standard library only.
+
+
+def tests(args: argparse.Namespace) -> Found:
+    """The tests that are marked `gpu`."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py"]
+    environment = _environment(args) | {"APS_TEST_DEVICE": args.device}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    rows: list[Row] = [
+        ("tests marked gpu: exit status", done.returncode, "== 0", ""),
+        ("tests marked gpu: passed", int(passed[1]) if passed else 0, ">= 1", ""),
+    ]
+    return {"rows": rows, "output": done.stdout[-4000:]}
+
+
+STUDY = """
+study: gpu
+tracking_uri: none
+defaults:
+  dataset: {{name: digits, train_limit: 256}}
+  stages: [pretrain, finetune, linear_probe, knn, embed, detection]
+  encoder: {{arch: tiny, image_size: 16, patch_size: 4, dim: 24, depth: 1, heads: 3}}
+  pretrain: {{epochs: 2, batch_size: 64, warmup_epochs: 1, knn_every: 2, projector: [16, 16, 8], predictor: [16, 16, 8]}}
+  finetune: {{epochs: 1, batch_size: 64, warmup_epochs: 0}}
+  linear_probe: {{epochs: 1, batch_size: 64, lrs: [0.1]}}
+  knn: {{k: [5]}}
+  detection:
+    {{engine: torchvision, image_size: 32, iterations: 4, batch_size: 2, warmup_iterations: 1, window: 4, global_blocks: [0],
+    pyramid_scales: [2.0, 1.0], pyramid_dim: 16, head_convs: 1, head_dim: 32, proposals: 20, rois: 16}}
+experiments:
+  plain: {{}}
+  bf16:
+    pretrain: {{precision: bf16, compile: {compile}}}
+    finetune: {{precision: bf16, compile: {compile}}}
+    detection: {{precision: {bf16}}}
+"""
+
+
+def stages(args: argparse.Namespace) -> Found:
+    """Every stage of a tiny study as a user runs it: as set, then in bf16 and compiled."""
+    import tempfile
+
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        study = Path(folder, "study.yaml")
+        study.write_text(STUDY.format(compile="true", bf16="auto"))
+
+        def aps(what: str, *arguments: str) -> None:
+            start = time.perf_counter()
+            command = [sys.executable, "-m", "aps", *arguments]
+            done = subprocess.run(command, cwd=folder, env=_environment(args), capture_output=True, text=True)
+            rows.append((f"{what}: exit status", done.returncode, "== 0", ""))
+            rows.append((f"{what}: time", round(time.perf_counter() - start, 1), "", "s"))
+            if done.returncode:
+                print(done.stdout[-500:], done.stderr[-2000:], sep="\n")
+            _save(args, {"rows": rows})
+
+        for name in ("digits", "digits_coco"):
+            aps(f"data {name}", "data", name)
+        for experiment in ("bf16", "plain"):
+            for stage in ("pretrain", "knn", "finetune", "linear_probe", "embed", "detection"):
+                aps(f"{stage}, {experiment}", stage, "--configfile", str(study), "--experiment", experiment)
+    return {"rows": rows}
+
+
+def agreement(args: argparse.Namespace) -> Found:
+    """The same batch on the device and on the CPU: views, kept cells, loss, and the weights after a step."""
+    import torch
+
+    from aps.sampling import Geometry, draw
+    from aps.settings.blocks import EncoderSettings, SamplingSettings, ViewSettings
+    from aps.views import apply_view, draw_parameters
+    from benchmarks.study import experiment, inputs
+
+    device, cpu = torch.device(args.device), torch.device("cpu")
+    batch, side, grid = (8, 32, 16) if args.tiny else (128, 32, 16)
+    images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
+    augmentation = ViewSettings(blur=(0.5, 0.5), solarize=(0.2, 0.2))
+    drawn = [draw_parameters(v, batch, side, side, augmentation, torch.Generator().manual_seed(v)) for v in (1, 2)]
+    pixels = [[apply_view(images.to(d), p, side, (0.5,) * 3, (0.25,) * 3) for p in drawn] for d in (cpu, device)]
+    rows: list[Row] = [
+        ("views: largest difference", _apart(torch.stack(pixels[0]), torch.stack(pixels[1]).cpu()), "<= 0.001", "")
+    ]
+
+    def cells(where: torch.device) -> Any:
+        generator = torch.Generator().manual_seed(3)
+        geometries: list[Geometry] = [p.geometry(where) for p in drawn]
+        kept = draw(
+            SamplingSettings(),
+            grid,
+            *geometries,
+            lambda *shape: torch.rand(batch, *shape, generator=generator).to(where),
+        )
+        return torch.cat([x.sort(-1).values.cpu() for x in kept])
+
+    share = (cells(cpu) == cells(device)).float().mean().item()
+    rows.append(("sampler: kept cells that are the same", 100 * share, ">= 99.9", "%"))
+    chosen = experiment(EncoderSettings(arch="tiny", depth=2), 0.25, batch, precision="fp32")
+    losses, weights = [], []
+    torch.manual_seed(0)
+    views, kept = inputs(chosen, cpu)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    for where in (cpu, device):
+        one = _trainer(chosen, where)
+        moved = [tuple(x.to(where) for x in pair) for pair in (views, kept)]
+        losses.append(one.step(*moved, 1e-4)["loss"].item())
+        weights.append(torch.cat([p.detach().flatten().cpu() for p in one.networks.parameters()]))
+    torch.set_float32_matmul_precision(before)  # type: ignore[arg-type]
+    rows.append(("loss: relative difference", abs(losses[1] / losses[0] - 1), "<= 0.0001", ""))
+    # AdamW's first step is of size lr whatever the gradient: where that is rounding alone its sign may differ.
+    moved_alike = ((weights[0] - weights[1]).abs() < 2e-5).float().mean().item()
+    rows.append(("weights after a step that moved alike", 100 * moved_alike, ">= 99", "%"))
+    return {"rows": rows}
+
+
+def waiting(args: argparse.Namespace) -> Found:
+    """The hot loop under CUDA's sync debug mode: a batch that makes the host wait is an error."""
+    import torch
+
+    batches = 3 if args.tiny else 8
+    learner = _learner(args, *(("micro", 16, 128) if args.tiny else ("tiny", 64, 1024)))
+    found, done, every = [], 0, learner.batches(0, 0)
+    for batch in every:
+        learner.step(batch, done)  # the first ones may wait: kernels are chosen, memory is asked for
+        done += 1
+        if done == batches // 2:
+            break
+    if args.device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        while done < batches and (batch := learner.meter.fetch(every)) is not None:
+            learner.step(batch, done)
+            done += 1
+    except RuntimeError as error:
+        import traceback
+
+        found.append(f"{error}: {traceback.format_exc()[-1500:]}")
+        print(found[-1])
+    finally:
+        if args.device.startswith("cuda"):
+            torch.cuda.set_sync_debug_mode("default")
+    learner.meter.read()
+    return {"rows": [("waits for the device between two log lines", len(found), "== 0", "")], "found": found}
+
+
+def share(args: argparse.Namespace) -> Found:
+    """How much of a step's time training waits for its input: CIFAR-sized images in memory, ViT-Tiny/2, B=512, T=4."""
+    learner = _learner(args, *(("micro", 16, 128) if args.tiny else ("tiny", 512, 50_000)))
+    done, every, lines = 0, learner.batches(0, 0), []
+    for _ in range(1 if args.tiny else 3):
+        for _ in range(2 if args.tiny else 15):
+            batch = learner.meter.fetch(every)
+            if batch is None:
+                break
+            learner.step(batch, done)
+            done += 1
+        lines.append(learner.meter.read())
+    last = lines[-1]
+    return {
+        "rows": [("input_share", last["input_share"], "<= 0.02", ""), ("a step", last["step_ms"], "", "ms")],
+        "lines": lines,
+    }
+
+
+def steps(args: argparse.Namespace) -> Found:
+    """Images a second, MFU and peak memory of a step of ViT-T/2 and S/2 at B=512, on a quarter of the tokens and on all."""
+    rows: list[Row] = []
+    taken: dict[tuple[str, float, bool], tuple[float, float, float]] = {}
+    for compiled in (False, True):  # compiling takes half a minute each, so it comes last
+        for arch in ("tiny", "small"):
+            for ratio in (0.25, 1.0):
+                batch = 4 if args.tiny else 512
+                name = f"ViT-{arch}/2, r={ratio:g}{', compiled' * compiled}"
+                found = _step(args, arch, ratio, batch, compiled)
+                if found is None:
+                    rows.append((f"{name}: out of memory", 1, "== 0", ""))
+                    continue
+                taken[arch, ratio, compiled] = found
+                seconds, mfu, memory = found
+                rows += [
+                    (f"{name}: images a second", batch / seconds, "", ""),
+                    (f"{name}: MFU", 100 * mfu, "", "% of the measured product"),
+                    (f"{name}: peak memory", memory, "", "GiB"),
+                ]
+                _save(args, {"rows": rows})
+            few, full = taken.get((arch, 0.25, compiled)), taken.get((arch, 1.0, compiled))
+            if few and full and full[2]:
+                rows.append(
+                    (
+                        f"ViT-{arch}/2{', compiled' * compiled}: memory at r=0.25 of full",
+                        few[2] / full[2],
+                        "<= 0.333",
+                        "",
+                    )
+                )
+                # both against their operations: 1 where time falls as the operations do
+                rows.append(
+                    (f"ViT-{arch}/2{', compiled' * compiled}: time over operations", full[1] / few[1], "<= 1.1", "")
+                )
+    return {"rows": rows}
+
+
+def base(args: argparse.Namespace) -> Found:
+    """MFU of ViT-B/2's step, compiled or not, against the measured product in bf16."""
+    rows: list[Row] = [("product in bf16", _product(args) / 1e12, "", "TFLOP/s")]
+    for compiled in (False, True):
+        found = _step(args, "base", 0.25, 4 if args.tiny else 256, compiled)
+        if found is not None:
+            rows.append((f"ViT-B/2, r=0.25{', compiled' * compiled}: MFU", 100 * found[1], ">= 45", "%"))
+        _save(args, {"rows": rows})
+    return {"rows": rows}
+
+
+def imagenet(args: argparse.Namespace) -> Found:
+    """The step of ViT-S/16 at 224 pixels."""
+    batch = 4 if args.tiny else 512
+    found = _step(args, "small", 0.25, batch, False, image_size=224, patch_size=16)
+    if found is None:
+        return {"rows": [("ViT-S/16 at 224: out of memory", 1, "== 0", "")]}
+    return {
+        "rows": [
+            ("ViT-S/16 at 224, r=0.25: images a second", batch / found[0], "", ""),
+            ("ViT-S/16 at 224, r=0.25: MFU", 100 * found[1], "", "%"),
+            ("ViT-S/16 at 224, r=0.25: peak memory", found[2], "", "GiB"),
+        ]
+    }
+
+
+def detection(args: argparse.Namespace) -> Found:
+    """A step of Mask R-CNN on ViT-S/16 at 1024 pixels."""
+    size = ["--image-size", "256", "--iterations", "2"] if args.tiny else ["--batch-size", "2", "--iterations", "6"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.detection_step",
+        "--engine",
+        "torchvision",
+        "--out",
+        str(args.out),
+        *size,
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=_environment(args), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.lstrip().startswith("{")))
+    rows: list[Row] = [("detection at 1024: a step", found["seconds_a_step"][-1], "", "s")]
+    if "peak_gpu_gib" in found:
+        rows.append(("detection at 1024: peak memory", found["peak_gpu_gib"], "", "GiB"))
+    return {"rows": rows, "all": found}
+
+
+def knn(args: argparse.Namespace) -> Found:
+    """kNN after a fixed time of ViT-Tiny/2: on CIFAR-10 (`--cifar`), else on digits drawn into 32-pixel colour images."""
+    from aps.training.knn import monitor
+
+    seconds = 2 if args.tiny else args.seconds - 20
+    learner = _learner(args, *(("micro", 32, 256) if args.tiny else ("tiny", 512, 50_000)), cifar=args.cifar)
+    start, done, epoch, lines = time.perf_counter(), 0, 0, []
+
+    def look() -> None:
+        found = monitor(learner.trainer.encoder, learner.split, learner.normalization, learner.distributed)
+        lines.append({"seconds": time.perf_counter() - start, "batches": done, **found})
+        top1 = found["knn_train_top1"]
+        target = ">= 80" if args.cifar else ""
+        rows: list[Row] = [(f"kNN of held-out train images after {lines[-1]['seconds']:.0f} s", top1, target, "%")]
+        _save(args, {"rows": rows, "lines": lines})
+
+    look()
+    while time.perf_counter() - start < seconds:
+        for batch in learner.batches(epoch, 0):
+            learner.step(batch, done)
+            done += 1
+            if time.perf_counter() - start > seconds:
+                break
+        epoch += 1
+        if epoch % 5 == 0:
+            look()
+    look()
+    return json.loads(_file(args).read_text())  # type: ignore[no-any-return]
+
+
+STEPS: dict[str, tuple[Callable[[argparse.Namespace], Found], int]] = {  # seconds at most, in order of importance
+    "tests": (tests, 45),
+    "agreement": (agreement, 30),
+    "waiting": (waiting, 30),
+    "stages": (stages, 150),
+    "share": (share, 30),
+    "steps": (steps, 110),
+    "base": (base, 45),
+    "imagenet": (imagenet, 20),
+    "detection": (detection, 45),
+    "knn": (knn, 120),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# What the steps share
+
+
+def _trainer(chosen: Any, device: Any) -> Any:
+    from aps.runtime.processes import Distributed
+    from benchmarks.study import trainer
+
+    return trainer(chosen, Distributed(0, 1, device))
+
+
+def _step(
+    args: argparse.Namespace, arch: str, ratio: float, batch: int, compiled: bool, **encoder: Any
+) -> tuple[float, float, float] | None:
+    """Seconds of a step (median), its share of the measured product, peak GiB (0 on a CPU); None: it does not fit."""
+    import statistics
+
+    import torch
+
+    from aps.settings.blocks import EncoderSettings
+    from aps.training.cost import step_flops
+    from benchmarks.common import seconds
+    from benchmarks.study import experiment, inputs
+
+    device, cuda = torch.device(args.device), args.device.startswith("cuda")
+    depth = {"depth": 1} if args.tiny else {}
+    chosen = experiment(
+        EncoderSettings(arch=arch, **depth, **encoder),
+        ratio,
+        batch,
+        precision="bf16" if cuda else "auto",
+        compile=compiled,
+    )
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        one, tensors = _trainer(chosen, device), inputs(chosen, device)
+        for _ in range(1 if args.tiny else 3):
+            one.step(*tensors, 1e-4)
+        taken = statistics.median(seconds(lambda: one.step(*tensors, 1e-4)) for _ in range(2 if args.tiny else 10))
+    except torch.OutOfMemoryError:
+        return None
+    memory = torch.cuda.max_memory_allocated() if cuda else 0
+    return taken, step_flops(chosen) / taken / _product(args), memory / 2**30
+
+
+def _product(args: argparse.Namespace, known: list[float] = []) -> float:  # noqa: B006, measured once a process
+    """Operations a second of a square product in bf16 (in float32 on a CPU)."""
+    if not known:
+        import torch
+
+        from benchmarks.common import seconds
+
+        cuda = args.device.startswith("cuda")
+        side = 8192 if cuda else 256
+        a, b = (torch.randn(side, side, device=args.device, dtype=torch.bfloat16 if cuda else None) for _ in range(2))
+        for _ in range(3):
+            a @ b
+        known.append(max(10 * 2 * side**3 / seconds(lambda: [a @ b for _ in range(10)]) for _ in range(5)))
+    return known[0]
+
+
+def _learner(args: argparse.Namespace, arch: str, batch: int, images: int, cifar: Path | None = None) -> Any:
+    """Pretraining as the stage builds it, on images of 32 pixels in memory."""
+    import tempfile
+
+    import numpy as np
+    import torch
+
+    from aps.data import arrays
+    from aps.data.prepare import prepare
+    from aps.results import StageJob
+    from aps.runtime.processes import Distributed
+    from aps.settings.blocks import DatasetSettings, EncoderSettings, SourceSettings
+    from aps.settings.study import stage_model
+    from aps.training.pretrain import Pretraining
+
+    folder = Path(tempfile.mkdtemp())
+    if cifar is not None:
+        prepare("cifar10", folder, SourceSettings(path=str(cifar), download=False))
+    else:
+        pixels, labels = drawn_digits(images)
+        splits: Any = {"train": (pixels, labels), "test": (pixels[:100], labels[:100])}
+        made = arrays.store(folder, "cifar10", splits, tuple("0123456789"), "drawn", SourceSettings())
+        made.write(folder / "manifest.json")
+    cuda = args.device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(torch.device(args.device).index or 0)
+        torch.set_float32_matmul_precision("high")
+    model = stage_model("aps")
+    block = model.model_fields["pretrain"].default.model_copy(
+        update={"batch_size": batch, "epochs": 1000, "warmup_epochs": 5}
+    )
+    settings = model(
+        stage="pretrain", experiment="gpu", seed=0, dataset=DatasetSettings(name="cifar10"),
+        encoder=EncoderSettings(arch=arch), pretrain=block,
+    )  # type: ignore[call-arg]  # fmt: skip
+    np.random.seed(0)
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return Pretraining(
+        StageJob(settings, folder / "manifest.json", folder / "out", folder / "saved"), Distributed(0, 1, device)
+    )
+
+
+def drawn_digits(images: int) -> tuple[Any, Any]:
+    """scikit-learn's scans, each in a random colour at a random place of a coloured canvas -> (M, 3, 32, 32), (M,)."""
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    random, bunch = np.random.default_rng(0), load_digits()
+    rows = random.integers(0, len(bunch.target), images)
+    scans = (bunch.images[rows] / 16).repeat(2, 1).repeat(2, 2)  # (M, 16, 16)
+    back, ink = random.uniform(0, 255, (2, images, 3, 1, 1))
+    pixels = back + random.normal(0, 12, (images, 3, 32, 32))
+    for row, (top, left) in enumerate(random.integers(0, 17, (images, 2))):
+        window = pixels[row, :, top : top + 16, left : left + 16]
+        window += scans[row] * (ink[row] - window)
+    return pixels.clip(0, 255).astype("uint8"), bunch.target[rows].astype("int64")
+
+
+def _apart(a: Any, b: Any) -> float:
+    return float((a - b).abs().max())
+
+
+def _environment(args: argparse.Namespace) -> dict[str, str]:
+    """Of a child: our package and the unpacked wheels first, the device that was asked for."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path, "APS_DEVICE": args.device, "MLFLOW_TRACKING_URI": "none"}
+
+
+def _file(args: argparse.Namespace) -> Path:
+    return Path(args.out) / f"{list(STEPS).index(args.step):02d}-{args.step}.json"
+
+
+def _save(args: argparse.Namespace, found: Found) -> None:
+    """Now, and not at the end: a step that is stopped keeps what it has."""
+    own = _file(args).with_suffix(f".{os.getpid()}")
+    own.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    own.replace(_file(args))
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def verdict(figure: float, target: str) -> str:
+    """Whether a figure is what `<= 0.02` says; nothing where there is no target."""
+    if not target:
+        return ""
+    relation, number = target.split()
+    right = {"<=": figure <= float(number), ">=": figure >= float(number), "==": figure == float(number)}[relation]
+    return "ok" if right else "MISSED"
+
+
+def table(out: Path) -> str:
+    """Every row of every step that left a file."""
+    lines = []
+    for index, name in enumerate(STEPS):
+        file = out / f"{index:02d}-{name}.json"
+        found = json.loads(file.read_text()) if file.exists() else {"error": "not run"}
+        lines.append(f"{name}: {found.get('wall', '?')} s{', ' + found['error'] if 'error' in found else ''}")
+        for what, figure, target, unit in found.get("rows", ()):
+            lines.append(f"  {what:<62} {figure:>12.5g} {unit:<6} {target:>10} {verdict(figure, target)}".rstrip())
+    return "\n".join(lines)
+
+
+def unpack(wheels: Path, into: Path) -> None:
+    """Wheels are zip files: importing from the unpacked folder needs no pip. What Python has already stays as it is."""
+    files = sorted(wheels.glob("*.whl"))
+    if not files:
+        sys.exit(f"{wheels}: no wheels; fill it by `make gpu-wheels` on a machine with a network")
+    for file in files:
+        try:
+            distribution(file.name.split("-")[0])
+        except PackageNotFoundError:
+            zipfile.ZipFile(file).extractall(into)
+
+
+def conduct(args: argparse.Namespace) -> int:
+    """Every step in a process of its own, within its limit and what is left of the whole."""
+    slower = 1 if args.device.startswith("cuda") else 10  # on a CPU it is about the lines, not the time
+    until = time.monotonic() + 60 * args.minutes * slower
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.wheels is not None:
+        folder = args.out / "packages"
+        if not folder.exists():
+            unpack(args.wheels, folder)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    for index, name in enumerate(STEPS):
+        if args.only and name not in args.only:
+            continue
+        limit = min(STEPS[name][1] * slower, until - time.monotonic())
+        if limit < 5:
+            print(f"{name}: no time left", flush=True)
+            continue
+        print(f"{name}: at most {limit:.0f} s", flush=True)
+        file = args.out / f"{index:02d}-{name}.json"
+        file.unlink(missing_ok=True)
+        command = [sys.executable, str(Path(__file__).resolve()), "--step", name, "--device", args.device, "--out", str(args.out),
+                   "--seconds", str(limit), *(["--tiny"] if args.tiny else []),
+                   *(["--cifar", str(args.cifar)] if args.cifar else [])]  # fmt: skip
+        start, error = time.monotonic(), None
+        with (args.out / f"{index:02d}-{name}.log").open("w") as log:
+            process = subprocess.Popen(
+                command, env=_environment(args), stdout=log, stderr=log, start_new_session=True, cwd=args.out
+            )
+            try:
+                status = process.wait(timeout=limit)
+                error = f"ended with status {status}, see {log.name}" if status else None
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                process.wait()
+                error = f"stopped after {limit:.0f} s"
+        found = json.loads(file.read_text()) if file.exists() else {}
+        found |= {"wall": round(time.monotonic() - start, 1)} | ({"error": error} if error else {})
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    text = table(args.out)
+    (args.out / "table.txt").write_text(text + "\n")
+    print(text)
+    return int("MISSED" in text or "status" in text.replace("exit status", ""))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to see that every line runs")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes; the figures mean nothing")
+    parser.add_argument("--wheels", type=Path, help="folder that `make gpu-wheels` filled")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all steps together")
+    parser.add_argument("--cifar", type=Path, help="folder with CIFAR-10's archive, for kNN")
+    parser.add_argument("--only", nargs="+", choices=list(STEPS), help="some of the steps")
+    parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    args.cifar = args.cifar.resolve() if args.cifar else None
+    if args.step is None:
+        return conduct(args)
+    sys.path.insert(0, str(ROOT))
+    os.chdir(ROOT)
+    import torch
+
+    from benchmarks.common import machine
+
+    _save(args, STEPS[args.step][0](args) | {"machine": machine(), "torch": torch.__version__})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""What grows with the number of images, without that many: hard links to a few JPEG files: python -m benchmarks.large
+
+For each count: listing the tree, preparing it (manifest, statistics of a sample, fingerprint), looking whether it has
+changed (what planning does), loading the split, an epoch's order, the first batch with workers and their memory. Times are
+CPU times of this process, workers excepted. The files are small, so decoding is not what is measured.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+from aps.data import fingerprint, trees
+from aps.data.load import load_split
+from aps.data.manifest import Manifest
+from aps.data.walk import walk
+from aps.runtime.processes import Distributed
+from aps.settings.blocks import SourceSettings, ViewSettings
+from aps.training.batches import Batches
+from aps.views import View
+from benchmarks.common import arguments, plot, row, spread, write
+
+COUNTS = (10_000, 100_000, 1_281_167)  # the last: ImageNet-1K's train images
+DISTINCT = 64  # files; a file system allows some ten thousand links to one
+CLASSES = 1_000
+
+
+def lay_out(root: Path, count: int, classes: int) -> None:
+    random = np.random.default_rng(0)
+    (root / "files").mkdir(parents=True)
+    for i in range(DISTINCT):
+        pixels = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        content = io.BytesIO()
+        Image.fromarray(pixels).resize((64, 48), Image.Resampling.BICUBIC).save(content, "JPEG")
+        (root / "files" / f"{i}.jpg").write_bytes(content.getvalue())
+    for label in range(classes):
+        folder = root / "tree" / f"n{label:08d}"
+        folder.mkdir(parents=True)
+        for i in range(label, count, classes):
+            os.link(root / "files" / f"{i % DISTINCT}.jpg", folder / f"n{label:08d}_{i:08d}.JPEG")
+
+
+def measure(root: Path, count: int, classes: int) -> dict[str, float]:
+    found: dict[str, float] = {}
+
+    def timed(what: str, function: Callable[[], Any]) -> Any:
+        start = time.process_time()
+        result = function()
+        found[what] = time.process_time() - start
+        return result
+
+    tree, home = root / "tree", root / "prepared"
+    home.mkdir()
+    timed("walk", lambda: walk(tree))
+    survey = timed("survey", lambda: trees.survey(tree))
+    names = trees.class_folders(survey)
+
+    def prepare() -> Manifest:
+        listing = trees.listing(survey, names)
+        return trees.describe(
+            home,
+            "large",
+            names,
+            {"train": listing},
+            origin=str(tree),
+            source=SourceSettings(),
+            trees=[survey],
+            sample=1_000,
+        )
+
+    manifest = timed("prepare", prepare)
+    manifest.write(home / "manifest.json")
+    assert timed("planning: has it changed?", lambda: fingerprint.changed(manifest, home)) is None
+    split = timed("load the split", lambda: load_split(home / "manifest.json", "train"))
+    view = View(32, ViewSettings())
+    batch = min(64, count // 4)
+    batches = Batches(
+        split, (view, view), batch, ((0.5,) * 3, (0.25,) * 3), 0, Distributed(0, 1, torch.device("cpu")), 2
+    )
+    timed("an epoch's order", lambda: batches._order.epoch(0))
+    start = time.perf_counter()
+    epoch = batches.epoch(0)
+    next(epoch)
+    found["first batch, 2 workers, wall time"] = time.perf_counter() - start
+    processes = psutil.Process().children()
+    found["memory of a worker beyond what it shares, MiB"] = max(p.memory_full_info().uss for p in processes) / 2**20
+    found["memory of the process, MiB"] = psutil.Process().memory_info().rss / 2**20
+    return found
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS))
+    args = parser.parse_args()
+    counts = [200] if args.quick else args.counts
+    found, rows = {}, []
+    for count in counts:
+        root, classes = Path(tempfile.mkdtemp(prefix="large-")), min(CLASSES, count // 10)
+        try:
+            start = time.process_time()
+            lay_out(root, count, classes)
+            found[count] = {"links made": time.process_time() - start} | measure(root, count, classes)
+        finally:
+            shutil.rmtree(root)
+        for what, figure in found[count].items():
+            target = 30 if what.startswith("planning") else None
+            rows.append(row(f"{count:,} images: {what}", spread([figure]), "" if "MiB" in what else "s", target))
+    write("large", {"rows": rows, "found": found}, {"counts": counts, "distinct": DISTINCT}, args.out)
+    bars = {what: spread([figure]) for what, figure in found[counts[-1]].items() if "MiB" not in what}
+    plot("large", bars, "seconds", f"{counts[-1]:,} images", set(bars), args.out)
+
+
+if __name__ == "__main__":
+    main()

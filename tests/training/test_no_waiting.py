@@ -1,0 +1,79 @@
+"""The hot loop asks the device for nothing between two log lines: on a GPU each such question would make the host wait.
+
+Here without a GPU: an operation whose result the host needs (`item`, `nonzero`, a boolean index) is refused while a batch
+is sampled, trained on and counted; and views are made of images on the meta device, which have no values to ask for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import OWN, job
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aps.registry import METHODS
+from aps.runtime.processes import Distributed
+from aps.settings.blocks import ViewSettings
+from aps.training.pretrain import Pretraining
+from aps.views import apply_crops, apply_view, draw_parameters
+
+ASKS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique_consecutive", "_unique2"}
+
+
+class Refuse(TorchDispatchMode):
+    """Raises where the host asks a tensor for its values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        if name in ASKS or any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices):
+            raise AssertionError(f"{func} makes the host wait for the device")
+        return func(*args, **(kwargs or {}))
+
+
+class RefuseLists(TorchFunctionMode):
+    """`tolist` passes by what `Refuse` sees."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.tolist:
+            raise AssertionError("tolist makes the host wait for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_a_batch_of_pretraining_is_sampled_trained_on_and_counted_without_waiting(
+    method: str, digits: Path, tmp_path: Path
+) -> None:
+    own = {} if method in OWN else {"method": method}
+    learner = Pretraining(job("pretrain", digits, tmp_path, method, **own), Distributed(0, 1, torch.device("cpu")))
+    for done, batch in enumerate(learner.batches(0, 0)):
+        with Refuse(), RefuseLists():
+            learner.step(batch, done)
+    assert learner.meter.read()["loss"] > 0
+
+
+def test_the_refusal_sees_what_waits() -> None:
+    x = torch.ones(3)
+    for ask in (
+        lambda: x.sum().item(),
+        lambda: float(x[0]),
+        lambda: bool(x[0] > 0),
+        lambda: x[x > 0],
+        lambda: x.tolist(),
+    ):
+        with pytest.raises(AssertionError, match="wait"), Refuse(), RefuseLists():
+            ask()
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_views_ask_nothing_of_the_images(files: bool) -> None:
+    augmentation = ViewSettings(blur=(0.5, 0.5), solarize=(0.5, 0.5))
+    parameters = draw_parameters(1, 8, 32, 32, augmentation, torch.Generator().manual_seed(0))
+    images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="meta")
+    mean, std = (0.5,) * 3, (0.25,) * 3
+    made = apply_crops(images, parameters, mean, std) if files else apply_view(images, parameters, 32, mean, std)
+    assert made.shape == (8, 3, 32, 32) and made.is_meta

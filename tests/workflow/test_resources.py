@@ -1,0 +1,126 @@
+"""What a rule is given of resources, and which stages of an encoder share a job."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from aps.layout import SHARE
+from aps.settings.reading import load_study
+from aps.settings.study import Study
+from aps.stages import STAGES
+from aps.workflow.plan import Plan, one_of
+from aps.workflow.resources import TOGETHER, TURN, group, rule_resources
+from benchmarks.planning import RAN, finish, lay_out
+
+ALL = ["pretrain", "finetune", "linear_probe", "knn", "embed"]
+SMALL = {"linear_probe", "knn", "embed"}
+
+
+def study(folder: Path, resources: dict[str, Any], **own: Any) -> Study:
+    content = {
+        "resources": resources,
+        "defaults": {"dataset": "digits", "stages": ALL},
+        "experiments": {"a": {}, "b": {"resources": own}},
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(content))
+    return load_study([folder / "study.yaml"])
+
+
+def plan(folder: Path, resources: dict[str, Any], turns: bool = True, **own: Any) -> Plan:
+    made = Plan(study(folder, resources, **own), [], {})
+    made.turns = turns
+    return made
+
+
+def test_a_rule_gets_a_value_where_all_experiments_ask_alike_and_a_function_where_not(tmp_path: Path) -> None:
+    made = plan(tmp_path, {"default": {"runtime": 20}, "knn": {"threads": 3}}, finetune={"runtime": 90})
+    assert (made.threads("knn"), made.resources("knn")["runtime"]) == (3, 20)
+    runtime = made.resources("finetune")["runtime"]
+    assert [runtime(SimpleNamespace(experiment=name)) for name in "ab"] == [20, 90]
+
+
+def test_what_no_experiment_asks_for_is_left_to_the_executor(tmp_path: Path) -> None:
+    assert set(plan(tmp_path, {}, turns=False).resources("knn")) == {"processes", "nodes", "slurm_extra"}
+
+
+def test_memory_grows_with_the_attempt(tmp_path: Path) -> None:
+    mem_mb = plan(tmp_path, {"default": {"mem_mb": 1000}}).resources("knn")["mem_mb"]
+    assert [mem_mb(SimpleNamespace(experiment="a"), attempt) for attempt in (1, 2, 3)] == [1000, 1500, 2000]
+
+
+def test_the_small_stages_of_an_encoder_are_a_group_and_take_turns(tmp_path: Path) -> None:
+    made = plan(tmp_path, {"default": {"runtime": 20, "mem_mb": 1000}})
+    assert {stage for stage in ALL if made.group(stage)} == SMALL == {name for name in STAGES if STAGES[name].small}
+    assert {stage for stage in ALL if made.resources(stage).get(TURN) == 1} == SMALL
+
+
+def test_without_a_profile_that_gives_turns_each_stage_is_a_job_of_its_own(tmp_path: Path) -> None:
+    made = plan(tmp_path, {"default": {"runtime": 20}}, turns=False)
+    assert not any(made.group(stage) or TURN in made.resources(stage) for stage in ALL)
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        {"partition": "long"}, {"account": "other"}, {"qos": "high"}, {"constraint": "cpu"}, {"runtime": 5}, {"mem_mb": 900},
+        {"nodes": 2, "processes": 2}, {"gpus": 1, "gpu_model": "a100"}, {"checkpoint_minutes": 3.0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_can_not_be_put_together_is_not(one: dict[str, Any], tmp_path: Path) -> None:
+    assert all(group(study(tmp_path, {"knn": one}), stage) is None for stage in ALL)
+
+
+@pytest.mark.parametrize("one", [{"threads": 4}, {"workers": 2}, {"gpus": 1}, {"processes": 2}], ids=str)
+def test_numbers_of_which_the_most_is_asked_for_may_differ(one: dict[str, Any], tmp_path: Path) -> None:
+    assert group(study(tmp_path, {"knn": one}), "linear_probe") == TOGETHER
+
+
+def test_stages_of_one_job_are_warned_alike(tmp_path: Path) -> None:
+    """By the shortest of them: Slurm takes one warning for a job."""
+    made = study(tmp_path, {"default": {"runtime": 60}, "knn": {"runtime": 4}})
+    one = SimpleNamespace(experiment="a")
+    asked = [rule_resources(made, stage, together=True)["slurm_extra"](one) for stage in sorted(SMALL)]
+    assert set(asked) == {"--signal=USR1@60 --open-mode=append"}
+    assert rule_resources(made, "embed")["slurm_extra"](one) == "--signal=USR1@300 --open-mode=append"
+
+
+def test_the_slurm_profile_names_the_group_and_the_turn() -> None:
+    profile = yaml.safe_load((SHARE / "workflow/profiles/slurm/config.yaml").read_text())
+    ((name, count),) = [entry.split("=") for entry in profile["group-components"]]
+    assert name == TOGETHER and int(count) >= len(SMALL)
+    assert profile["resources"] == [f"{TURN}=1"] and profile["set-resource-scopes"] == [f"{TURN}=local"]
+
+
+@pytest.mark.parametrize(("stage", "file"), [(stage, file) for stage in RAN for file in STAGES[stage].files])
+def test_a_target_notices_any_missing_file_of_its_runs(
+    stage: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although it names metrics.json alone: where that is missing Snakemake makes it, else the mark makes it run."""
+    monkeypatch.chdir(tmp_path)
+    finish(lay_out(tmp_path, 2))
+    made = Plan.load(["many.yaml"], {})
+    assert not [ran for ran in RAN if made.outdated in made.outputs(ran)]
+    Path("results/many/e0001/seed2", stage, file).unlink()
+    made = Plan.load(["many.yaml"], {})
+    marked = {ran for ran in RAN if made.outdated in made.outputs(ran)}
+    if file == "metrics.json":
+        assert stage not in marked and f"results/many/e0001/seed2/{stage}/metrics.json" in made.outputs(stage)
+    else:
+        assert stage in marked
+
+
+@pytest.mark.parametrize(
+    "names", [["a"], ["a", "ab"], ["a.b", "a-b", "ab", "x"], [f"e{i:03d}" for i in range(200)], ["e", "e1", "e10"]]
+)
+def test_one_of_matches_the_names_and_nothing_else(names: list[str]) -> None:
+    pattern = re.compile(one_of(names))
+    near = {name[:-1] for name in names} | {f"{name}{more}" for name in names for more in "0b."} | {"", "a+b", "b"}
+    assert all(pattern.fullmatch(name) for name in names)
+    assert not [name for name in near - set(names) if pattern.fullmatch(name)]
