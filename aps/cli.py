@@ -8,6 +8,7 @@ them, so that `--help` and planning stay quick.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import json
@@ -34,18 +35,23 @@ from aps.stages import STAGES, Stage
 DEFAULT_STUDY = "config/config.yaml"
 ANY_STUDY = " --configfile STUDY.yaml"  # in hints of those who don't know the study
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+MISTAKE = 2  # of the user's: the same command fails again
 PREEMPTED = 75  # EX_TEMPFAIL: the work is saved, start the same command again
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 a mistake the user can fix, 75 preempted (run it again to go on)."""
+    """Returns the exit status: 0 done, 2 a mistake the user can fix, 75 preempted (run it again to go on).
+
+    docs/reliability.md has all of them.
+    """
     args = _parsed(sys.argv[1:] if arguments is None else list(arguments))
+    if (met := _met_before(args)) is not None:
+        print(f"error: {met}\nnot tried again, since another attempt changes nothing of it", file=sys.stderr)
+        return MISTAKE
     try:
         args.run(args)
     except UserError as error:
-        if ranks().rank == 0:
-            print(f"error: {_runnable(str(error), args)}", file=sys.stderr)
-        return 2
+        return _refused(_runnable(str(error), args), args)
     except Preempted as error:
         if ranks().rank == 0:
             print(f"stopped: {error}", file=sys.stderr)
@@ -56,13 +62,38 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except (OSError, MemoryError, RuntimeError) as error:
-        if (sentence := lack(error, args.verb)) is None:
-            sentence = _disk_sentence(error)
-        if sentence is None:
+        if (sentence := lack(error, args.verb)) is not None:
+            print(f"error: {sentence}", file=sys.stderr)
+            return MISTAKE  # not noted: a further attempt asks for more memory
+        if (sentence := _disk_sentence(error)) is None:
             raise
-        print(f"error: {sentence}", file=sys.stderr)
-        return 2
+        return _refused(sentence, args)
     return 0
+
+
+def _refused(sentence: str, args: argparse.Namespace) -> int:
+    """Says what the user can mend, and notes it for another attempt of the same job."""
+    if ranks().rank == 0:
+        print(f"error: {sentence}", file=sys.stderr)
+        if (note := getattr(args, "mistake", None)) is not None:
+            with contextlib.suppress(OSError):  # the disk may be what is wrong
+                note.write_text(sentence)
+    return MISTAKE
+
+
+def _met_before(args: argparse.Namespace) -> str | None:
+    """What an earlier attempt of this job was refused for.
+
+    Snakemake's retries ask for a failed job again whatever its exit status was; it goes on telling attempts from 1.
+    """
+    note = getattr(args, "mistake", None)
+    if note is None or started_by_torchrun():
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        if args.attempt > 1:
+            return str(note.read_text())
+        note.unlink(missing_ok=True)
+    return None
 
 
 def _disk_sentence(error: Exception) -> str | None:
@@ -131,6 +162,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--again", action="store_true", help="prepare it again, whatever was prepared before")
     _study_options(p)
+    _attempt_options(p)
 
     for stage in STAGES.values():
         p = verb(stage.name, _run_stage(stage), stage.help)
@@ -168,6 +200,7 @@ def parser() -> argparse.ArgumentParser:
     p = verb("report", _report, "tables and figures over the finished runs of a study")
     p.add_argument("--out", type=Path, help="folder of the report (default: results/report/STUDY)")
     _study_options(p)
+    _attempt_options(p)
 
     p = verb("results", _results, "print the table of a study's finished runs, where they lie and how to browse them")
     _study_options(p)
@@ -239,6 +272,16 @@ def _study_options(p: argparse._ActionsContainer) -> None:
     )
 
 
+def _attempt_options(p: argparse._ActionsContainer) -> None:
+    p.add_argument(
+        "--attempt", type=_number(1, 1_000_000), default=1, help="of this job, as Snakemake counts (rules give it)"
+    )
+    p.add_argument(
+        "--mistake", type=Path, metavar="FILE",
+        help="where exit status 2 is noted, so that a further attempt fails at once with the same sentence (rules give it)",
+    )  # fmt: skip
+
+
 def _stage_options(p: argparse.ArgumentParser) -> None:
     people = p.add_argument_group("which run (people)")
     _study_options(people)
@@ -252,6 +295,7 @@ def _stage_options(p: argparse.ArgumentParser) -> None:
     rules.add_argument("--manifest", type=Path, help="manifest.json of the dataset")
     rules.add_argument("--encoder", type=Path, help="weights to start from (.safetensors)")
     rules.add_argument("--out", type=Path, help="folder for the results")
+    _attempt_options(rules)
     how = p.add_argument_group("how to run it (changes no result)")
     how.add_argument("--again", action="store_true", help="start afresh, whatever is saved or finished")
     how.add_argument(

@@ -47,6 +47,7 @@ def rule_resources(study: Study, stage: str) -> dict[str, Callable[..., Any]]:
 
     memory = {"mem_mb": mem_mb} if any(r.mem_mb for r in _variants(study, stage).values()) else {}
     return memory | {
+        "attempt": lambda wildcards, attempt: attempt,  # told to the verb, which does not meet a mistake twice
         "processes": resource(_processes),
         "workers": resource(lambda r: r.workers),
         "checkpoint_minutes": resource(lambda r: str(r.checkpoint_minutes) if r.checkpoint_minutes else None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -149,10 +150,8 @@ def _strike(
     if not _alive(pid) or not stages:
         return
     stage = next((process for process in stages if process.pid == pid), stages[0])
-    try:
+    with contextlib.suppress(psutil.Error):
         outcome.memory, outcome.files = stage.memory_info().rss, stage.num_fds()
-    except psutil.Error:
-        pass
     number = signal.Signals[hit.signal]
     others = [process for process in processes if process.pid != stage.pid]
     try:

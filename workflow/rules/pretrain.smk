@@ -31,4 +31,5 @@ rule pretrain_encoder:
         PLAN.image()
     shell:
         "{params.prefix}{params.python:q} -m aps {wildcards.stage} {params.study} --experiment {wildcards.experiment}"
-        " --seed {wildcards.seed} {params.options} 2>&1 | tee {log:q}"
+        " --seed {wildcards.seed} {params.options}"
+        " --attempt {resources.attempt} --mistake {log:q}.mistake 2>&1 | tee {log:q}"
