@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
         if (sentence := lack(error, args.verb)) is not None:
             print(f"error: {sentence}", file=sys.stderr)
             return MISTAKE  # not noted: a further attempt asks for more memory

@@ -211,12 +211,13 @@ def test_files_that_may_not_grow_are_one_sentence(
 @pytest.fixture
 def photos(folder: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     generator = torch.Generator().manual_seed(0)
-    for label in "ab":
-        target = folder / "photos" / "train" / label
-        target.mkdir(parents=True)
-        for number in range(16):
-            pixels = torch.randint(0, 256, (3, 24, 24), generator=generator, dtype=torch.uint8)
-            write_png(pixels, str(target / f"{number}.png"))
+    for split in ("train", "test"):
+        for label in "ab":
+            target = folder / "photos" / split / label
+            target.mkdir(parents=True)
+            for number in range(16):
+                pixels = torch.randint(0, 256, (3, 24, 24), generator=generator, dtype=torch.uint8)
+                write_png(pixels, str(target / f"{number}.png"))
     assert said(capsys, ["data", "photos", "--configfile", "study.yaml"])[0] == 0
     return folder / "disk/results/data/photos/manifest.json"
 
@@ -231,7 +232,7 @@ def command(folder: Path, before: str, *arguments: str) -> subprocess.CompletedP
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["size=4k", "size=100k", "ro"])
+@pytest.mark.parametrize("options", ["size=4k", "size=32k", "ro"])
 def test_shared_memory_that_is_full_or_read_only_is_one_sentence_that_names_the_workers(
     options: str, folder: Path, photos: Path
 ) -> None:

@@ -24,7 +24,10 @@ def keep_memory() -> bool:
 
 
 SHARED = ("shared memory", "shm", "bus error", "unable to write to file </torch", "unable to mmap")
-FULL = ("can't allocate memory", "cannot allocate memory", "out of memory", "unable to allocate", "std::bad_alloc")
+FULL = (
+    "can't allocate memory", "cannot allocate memory", "out of memory", "unable to allocate", "std::bad_alloc",
+    "failed to map segment",  # of a library
+)  # fmt: skip
 
 
 def lack(error: BaseException, stage: str) -> str | None:
