@@ -297,17 +297,24 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--out", type=Path, default=Path("results/soak"), help="folder to start in, or to go on with")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trials", type=int, help="at most so many")
+    parser.add_argument(
+        "--only", nargs="+", metavar="STAGE", help="stages, of images in memory alone, and no real commands"
+    )
     parser.add_argument("--summary", action="store_true", help="only say what the folder's trials found")
     args = parser.parse_args()
     if args.summary:
         print(summary(args.out / "trials.jsonl"))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    soak = Soak(args.out, args.seed)
+    soak = Soak(args.out, args.seed, real=not args.only)
+    last = soak.number + args.trials if args.trials else sys.maxsize
     try:
-        soak.prepare()
+        soak.prepare(
+            tuple(job for job in JOBS if not args.only or (job.experiment == "aps" and job.stage in args.only))
+        )
         until = time.monotonic() + 60 * args.minutes
-        while time.monotonic() < until:
+        while time.monotonic() < until and soak.number < last:
             record = soak.trial()
             print(
                 f"trial {record['trial']}: {record['job']}, {record['kills']} kills in {record['seconds']:.0f} s"
