@@ -22,7 +22,7 @@ from pathlib import Path
 
 from aps import __version__
 from aps.errors import Preempted, UserError
-from aps.files import DISK_ERRORS
+from aps.files import DISK_ERRORS, check_weights
 from aps.inference import verbs as inference
 from aps.runtime.memory import lack
 from aps.runtime.ranks import ranks, started_by_torchrun
@@ -394,6 +394,7 @@ def _job(stage: Stage, args: argparse.Namespace):  # type: ignore[no-untyped-def
     if args.profile is not None and not stage.traced:
         traced = ", ".join(row.name for row in STAGES.values() if row.traced)
         raise UserError(f"--profile traces {traced}, not {stage.name}; leave it out")
+    made = args.settings is not None  # whether a stage of this study makes the encoder; else the file is the user's own
     if args.settings is not None:
         settings, study_name, results = StageSettings.from_json(args.settings), args.study, args.results
         description = ""
@@ -410,15 +411,19 @@ def _job(stage: Stage, args: argparse.Namespace):  # type: ignore[no-untyped-def
         settings, study_name, results = study.stage_settings(name, seed, stage.name), study.study, Path(study.results)
         address = _address(study)  # whatever is given, it may carry what the server wants to know
         encoder, tracking = args.encoder, args.tracking or address
+        made = encoder is None and study.pretrain_source(name) is not None
         folder, description = study_folder(study), study.experiments[name].description
         if encoder is None and stage.encoder:
             encoder = encoder_file(study, name, seed)
             if not started_by_torchrun():
                 _check_encoder(study, name, seed, f"{stage.name} {name}/seed{seed}")
     manifest = args.manifest or manifest_path(results, settings.dataset_name)
-    for path in (manifest, encoder):
+    own = encoder is not None and not made
+    for path in (manifest, None if own else encoder):
         if path is not None and not path.exists():
             raise UserError(f"{path} is missing; run the stage that makes it (`snakemake {path}`)")
+    if encoder is not None:
+        check_weights(encoder)
     return StageJob(
         settings=settings,
         study=study_name,
