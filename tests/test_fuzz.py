@@ -47,7 +47,7 @@ def fuzzed(*strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]
                 max_examples=examples, deadline=None, derandomize=examples == QUICK, database=None,
                 suppress_health_check=CHECKS, phases=[Phase.generate, Phase.shrink],
             )  # fmt: skip
-            quick(given(*strategies)(lambda *drawn: test(tmp_path, *drawn)))()
+            quick(given(st.tuples(*strategies))(lambda drawn: test(tmp_path, *drawn)))()
 
         run.__name__, run.__doc__ = test.__name__, test.__doc__
         return run
@@ -219,25 +219,20 @@ def look_at_metrics(file: Path) -> None:
     damage(file.parent, metrics, whole=True)
 
 
-@pytest.mark.parametrize("read", [read_history, _read_clock, read_state, look_back, look_at_metrics, Manifest.read])
-def test_any_content_of_a_small_file_is_read_passed_over_or_refused(
-    read: Callable[[Path], Any], tmp_path: Path
-) -> None:
-    check = fuzzed(CONTENTS)(
-        lambda folder, content: ((folder / "f.json").write_bytes(content), ours(lambda: read(folder / "f.json")))[0]
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        check(QUICK, tmp_path, patch)
+READERS = {
+    "history.jsonl": read_history,
+    "run.json": _read_clock,
+    "tracking.json": read_state,
+    "attempt.json": look_back,
+    "metrics.json": look_at_metrics,
+    "manifest.json": Manifest.read,
+}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("read", [read_history, _read_clock, read_state, look_back, look_at_metrics, Manifest.read])
-def test_very_many_contents_of_a_small_file_are(read: Callable[[Path], Any], tmp_path: Path) -> None:
-    check = fuzzed(CONTENTS)(
-        lambda folder, content: ((folder / "f.json").write_bytes(content), ours(lambda: read(folder / "f.json")))[0]
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        check(SLOW, tmp_path, patch)
+@fuzzed(st.sampled_from(sorted(READERS)), CONTENTS)
+def test_any_content_of_a_small_file_is_read_passed_over_or_refused(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    ours(lambda: READERS[name](folder / name))
 
 
 @fuzzed(st.dictionaries(st.sampled_from(["files", "settings", "metrics", "stage"]), VALUES, max_size=3))
