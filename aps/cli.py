@@ -24,7 +24,7 @@ from aps import __version__
 from aps.errors import Preempted, UserError
 from aps.files import DISK_ERRORS, check_weights
 from aps.inference import verbs as inference
-from aps.runtime.memory import lack
+from aps.runtime.memory import lack, lost_worker
 from aps.runtime.ranks import ranks, started_by_torchrun
 from aps.settings.blocks import OwnDataset, SourceSettings
 from aps.settings.reading import load_study, parse_overrides
@@ -65,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
         if (sentence := lack(error, args.verb)) is not None:
             print(f"error: {sentence}", file=sys.stderr)
             return MISTAKE  # not noted: a further attempt asks for more memory
+        if (sentence := lost_worker(error, args.verb)) is not None:
+            print(f"error: {sentence}", file=sys.stderr)
+            return 1
         if (sentence := _disk_sentence(error)) is None:
             raise
         return _refused(sentence, args)

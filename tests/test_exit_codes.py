@@ -68,6 +68,12 @@ def test_what_may_end_otherwise_is_tried_again(
     assert attempt(2, note, monkeypatch, None) == (0, True)
 
 
+def test_a_worker_that_was_killed_is_no_mistake(note: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert attempt(1, note, monkeypatch, killed) == (1, True)
+    assert attempt(2, note, monkeypatch, None) == (0, True)
+
+
 def test_a_crash_is_tried_again(note: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError):
         attempt(1, note, monkeypatch, RuntimeError("a fault of ours"))

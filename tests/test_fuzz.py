@@ -32,7 +32,7 @@ from aps.settings.reading import load_study, parse_overrides
 from aps.settings.study import StageSettings
 from aps.tracking.state import read_state
 
-QUICK, SLOW = 40, 1500
+QUICK, SLOW = 40, 300
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
