@@ -552,7 +552,7 @@ def _show_views(args: argparse.Namespace) -> None:
         study = _load(args)
         settings = study.experiment(args.experiment or next(iter(study.experiments)))
         manifest = args.manifest or manifest_path(study.results, settings.dataset.name)
-    show_views(manifest, settings, args.out, args.images, args.seed)
+    print(show_views(manifest, settings, args.out, args.images, args.seed))
     print(args.out)
 
 

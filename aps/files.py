@@ -46,18 +46,27 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
         temporary.touch(exist_ok=False)  # with the permissions that the user's umask gives
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from None
+        raise _unwritable(path, error) from None
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder"
-        ) from None
+        if error.errno not in {*DISK_ERRORS, None}:  # libraries in Rust and C++ leave the number out
+            raise
+        raise _unwritable(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder")
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -91,7 +100,7 @@ def append(path: Path, text: str) -> None:
         if before is not None:
             with contextlib.suppress(OSError):
                 os.truncate(path, before)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from None
+        raise _unwritable(path, error) from None
 
 
 def sweep(folder: Path, seconds: float = 0.0) -> None:
@@ -107,7 +116,7 @@ def remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from None
+        raise _unwritable(path, error) from None
 
 
 def check_weights(path: Path) -> None:

@@ -36,6 +36,7 @@ COLUMNS = (
     "kept of view 2",
     "both, in the source",
 )
+PAIRS = 2000
 FADED = 0.12  # of the pixels that the encoder does not see
 
 Box = tuple[float, float, float, float]  # top, left, height, width in source pixels
@@ -64,8 +65,21 @@ class Example(NamedTuple):
     covered: np.ndarray  # (G, G) share of each cell of view 2, as the sampler sees it
 
 
-def show_views(manifest: Path, settings: ExperimentSettings, out: Path, images: int, seed: int) -> None:
-    """Writes the picture of `images` training images, spread over the classes.
+class Shared(NamedTuple):
+    """How much of view 2 shows source pixels that view 1 keeps too, as shares in [0, 1], over many pairs of views."""
+
+    all: float  # of all its cells: what a random choice would share
+    kept: float  # of the cells that the strategy keeps
+
+    def __str__(self) -> str:
+        return (
+            f"the kept cells of view 1 cover {self.all:.1%} of view 2, and {self.kept:.1%} of its kept cells "
+            f"(mean of {PAIRS:,} pairs of views)"
+        )
+
+
+def show_views(manifest: Path, settings: ExperimentSettings, out: Path, images: int, seed: int) -> Shared:
+    """Writes the picture of `images` training images, spread over the classes; measures what pairs of views share.
 
     Raises:
         UserError: no images asked for; the dataset is not prepared or is one for detection; `out` can't be written.
@@ -77,6 +91,21 @@ def show_views(manifest: Path, settings: ExperimentSettings, out: Path, images: 
     figure = draw(examples(split, settings, seed), settings.encoder.grid)
     with atomic_path(out) as temporary:
         figure.savefig(temporary, dpi=110, format="png", pil_kwargs={"optimize": True})
+    return shared([tuple(split.read(i).shape[1:]) for i in range(len(split))], settings, seed)
+
+
+def shared(sizes: list[tuple[int, ...]], settings: ExperimentSettings, seed: int) -> Shared:
+    """What PAIRS pairs of views of sources of these heights and widths share in their first sampling."""
+    generator, grid = torch.Generator().manual_seed(seed), settings.encoder.grid
+    found = []
+    for height, width in sizes:
+        batch = -(-PAIRS // len(sizes))
+        view1, view2 = (draw_parameters(i, batch, height, width, settings.views, generator).geometry() for i in (1, 2))
+        kept = sample(settings.sampling, grid, view1, view2, generator)
+        mask1 = torch.zeros(batch, 1, grid * grid).scatter_(2, kept.view1[:1].transpose(0, 1), 1)
+        covered = coverage(view1, mask1, view2, grid)[:, 0]
+        found.append(torch.stack([covered.mean(1), covered.gather(1, kept.view2[0]).mean(1)]))
+    return Shared(*torch.cat(found, dim=1).mean(1).tolist())
 
 
 def examples(split: ArraySplit | FileSplit, settings: ExperimentSettings, seed: int) -> list[Example]:

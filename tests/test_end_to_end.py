@@ -118,7 +118,8 @@ def test_mlflow_has_a_run_of_each_stage_with_params_curves_final_metrics_and_fig
         name, seed, stage = job
         run, found = runs[f"{name}/seed{seed}/{stage}"], metrics(study, *job)
         assert run.info.status == "FINISHED" and run.info.run_id == found["mlflow_run_id"] and found["mlflow_complete"]
-        assert run.data.params["seed"] == "0" and f"{stage}.precision" in run.data.params
+        own = {f"{stage}.{key}" for key, value in found["settings"][stage].items() if value is not None}
+        assert run.data.params["seed"] == "0" and own <= {*run.data.params}
         final = finals(found)
         assert {key: run.data.metrics[key] for key in final} == pytest.approx(final) and "cost/flops" in final
         first = read_history(of(study, *job) / "history.jsonl")[0]
@@ -195,9 +196,9 @@ def table(folder: Path, *overrides: str) -> str:
 
 
 def test_results_of_other_settings_are_named_instead_of_shown(study: Path) -> None:
-    assert "7 of 7 runs finished" in table(study)
+    assert "8 of 8 runs finished" in table(study)
     text = table(study, "defaults.pretrain.epochs=999")
-    assert "2 of 7 runs finished" in text
+    assert "2 of 8 runs finished" in text
     assert "pretrain aps/seed0: other settings: pretrain.epochs 2, now 999" in text
     assert "knn aps/seed0: its encoder: other settings: pretrain.epochs 2, now 999" in text
 

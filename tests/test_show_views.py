@@ -13,7 +13,7 @@ from aps.data.load import ArraySplit
 from aps.data.prepare import prepare
 from aps.settings.blocks import DatasetSettings, EncoderSettings, SamplingSettings, SourceSettings, ViewSettings
 from aps.settings.study import ExperimentSettings
-from aps.show_views import COLORS, COLUMNS, Example, draw, examples
+from aps.show_views import COLORS, COLUMNS, Example, draw, examples, shared
 
 GRID = 4
 STUDY = """
@@ -57,6 +57,22 @@ def test_cells_drawn_overlap_as_much_as_the_coverage_map_says() -> None:
             overlap = (high - low).clip(0).prod(1).sum() / (height * width)
             assert example.covered.ravel()[cell] == pytest.approx(overlap, abs=1e-5)
     assert max(e.covered.max() for e in shown(sampling=SamplingSettings(gamma=0))) > 0.5
+
+
+def test_whole_crops_share_what_probability_says_and_asymmetric_sampling_avoids_it() -> None:
+    """Two views of the whole image, mirrored or not: random cells of a share r meet a share r of the others."""
+    encoder = EncoderSettings(arch="micro", image_size=32, patch_size=4)
+    whole = ViewSettings(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    found = {}
+    for strategy in ("asymmetric", "random", "full"):
+        settings = ExperimentSettings(
+            dataset=DatasetSettings(name="digits"), encoder=encoder, views=whole,
+            sampling=SamplingSettings(strategy=strategy, ratio=0.25, samplings=1),
+        )  # type: ignore[call-arg]  # fmt: skip
+        found[strategy] = shared([(32, 32)], settings, seed=0)
+    assert found["full"] == pytest.approx((1, 1))
+    assert found["random"].all == pytest.approx(0.25) and found["random"].kept == pytest.approx(0.25, abs=0.01)
+    assert found["asymmetric"].all == pytest.approx(0.25) and found["asymmetric"].kept == 0
 
 
 def test_panels_hold_the_boxes_views_cells_and_coverage() -> None:

@@ -50,7 +50,7 @@ STUDY: dict[str, Any] = {
         },
     },
     "experiments": {
-        "aps": {"stages": ["pretrain", "finetune", "linear_probe", "knn", "detection"]},
+        "aps": {"stages": ["pretrain", "finetune", "linear_probe", "knn", "embed", "detection"]},
         "floor": {"inherits": "aps", "encoder": {"weights": "random"}, "stages": ["finetune", "knn"]},
     },
 }

@@ -20,9 +20,9 @@ from aps.data.manifest import (
     Statistics,
     content_digest,
     with_sizes,
-    write_atomic,
 )
 from aps.data.statistics import Accumulator
+from aps.files import write_bytes
 from aps.settings.blocks import SourceSettings
 
 
@@ -53,7 +53,7 @@ def store(
             for chunk in images.split(4096):
                 statistics.add(chunk)
         file = f"{split}.safetensors"
-        write_atomic(folder / file, save({"images": images} | ({} if labels is None else {"labels": labels})))
+        write_bytes(folder / file, save({"images": images} | ({} if labels is None else {"labels": labels})))
         written[split] = Split(count=len(images), tensors=file)
         contents += [split, list(images.shape), images.numpy().data.cast("B")]
         contents += [] if labels is None else [labels.numpy().data.cast("B")]

@@ -13,8 +13,9 @@ import zipfile
 from pathlib import Path
 
 from aps.data import fetch
-from aps.data.manifest import Manifest, Split, Statistics, content_digest, file_digest, with_sizes
+from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes
 from aps.errors import UserError
+from aps.files import sha256
 from aps.settings.blocks import SourceSettings
 
 HOST = "http://images.cocodataset.org"
@@ -61,7 +62,7 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
             raise UserError(f"{root / missing[0]} is missing (of {len(missing):,} missing images); complete the folder")
         if empty := sorted(image for image in images if not sizes[image]):
             raise UserError(f"{root / empty[0]} is empty (of {len(empty):,} empty images); get it again")
-        contents.append([split, file_digest(file), sorted((image, sizes[image]) for image in images)])
+        contents.append([split, sha256(file), sorted((image, sizes[image]) for image in images)])
         splits[split] = Split(count=len(images), images=_inside(root, folder), annotations=_inside(file, folder))
     assert classes is not None
     manifest = Manifest(

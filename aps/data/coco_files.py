@@ -28,9 +28,10 @@ from pycocotools import mask as rle
 from aps.data import trees
 from aps.data.fingerprint import take
 from aps.data.images import orientation
-from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes, write_atomic
+from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes
 from aps.data.walk import printable, walk
 from aps.errors import UserError
+from aps.files import write_bytes
 
 OVERLAP = 0.75  # a given box that overlaps with its mask's by less (as IoU) is computed again
 ROUNDING = 1e-3  # pixels
@@ -97,7 +98,7 @@ def describe(folder: Path, name: str, files: dict[str, Files], key: str, masks: 
             raise UserError(f"{own.annotations}: has no instance; add annotations")
         content["categories"] = [{"id": number, "name": label} for number, label in classes.items()]
         written = f"instances_{split}.json"
-        write_atomic(folder / written, json.dumps(content).encode())
+        write_bytes(folder / written, json.dumps(content).encode())
         splits[split] = Split(count=len(content["images"]), images=str(own.images.resolve()), annotations=written)
         contents += [split, seen[split].sha256, content["images"], content["annotations"]]
         notes += reports[split].notes()

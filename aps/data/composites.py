@@ -27,8 +27,9 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from aps.data.load import ArraySplit, FileSplit, load_split
-from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes, write_atomic
+from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes
 from aps.data.statistics import Accumulator
+from aps.files import write_bytes
 from aps.registry import DATASETS
 from aps.settings.blocks import SourceSettings
 
@@ -104,7 +105,7 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
             if split == "train":
                 statistics.add(torch.from_numpy(canvas)[None])
         annotations_file = f"instances_{split}.json"
-        write_atomic(folder / annotations_file, json.dumps(coco).encode())
+        write_bytes(folder / annotations_file, json.dumps(coco).encode())
         splits[split] = Split(count=count, images=split, annotations=annotations_file)
         contents.append(coco["annotations"])
     manifest = Manifest(

@@ -26,8 +26,8 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from aps.data.manifest import write_atomic
 from aps.errors import UserError
+from aps.files import write_bytes
 from aps.settings.blocks import SourceSettings
 
 VERIFIED = "verified.json"  # in a dataset's folder: archives whose checksums were found right
@@ -105,7 +105,7 @@ def verify(archive: Path, file: Published, folder: Path) -> None:
             f"{archive}: its md5 is {found}, but the publisher's {file.name} has {file.md5}; it is truncated or altered, "
             "get it again"
         )
-    write_atomic(note, json.dumps(verified | {str(archive.resolve()): mark}, indent=1).encode())
+    write_bytes(note, json.dumps(verified | {str(archive.resolve()): mark}, indent=1).encode())
 
 
 def _checksum(path: Path, algorithm: str) -> str:

@@ -14,8 +14,9 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from aps.data.manifest import Fingerprint, Manifest, write_atomic
+from aps.data.manifest import Fingerprint, Manifest
 from aps.data.walk import File, Walk, printable, walk
+from aps.files import write_bytes
 from aps.settings.blocks import OwnDataset, SourceSettings
 
 RECORD = "files.tsv"  # a line a file: number of its root, slash, name below it, tab, bytes, tab, time of change in ns
@@ -30,7 +31,7 @@ def take(folder: Path, walks: Sequence[Walk], files: Iterable[Path] = ()) -> Fin
     seen = [(_place(found.root, folder), found.files) for found in walks]
     seen += [(_place(path, folder), _single(path)) for path in files]
     lines = [_lines(number, found) for number, (_, found) in enumerate(seen)]
-    write_atomic(folder / RECORD, "".join(lines).encode("utf-8", errors="surrogateescape"))
+    write_bytes(folder / RECORD, "".join(lines).encode("utf-8", errors="surrogateescape"))
     return Fingerprint(
         roots=tuple(place for place, _ in seen),
         count=sum(len(found) for _, found in seen),

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from aps.errors import UserError
-from aps.files import sha256
+from aps.files import sha256, write_bytes
 from aps.registry import DATASETS, DETECTION_DATASETS
 
 RGB = tuple[float, float, float]
@@ -107,7 +106,7 @@ class Manifest(_Block):
 
     def write(self, path: Path) -> None:
         """Atomically: readers see the whole manifest or none."""
-        write_atomic(path, (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode())
+        write_bytes(path, (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode())
 
     def normalization(self, which: Literal["measured", "published"] = "measured") -> tuple[RGB, RGB]:
         """(mean, std) in [0, 1] units; a channel that is constant has std 1, so that it can be divided by.
@@ -226,23 +225,7 @@ def write_index(path: Path, names: list[str], labels: list[int] | None) -> None:
         lines = [f"{name}\n" for name in names]
     else:
         lines = [f"{name}\t{label}\n" for name, label in zip(names, labels, strict=True)]
-    write_atomic(path, "".join(lines).encode("utf-8", errors="surrogateescape"))
-
-
-def write_atomic(path: Path, content: bytes | memoryview) -> None:
-    """Written beside its place, flushed to disk, then renamed: killed anywhere, `path` is whole or as before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def file_digest(path: Path, algorithm: str = "sha256") -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
+    write_bytes(path, "".join(lines).encode("utf-8", errors="surrogateescape"))
 
 
 def content_digest(*parts: Any) -> str:

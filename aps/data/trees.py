@@ -26,12 +26,12 @@ from aps.data.manifest import (
     Statistics,
     content_digest,
     with_sizes,
-    write_atomic,
     write_index,
 )
 from aps.data.statistics import Accumulator
 from aps.data.walk import Walk, counted, printable, walk
 from aps.errors import UserError
+from aps.files import write_bytes
 from aps.settings.blocks import SourceSettings
 
 
@@ -204,7 +204,7 @@ def look_at(folder: Path, split: str, images: Listing) -> Seen:
         every.broken.extend(seen.broken)
     if every.broken:
         listed = folder / "unreadable.txt"
-        write_atomic(listed, "".join(f"{error}\n" for error in every.broken).encode())
+        write_bytes(listed, "".join(f"{error}\n" for error in every.broken).encode())
         count = f"{len(every.broken)} such file{'s' * (len(every.broken) > 1)}"
         raise UserError(f"{every.broken[0]} ({count}, listed in {listed})")
     return every
@@ -223,7 +223,7 @@ def alike(folder: Path, splits: dict[str, Listing], contents: dict[str, list[str
     if not pairs:
         return []
     listed = folder / "duplicates.txt"
-    write_atomic(listed, "".join(f"{printable(pair)}\n" for pair in pairs).encode())
+    write_bytes(listed, "".join(f"{printable(pair)}\n" for pair in pairs).encode())
     held = " and ".join(split for split in splits if split != "train")
     be = f"images of {held} stand" if len(pairs) > 1 else f"image of {held} stands"
     return [

@@ -73,7 +73,10 @@ def _serve(address: str, port: int, shown: str) -> None:
     quiet_mlflow()
     options = [option for option in _options(address, port) if option not in ("--backend-store-uri", _short(address))]
     # In the environment, because a database's address may hold a password, and command lines are seen by everybody.
-    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": full(address)}
+    # Without the ten processes that judge traces of language models.
+    environment = (
+        {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | os.environ | {"MLFLOW_BACKEND_STORE_URI": full(address)}
+    )
     command = [sys.executable, "-m", "mlflow", *options]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:

@@ -128,7 +128,8 @@ def test_snakedeploy_deploys_it(tmp_path: Path) -> None:
     tool = Path(sys.executable).parent / "snakedeploy"
     if not tool.exists():
         pytest.skip("needs snakedeploy (the extra `test`)")
-    subprocess.run([tool, "deploy-workflow", str(clone), str(there)], check=True, capture_output=True)
+    subprocess.run(["git", "-C", str(clone), "tag", "v0"], check=True)
+    subprocess.run([tool, "deploy-workflow", str(clone), str(there), "--tag", "v0"], check=True, capture_output=True)
     file = there / "workflow/Snakefile"
     text = file.read_text()
     assert 'configfile: "config/config.yaml"' in text and "use rule * from aps" in text
