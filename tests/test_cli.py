@@ -278,9 +278,9 @@ def test_a_rank_left_over_in_the_shell_changes_nothing(
 def test_check_lists_what_would_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "study 'tiny': 2 experiments, 7 runs, results in results/"
+    assert lines[0] == "study 'tiny': 2 experiments, 8 runs, results in results/"
     assert [line.split()[:2] for line in lines[1:3]] == [["aps", "digits"], ["floor", "digits"]]
-    assert "pretrain, finetune, linear_probe, knn, detection" in lines[1]
+    assert "pretrain, finetune, linear_probe, knn, embed, detection" in lines[1]
     assert lines[-1].startswith("nothing speaks against it: `snakemake all")
 
 
