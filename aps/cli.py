@@ -277,7 +277,10 @@ def _study_options(p: argparse._ActionsContainer) -> None:
 
 def _attempt_options(p: argparse._ActionsContainer) -> None:
     p.add_argument(
-        "--attempt", type=_number(1, 1_000_000), default=1, help="of this job, as Snakemake counts; rules give it (default: 1)"
+        "--attempt",
+        type=_number(1, 1_000_000),
+        default=1,
+        help="of this job, as Snakemake counts; rules give it (default: 1)",
     )
     p.add_argument(
         "--mistake", type=Path, metavar="FILE",
