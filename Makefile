@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= 2
 STUDY ?= config/config.yaml
+MINUTES ?= 120
 # make test CONSTRAINTS=/dev/null UV= takes the newest versions that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 UV ?= $(shell command -v uv 2>/dev/null)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui test test-fast test-slow test-soak lint format reference bench gpu gpu-wheels docs pictures lock install clean
+.PHONY: help demo ui test test-fast test-slow test-soak soak lint format reference bench gpu gpu-wheels docs pictures lock install clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +35,9 @@ test-slow: $(VENV)/.dev  ## the slow ones: a real Slurm, detectron2
 
 test-soak: $(VENV)/.dev  ## the longest: browsers, servers that are killed, every page walked, the container's steps
 	$(BIN)/python -m pytest -m soak
+
+soak: $(VENV)/.dev  ## kill stages at random for MINUTES=120 and compare what they end with (docs/reliability.md)
+	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 lint: $(VENV)/.dev  ## style (ruff, snakefmt) and types (mypy)
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ them, so that `--help` and planning stay quick.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import json
@@ -22,9 +23,9 @@ from typing import TYPE_CHECKING
 
 from aps import __version__
 from aps.errors import Preempted, UserError
-from aps.files import DISK_ERRORS
+from aps.files import DISK_ERRORS, check_weights
 from aps.inference import verbs as inference
-from aps.runtime.memory import lack
+from aps.runtime.memory import lack, lost_worker
 from aps.runtime.ranks import ranks, started_by_torchrun
 from aps.stages import STAGES, Stage
 
@@ -34,18 +35,23 @@ if TYPE_CHECKING:  # settings take half of the time that `--help` does
 DEFAULT_STUDY = "config/config.yaml"
 ANY_STUDY = " --configfile STUDY.yaml"  # in hints of those who don't know the study
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+MISTAKE = 2  # of the user's: the same command fails again
 PREEMPTED = 75  # EX_TEMPFAIL: the work is saved, start the same command again
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 a mistake the user can fix, 75 preempted (run it again to go on)."""
+    """Returns the exit status: 0 done, 2 a mistake the user can fix, 75 preempted (run it again to go on).
+
+    docs/reliability.md has all of them.
+    """
     args = _parsed(sys.argv[1:] if arguments is None else list(arguments))
+    if (met := _met_before(args)) is not None:
+        print(f"error: {met}\nnot tried again, since another attempt changes nothing of it", file=sys.stderr)
+        return MISTAKE
     try:
         args.run(args)
     except UserError as error:
-        if ranks().rank == 0:
-            print(f"error: {_runnable(str(error), args)}", file=sys.stderr)
-        return 2
+        return _refused(_runnable(str(error), args), args)
     except Preempted as error:
         if ranks().rank == 0:
             print(f"stopped: {error}", file=sys.stderr)
@@ -55,14 +61,42 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
-    except (OSError, MemoryError, RuntimeError) as error:
-        if (sentence := lack(error, args.verb)) is None:
-            sentence = _disk_sentence(error)
-        if sentence is None:
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        if (sentence := lack(error, args.verb)) is not None:
+            print(f"error: {sentence}", file=sys.stderr)
+            return MISTAKE  # not noted: a further attempt asks for more memory
+        if (sentence := lost_worker(error, args.verb)) is not None:
+            print(f"error: {sentence}", file=sys.stderr)
+            return 1
+        if (sentence := _disk_sentence(error)) is None:
             raise
-        print(f"error: {sentence}", file=sys.stderr)
-        return 2
+        return _refused(sentence, args)
     return 0
+
+
+def _refused(sentence: str, args: argparse.Namespace) -> int:
+    """Says what the user can mend, and notes it for another attempt of the same job."""
+    if ranks().rank == 0:
+        print(f"error: {sentence}", file=sys.stderr)
+        if (note := getattr(args, "mistake", None)) is not None:
+            with contextlib.suppress(OSError):  # the disk may be what is wrong
+                note.write_text(sentence)
+    return MISTAKE
+
+
+def _met_before(args: argparse.Namespace) -> str | None:
+    """What an earlier attempt of this job was refused for.
+
+    Snakemake's retries ask for a failed job again whatever its exit status was; it goes on telling attempts from 1.
+    """
+    note = getattr(args, "mistake", None)
+    if note is None or started_by_torchrun():
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        if args.attempt > 1:
+            return str(note.read_text())
+        note.unlink(missing_ok=True)
+    return None
 
 
 def _disk_sentence(error: Exception) -> str | None:
@@ -131,6 +165,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--again", action="store_true", help="prepare it again, whatever was prepared before")
     _study_options(p)
+    _attempt_options(p)
 
     for stage in STAGES.values():
         p = verb(stage.name, _run_stage(stage), stage.help)
@@ -168,6 +203,7 @@ def parser() -> argparse.ArgumentParser:
     p = verb("report", _report, "tables and figures over the finished runs of a study")
     p.add_argument("--out", type=Path, help="folder of the report (default: results/STUDY/report)")
     _study_options(p)
+    _attempt_options(p)
 
     p = verb("results", _results, "print the table of a study's finished runs, where they lie and how to browse them")
     _study_options(p)
@@ -250,6 +286,19 @@ def _study_options(p: argparse._ActionsContainer) -> None:
     )
 
 
+def _attempt_options(p: argparse._ActionsContainer) -> None:
+    p.add_argument(
+        "--attempt",
+        type=_number(1, 1_000_000),
+        default=1,
+        help="of this job, as Snakemake counts; rules give it (default: 1)",
+    )
+    p.add_argument(
+        "--mistake", type=Path, metavar="FILE",
+        help="where exit status 2 is noted, so that a further attempt fails at once with the same sentence (rules give it)",
+    )  # fmt: skip
+
+
 def _stage_options(p: argparse.ArgumentParser) -> None:
     people = p.add_argument_group("which run (people)")
     _study_options(people)
@@ -263,6 +312,7 @@ def _stage_options(p: argparse.ArgumentParser) -> None:
     rules.add_argument("--manifest", type=Path, help="manifest.json of the dataset")
     rules.add_argument("--encoder", type=Path, help="weights to start from (.safetensors)")
     rules.add_argument("--out", type=Path, help="folder for the results")
+    _attempt_options(rules)
     how = p.add_argument_group("how to run it (changes no result)")
     how.add_argument("--again", action="store_true", help="start afresh, whatever is saved or finished")
     how.add_argument(
@@ -372,6 +422,7 @@ def _job(stage: Stage, args: argparse.Namespace):  # type: ignore[no-untyped-def
     if args.profile is not None and not stage.traced:
         traced = ", ".join(row.name for row in STAGES.values() if row.traced)
         raise UserError(f"--profile traces {traced}, not {stage.name}; leave it out")
+    made = args.settings is not None  # whether a stage of this study makes the encoder; else the file is the user's own
     if args.settings is not None:
         settings, study_name, results = StageSettings.from_json(args.settings), args.study, args.results
         description = ""
@@ -388,6 +439,7 @@ def _job(stage: Stage, args: argparse.Namespace):  # type: ignore[no-untyped-def
         settings, study_name, results = study.stage_settings(name, seed, stage.name), study.study, Path(study.results)
         address = _address(study)  # whatever is given, it may carry what the server wants to know
         encoder, tracking = args.encoder, args.tracking or address
+        made = encoder is None and study.pretrain_source(name) is not None
         folder, description = study_folder(study), study.experiments[name].description
         manifest = manifest_of(study, settings.dataset_name)
         if encoder is None and stage.encoder:
@@ -395,9 +447,12 @@ def _job(stage: Stage, args: argparse.Namespace):  # type: ignore[no-untyped-def
             if not started_by_torchrun():
                 _check_encoder(study, name, seed, f"{stage.name} {name}/seed{seed}")
     manifest = args.manifest or manifest
-    for path in (manifest, encoder):
+    own = encoder is not None and not made
+    for path in (manifest, None if own else encoder):
         if path is not None and not path.exists():
             raise UserError(f"{path} is missing; run the stage that makes it (`snakemake {path}`)")
+    if encoder is not None:
+        check_weights(encoder)
     return StageJob(
         settings=settings,
         study=study_name,

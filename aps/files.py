@@ -119,6 +119,22 @@ def remove(path: Path) -> None:
         raise _unwritable(path, error) from None
 
 
+def check_weights(path: Path) -> None:
+    """Raises UserError where a file of weights, perhaps the user's own, is missing, a folder, or can't be opened."""
+    try:
+        if path.is_dir():
+            raise UserError(f"weights file {path} is a folder; give the path of a .safetensors file")
+        with path.open("rb"):
+            pass
+    except FileNotFoundError:
+        raise UserError(f"weights file {path} does not exist; give the path of a .safetensors file") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"weights file {path} cannot be read ({reason}); give the path of a .safetensors file that you can read"
+        ) from None
+
+
 def sha256(path: Path) -> str:
     """Of a file's content, as hexadecimal digits; read once a process for each state of the file.
 

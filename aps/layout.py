@@ -66,7 +66,7 @@ def encoder_file(study: Study, experiment: str, seed: int) -> Path | None:
     if source is not None:
         return stage_folder(study_folder(study), source, seed, "pretrain") / "encoder.safetensors"
     weights = study.experiments[experiment].encoder.weights
-    return Path(weights) if weights.endswith(".safetensors") else None
+    return Path(weights).expanduser() if weights.endswith(".safetensors") else None
 
 
 def of_the_old_layout(results: str | Path) -> Path | None:

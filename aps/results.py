@@ -180,6 +180,7 @@ class StageRun:
     job: StageJob
     _state: dict[str, Any] = field(default_factory=dict)
     _figures: list[Path] = field(default_factory=list)
+    _begun: bool = False  # whether the journal holds this attempt's past and nothing else
 
     def __enter__(self) -> StageRun:
         self.writes = ranks().rank == 0
@@ -198,6 +199,9 @@ class StageRun:
             sweep(folder, seconds)  # another process, such as sync, may be writing in the last one
         self._state = _read_clock(self._state_file) or fresh
         self._before = float(self._state["seconds"])
+        write_json(
+            self._state_file, self._state
+        )  # before MLflow hears of the run: it is known there by when it started
         self._upstream = upstream_of(self.job.encoder)
         about = about_run(self.job, self._known(), self._upstream)
         self.tracker = Tracker(self.job.tracking, self.job.checkpoints, about)
@@ -205,7 +209,11 @@ class StageRun:
         return self
 
     def resume(self, step: int) -> None:
-        """Drop journal lines after `step`: they belong to work that the checkpoint does not hold."""
+        """Drop journal lines after `step`: they belong to work that the checkpoint does not hold.
+
+        A stage that has no checkpoints need not call it: its first `log` drops what an attempt before this one wrote.
+        """
+        self._begun = True
         if not self.writes or not self.journal.exists():
             return
         lines = [line for line in read_history(self.journal) if line["step"] <= step]
@@ -217,6 +225,8 @@ class StageRun:
         """One line of history.jsonl at `step` (optimizer steps so far unless the stage says otherwise)."""
         if not self.writes:
             return
+        if not self._begun:
+            self.resume(-1)
         line = {"step": step, "time": round(time.time(), 3), **values}
         append(self.journal, json.dumps(line) + "\n")
         self.save_clock()

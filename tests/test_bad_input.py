@@ -18,11 +18,11 @@ from aps import cli
 
 REMEDY = re.compile(
     r";|should be|did you mean|known:|write |give |set |choose |use |remove |lower |raise |make |run |must be|is above|add |"
-    r"required|arguments|expected|should have at least|should match",
+    r"required|arguments|expected",
     re.IGNORECASE,
 )
 D = "defaults."
-LONG = "n" * 300
+LONG, GONE = "n" * 300, object()
 SETTINGS: list[tuple[str, Any, tuple[str, ...]]] = [
     # numbers that are none, or out of range
     *((f"{D}{block}.{key}", value, (f"{block}.{key}", json.dumps(value)))
@@ -45,6 +45,16 @@ SETTINGS: list[tuple[str, Any, tuple[str, ...]]] = [
       for value in ("nan", "inf")),
     # what can't work
     (f"{D}pretrain.batch_size", 1, ("pretrain.batch_size 1", "1 image", "raise pretrain.batch_size")),
+    *((f"{D}pretrain", {"method": method, "batch_size": 1, **heads},
+       ("pretrain.batch_size 1", "1 image", method, "raise pretrain.batch_size"))
+      for method, heads in {
+          "byol": {"projector": [16, 8], "predictor": [16, 8]},
+          "mocov3": {"predictor": [16, 8]},
+          "simclr": {"projector": [16, 8], "predictor": GONE},
+      }.items()),
+    (f"{D}stages", ["knn", "knn"], ("defaults", "stages lists knn twice", "remove one")),
+    (f"{D}stages", ["knnn"], ("defaults", "stages.0", "knnn", "'knn'")),
+    (f"{D}seeds", [7, 7], ("seeds lists 7 twice", "remove one")),
     (f"{D}pretrain.accumulate", 64, ("pretrain.batch_size 64", "accumulate 64", "lower pretrain.accumulate")),
     (f"{D}pretrain.accumulate", 3, ("pretrain.accumulate 3", "does not divide", "64")),
     (f"{D}linear_probe", {"batch_size": 1, "batch_norm": True}, ("linear_probe", "batch_size 1", "batch_norm: false")),
@@ -77,7 +87,7 @@ SETTINGS: list[tuple[str, Any, tuple[str, ...]]] = [
     (f"{D}pretrain.method", "apps", ("method 'apps'", "did you mean 'aps'")),
     (f"{D}sampling.strategy", "rondom", ("strategy 'rondom'", "did you mean 'random'")),
     (f"{D}dataset.name", "digit", ("dataset 'digit'", "did you mean")),
-    (f"{D}dataset.name", LONG, ("dataset", "is unknown")),
+    (f"{D}dataset.name", LONG, ("dataset", "is unknown", "nnn...")),
     (f"{D}views.crop_scale", [0.9, 0.1], ("crop_scale", "low <= high")),
     (f"{D}views.crop_scale", [0.5, 2.0], ("crop_scale", "2.0 is above 1")),
     (f"{D}views.blur", [0.5], ("views.blur",)),
@@ -125,6 +135,8 @@ def spoiled(key: str, value: Any) -> dict[str, Any]:
             if isinstance(own, dict) and path == ("defaults",):
                 for last, x in own.items():
                     study = put(study, (*path, inner, last), x)
+            elif own is GONE:
+                study = put(study, path, {k: v for k, v in study["defaults"][path[-1]].items() if k != inner})
             else:
                 study = put(study, (*path, inner), own)
         return study if value else put(STUDY, path, {})

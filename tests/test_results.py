@@ -335,3 +335,26 @@ def test_a_damaged_clock_is_replaced_with_a_warning(
         stage.log(1, loss=1.0)
     assert json.loads(file.read_text())["seconds"] >= 0 and not left.exists()
     assert f"warning: {file}: damaged and replaced" in capsys.readouterr().err
+
+
+def test_a_stage_without_checkpoints_that_was_killed_after_it_logged_has_each_line_once(tmp_path: Path) -> None:
+    job = fake_job(tmp_path / "results")
+    for _ in range(2):  # the first attempt writes no last word
+        killed = StageRun(job).__enter__()
+        killed.log(1, knn_top1=40.0)
+        killed.log(5, knn_top1=50.0)
+    with StageRun(job) as stage:
+        stage.log(1, knn_top1=40.0)
+        stage.log(5, knn_top1=50.0)
+        stage.finish({"knn_top1_k5": 50.0})
+    assert [line["step"] for line in read_history(job.out / "history.jsonl")] == [1, 5]
+
+
+def test_when_a_run_started_is_on_disk_before_mlflow_hears_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = fake_job(tmp_path / "results")
+    first = StageRun(job).__enter__()  # and killed before its first line
+    monkeypatch.setattr(results, "_now", lambda: "2030-01-01T00:00:00+00:00")
+    again = StageRun(job).__enter__()
+    assert again.tracker.state.about.key == first.tracker.state.about.key

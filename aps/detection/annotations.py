@@ -42,6 +42,7 @@ class CocoSplit:
     """One split of a detection dataset.
 
     Attributes:
+        manifest: of the dataset.
         annotations: the COCO json file.
         folder: where its images lie.
         ids: ids of its images, ascending; for training only those with an instance that is no crowd.
@@ -56,6 +57,7 @@ class CocoSplit:
         manifest = Manifest.read(manifest_path)
         if manifest.kind != "detection":
             raise UserError(f"{manifest_path}: dataset '{manifest.name}' has no boxes; name a detection dataset")
+        self.manifest = manifest_path
         where = manifest.splits[split]
         self.annotations = manifest_path.parent / str(where.annotations)
         self.folder = manifest_path.parent / str(where.images)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -21,11 +22,12 @@ from aps.detection.annotations import CocoSplit
 from aps.detection.engine import Engine, Task, lr_factor
 from aps.detection.figure import predictions_figure
 from aps.detection.placement import Placed, backbone_tensors, place, table
+from aps.errors import UserError
 from aps.models.weights import INFO_KEY, load_encoder, save_tensors, trained_with
 from aps.results import StageJob, StageRun
 from aps.runtime.cores import decoding_workers
 from aps.runtime.processes import Distributed, processes
-from aps.training.loop import Line, Loop, finite
+from aps.training.loop import Line, Loop, finite, not_finite
 
 NAME_LENGTH = 200  # of a class in a metric's key; MLflow takes 250 characters
 IMAGENET: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -85,7 +87,12 @@ def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
 
     with loop.running():
         if loop.done < settings.iterations:
-            engine.train(loop.done, after)
+            try:
+                engine.train(loop.done, after)
+            except FloatingPointError as error:  # detectron2's word for a loss that is no number
+                raise UserError(
+                    not_finite(math.nan, "detection", "detection", " ".join(str(error).split())[:80])
+                ) from None
     metrics, results = engine.evaluate()
     if distributed.main:
         _save(stage, engine, results)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from aps.errors import UserError
-from aps.files import atomic_path
+from aps.files import atomic_path, check_weights
 from aps.models.archs import dimensions
 from aps.models.encoder import Encoder, build_encoder
 from aps.settings.blocks import EncoderSettings
@@ -80,19 +81,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: the file is missing, not a safetensors file, or one of ours that was changed or damaged.
     """
-    if not Path(path).is_file():
-        raise UserError(f"weights file {path} does not exist; give the path of a .safetensors file")
+    path = Path(path).expanduser()
+    check_weights(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"weights file {path} is not a whole safetensors file ({error}); copy or make it again"
+            f"weights file {path} is not a whole safetensors file ({_short(error)}); copy or make it again"
         ) from None
     seal = metadata.pop(SEAL_KEY, None)
     if seal is not None and seal != _seal(tensors, metadata):
         raise UserError(f"weights file {path}: its content is not what was written; copy or make it again")
     return tensors, metadata
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -107,9 +113,13 @@ def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 def check_finite(x: Tensor, what: str, advice: str = "make it again") -> None:
     """Raises UserError where `x`, called `what`, holds anything but finite floating-point numbers."""
+    kind = str(x.dtype).removeprefix("torch.")
     if not x.is_floating_point():
-        kind = str(x.dtype).removeprefix("torch.")
         raise UserError(f"{what} holds {kind} instead of floating-point numbers; {advice}")
+    if x.element_size() < 2:
+        raise UserError(
+            f"{what} holds {kind}, of which too little is left to compute with; store it as float32 or float16"
+        )
     if not bool(x.isfinite().all()):
         count = int((~x.isfinite()).sum())
         raise UserError(f"{what}: {count:,} of {x.numel():,} numbers are NaN or infinite; {advice}")
@@ -131,7 +141,16 @@ def read_settings(metadata: Mapping[str, str], path: Path) -> EncoderSettings | 
 def read_info(path: Path) -> dict[str, Any]:
     """What the producing stage stored beside the weights: normalization, experiment, stage, digest."""
     _, metadata = read_tensors(path)
-    return json.loads(metadata.get(INFO_KEY, "{}"))
+    try:
+        info = json.loads(metadata.get(INFO_KEY, "{}"))
+        for key in {"mean", "std"} & info.keys():
+            if len(info[key]) != 3 or not all(math.isfinite(x) and x >= 0 for x in info[key]):
+                raise ValueError
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"weights file {path}: what is stored of its images ({INFO_KEY}) is damaged; copy or make it again"
+        ) from None
+    return dict(info)
 
 
 def trained_with(spec: str | Path) -> tuple[RGB, RGB] | None:
@@ -144,7 +163,7 @@ def trained_with(spec: str | Path) -> tuple[RGB, RGB] | None:
         config = timm.get_pretrained_cfg(str(spec).removeprefix("timm:"))
         return (config.mean, config.std) if config is not None else None  # type: ignore[return-value]
     info = read_info(Path(spec)) if str(spec) != "random" else {}
-    return (tuple(info["mean"]), tuple(info["std"])) if "mean" in info else None  # type: ignore[return-value]
+    return (tuple(info["mean"]), tuple(info["std"])) if {"mean", "std"} <= info.keys() else None  # type: ignore[return-value]
 
 
 def load_encoder(
@@ -227,16 +246,17 @@ def load_state(
     own = encoder.state_dict()
     if strange := sorted(set(state) - set(own)):
         raise UserError(
-            f"{source}: '{strange[0]}' has no place in this encoder ({len(strange)} such names); it is another architecture"
+            f"{source}: '{strange[0]}' has no place in this encoder ({len(strange)} such names); it is another architecture; give the weights of a plain Vision Transformer"
         )
     if missing := sorted(set(own) - set(state)):
         raise UserError(
-            f"{source}: '{missing[0]}' is missing ({len(missing)} such names); the file is not a whole encoder"
+            f"{source}: '{missing[0]}' is missing ({len(missing)} such names); the file is not a whole encoder; give one that is"
         )
     for name, value in own.items():
         if state[name].shape != value.shape:
             raise UserError(
-                f"{source}: '{name}' has shape {tuple(state[name].shape)}, the encoder's is {tuple(value.shape)}"
+                f"{source}: '{name}' has shape {tuple(state[name].shape)}, the encoder's is {tuple(value.shape)}; give a file that fits, or "
+                "set the encoder's settings as in the file"
             )
     encoder.load_state_dict(state, strict=True)
     log.info(
@@ -258,16 +278,26 @@ def _as_built(settings: EncoderSettings) -> dict[str, Any]:
 
 def _read_off(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     """What the shapes of a ViT's state dict say about its settings."""
-    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    needed = {
+        "cls_token": 3,
+        "pos_embed": 3,
+        "patch_embed.proj.weight": 4,
+        "blocks.0.mlp.fc1.weight": 2,
+    }  # and dimensions
     for name in needed:
         if name not in state:
             raise UserError(
-                f"{source}: '{name}' is missing; these are not the weights of a Vision Transformer with timm's names"
+                f"{source}: '{name}' is missing; these are not the weights of a Vision Transformer with timm's names; give another file"
             )
+        if state[name].ndim != needed[name] or 0 in state[name].shape:
+            raise UserError(
+                f"{source}: '{name}' has shape {tuple(state[name].shape)}, which no Vision Transformer's has; give another file"
+            )
+    blocks = [int(found[1]) for name in state if (found := re.match(r"blocks\.(\d{1,4})\.", name))]
     dim = state["cls_token"].shape[-1]
     return {
         "dim": dim,
-        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "depth": 1 + max(blocks),
         "patch_size": state["patch_embed.proj.weight"].shape[-1],
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,

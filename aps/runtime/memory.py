@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import re
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 NEVER = 2**31 - 4096  # bytes: the largest multiple of a page that mallopt takes
@@ -24,7 +25,10 @@ def keep_memory() -> bool:
 
 
 SHARED = ("shared memory", "shm", "bus error", "unable to write to file </torch", "unable to mmap")
-FULL = ("can't allocate memory", "cannot allocate memory", "out of memory", "unable to allocate", "std::bad_alloc")
+FULL = (
+    "can't allocate memory", "cannot allocate memory", "out of memory", "unable to allocate", "std::bad_alloc",
+    "failed to map segment",  # of a library
+)  # fmt: skip
 
 
 def lack(error: BaseException, stage: str) -> str | None:
@@ -43,3 +47,14 @@ def lack(error: BaseException, stage: str) -> str | None:
             f"more by resources.{stage}.mem_mb"
         )
     return None
+
+
+def lost_worker(error: BaseException, stage: str) -> str | None:
+    """One sentence for the end of a decoding worker that was killed from outside; None for any other error."""
+    words = " ".join(str(error).split())
+    if not re.search(r"DataLoader worker .*(killed by signal|exited unexpectedly)", words):
+        return None
+    return (
+        f"{stage}: a decoding worker was killed from outside, most often for its memory ({words[:120]}); run it again, it goes on "
+        f"from its last checkpoint, with --workers 0 (resources.{stage}.workers: 0) or more resources.{stage}.mem_mb"
+    )

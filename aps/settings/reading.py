@@ -16,12 +16,13 @@ from pydantic import ValidationError
 
 from aps.errors import UserError
 from aps.registry import nearest
-from aps.settings.base import NAME, NAME_LETTERS
+from aps.settings.base import NAME, NAME_LETTERS, check_distinct
 from aps.settings.blocks import name_only
 from aps.settings.checks import check
 from aps.settings.sentences import sentence, shown
 from aps.settings.study import Study, StudySettings, experiment_model, method_of
 
+LONG_NAME = re.compile(r"\w{101,}")  # cut in a sentence
 DEEPEST = 50  # blocks within blocks of YAML; a study has five
 RESERVED_NAMES = (
     "data",
@@ -48,7 +49,10 @@ def load_study(files: Sequence[str | Path], overrides: dict[str, Any] | None = N
     for file in files:
         raw = _merge(raw, _read(Path(file)))
     raw = _merge(raw, overrides or {})
-    return _validate(raw, ", ".join(str(f) for f in files) or "settings")
+    try:
+        return _validate(raw, ", ".join(str(f) for f in files) or "settings")
+    except UserError as error:
+        raise UserError(LONG_NAME.sub(lambda found: f"{found[0][:57]}...", str(error))) from None
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
@@ -241,9 +245,37 @@ def _validate(raw: dict[str, Any], where: str) -> Study:
             resolved[name] = model.model_validate(merged)
         except ValidationError as error:
             raise UserError(sentence(where, f"experiment '{name}': ", error, model)) from None
+    _check_defaults(defaults, where)
     try:
         study = Study.model_validate({**raw, "experiments": resolved})
     except ValidationError as error:
         raise UserError(sentence(where, "", error, StudySettings)) from None
     check(study, where)
     return study
+
+
+def _check_defaults(defaults: dict[str, Any], where: str) -> None:
+    """Raises UserError for a value of `defaults` that no experiment could take, though each replaces it with its own.
+
+    What hangs together with other keys, or with the method, is looked at where it is used: in the experiments.
+    """
+    model = experiment_model(method_of(defaults))
+    try:
+        model.model_validate(defaults)
+    except ValidationError as error:
+        elsewhere = ("missing", "extra_forbidden", "value_error")
+        own: list[Any] = [
+            {key: one[key] for key in ("type", "loc", "input", "ctx") if key in one}
+            for one in error.errors()
+            if one["type"] not in elsewhere and one["loc"] and one["loc"][0] not in ("pretrain", "views")
+        ]
+        if own:
+            raise UserError(
+                sentence(where, "defaults: ", ValidationError.from_exception_data("defaults", own), model)
+            ) from None
+    for key in ("stages", "seeds"):
+        if isinstance(values := defaults.get(key), list):
+            try:
+                check_distinct(key, tuple(values))
+            except ValueError as error:
+                raise UserError(f"{where}: defaults: {error}") from None

@@ -50,6 +50,17 @@ WORDS = (
         f"should be at most {NAME_LETTERS} letters, digits, _ . and -, because it becomes a folder",
     ),
     (r" after validation", ""),
+    (r"(should have at least \d+ items?), not 0", r"\1; give one"),
+    (r"(should have at least \d+ items?), not \d+", r"\1; add what is missing"),
+    (r"(should have at most \d+ items?), not \d+", r"\1; remove the rest"),
+    (
+        r"should match pattern '\^\[\^\{\}~.*",
+        "should match a plain path, without spaces, braces, ~ and control characters; choose another",
+    ),
+    (
+        r"should match pattern '\^rand.*",
+        "should match pattern rand-mN-mstdX-incN, timm's RandAugment; write for example rand-m9-mstd0.5-inc1",
+    ),
 )
 
 

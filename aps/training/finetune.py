@@ -35,6 +35,7 @@ from aps.training.features import Normalization, normalization, pixels
 from aps.training.loop import Line, Loop, finite
 from aps.training.order import STEP, held_out, seed_of
 from aps.training.schedule import finetuning_lr
+from aps.training.watch import Watch
 
 MOST_CONFUSED = 100  # classes up to which metrics.json holds the confusion matrix
 
@@ -78,6 +79,7 @@ class Finetuning:
             train, rows, self.settings, size, classes, self.normalization, seed, distributed, job.workers
         )
         self.tuner = Finetuner(job, classes, self.normalization, distributed)
+        self.watch = Watch("finetuning", "finetune", distributed, job.manifest)
         self.sums, self.loss = torch.zeros(2, device=distributed.device), math.nan  # of this epoch, of the last one
         self.best = {"epoch": -1, "accuracy": -1.0}
         self.mistakes: dict[str, Any] = {}  # for metrics.json
@@ -87,11 +89,14 @@ class Finetuning:
 
     def step(self, batch: Examples, done: int) -> None:
         torch.manual_seed(seed_of(self.job.settings.seed, STEP, done, self.distributed.rank))  # of drop path
-        self.sums += self.tuner.step(batch, finetuning_lr(self.settings, done // self.examples.batches))
+        figures = self.tuner.step(batch, finetuning_lr(self.settings, done // self.examples.batches))
+        self.watch.add(figures[0], done, (batch.images,))
+        self.sums += figures
 
     def lines(self, done: int) -> Iterator[Line]:
         if done % self.examples.batches:
             return
+        self.watch.check()
         epoch = done // self.examples.batches
         loss, right = (self.distributed.mean(self.sums) / self.examples.batches).tolist()
         self.sums.zero_()

@@ -19,6 +19,7 @@ from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
 from aps.training.features import BROKEN_ENCODER, Normalization, features, labelled_features, pixels
 from aps.training.order import HOLDOUT, seeded
+from aps.training.watch import spread
 
 CHUNK = 1024  # test images compared at once,
 BLOCK = 65_536  # with so many train images at once: memory does not grow with either
@@ -94,10 +95,15 @@ def neighbours(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def monitor(
     encoder: Encoder, split: ArraySplit | FileSplit, normalization: Normalization, distributed: Distributed
 ) -> dict[str, float]:
-    """kNN during pretraining: a tenth of (at most 10,000) train images classified by the others; never the test set."""
+    """During pretraining, on at most 10,000 train images, never the test set: how far the features spread, and kNN, a tenth of
+    the images classified by the others, where they have labels."""
     order = torch.randperm(len(split), generator=seeded(0, HOLDOUT))[:MONITOR_IMAGES]
     few = split.select(order)
     found = features(encoder, few, normalization, distributed, Precision("auto", distributed.device), label="kNN")
+    check_finite(found, "features of the train images", BROKEN_ENCODER)
+    figures = spread(found)
+    if not split.classes:
+        return figures
     held = len(order) // 10
     if not held:
         raise UserError(
@@ -106,4 +112,4 @@ def monitor(
     accuracy = knn_accuracy(
         found[held:], few.labels[held:], found[:held], few.labels[:held], (MONITOR_K,), MONITOR_TEMPERATURE
     )
-    return {"knn_train_top1": accuracy[MONITOR_K]}
+    return {"knn_train_top1": accuracy[MONITOR_K], **figures}

@@ -48,6 +48,7 @@ def run(job: StageJob) -> None:
         loop = Loop(
             job, stage, distributed, learner.state_dict, learner.load_state_dict,
             total=learner.total, images=settings.batch_size,
+            may_diverge=True,  # the head of a learning rate that is too large; another one is picked
         )  # fmt: skip
         loop.train(learner, learner.order.batches)
         metrics = learner.evaluate() | {"epochs": settings.epochs, "images_per_second": loop.rate}

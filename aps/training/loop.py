@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from aps.errors import Preempted, UserError
 from aps.journal import read_history
 from aps.progress import Progress
@@ -57,6 +59,7 @@ class Loop:
         images: of a batch, over all processes.
         unit: what a batch is called.
         steps: of the journal for each batch.
+        may_diverge: whether numbers of the state need not be finite.
     """
 
     def __init__(
@@ -71,10 +74,11 @@ class Loop:
         images: int,
         unit: str = "batches",
         steps: int = 1,
+        may_diverge: bool = False,
     ) -> None:
         self.job, self.stage, self.distributed = job, stage, distributed
         self._total, self.images, self.unit, self.steps = total, images, unit, steps
-        self._state = state
+        self._state, self._may_diverge = state, may_diverge
         self._checkpoints = Checkpoints(job.checkpoints, job.checkpoint_minutes, writes=distributed.main)
         saved = self._checkpoints.load()
         self.resumed = saved is not None
@@ -113,6 +117,7 @@ class Loop:
 
         Raises:
             Preempted: asked to stop; the state is saved.
+            UserError: the state to save is not finite.
         """
         self.done += 1
         self._progress.update(1, self.images, note, total=self.total)
@@ -138,12 +143,34 @@ class Loop:
         return self._progress.rate
 
     def _save(self) -> None:
-        self._checkpoints.save(self.done, {"state": self._state()})
+        state = self._state()
+        if self.distributed.main and not self._may_diverge and not all_finite(state):
+            stage = self.job.settings.stage
+            raise UserError(
+                f"{self.job.label}: after {self.done} {self.unit} its weights are no finite numbers; lower {stage}.lr, or set "
+                f"{stage}.precision: fp32; the checkpoint before is kept"
+            )
+        self._checkpoints.save(self.done, {"state": state})
         self.stage.save_clock()
 
 
-def finite(loss: float, name: str, block: str) -> float:
-    """`loss`. Raises UserError where it is not a finite number; name: of the training; block: of its settings."""
+def not_finite(loss: float, name: str, block: str, where: str = "") -> str:
+    """One sentence. name: of the training; block: of its settings; where: the step, and what was there before."""
+    more = f" ({where})" if where else ""
+    return f"the {name} loss became {loss}; lower {block}.lr, or set {block}.precision: fp32{more}"
+
+
+def finite(loss: float, name: str, block: str, where: str = "") -> float:
+    """`loss`. Raises UserError where it is not a finite number; the rest as `not_finite`."""
     if not math.isfinite(loss):
-        raise UserError(f"the {name} loss became {loss}; lower {block}.lr, or set {block}.precision: fp32")
+        raise UserError(not_finite(loss, name, block, where))
     return loss
+
+
+def all_finite(tree: object) -> bool:
+    """Whether every floating-point tensor in nested dictionaries, lists and tuples is."""
+    if isinstance(tree, Tensor):
+        return not tree.is_floating_point() or bool(tree.isfinite().all())
+    if isinstance(tree, dict):
+        return all(all_finite(value) for value in tree.values())
+    return not isinstance(tree, list | tuple) or all(all_finite(value) for value in tree)

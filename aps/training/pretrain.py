@@ -6,6 +6,7 @@ last checkpoint with the same batches, views, draws and learning rates, on any n
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -35,6 +36,7 @@ from aps.training.networks import at_least_float32, build_method, build_networks
 from aps.training.order import SAMPLING, STEP, seed_of, seeded
 from aps.training.pace import Pace
 from aps.training.schedule import pretraining_lr
+from aps.training.watch import Watch, collapsed
 
 LOG_BATCHES = 50  # batches between two log lines, within an epoch
 
@@ -76,6 +78,7 @@ class Pretraining:
         self.pace = Pace(job.settings, self.data.batches, method.steps, distributed)
         self.trainer = Trainer(job, distributed, method)
         self.meter = Meter(distributed)
+        self.watch = Watch("pretraining", "pretrain", distributed, job.manifest)
 
     @property
     def note(self) -> str:
@@ -96,17 +99,31 @@ class Pretraining:
         for step, drawn in zip(range(done * steps, (done + 1) * steps), sampled, strict=True):
             torch.manual_seed(seed_of(seed, STEP, step, distributed.rank))  # of drop path and its like
             self.lr = pretraining_lr(self.settings, self.pace.epoch(step), 1)
-            self.meter.add(self.trainer.step(batch.views, drawn, self.lr, self.pace.progress(step)))
+            figures = self.trainer.step(batch.views, drawn, self.lr, self.pace.progress(step))
+            self.watch.add(figures["loss"], step, batch.views)
+            self.meter.add(figures)
         self.pace.batch_done(done + 1)
 
     def lines(self, done: int) -> Iterator[Line]:
         per_epoch, every, last = self.data.batches, self.settings.knn_every, done == self.pace.total
         if done % per_epoch == 0 or (done % per_epoch) % LOG_BATCHES == 0 or last:
+            self.watch.check()
             yield {"epoch": done / per_epoch, "lr": self.lr, **self.meter.read(), **self.pace.so_far(done)}
-        if every and (done % (every * per_epoch) == 0 or last) and self.split.classes:
+        if every and (done % (every * per_epoch) == 0 or last):
             with self.pace.stopped():
                 found = monitor(self.trainer.encoder, self.split, self.normalization, self.distributed)
+            self._warn(found, done)
             yield {**found, **self.pace.so_far(done)}
+
+    def _warn(self, found: dict[str, float], done: int) -> None:
+        """Of a representation in which images are all alike."""
+        clause = collapsed(found, self.meter.last.get("positive_cosine"))
+        if clause is not None and self.distributed.main:
+            print(
+                f"warning: {self.job.label}: after {done} batches its representation has collapsed ({clause}); lower "
+                "pretrain.lr, or look at the views and the temperature",
+                file=sys.stderr,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -53,6 +53,7 @@ def rule_resources(study: Study, stage: str, together: bool = False) -> dict[str
     return (
         memory
         | {
+            "attempt": lambda wildcards, attempt: attempt,  # told to the verb, which does not meet a mistake twice
             "processes": resource(_processes),
             "workers": resource(lambda r: r.workers),
             "checkpoint_minutes": resource(lambda r: str(r.checkpoint_minutes) if r.checkpoint_minutes else None),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
+from aps.errors import UserError
 from aps.runtime import cores as module
 from aps.runtime.cores import cores, decoding_workers
 
@@ -50,3 +52,16 @@ def test_without_shared_memory_there_are_none(monkeypatch: pytest.MonkeyPatch, t
     assert (decoding_workers(None), decoding_workers(2)) == (0, 2)
     monkeypatch.setattr(module, "SHARED_MEMORY", tmp_path / "none")  # systems that share memory in another way
     assert decoding_workers(None) == 12
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_workers_that_have_no_shared_memory_are_refused_where_asked_for_and_else_there_are_none(
+    code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(module.multiprocessing, "Lock", refuse)
+    assert decoding_workers(None) == decoding_workers(0) == 0
+    with pytest.raises(UserError, match=rf"--workers 3: .*{os.strerror(code)}\); set --workers 0 .*/dev/shm larger"):
+        decoding_workers(3)

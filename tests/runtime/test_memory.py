@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from aps.runtime.memory import lack
+from aps.runtime.memory import lack, lost_worker
 
 CODE = """
 import resource, sys, torch
@@ -63,3 +63,12 @@ def test_too_little_memory_is_one_sentence_that_names_the_setting(error: Excepti
 )
 def test_another_error_is_not_taken_for_too_little_memory(error: Exception) -> None:
     assert lack(error, "knn") is None
+
+
+@pytest.mark.parametrize("end", ["(pid 7) is killed by signal: Killed. ", "(pid(s) 7) exited unexpectedly"])
+def test_a_worker_that_was_killed_is_one_sentence(end: str) -> None:
+    error = RuntimeError(f"DataLoader worker {end}")
+    assert lack(error, "knn") is None
+    sentence = lost_worker(error, "knn")
+    assert sentence is not None and "run it again" in sentence and "resources.knn.workers: 0" in sentence
+    assert lost_worker(RuntimeError("shapes differ"), "knn") is None

@@ -31,4 +31,5 @@ rule report:
     container:
         PLAN.image()
     shell:
-        "{params.start} -m aps report {params.study} --out {params.folder:q} 2>&1 | tee {log:q}"
+        "{params.start} -m aps report {params.study} --out {params.folder:q}"
+        " --attempt {resources.attempt} --mistake {log:q}.mistake 2>&1 | tee {log:q}"

@@ -36,6 +36,7 @@ from aps.detection.vitdet import SimpleFeaturePyramid
 from aps.models.archs import dimensions
 from aps.runtime.precision import Precision
 from aps.settings.blocks import DetectionSettings
+from aps.training.watch import Watch
 
 # torchvision's names of the losses -> ours.
 LOSSES = {
@@ -64,6 +65,7 @@ class Engine(engine.Engine):
         forward: nn.Module = self.model.train()
         if processes.world > 1:
             forward = DistributedDataParallel(self.model, broadcast_buffers=False)
+        watch = Watch("detection", "detection", processes, self.task.train.manifest)
         positions = Positions(settings.batch_size, start, processes.rank, processes.world)
         loader = DataLoader(
             _Samples(self.task),
@@ -87,6 +89,7 @@ class Engine(engine.Engine):
             self.precision.scaler.step(self.optimizer)
             self.precision.scaler.update()
             self._done = iteration + 1
+            watch.add(total, iteration, images)
             after(self._done, self._read(total, losses) if self._done % engine.LOG_EVERY == 0 else None)
 
     def _read(self, total: Tensor, losses: dict[str, Tensor]) -> dict[str, float]:
