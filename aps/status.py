@@ -21,7 +21,7 @@ from aps.errors import UserError
 from aps.files import read_json, sha256
 from aps.findings import Finding, Findings
 from aps.journal import read_history
-from aps.layout import encoder_file, log_file, manifest_path, run_folder, study_folder
+from aps.layout import encoder_file, log_file, manifest_of, run_folder, study_folder
 from aps.progress import clock
 from aps.report.terminal import columns_of
 from aps.results import run_key
@@ -106,7 +106,7 @@ def _folder_of(study: Study, findings: Findings, experiment: str, seed: int, sta
     """Where a run keeps its state; None where what it starts from is still to be made, so that it can't have begun."""
     settings = study.stage_settings(experiment, seed, stage)
     try:
-        images = str(read_json(manifest_path(study.results, settings.dataset_name))["digest"])
+        images = str(read_json(manifest_of(study, settings.dataset_name))["digest"])
         encoder = None
         if STAGES[stage].encoder:
             source = study.pretrain_source(experiment)

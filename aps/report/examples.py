@@ -28,7 +28,7 @@ from aps.inference.figures import small
 from aps.inference.load import load
 from aps.inference.model import Model
 from aps.inference.neighbours import Index
-from aps.layout import manifest_path
+from aps.layout import manifest_of
 from aps.registry import METHODS
 from aps.report.drawing import INK, Panel, Picture
 from aps.report.figures import Whole
@@ -65,7 +65,7 @@ def _panels(
             finding = table.findings.get((name, seed, stage))
             if finding is None or finding.metrics is None or not whole(finding, file):
                 continue
-            manifest = manifest_path(table.study.results, finding.metrics["dataset"]["name"])
+            manifest = manifest_of(table.study, finding.metrics["dataset"]["name"])
             try:
                 there = manifest.exists() and Manifest.read(manifest).digest == finding.metrics["dataset"]["digest"]
                 panel = make(table, finding, manifest) if there else None

@@ -19,7 +19,7 @@ from aps import published
 from aps.errors import UserError
 from aps.files import read_json
 from aps.findings import NOT_RUN, Finding
-from aps.layout import manifest_path
+from aps.layout import manifest_of
 from aps.settings.study import ExperimentSettings, Study
 from aps.stages import STAGES
 
@@ -143,7 +143,7 @@ class Table:
         if isinstance(n := run["metrics"].get("test_images"), int):
             return n
         try:
-            manifest = read_json(manifest_path(self.study.results, run["dataset"]["name"]))
+            manifest = read_json(manifest_of(self.study, run["dataset"]["name"]))
             splits = manifest["splits"]
             own = splits.get("test") or splits["val"]
             return int(own["count"]) if manifest["digest"] == run["dataset"]["digest"] else None

@@ -28,7 +28,7 @@ STUDY: dict[str, Any] = {
         "knn": {"k": [3]},
         "embed": {"queries": 4, "neighbours": 3},
         "detection": {
-            "image_size": 32, "iterations": 200, "batch_size": 2, "warmup_iterations": 3, "lr": 0.003, "lr_drops": [], "window": 4,
+            "image_size": 32, "iterations": 60, "batch_size": 2, "warmup_iterations": 3, "lr": 0.003, "lr_drops": [], "window": 4,
             "global_blocks": [1], "pyramid_scales": [2.0, 1.0], "pyramid_dim": 16, "head_convs": 1, "head_dim": 16,
             "proposals": 20, "rois": 16,
         },
