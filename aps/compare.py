@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aps.columns import columns_of
 from aps.errors import UserError
 from aps.report.differences import NOT_COMPARED, shown
 from aps.report.table import machine
-from aps.report.terminal import columns_of
 from aps.results import flatten
 from aps.seals import damage, read_metrics
 from aps.tracking.describing import INHERITED

@@ -17,13 +17,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aps.columns import columns_of
 from aps.errors import UserError
 from aps.files import read_json, sha256
 from aps.findings import Finding, Findings
 from aps.journal import read_history
 from aps.layout import encoder_file, log_file, manifest_of, run_folder, study_folder
 from aps.progress import clock
-from aps.report.terminal import columns_of
 from aps.results import run_key
 from aps.runtime.slurm import at_work
 from aps.settings.study import Study

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aps.columns import columns_of
 from aps.findings import Findings
 from aps.layout import report_folder, study_folder
 from aps.report.table import Table
@@ -36,14 +37,6 @@ def terminal(study: Study, address: str) -> str:
             f"MLflow   {how_to_look(study, address)}",
         ]
     )
-
-
-def columns_of(header: list[str], body: list[list[str]]) -> list[str]:
-    """Lines of a table whose columns are as wide as they must be."""
-    widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *body]]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return lines
 
 
 def _verdicts(table: Table) -> list[str]:

@@ -42,7 +42,16 @@ from aps.settings.reading import load_study, read_value
 from aps.settings.study import StageSettings, Study
 from aps.stages import STAGES
 from aps.tracking.addresses import settled, shown, tracking_address
-from aps.workflow.resources import TURN, check_resources, group, rule_resources, rule_threads, runs_here, simplest
+from aps.workflow.resources import (
+    BY_ATTEMPT,
+    TURN,
+    check_resources,
+    group,
+    rule_resources,
+    rule_threads,
+    runs_here,
+    simplest,
+)
 
 DEFAULT_STUDY = Path("config/config.yaml")
 DEFAULT_IMAGE = "aps.sif"
@@ -371,7 +380,7 @@ class Plan:
     def resources(self, stage: str) -> dict[str, Any]:
         """What is None for all experiments is left out; memory grows with the attempt."""
         found = {
-            name: value if name == "mem_mb" else simplest(self.study, stage, value)
+            name: value if name in BY_ATTEMPT else simplest(self.study, stage, value)
             for name, value in rule_resources(self.study, stage, self.group(stage) is not None).items()
         }
         return {name: value for name, value in found.items() if value is not None}

@@ -17,6 +17,7 @@ WARNING_SECONDS = 300  # before the time limit; Slurm may be a minute early
 TOGETHER = "{experiment}_seed{seed}_evaluation"  # the group of an encoder's small stages; its wildcards are the rules'
 TURN = "turn"  # a resource of which a group's job has one: its stages run one after the other
 MEMORY_GROWTH = 0.5  # of mem_mb for each attempt after the first: retries happen after a kill for memory, too
+BY_ATTEMPT = ("mem_mb", "attempt")  # resources that another attempt changes
 
 
 def runs_here(study: Study, stage: str) -> bool:

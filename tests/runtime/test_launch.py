@@ -37,7 +37,8 @@ def asked(study: Study, stage: str, experiment: str | None = "a", attempt: int =
     wildcards = SimpleNamespace(experiment=experiment) if experiment else SimpleNamespace(dataset="digits")
     found: dict[str, Any] = {"threads": resources.rule_threads(study, stage)(wildcards)}
     for name, value in resources.rule_resources(study, stage).items():
-        found[name] = value(wildcards, attempt) if name == "mem_mb" else value(wildcards)
+        found[name] = value(wildcards, attempt) if name in resources.BY_ATTEMPT else value(wildcards)
+    assert found.pop("attempt") == attempt
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -119,7 +119,8 @@ def test_the_monitor_holds_out_a_tenth_of_train_and_never_opens_test(
     monkeypatch.setattr(knn, "knn_accuracy", lambda *given: (asked.append(given), {20: 50.0})[1])
     monkeypatch.setattr(knn, "features", lambda encoder, split, *_, **__: split.images.flatten(1).float())
     train = load_split(digits, "train", 300)
-    assert monitor(build_encoder(small.ENCODER), train, ((0.0,) * 3, (1.0,) * 3), small.ONE) == {"knn_train_top1": 50.0}
+    found = monitor(build_encoder(small.ENCODER), train, ((0.0,) * 3, (1.0,) * 3), small.ONE)
+    assert found["knn_train_top1"] == 50.0
     bank, bank_labels, queries, labels, ks, temperature = asked[0]
     assert (len(bank), len(queries), ks, temperature) == (270, 30, (20,), 0.07)
     rows = {tuple(x.tolist()): int(y) for x, y in zip(train.images.flatten(1).float(), train.labels, strict=True)}

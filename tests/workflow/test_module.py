@@ -87,7 +87,9 @@ def test_the_demo_is_the_same_study_as_a_module(monkeypatch: pytest.MonkeyPatch)
     paths = SimpleNamespace(replace_prefix=lambda path: f"vision/{path}")
     modifier = SimpleNamespace(is_main_snakefile=lambda: False, path_modifier=paths)
     settings = SimpleNamespace(deployment_method=frozenset())
-    workflow = SimpleNamespace(modifier=modifier, deployment_settings=settings, is_main_process=False)
+    workflow = SimpleNamespace(
+        modifier=modifier, deployment_settings=settings, is_main_process=False, global_resources={}
+    )
     module = Plan.of(workflow, load_configfile("config/config.yaml"))
     demo = Plan.load(["config/config.yaml"], {}).study
     assert module.written == demo

@@ -46,7 +46,7 @@ def test_a_rule_gets_a_value_where_all_experiments_ask_alike_and_a_function_wher
 
 
 def test_what_no_experiment_asks_for_is_left_to_the_executor(tmp_path: Path) -> None:
-    assert set(plan(tmp_path, {}, turns=False).resources("knn")) == {"processes", "nodes", "slurm_extra"}
+    assert set(plan(tmp_path, {}, turns=False).resources("knn")) == {"attempt", "processes", "nodes", "slurm_extra"}
 
 
 def test_memory_grows_with_the_attempt(tmp_path: Path) -> None:
