@@ -30,10 +30,10 @@ test: $(VENV)/.dev lint  ## install, check style and types, run every test but t
 test-fast: $(VENV)/.dev  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow and not end_to_end" -n $(CORES)
 
-test-slow: $(VENV)/.dev  ## the slow ones: a real Slurm, detectron2
-	$(BIN)/python -m pytest -m "slow and not soak"
+test-slow: $(VENV)/.dev  ## the slow ones: whole studies, pages walked, browsers, full disks
+	$(BIN)/python -m pytest -m "slow and not soak" -n $(CORES) --dist loadfile
 
-test-soak: $(VENV)/.dev  ## the longest: browsers, servers that are killed, every page walked, the container's steps
+test-soak: $(VENV)/.dev  ## the longest: a real Slurm, servers that are killed, every method trained, the container's steps
 	$(BIN)/python -m pytest -m soak
 
 soak: $(VENV)/.dev  ## kill stages at random for MINUTES=120 and compare what they end with (docs/reliability.md)

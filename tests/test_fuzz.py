@@ -40,7 +40,7 @@ def fuzzed(*strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]
     """A test of few examples, and a slow one of many."""
 
     def decorate(test: Callable[..., None]) -> Any:
-        @pytest.mark.parametrize("examples", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)])
+        @pytest.mark.parametrize("examples", [QUICK, pytest.param(SLOW, marks=[pytest.mark.slow, pytest.mark.soak])])
         def run(examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.chdir(tmp_path)
             quick = settings(

@@ -12,7 +12,7 @@ import yaml
 from aps.cli import main
 from aps.registry import METHODS
 
-pytestmark = [pytest.mark.slow]
+pytestmark = [pytest.mark.slow, pytest.mark.soak]
 
 FLOPS = 1.5e12  # half a minute of a core, half of the demo's
 HEADS: dict[
