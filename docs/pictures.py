@@ -23,6 +23,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from aps.tracking.addresses import page
+
 IMAGES = Path(__file__).parent / "images"
 REPORT = Path("results/demo/report")
 STORE = Path("results/mlflow.db")
@@ -44,7 +46,7 @@ def main() -> None:
     if browser:
         photograph(browser, (REPORT / "report.html").resolve().as_uri(), IMAGES / "report.png")
         with served() as address:
-            photograph(browser, f"{address}/#/experiments/{experiment(address)}/runs", IMAGES / "mlflow.png")
+            photograph(browser, f"{address}/{page(experiment(address), 'aps-finetune')}", IMAGES / "mlflow.png")
     else:
         print("chromium is missing: report.png and mlflow.png stay", file=sys.stderr)
 
