@@ -58,7 +58,11 @@ def run(job: StageJob) -> None:
         loop.train(learner, epoch)
         if distributed.main:
             learner.save(stage)
-            length = {"epochs": loop.total / epoch, "steps": loop.total * loop.steps, **learner.pace.so_far(loop.total)}
+            length = {
+                "epochs": loop.total / epoch,
+                "steps": loop.total * loop.steps,
+                **(learner.length or learner.so_far(loop.total)),
+            }
             metrics = {**learner.meter.last, "images_per_second": loop.rate, **length}
             stage.finish(metrics, precision=learner.trainer.precision.name)
 
@@ -78,6 +82,7 @@ class Pretraining:
         self.pace = Pace(job.settings, self.data.batches, method.steps, distributed)
         self.trainer = Trainer(job, distributed, method)
         self.meter = Meter(distributed)
+        self.length: dict[str, float] = {}
         self.watch = Watch("pretraining", "pretrain", distributed, job.manifest)
 
     @property
@@ -108,12 +113,12 @@ class Pretraining:
         per_epoch, every, last = self.data.batches, self.settings.knn_every, done == self.pace.total
         if done % per_epoch == 0 or (done % per_epoch) % LOG_BATCHES == 0 or last:
             self.watch.check()
-            yield {"epoch": done / per_epoch, "lr": self.lr, **self.meter.read(), **self.pace.so_far(done)}
+            yield {"epoch": done / per_epoch, "lr": self.lr, **self.meter.read(), **self.so_far(done)}
         if every and (done % (every * per_epoch) == 0 or last):
             with self.pace.stopped():
                 found = monitor(self.trainer.encoder, self.split, self.normalization, self.distributed)
             self._warn(found, done)
-            yield {**found, **self.pace.so_far(done)}
+            yield {**found, **self.so_far(done)}
 
     def _warn(self, found: dict[str, float], done: int) -> None:
         """Of a representation in which images are all alike."""
@@ -124,6 +129,11 @@ class Pretraining:
                 "pretrain.lr, or look at the views and the temperature",
                 file=sys.stderr,
             )
+
+    def so_far(self, done: int) -> dict[str, float]:
+        """Operations and seconds; the last line's are metrics.json's too, so that a figure has one value."""
+        self.length = self.pace.so_far(done)
+        return self.length
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -57,7 +57,7 @@ class Watch:
         if not self.active:
             return
         if self._ring is None:
-            self._look(step, float(loss), images)
+            self._look(step, float(loss.detach()), images)
             return
         place = self._count % RING
         self._ring[place].copy_(loss.detach())

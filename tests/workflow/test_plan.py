@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -302,8 +303,8 @@ def test_options_are_quoted_for_the_shell(tmp_path: Path) -> None:
     study = tmp_path / "a study.yaml"
     study.write_text(yaml.safe_dump(STUDY | {"sources": {"digits": {"path": "/my images", "download": False}}}))
     whole = Plan.load([study], {"defaults": {"knn": {"k": [1]}}})
-    assert whole.source_options("digits") == "--source '/my images' --no-download"
-    assert whole.source_options("digits_coco") == ""
+    assert whole.source_options(SimpleNamespace(dataset="digits"), None) == "--source '/my images' --no-download"
+    assert whole.source_options(SimpleNamespace(dataset="digits_coco"), None) == ""
     assert whole.config_options() == f"--configfile '{study}' --set 'defaults={{\"knn\": {{\"k\": [1]}}}}'"
 
 
