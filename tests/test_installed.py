@@ -97,7 +97,7 @@ def test_the_wheel_carries_the_workflow_its_profiles_and_the_studies(wheel: Path
     rules = {f"aps/share/workflow/rules/{file.name}" for file in (ROOT / "workflow/rules").glob("*.smk")}
     profiles = {f"aps/share/workflow/profiles/{name}/config.yaml" for name in ("default", "slurm", "lsf")}
     studies = {f"aps/share/config/{file}" for file, _ in STUDIES.values()}
-    assert rules | profiles | studies | {"aps/share/Snakefile", "aps/report.html.j2"} <= names
+    assert rules | profiles | studies | {"aps/share/Snakefile", "aps/report/page.html.j2"} <= names
     (metadata,) = (name for name in names if name.endswith("/METADATA"))
     text = zipfile.ZipFile(wheel).read(metadata).decode()
     for key in (
