@@ -42,7 +42,6 @@ UNSEEN = (
     "tests/report/",
     "tests/test_disk_and_memory.py",
     "tests/test_soak.py",
-    "tests/test_walks.py",
 )
 
 
