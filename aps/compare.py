@@ -16,7 +16,7 @@ from aps.report.differences import NOT_COMPARED, shown
 from aps.report.table import machine
 from aps.results import flatten
 from aps.seals import damage, read_metrics
-from aps.tracking.describing import INHERITED
+from aps.tracking.describing import inherit
 from aps.tracking.syncing import maker
 
 ABSENT = "-"
@@ -74,8 +74,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _settings(run: dict[str, Any], folder: Path) -> dict[str, str]:
     tree = {key: value for key, value in run["settings"].items() if key not in (*NOT_COMPARED, "stage")}
     made = maker(run, folder)
-    theirs = made["settings"] if made is not None else {}
-    tree |= {block: theirs[block] for block in INHERITED if block in theirs and block not in tree}
+    tree = inherit(tree, made["settings"] if made is not None else None)
     return {
         "stage": run["stage"],
         "seed": str(run["seed"]),

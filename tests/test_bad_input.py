@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_study import STUDY, put
+from tiny_study import STUDY, put, working_folder
 
 from aps import cli
 
@@ -215,11 +215,7 @@ def test_the_table_has_150_cases() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config/config.yaml").write_text(yaml.safe_dump(STUDY))
-    return tmp_path
+    return working_folder(tmp_path, monkeypatch)
 
 
 def refused(capsys: pytest.CaptureFixture[str], folder: Path, command: tuple[str, ...], says: tuple[str, ...]) -> None:

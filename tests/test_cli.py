@@ -15,8 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
-from tiny_study import STUDY, fake_job
+from tiny_study import fake_job, working_folder
 
 from aps import cli
 from aps.errors import Preempted, UserError
@@ -31,11 +30,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with config/config.yaml."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config/config.yaml").write_text(yaml.safe_dump(STUDY))
-    return tmp_path
+    return working_folder(tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from aps.files import sha256
@@ -61,6 +62,15 @@ def checkout(folder: Path, study: dict[str, Any] = STUDY) -> Path:
     for name in ("Snakefile", "workflow", "profiles", "slurm", "config", "aps"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    return folder
+
+
+def working_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`folder` as the working directory, with the study in config/config.yaml and MLflow off."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    (folder / "config").mkdir()
+    (folder / "config/config.yaml").write_text(yaml.safe_dump(STUDY))
     return folder
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from aps.report.differences import NOT_COMPARED, shown
 from aps.report.table import Run, Table, machine
 from aps.results import flatten
-from aps.tracking.describing import INHERITED
+from aps.tracking.describing import inherit
 
 FIXED = ("experiment", "seed", "stage", "dataset", "headline", "value", "wall_seconds", "finished", "version", "commit",
          "settings_digest", "dataset_digest", "hardware", "mlflow_run_id")  # fmt: skip
@@ -40,8 +40,7 @@ def settings_columns(table: Table, run: Run) -> dict[str, str]:
     source = table.study.pretrain_source(run["experiment"]) if run["stage"] != "pretrain" else None
     made = table.findings.get((source, run["seed"], "pretrain")) if source is not None else None
     if made is not None and made.metrics is not None:
-        theirs = made.metrics["settings"]
-        tree |= {block: theirs[block] for block in INHERITED if block in theirs and block not in tree}
+        tree = inherit(tree, made.metrics["settings"])
     return {key: shown(value) for key, value in flatten(tree).items()}
 
 

@@ -89,17 +89,7 @@ def _rows(table: Table, score: Column, names: Sequence[str], look: dict[str, Loo
             axes.plot(sample.mean, row, "|", color=own.colour, markersize=12, markeredgewidth=2)
             if interval := table.interval(name, score):
                 axes.plot([interval.low, interval.high], [row, row], color=own.colour, linewidth=1, alpha=0.5)
-            axes.text(
-                0,
-                row - 0.36,
-                f"{short(name)}  {sample}",
-                transform=axes.get_yaxis_transform(),
-                va="center",
-                fontsize=7.5,
-            )
-        axes.set_yticks([])
-        axes.spines["left"].set_visible(False)
-        axes.set_ylim(len(names) - 0.6, -0.75)
+        _name_rows(axes, [f"{short(name)}  {table.cells[name][score]}" for name in names])
         values = [value for name in names for value in table.cells[name][score].values]
         values += [edge for name in names if (found := table.interval(name, score)) for edge in found[:2]]
         axes.set_xlim(room(values, LEAST_POINTS))
@@ -107,6 +97,15 @@ def _rows(table: Table, score: Column, names: Sequence[str], look: dict[str, Loo
         axes.set_title(f"{score.label}, %")
 
     return draw
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Writes each row's name above it, from the top down, in place of an axis."""
+    for row, name in enumerate(names):
+        axes.text(0, row - 0.36, name, transform=axes.get_yaxis_transform(), va="center", fontsize=7.5)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(len(names) - 0.6, -0.75)
 
 
 def curves(table: Table, whole: Whole) -> Picture | None:
@@ -202,17 +201,7 @@ def _bars(values: dict[str, list[float]], look: dict[str, Look]) -> Callable[[Ax
     def draw(axes: Axes) -> None:
         for row, (name, own) in enumerate(values.items()):
             axes.barh(row, statistics.fmean(own), height=0.3, color=look[name].colour)
-            axes.text(
-                0,
-                row - 0.36,
-                f"{short(name)}  {statistics.fmean(own):.2f} GB",
-                transform=axes.get_yaxis_transform(),
-                va="center",
-                fontsize=7.5,
-            )
-        axes.set_yticks([])
-        axes.set_ylim(len(values) - 0.6, -0.75)
-        axes.spines["left"].set_visible(False)
+        _name_rows(axes, [f"{short(name)}  {statistics.fmean(own):.2f} GB" for name, own in values.items()])
         axes.set_title("peak memory of pretraining, GB")
         grid_lines(axes, "x")
 

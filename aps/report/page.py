@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from aps import __version__
 from aps.errors import UserError
-from aps.files import atomic_path, read_json
+from aps.files import atomic_path, read_json, write_bytes
 from aps.findings import STAMP, Finding, Findings
 from aps.report import csv_file
 from aps.report.differences import differing, shown
@@ -57,8 +57,7 @@ def write_report(study: Study, folder: Path, address: str, options: str = "") ->
     for picture in pictures:
         file = folder / FIGURES / picture.category / f"{picture.name}.png"
         file.parent.mkdir(exist_ok=True)
-        with atomic_path(file) as temporary:
-            temporary.write_bytes(picture.png())
+        write_bytes(file, picture.png())
         files.append(file)
     with atomic_path(folder / "results.csv") as temporary:
         temporary.write_text(csv_file.content(table))
@@ -113,6 +112,7 @@ def _page(table: Table, pictures: Sequence[Picture], folder: Path, address: str,
     environment.filters |= {"flop": operations, "shown": shown, "id": id}
     floor = table.above_floor()
     published = table.beside_published(table.runs)
+    verdicts = table.verdicts()
     return environment.from_string(TEMPLATE.read_text()).render(
         study=study,
         table=table,
@@ -122,9 +122,9 @@ def _page(table: Table, pictures: Sequence[Picture], folder: Path, address: str,
             for name in study.experiments
             for score in table.scores
         },
-        best={(verdict.best, verdict.score) for verdict in table.verdicts()},
-        verdicts=table.verdicts(),
-        datasets=len({v.dataset for v in table.verdicts()}) > 1,
+        best={(verdict.best, verdict.score) for verdict in verdicts},
+        verdicts=verdicts,
+        datasets=len({v.dataset for v in verdicts}) > 1,
         spent={name: table.spent(name) for name in study.experiments},
         small=SMALL_TEST,
         floor=floor,

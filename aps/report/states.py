@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from aps.errors import UserError
-from aps.files import atomic_path
+from aps.files import write_bytes
 from aps.report.drawing import standalone
 from aps.settings.study import Study
 from aps.stages import STAGES
@@ -30,9 +30,7 @@ def draw_status(study: Study, found: list[Status], file: Path) -> None:
     kind = file.suffix.lower().removeprefix(".")
     if kind not in KINDS:
         raise UserError(f"--picture {file}: pictures are written as SVG or PNG; name a .svg or .png file")
-    content = standalone(lambda: _figure(study, found), kind)
-    with atomic_path(file) as temporary:
-        temporary.write_bytes(content)
+    write_bytes(file, standalone(lambda: _figure(study, found), kind))
 
 
 def _figure(study: Study, found: list[Status]) -> Figure:

@@ -18,12 +18,12 @@ def sweep_figures(table: Table) -> Iterator[Picture]:
     """A picture for each setting that a study sweeps, a panel for each score."""
     for number, sweep in enumerate(sweeps(table)):
         lines = dict(list(sweep.lines.items())[:LINES])
-        panels = []
+        look, panels = looks(list(lines)), []
         for score in table.scores:
             present = {label: {n: v for n, v in own.items() if score in table.cells[n]} for label, own in lines.items()}
             present = {label: own for label, own in present.items() if len(own) > 1}
             if present:
-                panels.append(Panel(f"{score.label} for each {sweep.key}", _sweep(table, score, sweep, present)))
+                panels.append(Panel(f"{score.label} for each {sweep.key}", _sweep(table, score, sweep, present, look)))
         if not panels:
             continue
         caption = "Means over seeds, dots are seeds; an axis of percentages spans ten points or more."
@@ -31,22 +31,19 @@ def sweep_figures(table: Table) -> Iterator[Picture]:
             caption = f"{', '.join(sweep.with_it)} changes with it. {caption}"
         if len(sweep.lines) > LINES:
             caption += f" The first {LINES} of {len(sweep.lines)} lines."
-        legend = {label: _line_look(i) for i, label in enumerate(lines)} if len(lines) > 1 else {}
         yield Picture(
             f"sweep-{sweep.key}{f'-{number}' if number else ''}",
             "sweeps",
             f"What {sweep.key} does",
             caption,
             panels,
-            legend,
+            look if len(lines) > 1 else {},
         )
 
 
-def _line_look(number: int) -> Look:
-    return looks([str(i) for i in range(number + 1)])[str(number)]
-
-
-def _sweep(table: Table, score: Column, sweep: Sweep, lines: dict[str, dict[str, Any]]) -> Callable[[Axes], None]:
+def _sweep(
+    table: Table, score: Column, sweep: Sweep, lines: dict[str, dict[str, Any]], looks_of: dict[str, Look]
+) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         every = list(dict.fromkeys(shown(v) for own in lines.values() for v in own.values()))
         if sweep.numeric:
@@ -54,7 +51,7 @@ def _sweep(table: Table, score: Column, sweep: Sweep, lines: dict[str, dict[str,
         numbers = [float(text) for text in every] if sweep.numeric else []
         even = bool(numbers) and min(numbers) > 0 and max(numbers) / min(numbers) >= 8  # their ratios count
         for label, own in lines.items():
-            look = _line_look(list(sweep.lines).index(label))
+            look = looks_of[label]
             points = sorted(
                 (float(v) if sweep.numeric else float(every.index(shown(v))), table.cells[n][score])
                 for n, v in own.items()

@@ -120,13 +120,16 @@ def describe(
     )
 
 
+def inherit(settings: Mapping[str, Any], made: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Blocks of a run's settings and, where it has none of its own, those of the pretraining that made its encoder."""
+    theirs = made or {}
+    return {**settings, **{block: theirs[block] for block in INHERITED if block in theirs and block not in settings}}
+
+
 def parameters(settings: Mapping[str, Any], made: Mapping[str, Any] | None) -> dict[str, str]:
     """Settings that the run depends on, as `block.key`, with those of its pretraining, and `method` for short."""
     stage = settings["stage"]
-    tree = {key: value for key, value in settings.items() if key not in ("stage", "upstream")}
-    for block in INHERITED if made else ():
-        if block in made and block not in tree:  # type: ignore[operator]
-            tree[block] = made[block]  # type: ignore[index]
+    tree = inherit({key: value for key, value in settings.items() if key not in ("stage", "upstream")}, made)
     if isinstance(tree.get("sampling"), Mapping):
         unread = SamplingSettings.unread(tree["sampling"].get("strategy", ""))
         tree["sampling"] = {key: value for key, value in tree["sampling"].items() if key not in unread}

@@ -148,15 +148,13 @@ def labelled_features(job: StageJob, distributed: Distributed, precision: str) -
     """
     torch.manual_seed(job.settings.seed)  # of random weights
     encoder = load_encoder(job.encoder_spec, job.settings.encoder).to(distributed.device)
+    numbers, how = normalization(job), Precision(precision, distributed.device)
     limit, found = job.settings.dataset.train_limit, []
     for name, split in (
         ("train", load_split(job.manifest, "train", limit, labelled=True)),
         ("test", load_split(job.manifest, "test")),
     ):
-        computed = features(
-            encoder, split, normalization(job), distributed, Precision(precision, distributed.device), job.workers,
-            f"{job.label} {name} features",
-        )  # fmt: skip
+        computed = features(encoder, split, numbers, distributed, how, job.workers, f"{job.label} {name} features")
         found += [computed, split.labels.to(computed.device)]
     bank, labels, queries, truth = found
     return bank, labels, queries, truth

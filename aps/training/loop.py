@@ -160,10 +160,10 @@ def not_finite(loss: float, name: str, block: str, where: str = "") -> str:
     return f"the {name} loss became {loss}; lower {block}.lr, or set {block}.precision: fp32{more}"
 
 
-def finite(loss: float, name: str, block: str, where: str = "") -> float:
+def finite(loss: float, name: str, block: str) -> float:
     """`loss`. Raises UserError where it is not a finite number; the rest as `not_finite`."""
     if not math.isfinite(loss):
-        raise UserError(not_finite(loss, name, block, where))
+        raise UserError(not_finite(loss, name, block))
     return loss
 
 
