@@ -502,7 +502,7 @@ def _run(args: argparse.Namespace) -> None:
 def _data(args: argparse.Namespace) -> None:
     from aps.data.prepare import prepare
     from aps.layout import manifest_path
-    from aps.settings.blocks import OwnDataset, SourceSettings
+    from aps.settings.blocks import SourceSettings, UserDataset
 
     given = args.source is not None or args.entry is not None
     study = (
@@ -511,9 +511,9 @@ def _data(args: argparse.Namespace) -> None:
         or (args.out is not None and (given or not any(Path(file).exists() for file in args.configfile)))
         else _load(args)
     )
-    source: SourceSettings | OwnDataset = study.source(args.name) if study else SourceSettings()
+    source: SourceSettings | UserDataset = study.source(args.name) if study else SourceSettings()
     if args.entry is not None:
-        source = OwnDataset.from_json(args.entry)
+        source = UserDataset.from_json(args.entry)
     if isinstance(source, SourceSettings):
         if args.source is not None:
             source = source.model_copy(update={"path": args.source})

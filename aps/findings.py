@@ -23,7 +23,7 @@ from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.files import read_json, sha256, write_json
 from aps.layout import encoder_file, manifest_of, stage_folder, study_folder
-from aps.registry import USERS_OWN
+from aps.registry import USER_DATASETS
 from aps.results import flatten
 from aps.seals import contents, damage, read_metrics
 from aps.settings.study import Study
@@ -171,7 +171,7 @@ class Findings:
         if not path.exists():
             return None
         try:
-            if dataset in self.study.datasets or dataset in USERS_OWN:
+            if dataset in self.study.datasets or dataset in USER_DATASETS:
                 return outdated(path, source)
             return changed(Manifest.read(path), path.parent, source.trust)
         except UserError as error:

@@ -17,8 +17,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from aps.registry import USERS_OWN
-from aps.settings.blocks import OwnDataset, SourceSettings
+from aps.registry import USER_DATASETS
+from aps.settings.blocks import SourceSettings, UserDataset
 from aps.settings.study import Study
 
 SHARE = Path(__file__).parent / "share"  # what the installed package carries: Snakefile, workflow, config
@@ -40,15 +40,15 @@ def run_folder(results: str | Path, stage: str, key: str) -> Path:
     return Path(results) / "runs" / stage / key
 
 
-def data_folder(dataset: str, source: SourceSettings | OwnDataset | None = None) -> str:
+def data_folder(dataset: str, source: SourceSettings | UserDataset | None = None) -> str:
     """Name of a prepared dataset's folder. source: where it comes from, which counts for people's own data only."""
-    own = source is not None and (isinstance(source, OwnDataset) or dataset in USERS_OWN)
+    own = source is not None and (isinstance(source, UserDataset) or dataset in USER_DATASETS)
     if source is None or not own or source.identity is None:
         return dataset
     return f"{dataset}-{hashlib.sha256(source.identity.encode()).hexdigest()[:8]}"
 
 
-def manifest_path(results: str | Path, dataset: str, source: SourceSettings | OwnDataset | None = None) -> Path:
+def manifest_path(results: str | Path, dataset: str, source: SourceSettings | UserDataset | None = None) -> Path:
     return Path(results) / "data" / data_folder(dataset, source) / "manifest.json"
 
 

@@ -115,7 +115,7 @@ DATASETS = Registry(
         "folder": "aps.data.folder:prepare",
     },
 )
-USERS_OWN = ("folder",)  # datasets that are what their source says
+USER_DATASETS = ("folder",)  # names of datasets whose content is whatever the user's source holds
 DETECTION_DATASETS = Registry(
     "aps.detection_datasets",
     {

@@ -1,11 +1,11 @@
-"""The user's own arrays: images and labels in one .npz file.
+"""A user's dataset as arrays: images and labels in one .npz file.
 
-Names of its arrays, the first that fit: `images`, `labels` (a fixed, stratified fifth is held out as the test split);
-`train_images`, `train_labels`, `test_images`, `test_labels` (MedMNIST's); `x_train`, `y_train`, `x_test`, `y_test`
-(Keras's). A split `val` stands in for a missing `test`. Labels are whole numbers or names; without any, all images are
-training images. An optional array `classes` names the labels 0, 1, ...
+The arrays are found by name; the first pattern that fits is used: `images`, `labels` (a fixed, stratified fifth is held
+out as the test split); `train_images`, `train_labels`, `test_images`, `test_labels` (as in MedMNIST); `x_train`,
+`y_train`, `x_test`, `y_test` (as in Keras). A split `val` is used where `test` is missing. Labels are whole numbers or
+names; without labels, all images are training images. An optional array `classes` names the labels 0, 1, ...
 
-It deliberately does not convert what has no one meaning: floating-point pixels are refused.
+Floating-point pixels are refused, because their range could mean several things.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
 
-# Ways to name the arrays of a split: images, labels.
+# Names of a split's arrays: images, labels.
 PATTERNS = (("{split}_images", "{split}_labels"), ("x_{split}", "y_{split}"), ("X_{split}", "y_{split}"))
 CHANNELS = (1, 3)
 KNOWN = "'images' and 'labels', or 'train_images', 'train_labels', 'test_images' and 'test_labels'"
@@ -33,27 +33,30 @@ def describe(folder: Path, name: str, file: str, key: str, labels: bool) -> Mani
     """The manifest of a .npz file.
 
     Args:
-        key: of the setting that names the file, for messages.
-        labels: false: leave its labels out, and take all images for training.
+        key: the setting that names the file, for error messages.
+        labels: whether to use the labels; without them all images are training images.
 
     Raises:
-        UserError: the file is missing or damaged, or its arrays are no images or labels.
+        UserError: the file is missing or damaged, or its arrays are not images and labels.
     """
     path, source = Path(file).expanduser(), SourceSettings(path=file)
     if not path.is_file():
         raise UserError(f"{key}: {path} is no file; set it to a .npz file with arrays {KNOWN}")
     content = _read(path)
     fingerprint = take(folder, [], [path])
-    found = _splits(path, content, labels)
+    keys = _array_names(path, content, labels)
     notes: list[str] = []
-    splits = {split: (_images(f"{path}: '{own[0]}'", content[own[0]]), own[1]) for split, own in found.items()}
+    splits = {
+        split: (_images(f"{path}: '{images_key}'", content[images_key]), labels_key)
+        for split, (images_key, labels_key) in keys.items()
+    }
     if not labels:
-        pixels = np.concatenate(_alike(path, [images for images, _ in splits.values()]))
+        pixels = np.concatenate(_same_shape(path, [images for images, _ in splits.values()]))
         manifest = arrays.store(folder, name, {"train": (pixels, None)}, (), str(path.resolve()), source)
     else:
         pixels_and_labels, classes = _labelled(path, content, splits)
         manifest = arrays.store(folder, name, pixels_and_labels, classes, str(path.resolve()), source)
-        notes += _twice(*(pixels_and_labels[split][0] for split in ("train", "test")))
+        notes += _duplicates(*(pixels_and_labels[split][0] for split in ("train", "test")))
     return manifest.model_copy(update={"fingerprint": fingerprint, "notes": tuple(notes)})
 
 
@@ -74,8 +77,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def _splits(path: Path, content: dict[str, np.ndarray], labels: bool) -> dict[str, tuple[str, str]]:
-    """Split: names of its arrays of images and of labels."""
+def _array_names(path: Path, content: dict[str, np.ndarray], labels: bool) -> dict[str, tuple[str, str]]:
+    """Split -> names of its image array and its label array; split "" where one pair holds all images."""
     if "images" in content:
         found = {"": ("images", "labels")}
     else:
@@ -104,7 +107,7 @@ def _quoted(names: object) -> str:
 
 
 def _images(what: str, images: np.ndarray) -> np.ndarray:
-    """uint8 (M, C, H, W) of (M, H, W), (M, H, W, C) or (M, C, H, W)."""
+    """Images of shape (M, H, W), (M, H, W, C) or (M, C, H, W), as uint8 (M, C, H, W)."""
     if images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[3] in CHANNELS:
@@ -119,7 +122,7 @@ def _images(what: str, images: np.ndarray) -> np.ndarray:
     return images
 
 
-def _alike(path: Path, images: list[np.ndarray]) -> list[np.ndarray]:
+def _same_shape(path: Path, images: list[np.ndarray]) -> list[np.ndarray]:
     if len({x.shape[1:] for x in images}) > 1:
         raise UserError(f"{path}: its splits have images of different shapes; store one size, or one split")
     return images
@@ -128,9 +131,9 @@ def _alike(path: Path, images: list[np.ndarray]) -> list[np.ndarray]:
 def _labelled(
     path: Path, content: dict[str, np.ndarray], splits: dict[str, tuple[np.ndarray, str]]
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, ...]]:
-    """Splits train and test with labels from 0, and the classes."""
+    """{split: (images, labels counted from 0)} for train and test, and the class names."""
     found = {split: (images, _labels(path, key, content[key], len(images))) for split, (images, key) in splits.items()}
-    _alike(path, [images for images, _ in found.values()])
+    _same_shape(path, [images for images, _ in found.values()])
     first, key = next(iter(found.values()))[1], next(iter(splits.values()))[1]
     values = np.unique(first)
     if len(values) < 2:
@@ -139,8 +142,8 @@ def _labelled(
         )
     classes = _classes(path, content, values)
     if "" in found:
-        images, own = found.pop("")
-        targets = np.searchsorted(values, own)
+        images, labels = found.pop("")
+        targets = np.searchsorted(values, labels)
         train, test = held_out(targets, SPLIT_SEED, lambda label: f"{path}: class '{classes[label]}'")
         return {"train": (images[train], targets[train]), "test": (images[test], targets[test])}, classes
     if "test" not in found:
@@ -150,10 +153,11 @@ def _labelled(
     strange = np.setdiff1d(found["test"][1], values)
     if len(strange):
         raise UserError(f"{path}: label {strange[0]} of test is none of the {len(values)} labels of train; correct it")
-    return {split: (images, np.searchsorted(values, own)) for split, (images, own) in found.items()}, classes
+    return {split: (images, np.searchsorted(values, labels)) for split, (images, labels) in found.items()}, classes
 
 
-def _twice(train: np.ndarray, test: np.ndarray) -> list[str]:
+def _duplicates(train: np.ndarray, test: np.ndarray) -> list[str]:
+    """The note on test images that are in train too."""
     known = {image.tobytes() for image in train}
     count = sum(image.tobytes() in known for image in test)
     be = "images of test stand" if count > 1 else "image of test stands"

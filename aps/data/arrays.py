@@ -1,6 +1,6 @@
-"""Datasets small enough to live in memory: one safetensors file a split.
+"""Datasets small enough for memory: one safetensors file a split.
 
-Images are stored as the publisher has them (grayscale with one channel); `load` repeats a single channel to three.
+Images are stored as published (grayscale with one channel); `load` repeats a single channel to three.
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ def store(
     source: SourceSettings,
     published: ChannelStatistics | None = None,
 ) -> Manifest:
-    """Write the splits and describe them.
+    """Write the splits and return the manifest that describes them.
 
     Args:
         folder: the dataset's folder under results/data.
         splits: train and test, each images uint8 (M, C, H, W) with C 1 or 3, and labels (M,) in [0, len(classes)); or
             train alone, with None for labels.
-        published: the constants that a published recipe normalizes with, if any.
+        published: the constants with which a published recipe normalizes, if any.
+
+    Raises:
+        ValueError: arrays of another shape or type.
     """
     written, contents = {}, []
     statistics = Accumulator()
@@ -75,7 +78,7 @@ def store(
 
 
 def _check(name: str, split: str, images: Tensor, labels: Tensor | None, classes: int) -> None:
-    """A parser that hands over anything else is broken, so this is no UserError."""
+    """Raises ValueError, not UserError: other arrays come from a broken parser, not from the user."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"{name} {split}: images {images.dtype} {tuple(images.shape)}")
     if labels is None:

@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009): 50,000 + 10,000 images of 32x32, as the "python version" archives.
 
-Design: the batches are pickles. They are read by an unpickler that admits numpy arrays and nothing else, straight
-from the archive, so no code in them runs and nothing is unpacked.
+Design: the batches are pickles. An unpickler that allows numpy arrays and nothing else reads them straight from the
+archive, so no code in them runs and no file is unpacked.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Release(NamedTuple):
     counts: dict[str, int]
 
 
-# Addresses and md5 are the publisher's, as torchvision lists them; sha256 of the same archives as Keras lists them.
+# URLs and md5 are the publisher's, as torchvision lists them; the sha256 of the same archives are from Keras.
 RELEASES = {
     name: Release(
         archive=fetch.Published(published.filename, published.url, published.tgz_md5, sha256),
@@ -94,7 +94,7 @@ def _wanted(release: Release) -> dict[str, str]:
 
 
 def _from_archive(archive: Path, release: Release) -> dict[str, tuple[str, bytes]]:
-    """Batch name: (where it was, its bytes). The archive's own checksum was verified before."""
+    """Batch name -> (its location for messages, its bytes). The archive's checksum was verified before."""
     found = {}
     with fetch.archive_errors(archive), tarfile.open(archive, "r:gz") as tar:
         for member in fetch.regular_members(archive, tar):
@@ -157,7 +157,7 @@ def _class_names(release: Release, meta: tuple[str, bytes]) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
-_ADMITTED: dict[tuple[str, str], Any] = {
+_ALLOWED: dict[tuple[str, str], Any] = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0] for core in ("core", "_core")},
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -165,12 +165,12 @@ _ADMITTED: dict[tuple[str, str], Any] = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Plain containers, numbers, text and numpy arrays; any other name in the pickle is refused."""
+    """Reads plain containers, numbers, text and numpy arrays; refuses any other name in the pickle."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ADMITTED:
+        if (module, name) not in _ALLOWED:
             raise UserError(f"it names {module}.{name}, which is code and not an array; refused")
-        return _ADMITTED[module, name]
+        return _ALLOWED[module, name]
 
     def persistent_load(self, _: Any) -> Any:
         raise UserError("it refers to objects outside itself; refused")
@@ -180,7 +180,7 @@ def read_pickle(where: str, content: bytes) -> dict[str, Any]:
     """A batch's dictionary, without executing code.
 
     Raises:
-        UserError: it is no such pickle, or names anything but numpy's array reconstruction.
+        UserError: it is not such a pickle, or needs more than numpy's array reconstruction.
     """
     try:
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()

@@ -1,7 +1,7 @@
 """COCO 2017 (arXiv 1405.0312): 118,287 + 5,000 images with instance masks, from its zip files or an unpacked tree.
 
 A tree has train2017/, val2017/ and annotations/instances_{train,val}2017.json, and is used in place. Zip files are
-extracted beside the manifest; those that were downloaded are then deleted, the user's own stay.
+extracted beside the manifest; downloaded ones are then deleted, the user's stay.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ IMAGES = {
 COUNTS = {"train": 118_287, "val": 5_000}
 INSTANCES = {"train": 860_001, "val": 36_781}
 CLASSES = 80
-WRITERS = 16  # threads that extract: they wait for the disk more than they compute
+WRITERS = 16  # threads that extract; more than cores, because they mostly wait for the disk
 
 
 def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
-    """Raises UserError where a zip, an image or an annotation is missing, altered or too many."""
+    """Raises UserError where a zip, an image or an annotation is missing or altered, or their number is wrong."""
     advice = "set it to a folder with train2017, val2017 and annotations, unpacked or as the publisher's zip files"
     path = fetch.source_path(name, source, advice)
     if path is not None and not path.is_dir():
         raise UserError(f"sources.{name}.path: {path} is not a folder; {advice}")
-    roots = {split: _place(name, IMAGES[split], f"{split}2017", path, folder) for split in IMAGES}
-    annotations = _place(name, ANNOTATIONS, "annotations", path, folder)
+    roots = {split: _obtain_folder(name, IMAGES[split], f"{split}2017", path, folder) for split in IMAGES}
+    annotations = _obtain_folder(name, ANNOTATIONS, "annotations", path, folder)
     splits, contents, classes = {}, [], None
     for split, root in roots.items():
         file = annotations / f"instances_{split}2017.json"
@@ -107,11 +107,11 @@ def _inside(path: Path, folder: Path) -> str:
     return str(resolved.relative_to(folder.resolve()) if resolved.is_relative_to(folder.resolve()) else resolved)
 
 
-def _place(name: str, file: fetch.Published, inside: str, path: Path | None, folder: Path) -> Path:
-    """The folder `inside`: in the user's tree, extracted before, or extracted now from the zip file."""
-    for place in (path / inside if path else None, folder / inside):
-        if place is not None and place.is_dir():
-            return place
+def _obtain_folder(name: str, file: fetch.Published, inside: str, path: Path | None, folder: Path) -> Path:
+    """The folder `inside`: in the user's tree, extracted earlier, or extracted now from the zip file."""
+    for candidate in (path / inside if path else None, folder / inside):
+        if candidate is not None and candidate.is_dir():
+            return candidate
     archive = fetch.obtain(name, file, path, folder)
     if archive is None:
         raise UserError(f"{path}: has neither {inside}/ nor {file.name}; put one of them there")
@@ -122,14 +122,14 @@ def _place(name: str, file: fetch.Published, inside: str, path: Path | None, fol
 
 
 def extract(archive: Path, inside: str, folder: Path) -> None:
-    """Files of `inside`/ in the zip, as `folder`/`inside`, which appears when whole.
+    """Extract `inside`/ of the zip as `folder`/`inside`, which appears only when complete.
 
-    Files that an earlier attempt wrote whole are kept; zipfile checks each one's CRC.
+    Complete files of an earlier attempt are kept; zipfile checks the CRC of each file.
     """
     part = folder / f".{inside}.part"
     with fetch.archive_errors(archive), zipfile.ZipFile(archive) as file:
         names = {member: fetch.safe_name(archive, member.filename) for member in file.infolist()}
-    # of the annotations, only the instances (not captions and keypoints)
+    # the annotations zip also holds captions and keypoints, which are not needed
     wanted = f"{inside}/instances_" if inside == "annotations" else f"{inside}/"
     members = [m for m, path in names.items() if str(path).startswith(wanted) and not m.is_dir()]
     if not members:
@@ -142,7 +142,7 @@ def extract(archive: Path, inside: str, folder: Path) -> None:
         target = part / names[member]
         if target.exists() and target.stat().st_size == member.file_size:
             return
-        if not hasattr(opened, "zip"):  # a ZipFile is one file position, so each thread has its own
+        if not hasattr(opened, "zip"):  # a ZipFile has one file position, so each thread opens one
             opened.zip = zipfile.ZipFile(archive)
         with fetch.archive_errors(archive), opened.zip.open(member) as content:
             fetch.copy_file(content, target, member.file_size, archive)

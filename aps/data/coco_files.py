@@ -1,15 +1,15 @@
-"""The user's own COCO files: read in full, mended where that is harmless, written again in one form.
+"""A user's COCO files: read in full, repaired where that is harmless, written again in one form.
 
-What comes out (`instances_train.json`, `instances_val.json` beside the manifest) holds for sure what detection and
-pycocotools count on: annotation ids from 1 (an id of 0 counts as no match there), boxes inside their images, masks that
-are polygons of three points or more or whole run lengths, areas, class names told apart. What was mended is counted in
-notes; what could mean two things is refused, in a sentence that names the annotation.
+The result (`instances_train.json`, `instances_val.json` beside the manifest) guarantees what detection and pycocotools
+rely on: annotation ids from 1 (pycocotools takes an id of 0 as no match), boxes inside their images, masks that are
+polygons of three or more points or valid run lengths, areas, distinct class names. Repairs are counted in notes;
+anything ambiguous is refused, in a sentence that names the annotation.
 
 Design: run lengths are checked here in Python, because pycocotools writes out of bounds on broken ones. Where a record
-has the size of an image before its EXIF orientation, boxes and masks are turned with the image.
+has the size of an image before its EXIF orientation, boxes and masks are turned with the image. Ids of images and
+categories that are whole numbers are kept, so that predictions have the ids of the user's files.
 
-It deliberately does not know detectors, and keeps the ids of images and categories where they are whole numbers, so that
-predictions name the user's own.
+It does not know detectors.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from aps.data.walk import printable, walk
 from aps.errors import UserError
 from aps.files import write_bytes
 
-OVERLAP = 0.75  # a given box that overlaps with its mask's by less (as IoU) is computed again
+OVERLAP = 0.75  # a box whose IoU with its mask's box is lower is computed again from the mask
 ROUNDING = 1e-3  # pixels
-INSIDE = 0.5  # a box or polygon of which less lies in the image is refused, not cut
+INSIDE = 0.5  # a box with a smaller share of its area in the image is refused, not cut
 
 Box = tuple[float, float, float, float]  # left, top, width, height
 Point = tuple[float, float]
 
 
 class Files(NamedTuple):
-    """One split as the user has it."""
+    """The user's files of one split."""
 
     images: Path  # folder
     annotations: Path  # COCO json
@@ -50,7 +50,7 @@ class Files(NamedTuple):
 
 @dataclass
 class Report:
-    """What was mended: how often each thing, in one line a file."""
+    """How often each kind of repair was made in one file."""
 
     file: Path
     mended: Counter[str] = field(default_factory=Counter)
@@ -65,50 +65,52 @@ def describe(folder: Path, name: str, files: dict[str, Files], key: str, masks: 
     """The manifest of a detection dataset.
 
     Args:
-        folder: the dataset's own, under results/data.
-        files: of train and val.
-        key: of the setting that names them, for messages.
-        masks: false: boxes only, whatever masks there are.
+        folder: the dataset's folder under results/data.
+        files: the user's files, of train and val.
+        key: the setting that names them, for error messages.
+        masks: whether to use the masks; without them, boxes only.
 
     Raises:
-        UserError: a file is missing or broken, or an annotation can't be mended without guessing.
+        UserError: a file is missing or broken, or an annotation can't be repaired without guessing.
     """
-    for split, own in files.items():
-        if not own.annotations.is_file():
-            raise UserError(f"{key}.{split}.annotations: {own.annotations} is no file; set it to a COCO json file")
-        if not own.images.is_dir():
-            raise UserError(f"{key}.{split}.images: {own.images} is no folder; set it to the folder of the images")
-    folders = list(dict.fromkeys(own.images.resolve() for own in files.values()))
-    fingerprint = take(folder, [walk(path) for path in folders], [own.annotations for own in files.values()])
-    reports = {split: Report(own.annotations) for split, own in files.items()}
-    raw = {split: _Raw.read(own.annotations) for split, own in files.items()}
+    for split, paths in files.items():
+        if not paths.annotations.is_file():
+            raise UserError(f"{key}.{split}.annotations: {paths.annotations} is no file; set it to a COCO json file")
+        if not paths.images.is_dir():
+            raise UserError(f"{key}.{split}.images: {paths.images} is no folder; set it to the folder of the images")
+    folders = list(dict.fromkeys(paths.images.resolve() for paths in files.values()))
+    fingerprint = take(folder, [walk(path) for path in folders], [paths.annotations for paths in files.values()])
+    reports = {split: Report(paths.annotations) for split, paths in files.items()}
+    raw = {split: _Raw.read(paths.annotations) for split, paths in files.items()}
     classes = _categories(raw["train"], reports["train"])
-    category_of = {split: _matched(own, classes, reports[split]) for split, own in raw.items()}
-    images = {split: _images(raw[split], own.images, reports[split]) for split, own in files.items()}
+    category_of = {split: _matched(raw[split], classes, reports[split]) for split in files}
+    images = {split: _images(raw[split], paths.images, reports[split]) for split, paths in files.items()}
     listings = {
-        split: trees.Listing(own.images, [image.file for image in images[split].own], None, [])
-        for split, own in files.items()
+        split: trees.Listing(paths.images, [image.file for image in images[split].unique], None, [])
+        for split, paths in files.items()
     }
-    seen = {split: trees.look_at(folder, split, listing) for split, listing in listings.items()}
+    decoded = {split: trees.decode(folder, split, listing) for split, listing in listings.items()}
     masks = masks and _has_masks(raw)
     splits, contents, notes = {}, [], []
-    for split, own in files.items():
-        content = _annotations(raw[split], images[split], seen[split], own, category_of[split], masks, reports[split])
+    for split, paths in files.items():
+        content = _annotations(
+            raw[split], images[split], decoded[split], paths, category_of[split], masks, reports[split]
+        )
         if not any(not a["iscrowd"] for a in content["annotations"]):
-            raise UserError(f"{own.annotations}: has no instance; add annotations")
+            raise UserError(f"{paths.annotations}: has no instance; add annotations")
         content["categories"] = [{"id": number, "name": label} for number, label in classes.items()]
         written = f"instances_{split}.json"
         write_bytes(folder / written, json.dumps(content).encode())
-        splits[split] = Split(count=len(content["images"]), images=str(own.images.resolve()), annotations=written)
-        contents += [split, seen[split].sha256, content["images"], content["annotations"]]
+        splits[split] = Split(count=len(content["images"]), images=str(paths.images.resolve()), annotations=written)
+        contents += [split, decoded[split].sha256, content["images"], content["annotations"]]
         notes += reports[split].notes()
         notes += _without(classes, content["annotations"]) if split == "train" else []
-    notes += trees.damaged(folder, listings, seen)
-    notes += trees.alike(folder, listings, {split: own.sha256 for split, own in seen.items()})
+    notes += trees.damaged(folder, listings, decoded)
+    notes += trees.duplicates(folder, listings, {split: images.sha256 for split, images in decoded.items()})
     if not masks:
         notes.append("instances have boxes and no masks: detection trains boxes only, and there is no mask AP")
-    sizes = {size for own in seen.values() for size in own.image_sizes}
-    measured = seen["train"].sums.result(f"every pixel of the {len(seen['train'].sha256):,} train images, each image counting equally")  # fmt: skip
+    sizes = {size for images in decoded.values() for size in images.image_sizes}
+    measured = decoded["train"].sums.result(f"every pixel of the {len(decoded['train'].sha256):,} train images, each image counting equally")  # fmt: skip
     manifest = Manifest(
         name=name,
         kind="detection",
@@ -118,7 +120,7 @@ def describe(folder: Path, name: str, files: dict[str, Files], key: str, masks: 
         statistics=Statistics(measured=measured),
         digest=content_digest(list(classes.items()), *contents),
         digest_of="class names, contents of the images, annotations as mended",
-        origin=", ".join(str(own.annotations.resolve()) for own in files.values()),
+        origin=", ".join(str(paths.annotations.resolve()) for paths in files.values()),
         fingerprint=fingerprint,
         masks=masks,
         notes=tuple(notes),
@@ -132,7 +134,7 @@ def describe(folder: Path, name: str, files: dict[str, Files], key: str, masks: 
 
 @dataclass
 class _Raw:
-    """A COCO file as it is."""
+    """A COCO file as the user wrote it."""
 
     file: Path
     images: list[dict[str, Any]]
@@ -165,11 +167,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _kept_ids(ids: Iterable[Any]) -> dict[Any, int]:
-    """Old id -> id: the same where all are whole numbers, else counted from 1."""
-    every = list(ids)
-    if all(isinstance(value, int) for value in every):
-        return {value: value for value in every}
-    return {value: number for number, value in enumerate(every, 1)}
+    """The file's id -> ours: the same where all are whole numbers, else counted from 1."""
+    given = list(ids)
+    if all(isinstance(value, int) for value in given):
+        return {value: value for value in given}
+    return {value: number for number, value in enumerate(given, 1)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -177,7 +179,7 @@ def _kept_ids(ids: Iterable[Any]) -> dict[Any, int]:
 
 
 def _names(raw: _Raw) -> dict[Any, str]:
-    """Name of each category as the file has it, by the file's ids."""
+    """Category id of the file -> name, as the file has it."""
     names: dict[Any, str] = {}
     for number, category in enumerate(raw.categories):
         identity, name = category.get("id"), category.get("name")
@@ -195,7 +197,7 @@ def _names(raw: _Raw) -> dict[Any, str]:
 
 
 def _categories(raw: _Raw, report: Report) -> dict[int, str]:
-    """Id: name, by ascending id, every name once."""
+    """Our id -> name, by ascending id, every name once."""
     names = _names(raw)
     ids = _kept_ids(names)
     times = Counter(names.values())
@@ -209,7 +211,7 @@ def _categories(raw: _Raw, report: Report) -> dict[int, str]:
 
 
 def _matched(raw: _Raw, classes: dict[int, str], report: Report) -> dict[Any, int]:
-    """The file's category ids -> ids of `classes`; those that train lacks are left out where nothing refers to them."""
+    """The file's category ids -> ids of `classes`. A category that train lacks is left out if no annotation uses it."""
     names = _names(raw)
     ids = _kept_ids(names)
     by_name = {name: number for number, name in classes.items()}
@@ -251,16 +253,16 @@ class _Image(NamedTuple):
 
 
 class _Images(NamedTuple):
-    own: list[_Image]
-    of: dict[Any, int]  # the file's id of an image -> position in `own`
-    missing: dict[Any, str]  # ids of images whose file is missing
+    unique: list[_Image]  # each image file once
+    position: dict[Any, int]  # the file's id of an image -> its position in `unique`
+    missing: dict[Any, str]  # the file's id of an image whose file is missing -> its name
 
 
 def _images(raw: _Raw, folder: Path, report: Report) -> _Images:
     ids = _kept_ids(record["id"] for record in raw.images if _is_id(record.get("id")))
-    own: list[_Image] = []
-    of: dict[Any, int] = {}
-    place: dict[str, int] = {}
+    unique: list[_Image] = []
+    position: dict[Any, int] = {}
+    position_of_file: dict[str, int] = {}
     missing: dict[Any, str] = {}
     for number, record in enumerate(raw.images):
         identity, name = record.get("id"), record.get("file_name")
@@ -268,24 +270,22 @@ def _images(raw: _Raw, folder: Path, report: Report) -> _Images:
             raise UserError(f"{raw.file}: image {number} of the list has id {identity!r}; give it a whole number")
         if not isinstance(name, str) or not name:
             raise UserError(f"{raw.file}: image {identity} has file_name {name!r}; give it the name of its file")
-        if (file := _found(folder, name, report)) is None:
+        if (file := _find_file(folder, name, report)) is None:
             missing[identity] = name
             continue
-        if identity in of and own[of[identity]].file != file:
-            raise UserError(
-                f"{raw.file}: image {identity} stands twice, as {own[of[identity]].file} and {file}; give one another id"
-            )
-        if file in place:
+        if identity in position and (before := unique[position[identity]].file) != file:
+            raise UserError(f"{raw.file}: image {identity} stands twice, as {before} and {file}; give one another id")
+        if file in position_of_file:
             report.mended["images listed twice (joined)"] += 1
         else:
-            place[file] = len(own)
-            own.append(_Image(ids[identity], file, record))
-        of[identity] = place[file]
-    return _Images(own, of, missing)
+            position_of_file[file] = len(unique)
+            unique.append(_Image(ids[identity], file, record))
+        position[identity] = position_of_file[file]
+    return _Images(unique, position, missing)
 
 
-def _found(folder: Path, name: str, report: Report) -> str | None:
-    """The name of an image under its folder, as it is or without what an exporter put before it."""
+def _find_file(folder: Path, name: str, report: Report) -> str | None:
+    """The path of an image under its folder: as given, or without the folders that an exporter put before it."""
     if (folder / name).is_file():
         return name
     short = name.replace("\\", "/")
@@ -301,20 +301,20 @@ def _found(folder: Path, name: str, report: Report) -> str | None:
 
 
 def _has_masks(raw: dict[str, _Raw]) -> bool:
-    """Whether instances have masks. Raises UserError where some have and some have not."""
-    bare: tuple[_Raw, int] | None = None
+    """Whether instances have masks. Raises UserError where only some have one."""
+    without: tuple[_Raw, int] | None = None  # the first instance without a mask
     with_masks = 0
-    for own in raw.values():
-        for number, annotation in enumerate(own.annotations):
+    for content in raw.values():
+        for number, annotation in enumerate(content.annotations):
             if annotation.get("segmentation"):
                 with_masks += not annotation.get("iscrowd")
-            elif not annotation.get("iscrowd") and bare is None:
-                bare = (own, number)
-    if bare is not None and with_masks:
-        own, number = bare
+            elif not annotation.get("iscrowd") and without is None:
+                without = (content, number)
+    if without is not None and with_masks:
+        content, number = without
         raise UserError(
-            f"{own.file}: {_called(own.annotations[number], number)} has no segmentation while {with_masks:,} others have; "
-            "add it, or train boxes only (masks: false)"
+            f"{content.file}: {_called(content.annotations[number], number)} has no segmentation while {with_masks:,} "
+            "others have; add it, or train boxes only (masks: false)"
         )
     return with_masks > 0
 
@@ -331,14 +331,14 @@ class _Unclear(Exception):
 def _annotations(
     raw: _Raw,
     images: _Images,
-    seen: trees.Seen,
+    decoded: trees.Decoded,
     files: Files,
     category_of: dict[Any, int],
     masks: bool,
     report: Report,
 ) -> dict[str, Any]:
-    """images and annotations of the split, in our form."""
-    of_image: dict[int, list[tuple[int, dict[str, Any]]]] = {}
+    """The split's images and repaired annotations, in COCO's format."""
+    by_image: dict[int, list[tuple[int, dict[str, Any]]]] = {}  # position of an image -> number, annotation
     for number, annotation in enumerate(raw.annotations):
         identity, category = annotation.get("image_id"), annotation.get("category_id")
         what = f"{raw.file}: {_called(annotation, number)}"
@@ -347,11 +347,11 @@ def _annotations(
                 f"{what} belongs to image {identity}, whose file {printable(images.missing[identity])} is missing in "
                 f"{printable(files.images)} (of {len(images.missing):,} missing files); add it or remove its records"
             )
-        if not _is_id(identity) or identity not in images.of:
+        if not _is_id(identity) or identity not in images.position:
             raise UserError(f"{what} refers to image {identity!r}, which is not listed; correct or remove it")
         if not _is_id(category) or category not in category_of:
             raise UserError(f"{what} refers to category {category!r}, which is not listed; correct or remove it")
-        of_image.setdefault(images.of[identity], []).append((number, annotation))
+        by_image.setdefault(images.position[identity], []).append((number, annotation))
     if images.missing:
         report.mended["images without a file and without annotations (left out)"] += len(images.missing)
     identities = [a.get("id") for a in raw.annotations]
@@ -359,12 +359,12 @@ def _annotations(
         report.mended["annotations with a missing or repeated id (numbered anew)"] += len(identities) - known
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for position, image in enumerate(images.own):
-        height, width = seen.image_sizes[position]
-        own = of_image.get(position, [])
-        turn = _turn(raw, files.images / image.file, image.record, (height, width), own, report)
+    for position, image in enumerate(images.unique):
+        height, width = decoded.image_sizes[position]
+        numbered = by_image.get(position, [])
+        turn = _turn(raw, files.images / image.file, image.record, (height, width), numbered, report)
         records.append({"id": image.id, "file_name": image.file, "height": height, "width": width})
-        for number, annotation in own:
+        for number, annotation in numbered:
             try:
                 mended = _mended(annotation, height, width, turn, masks, report)
             except _Unclear as unclear:
@@ -383,7 +383,7 @@ def _annotations(
 
 @dataclass(frozen=True)
 class _Turn:
-    """From an image as it is stored to as it is seen; height and width as stored."""
+    """Maps coordinates of an image as stored to the image as displayed; height and width are as stored."""
 
     orientation: int
     height: int
@@ -403,7 +403,7 @@ class _Turn:
         return min(x1, x2), min(y1, y2), abs(x2 - x1), abs(y2 - y1)
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
-        """(height, width) as stored -> as seen."""
+        """(height, width) as stored -> as displayed."""
         turned = {
             1: lambda: mask,
             5: lambda: mask.T,
@@ -418,42 +418,43 @@ def _turn(
     raw: _Raw,
     path: Path,
     record: dict[str, Any],
-    seen: tuple[int, int],
+    size: tuple[int, int],
     annotations: list[tuple[int, dict[str, Any]]],
     report: Report,
 ) -> _Turn:
-    """How annotations have to be turned to fit the image as it is read.
+    """How to turn annotations so that they fit the image as it is decoded.
 
     Args:
-        seen: height, width of the image as it is read.
+        size: height, width of the image as it is decoded.
 
     Raises:
-        UserError: the record has another size than the image, and annotations that depend on it.
+        UserError: the record has another size than the image, and there are annotations that depend on it.
     """
-    given = (record.get("height"), record.get("width"))
-    if given == seen:
-        return _Turn(1, *seen)
-    found = orientation(path)
-    if given == (seen[1], seen[0]) and found in (5, 6, 7, 8):
+    recorded = (record.get("height"), record.get("width"))
+    if recorded == size:
+        return _Turn(1, *size)
+    exif = orientation(path)
+    if recorded == (size[1], size[0]) and exif in (5, 6, 7, 8):
         report.mended["images recorded before their EXIF orientation (annotations turned with them)"] += 1
-        return _Turn(found, *given)
-    if given == (None, None) or not annotations:
+        return _Turn(exif, *recorded)
+    if recorded == (None, None) or not annotations:
         report.mended["images recorded without their size or with another (corrected)"] += 1
-        return _Turn(1, *seen)
+        return _Turn(1, *size)
     number, first = annotations[0]
     raise UserError(
-        f"{raw.file}: {_called(first, number)} belongs to image {record['id']}, recorded as {given[1]}x{given[0]} pixels, "
-        f"but {printable(path)} has {seen[1]}x{seen[0]}; correct the record and its annotations, or put the right image there"
+        f"{raw.file}: {_called(first, number)} belongs to image {record['id']}, recorded as {recorded[1]}x{recorded[0]} "
+        f"pixels, but {printable(path)} has {size[1]}x{size[0]}; correct the record and its annotations, or put the right "
+        "image there"
     )
 
 
 def _mended(
     annotation: dict[str, Any], height: int, width: int, turn: _Turn, masks: bool, report: Report
 ) -> dict[str, Any] | None:
-    """bbox, area, iscrowd and segmentation; None for an instance too small to be seen.
+    """bbox, area, iscrowd and segmentation of an annotation; None for an instance smaller than a pixel.
 
     Raises:
-        _Unclear: what it means would have to be guessed.
+        _Unclear: the annotation is ambiguous.
     """
     crowd = annotation.get("iscrowd", 0)
     if "iscrowd" not in annotation:
@@ -477,13 +478,13 @@ def _mended(
                 return None
             raise _Unclear("has a segmentation that covers no pixel; draw it again or remove the annotation")
         x, y, w, h = (float(value) for value in rle.toBbox(encoded))
-        of_mask = (x, y, w, h)
+        mask_box = (x, y, w, h)
         if box is None:
             report.mended["boxes missing (computed from masks)"] += 1
-            box = of_mask
-        elif _iou(_cut(box, height, width), of_mask) < OVERLAP:
+            box = mask_box
+        elif _iou(_cut(box, height, width), mask_box) < OVERLAP:
             report.mended["boxes that don't fit their masks (computed from those)"] += 1
-            box = of_mask
+            box = mask_box
         result["segmentation"] = segmentation
     if box is None:
         raise _Unclear(f"has bbox {annotation.get('bbox')!r}; give it left, top, width and height in pixels, above 0")
@@ -507,7 +508,7 @@ def _mended(
 
 
 def _box(annotation: dict[str, Any], turn: _Turn) -> Box | None:
-    """None where there is none, or none with a side above 0."""
+    """The annotation's box, turned; None where it is missing, malformed or empty."""
     given = annotation.get("bbox")
     if not isinstance(given, list) or len(given) != 4 or not all(_is_number(value) for value in given):
         return None
@@ -516,7 +517,7 @@ def _box(annotation: dict[str, Any], turn: _Turn) -> Box | None:
 
 
 def _cut(box: Box, height: int, width: int) -> Box:
-    """The part of a box inside its image; without width and height where there is none."""
+    """The part of a box inside its image; width or height is 0 where there is none."""
     left, top = max(0.0, box[0]), max(0.0, box[1])
     right, bottom = min(float(width), box[0] + box[2]), min(float(height), box[1] + box[3])
     return left, top, max(0.0, right - left), max(0.0, bottom - top)
@@ -534,7 +535,7 @@ def _iou(one: Box, other: Box) -> float:
 
 
 def _segmentation(given: Any, height: int, width: int, turn: _Turn, report: Report) -> Any:
-    """Polygons inside the image, as lists x, y, x, y, ...; or compressed run lengths."""
+    """Polygons inside the image, as lists x, y, x, y, ...; or compressed run lengths. Raises _Unclear."""
     if isinstance(given, dict):
         return _run_lengths(given, turn)
     if not isinstance(given, list) or not given:
@@ -547,7 +548,7 @@ def _segmentation(given: Any, height: int, width: int, turn: _Turn, report: Repo
         if not isinstance(part, list) or not all(_is_number(value) for value in part) or len(part) % 2:
             raise _Unclear("has a polygon that is no list of x, y, x, y, ...; draw it again or remove the annotation")
         points = [turn.point(float(x), float(y)) for x, y in zip(part[::2], part[1::2], strict=True)]
-        if len(points) < 3:  # of four numbers pycocotools would make a box
+        if len(points) < 3:  # pycocotools would read four numbers as a box
             report.mended["polygons of fewer than three points (left out)"] += 1
             continue
         if all(0 <= x <= width and 0 <= y <= height for x, y in points):
@@ -564,7 +565,7 @@ def _segmentation(given: Any, height: int, width: int, turn: _Turn, report: Repo
 
 
 def _clipped(points: list[Point], height: int, width: int) -> list[Point]:
-    """The part of a polygon inside the image (Sutherland and Hodgman, 1974), edge by edge of the image."""
+    """The part of a polygon inside the image, cut at one image edge after another (Sutherland and Hodgman, 1974)."""
     for axis, bound, sign in ((0, 0.0, 1), (0, float(width), -1), (1, 0.0, 1), (1, float(height), -1)):
 
         def within(p: Point, axis: int = axis, bound: float = bound, sign: int = sign) -> bool:
@@ -615,8 +616,9 @@ def _run_lengths(given: dict[str, Any], turn: _Turn) -> dict[str, Any]:
 
 
 def _decoded(text: str) -> list[int] | None:
-    """Run lengths of COCO's compressed form: numbers of 5 bits a character, from the third on as the difference to the one
-    before the last. None where the text is broken."""
+    """Decode COCO's compressed run lengths; None where the text is broken.
+
+    A character holds 5 bits of a number; from the fourth number on, the difference to the last but one is stored."""
     lengths: list[int] = []
     value = shift = 0
     for character in text:

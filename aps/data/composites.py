@@ -1,15 +1,15 @@
 """Detection datasets made of real images: instances composited on canvases with exact masks, in COCO's format.
 
-`digits_coco` lays handwritten digits (scikit-learn's) side by side, easily told apart; `fashion_coco` piles up garments
-of Fashion-MNIST over and under each other, among fragments of others that are no instance; `cifar_coco` does so with
-ovals cut from the photographs of CIFAR-10, whose classes the pixels alone hardly tell. Train canvases are made of the
-source's train images and val canvases of its test images.
+`digits_coco` puts handwritten digits (scikit-learn's) side by side and is easy; `fashion_coco` overlaps garments of
+Fashion-MNIST, among fragments of other garments that are not instances; `cifar_coco` does the same with ovals cut from
+the photographs of CIFAR-10, whose classes are hard to tell from so few pixels. Train canvases are made of the source's
+train images and val canvases of its test images.
 
-Design: everything is drawn from a fixed seed, each canvas from its own, in integer arithmetic, so the same dataset
-comes out on every machine. A mask is what is seen: the pixels whose topmost object is the instance; an object that would
-hide too much of an earlier one is not placed, so everything that is painted is annotated.
+Design: each canvas is drawn from a fixed seed, in integer arithmetic, so every machine makes the same dataset. A mask is
+what is visible: the pixels whose topmost object is the instance. An object that would hide too much of an earlier one is
+not placed, so every visible instance is annotated.
 
-It deliberately does not know how the source is obtained, nor anything about detectors.
+It does not know how the source is obtained, nor anything about detectors.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ class Recipe:
     val: int
     objects: tuple[int, int]  # fewest and most
     sizes: tuple[int, int]  # side of an object's square
-    # An object is where its scan is at least this bright, of 255; None: an oval cut from a photograph.
+    # An object is where its image is at least this bright, of 255; None: an oval cut from a photograph.
     opaque: int | None
-    visible: float  # share of each object that must stay in sight
+    visible: float  # share of each object that must stay visible
     fragments: tuple[int, int] = (0, 0)  # pieces of other objects
-    background: tuple[int, int] = (0, 0)  # levels between which a canvas shades
-    noise: int = 0  # levels
+    background: tuple[int, int] = (0, 0)  # pixel values of the background's corners, from and to
+    noise: int = 0  # largest pixel value added to the background
 
     @property
     def channels(self) -> int:
-        """Of a canvas: scans are gray, photographs are not."""
+        """Channels of a canvas: digits and garments are gray, photographs are not."""
         return 3 if self.opaque is None else 1
 
 
@@ -69,11 +69,11 @@ RECIPES = {
 
 
 def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
-    """Canvases as PNG files, and instances_{train,val}.json with run-length masks.
+    """Write canvases as PNG files, and instances_{train,val}.json with run-length masks.
 
     Args:
         folder: the dataset's folder under results/data.
-        source: of the classification dataset that the objects come from.
+        source: where the classification dataset comes from that the objects are taken from.
         name: a row of RECIPES.
 
     Raises:
@@ -81,12 +81,12 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
     """
     recipe = RECIPES[name]
     with tempfile.TemporaryDirectory(dir=folder, prefix="source-") as temporary:
-        scans = Path(temporary)
-        origin = DATASETS.load(recipe.source)(scans, source, recipe.source)
-        origin.write(scans / "manifest.json")
+        temporary_folder = Path(temporary)
+        origin = DATASETS.load(recipe.source)(temporary_folder, source, recipe.source)
+        origin.write(temporary_folder / "manifest.json")
         objects = {
-            "train": load_split(scans / "manifest.json", "train"),
-            "val": load_split(scans / "manifest.json", "test"),
+            "train": load_split(temporary_folder / "manifest.json", "train"),
+            "val": load_split(temporary_folder / "manifest.json", "test"),
         }
     statistics = Accumulator()
     splits: dict[str, Split] = {}
@@ -124,9 +124,9 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
 
 
 def compose(
-    recipe: Recipe, scans: ArraySplit | FileSplit, generator: np.random.Generator
+    recipe: Recipe, images: ArraySplit | FileSplit, generator: np.random.Generator
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """One canvas.
+    """Draw one canvas.
 
     Returns:
         uint8 (1 or 3, side, side), and the annotations of its instances in COCO's format without ids: box as left, top, width,
@@ -136,13 +136,13 @@ def compose(
     canvas = _background(recipe, generator)
     top = np.full((side, side), -1)  # number of the topmost object; fragments come after all instances
     labels: list[int] = []
-    whole: list[int] = []  # pixels of each instance, were nothing in front of it
+    whole: list[int] = []  # pixels of each instance, the hidden ones included
     kinds = [True] * int(generator.integers(recipe.objects[0], recipe.objects[1] + 1))
     kinds += [False] * int(generator.integers(recipe.fragments[0], recipe.fragments[1] + 1))
     for is_instance in generator.permutation(kinds):
-        scan = int(generator.integers(len(scans)))
+        index = int(generator.integers(len(images)))
         size = int(generator.integers(recipe.sizes[0], recipe.sizes[1] + 1))
-        pixels = np.stack([resize(channel, size) for channel in scans.read(scan)[: recipe.channels].numpy()])
+        pixels = np.stack([resize(channel, size) for channel in images.read(index)[: recipe.channels].numpy()])
         if not is_instance:
             pixels = _fragment(pixels, generator)
         height, width = pixels.shape[1:]
@@ -156,28 +156,28 @@ def compose(
             number = len(labels) if is_instance else -1
             trial = top.copy()
             trial[area][solid] = number
-            seen = np.bincount(trial[trial >= 0], minlength=len(labels))
-            if all(seen[k] >= recipe.visible * whole[k] for k in range(len(whole))):
+            visible = np.bincount(trial[trial >= 0], minlength=len(labels))
+            if all(visible[k] >= recipe.visible * whole[k] for k in range(len(whole))):
                 break
         else:
             continue
         top = trial
         canvas[:, *area][:, solid] = (pixels[:, solid].astype(np.int64) * gain) >> 8
         if is_instance:
-            labels.append(int(scans.labels[scan]))
+            labels.append(int(images.labels[index]))
             whole.append(int(solid.sum()))
     return canvas, [_annotation(top == number, label) for number, label in enumerate(labels)]
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Enlarge by bilinear interpolation: uint8 (h, h) -> (size, size). In integers, hence alike on every machine."""
+    """Enlarge by bilinear interpolation: uint8 (h, h) -> (size, size). Integers give every machine the same result."""
     weights = _weights(len(image), size)
     return ((weights @ image.astype(np.int64) @ weights.T + FIXED**2 // 2) // FIXED**2).astype(np.uint8)
 
 
 @cache
 def _weights(h: int, size: int) -> np.ndarray:
-    """Shares of h old pixels in each of `size` new ones, as parts of FIXED: (size, h)."""
+    """Weights of the h old pixels in each of the `size` new ones, in units of 1 / FIXED: (size, h)."""
     weights = np.zeros((size, h), dtype=np.int64)
     for row in range(size):
         position = min(max((2 * row + 1) * h * FIXED // (2 * size) - FIXED // 2, 0), (h - 1) * FIXED)
@@ -189,7 +189,7 @@ def _weights(h: int, size: int) -> np.ndarray:
 
 
 def _fragment(pixels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """A random third of an object's sides, (C, h, w) -> (C, h', w')."""
+    """A random crop with a third of the object's sides: (C, h, w) -> (C, h', w')."""
     h, w = pixels.shape[1:]
     height, width = max(4, h // 3), max(4, w // 3)
     y, x = int(generator.integers(0, h - height + 1)), int(generator.integers(0, w - width + 1))
@@ -197,8 +197,8 @@ def _fragment(pixels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def _oval(height: int, width: int, generator: np.random.Generator) -> np.ndarray:
-    """An upright oval about the middle, three quarters of the sides long or more: an ellipse or, half of the time, a
-    superellipse of degree 4. bool (height, width), in integers."""
+    """A centred, upright oval with axes of at least three quarters of the sides: an ellipse or, with probability 1/2, a
+    superellipse of degree 4. bool (height, width), computed in integers."""
     a, b = (int(generator.integers(3 * extent // 4, extent + 1)) for extent in (height, width))
     degree = 2 * int(generator.integers(1, 3))
     y, x = (2 * np.arange(extent, dtype=np.int64) + 1 - extent for extent in (height, width))
@@ -206,7 +206,7 @@ def _oval(height: int, width: int, generator: np.random.Generator) -> np.ndarray
 
 
 def _background(recipe: Recipe, generator: np.random.Generator) -> np.ndarray:
-    """Each channel shades between four random corners, with noise: uint8 (channels, side, side)."""
+    """Each channel interpolates between four random corners, with noise: uint8 (channels, side, side)."""
     low, high = recipe.background
     corners = generator.integers(low, high + 1, size=(recipe.channels, 2, 2)).astype(np.uint8)
     shade = np.stack([resize(channel, recipe.side) for channel in corners]).astype(np.int64)
@@ -214,7 +214,7 @@ def _background(recipe: Recipe, generator: np.random.Generator) -> np.ndarray:
 
 
 def _annotation(mask: np.ndarray, label: int) -> dict[str, Any]:
-    """mask: bool (side, side), not empty."""
+    """The annotation of a mask, bool (side, side), not empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     y, x = int(rows[0]), int(columns[0])
     encoded = rle.encode(np.asfortranarray(mask.astype(np.uint8)))

@@ -1,8 +1,7 @@
 """Getting a publisher's files: downloads that resume, checksums, archives read without trusting them.
 
-Design: archives are never unpacked by their library's extract-everything call. Members are listed first, one that
-points outside its folder is refused before anything is written, and each file is written to a place of our choosing.
-It deliberately does not know datasets.
+Design: `extractall` is never called. Members are listed first; one that points outside its folder is refused before
+anything is written; each file is written under a name that we choose. This file does not know datasets.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from aps.errors import UserError
 from aps.files import write_bytes
 from aps.settings.blocks import SourceSettings
 
-VERIFIED = "verified.json"  # in a dataset's folder: archives whose checksums were found right
+VERIFIED = "verified.json"  # in a dataset's folder: archives whose checksums were right
 DOWNLOADS = "download"  # a dataset's subfolder, removed once it is prepared
 ATTEMPTS = 5
 RETRY_SECONDS = 2.0  # doubled at each attempt
@@ -41,10 +40,10 @@ Result = TypeVar("Result")
 
 
 class Published(NamedTuple):
-    """A file as its publisher offers it."""
+    """A file that a publisher offers, with its checksums."""
 
     name: str
-    url: str | None  # None: behind a login
+    url: str | None  # None: a login is needed
     md5: str
     sha256: str | None = None
 
@@ -57,7 +56,7 @@ def source_path(name: str, source: SourceSettings, advice: str) -> Path | None:
     """The file or folder in `sources.NAME.path`, or None to download.
 
     Raises:
-        UserError: it does not exist, or there is neither a path nor a download.
+        UserError: it does not exist, or there is no path and downloads are off.
     """
     if source.path is not None:
         path = Path(source.path).expanduser()
@@ -72,9 +71,12 @@ def source_path(name: str, source: SourceSettings, advice: str) -> Path | None:
 
 
 def obtain(name: str, file: Published, path: Path | None, folder: Path) -> Path | None:
-    """The verified archive: in `path` (itself or a folder with it), or downloaded where `path` is None.
+    """The verified archive: `path` itself, a file in the folder `path`, or downloaded where `path` is None.
 
     None where the folder `path` has no such archive.
+
+    Raises:
+        UserError: the archive can't be downloaded, or its checksum is wrong.
     """
     if path is None:
         if file.url is None:
@@ -88,10 +90,10 @@ def obtain(name: str, file: Published, path: Path | None, folder: Path) -> Path 
 
 
 def verify(archive: Path, file: Published, folder: Path) -> None:
-    """Check the published checksum, once: what was verified is noted in `folder` by size and time of change.
+    """Check the published checksum once: `folder` records the size and modification time of verified archives.
 
     Raises:
-        UserError: another checksum.
+        UserError: the checksum is wrong.
     """
     note = folder / VERIFIED
     verified = json.loads(note.read_text()) if note.exists() else {}
@@ -126,10 +128,10 @@ def _bar(total: int | None, description: str, start: int = 0) -> tqdm[Any]:
 
 
 def download(file: Published, folder: Path) -> Path:
-    """Fetch `file` into `folder`, going on from where an earlier attempt stopped.
+    """Download `file` into `folder`, continuing where an earlier attempt stopped.
 
     Raises:
-        UserError: the server can't be reached, or what it sent has another checksum.
+        UserError: the server can't be reached, or the checksum of the download is wrong.
     """
     assert file.url is not None
     target = folder / file.name
@@ -162,7 +164,7 @@ def download(file: Published, folder: Path) -> Path:
 
 
 def _transfer(url: str, part: Path) -> None:
-    """Append what `part` still lacks. Raises ConnectionError where the server stopped early."""
+    """Append to `part` the bytes it lacks. Raises ConnectionError where the server stopped early."""
     done = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(
         url, headers={"User-Agent": "aps-vit"} | ({"Range": f"bytes={done}-"} if done else {})
@@ -170,7 +172,7 @@ def _transfer(url: str, part: Path) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and done:  # nothing left to send: whole already, or not this file; the checksum tells
+        if error.code == 416 and done:  # nothing left to send: complete, or another file; the checksum tells
             return
         raise
     with response:
@@ -193,7 +195,7 @@ def _transfer(url: str, part: Path) -> None:
 
 @contextmanager
 def archive_errors(archive: Path) -> Iterator[None]:
-    """What a truncated or altered archive raises, as one sentence."""
+    """Turn the exceptions of a truncated or altered archive into a UserError."""
     try:
         yield
     except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
@@ -228,28 +230,28 @@ def regular_members(archive: Path, tar: tarfile.TarFile) -> list[tarfile.TarInfo
 
 
 class Window:
-    """A read-only file: bytes [start, start + size) of another. The tar of a class inside the tar of all classes."""
+    """Bytes [start, start + size) of a file as a read-only file: the tar of a class inside ImageNet's tar of tars."""
 
     def __init__(self, file: IO[bytes], start: int, size: int) -> None:
-        self.file, self.start, self.size, self.at = file, start, size, 0
+        self.file, self.start, self.size, self.position = file, start, size, 0
 
     def read(self, size: int = -1) -> bytes:
-        left = max(0, self.size - self.at)
-        self.file.seek(self.start + self.at)
+        left = max(0, self.size - self.position)
+        self.file.seek(self.start + self.position)
         block = self.file.read(left if size < 0 else min(size, left))
-        self.at += len(block)
+        self.position += len(block)
         return block
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
-        return self.at
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        return self.position
 
     def tell(self) -> int:
-        return self.at
+        return self.position
 
 
 def copy_file(source: IO[bytes], target: Path, size: int, archive: Path) -> None:
-    """Write `size` bytes of an archive's member. Raises UserError where the archive ends before."""
+    """Write `size` bytes of an archive's member to `target`. Raises UserError where the archive ends too early."""
     with open(target, "wb") as out:
         left = size
         while left and (block := source.read(min(left, CHUNK))):
@@ -265,9 +267,9 @@ def parallel(
     description: str,
     workers: int | None = None,
 ) -> list[Result]:
-    """`function` of every item in threads, in order, with a progress bar; the first error stops the rest.
+    """`function` of every item, in order, with a progress bar; the first error stops the rest.
 
-    Threads: reading, writing and decoding images all release the interpreter's lock.
+    It uses threads, because reading, writing and decoding images release the interpreter's lock.
     """
     items = list(items)
     pool = ThreadPoolExecutor(workers or cores())

@@ -1,10 +1,10 @@
-"""Have the files that a dataset was prepared from changed since? Answered from names, sizes and times, without opening one.
+"""Finds out whether a dataset's source files changed since it was prepared, by their names, sizes and modification times.
 
-The manifest holds a digest over all of them, which a walk through the folders computes again; `files.tsv` beside it has
-a line a file, so that a difference can be told in numbers.
+The manifest holds one digest over all of them, which a walk through the folders computes again; `files.tsv` beside it
+has one line a file, so that a message can count what changed.
 
 Design: contents are not read, so a file that is replaced by another of the same size and time is not noticed (a digest
-over contents is taken when a dataset is prepared). It imports nothing heavy: planning asks.
+over contents is taken when a dataset is prepared). Nothing heavy is imported, because planning calls it.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from pathlib import Path
 from aps.data.manifest import Fingerprint, Manifest
 from aps.data.walk import File, Walk, printable, walk
 from aps.files import write_bytes
-from aps.settings.blocks import OwnDataset, SourceSettings
+from aps.settings.blocks import SourceSettings, UserDataset
 
 RECORD = "files.tsv"  # a line a file: number of its root, slash, name below it, tab, bytes, tab, time of change in ns
 
 
 def take(folder: Path, walks: Sequence[Walk], files: Iterable[Path] = ()) -> Fingerprint:
-    """The fingerprint of folders as they were just found, and of single files; writes the record into `folder`.
+    """The fingerprint of walked folders and of single files; writes the record into `folder`.
 
     Args:
-        folder: the dataset's own, beside its manifest.
+        folder: the dataset's folder, where its manifest is.
     """
-    seen = [(_place(found.root, folder), found.files) for found in walks]
-    seen += [(_place(path, folder), _single(path)) for path in files]
-    lines = [_lines(number, found) for number, (_, found) in enumerate(seen)]
+    roots = [(_relative(tree.root, folder), tree.files) for tree in walks]
+    roots += [(_relative(path, folder), _single(path)) for path in files]
+    lines = [_lines(number, found) for number, (_, found) in enumerate(roots)]
     write_bytes(folder / RECORD, "".join(lines).encode("utf-8", errors="surrogateescape"))
     return Fingerprint(
-        roots=tuple(place for place, _ in seen),
-        count=sum(len(found) for _, found in seen),
+        roots=tuple(root for root, _ in roots),
+        count=sum(len(found) for _, found in roots),
         digest=_digest(lines),
     )
 
 
-def outdated(path: Path, source: SourceSettings | OwnDataset) -> str | None:
-    """Why a prepared dataset has to be prepared again, in a sentence's part; None where nothing speaks for it.
+def outdated(path: Path, source: SourceSettings | UserDataset) -> str | None:
+    """Why a prepared dataset has to be prepared again, as part of a sentence; None where it need not be.
 
     Args:
         path: its manifest.json.
-        source: where the study says it comes from.
+        source: where the study says the dataset comes from.
 
     Raises:
         UserError: the manifest is broken or of another version.
@@ -59,19 +59,19 @@ def changed(manifest: Manifest, folder: Path, trust: bool = False) -> str | None
     """What is new, gone or changed, as `folder photos: 3 images new, 1 gone`; None where nothing is.
 
     Args:
-        folder: the manifest's.
-        trust: don't look (a tree too large, or a file system too slow, to be walked through each time).
+        folder: the folder of the manifest.
+        trust: don't look, because the tree is too large or its file system too slow for a walk each time.
     """
     known = manifest.fingerprint
     if known is None or trust:
         return None
-    found = [_look(folder / place) for place in known.roots]
+    found = [_files(folder / root) for root in known.roots]
     if _digest([_lines(number, files) for number, files in enumerate(found)]) == known.digest:
         return None
     before = _recorded(folder / RECORD, len(known.roots))
     parts = []
-    for place, then, now in zip(known.roots, before, found, strict=True):
-        root = (folder / place).resolve()
+    for name, then, now in zip(known.roots, before, found, strict=True):
+        root = (folder / name).resolve()
         if not root.exists():
             parts.append(f"{_shown(root)} is gone")
         elif not root.is_dir():
@@ -84,10 +84,10 @@ def changed(manifest: Manifest, folder: Path, trust: bool = False) -> str | None
 # --------------------------------------------------------------------------------------------------
 
 
-def _place(path: Path, folder: Path) -> str:
-    """As a manifest has it: relative to its folder where it lies in there, else absolute."""
-    resolved, own = path.resolve(), folder.resolve()
-    return str(resolved.relative_to(own) if resolved.is_relative_to(own) else resolved)
+def _relative(path: Path, folder: Path) -> str:
+    """The path as a manifest names it: relative to its folder if it lies inside, else absolute."""
+    resolved, base = path.resolve(), folder.resolve()
+    return str(resolved.relative_to(base) if resolved.is_relative_to(base) else resolved)
 
 
 def _single(path: Path) -> list[File]:
@@ -95,7 +95,8 @@ def _single(path: Path) -> list[File]:
     return [File("", stat.st_size, stat.st_mtime_ns)]
 
 
-def _look(root: Path) -> list[File]:
+def _files(root: Path) -> list[File]:
+    """The images of a folder, or a single file; none where the root is gone."""
     if root.is_dir():
         return walk(root).files
     return _single(root) if root.is_file() else []
@@ -120,12 +121,12 @@ def _marks(files: list[File]) -> Marks:
 
 
 def _recorded(path: Path, roots: int) -> list[Marks | None]:
-    """Each root's files as they were; None where the record is lost."""
+    """The files of each root when the dataset was prepared; None where the record is lost."""
     found: list[Marks] = [{} for _ in range(roots)]
     try:
         for line in path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1]:
-            place, size, mtime = line.split("\t")
-            number, _, name = place.partition("/")
+            entry, size, mtime = line.split("\t")
+            number, _, name = entry.partition("/")
             found[int(number)][name] = (int(size), int(mtime))
     except (OSError, ValueError, IndexError):
         return [None] * roots
@@ -133,7 +134,7 @@ def _recorded(path: Path, roots: int) -> list[Marks | None]:
 
 
 def _difference(then: Marks | None, now: Marks) -> str | None:
-    """`3 images new, 1 gone`; None where there is none."""
+    """`3 images new, 1 gone`; None where nothing differs."""
     if then is None:
         return "changed"
     counts = {
@@ -141,14 +142,14 @@ def _difference(then: Marks | None, now: Marks) -> str | None:
         "gone": len(then.keys() - now.keys()),
         "changed": sum(now[name] != mark for name, mark in then.items() if name in now),
     }
-    told = [f"{count:,} {word}" for word, count in counts.items() if count]
-    if not told:
+    counted = [f"{count:,} {word}" for word, count in counts.items() if count]
+    if not counted:
         return None
-    count, word = told[0].split()
-    return ", ".join([f"{count} {'image' if count == '1' else 'images'} {word}", *told[1:]])
+    count, word = counted[0].split()
+    return ", ".join([f"{count} {'image' if count == '1' else 'images'} {word}", *counted[1:]])
 
 
 def _shown(path: Path) -> str:
-    """Relative to the working directory where it lies in there."""
+    """The path, relative to the working directory if it lies inside."""
     here = Path(os.getcwd())
     return printable(path.relative_to(here) if path.is_relative_to(here) else path)

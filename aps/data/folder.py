@@ -1,11 +1,11 @@
-"""The user's own images: any tree of image files, used in place.
+"""A user's dataset as a tree of image files, used in place.
 
-With labels, either `train/` and `test/` (or `val/`, taken as the test split; their usual spellings count) with a folder a
-class, or one tree of class folders, of which a fixed, stratified fifth is held out as the test split. Without labels,
-every image of the tree is a training image. Every image is decoded once, so none fails in training.
+With labels, either `train/` and `test/` (or `val/`, taken as the test split; other usual names are known) with one
+folder a class, or one tree of class folders, of which a fixed, stratified fifth is held out as the test split. Without
+labels, every image of the tree is a training image. Every image is decoded once, so that none fails during training.
 
-Design: a folder's layout is guessed from names alone, so this file is mostly about layouts that look like another. What
-would give figures without a meaning (split folders or a whole dataset taken for a class) is refused.
+Design: a folder's layout is guessed from names alone, so most of this file tells similar layouts apart. Layouts that
+would give meaningless results (a split folder or a whole dataset taken for a class) are refused.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ from aps.settings.blocks import SourceSettings
 
 HOLDOUT = 0.2  # of each class, rounded, at least one image
 SPLIT_SEED = 0
-# The names that folders of splits go by, in any case.
+# Names of split folders, in upper or lower case.
 SPLITS = {
     "train": ("train", "training"),
     "test": ("test", "testing"),
     "val": ("val", "valid", "validation"),
 }
-# Names that only look like those of splits: train_images, test2017.
+# Names that only look like split folders: train_images, test2017.
 LIKE_SPLITS = re.compile(r"(train|test|val)", re.IGNORECASE)
 
 
 def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
-    """Raises UserError where there is no such tree, its layout is none of the two, a class lacks images, or an image is
-    unreadable."""
+    """Raises UserError where the tree is missing, has neither layout, a class lacks images, or an image is unreadable."""
     key = f"sources.{name}.path"
     if source.path is None:
         raise UserError(f"dataset '{name}': {key} is not set; {_advice(key)}")
@@ -47,8 +46,11 @@ def describe(folder: Path, name: str, tree: str, key: str, labels: bool) -> Mani
     """The manifest of a tree of images.
 
     Args:
-        key: of the setting that names the tree, for messages.
+        key: the setting that names the tree, for error messages.
         labels: whether its folders are classes; else every image is a training image.
+
+    Raises:
+        UserError: as in `prepare`.
     """
     advice = _advice(key) if labels else f"set {key} to a folder with images"
     path = Path(tree).expanduser()
@@ -83,7 +85,7 @@ def _role(name: str) -> str | None:
 
 
 def _labelled(tree: Walk) -> tuple[list[str], dict[str, trees.Listing], list[str]]:
-    """Classes, splits and notes."""
+    """Class names, splits and notes."""
     root, inside = tree.root, tree.inside()
     roles: dict[str, str] = {}
     for name in inside:
@@ -112,7 +114,7 @@ def _labelled(tree: Walk) -> tuple[list[str], dict[str, trees.Listing], list[str
 
 
 def _classes(tree: Walk, inside: str = "") -> list[str]:
-    """Class folders in a folder of the tree. Raises UserError where these are no classes."""
+    """Names of the class folders in a folder of the tree. Raises UserError where its folders are not classes."""
     where = tree.root / inside
     found = tree.inside(inside)
     below = {name: tree.inside(f"{inside}/{name}".lstrip("/")) for name in found}
@@ -145,8 +147,8 @@ def _classes(tree: Walk, inside: str = "") -> list[str]:
 
 def _slashed(names: object, shown: int = 4) -> str:
     """`cat/, dog/ and 3 more`."""
-    every = [f"{printable(name)}/" for name in names]  # type: ignore[attr-defined]
-    return ", ".join(every[:shown]) + (f" and {len(every) - shown:,} more" if len(every) > shown else "")
+    folders = [f"{printable(name)}/" for name in names]  # type: ignore[attr-defined]
+    return ", ".join(folders[:shown]) + (f" and {len(folders) - shown:,} more" if len(folders) > shown else "")
 
 
 def _outside(tree: Walk, inside: str) -> list[str]:
@@ -170,7 +172,7 @@ def held_out(labels: np.ndarray, seed: int, called: Callable[[int], str]) -> tup
 
     Args:
         labels: (M,), from 0.
-        called: what to call a class in messages.
+        called: what to call a class in error messages.
 
     Raises:
         UserError: a class has fewer than two images.

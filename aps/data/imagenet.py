@@ -1,9 +1,9 @@
 """ImageNet-1K (ILSVRC 2012): from its tar files, or an ImageFolder tree (train/, val/) used in place.
 
-Design: the train archive is a tar of 1,000 tars. Classes are read in parallel straight from their place in it and
-each appears under its final name only when whole, so a killed extraction goes on where it stopped and nothing is
-written twice. The archives stay the user's; extracted images take about as much space again.
-The test split is the official validation set: the test set's labels are not public.
+Design: the train archive is a tar of 1,000 tars. Classes are extracted in parallel, straight from their position in it.
+Each gets its final name only when complete, so a killed extraction continues where it stopped. The archives are not
+deleted; extracted images take about as much space again.
+The test split is the official validation set, because the labels of the test set are not public.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEVKIT = fetch.Published("ILSVRC2012_devkit_t12.tar.gz", None, "fa75699e90414af0
 CLASSES = 1_000
 COUNTS = {"train": 1_281_167, "val": 50_000}
 STATISTICS_IMAGES = 10_000  # train images decoded for the statistics; all of them would take hours
-WRITERS = 16  # threads that extract: they wait for the disk more than they compute
+WRITERS = 16  # threads that extract; more than cores, because they mostly wait for the disk
 
 PUBLISHED = ChannelStatistics(
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), over="the usual ImageNet constants (torchvision)"
@@ -37,7 +37,7 @@ PUBLISHED = ChannelStatistics(
 
 
 def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
-    """Raises UserError where an archive, a class or an image is missing, altered or too many."""
+    """Raises UserError where an archive, a class or an image is missing or altered, or their number is wrong."""
     advice = f"set it to a folder with {TRAIN.name}, {VAL.name} and {DEVKIT.name}, or with train/ and val/"
     if source.path is None:
         raise UserError(
@@ -78,7 +78,7 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
 
 
 def extract(path: Path, folder: Path, name: str) -> None:
-    """The tar files in `path` as `folder`/train and `folder`/val, going on from where an earlier attempt stopped."""
+    """Extract the tar files in `path` as `folder`/train and `folder`/val, continuing where an earlier attempt stopped."""
     archives = []
     for file in (DEVKIT, VAL, TRAIN):
         archive = fetch.obtain(name, file, path, folder)
@@ -92,9 +92,12 @@ def extract(path: Path, folder: Path, name: str) -> None:
 
 
 def validation_classes(devkit: Path) -> list[str]:
-    """WordNet ID of each validation image, in the order of its number.
+    """WordNet ID of each validation image, in the order of the images' numbers.
 
-    meta.mat numbers the synsets (ILSVRC2012_ID); those without children are the classes.
+    meta.mat numbers the synsets (ILSVRC2012_ID); the synsets without children are the classes.
+
+    Raises:
+        UserError: the devkit is damaged or not the publisher's.
     """
     base = "ILSVRC2012_devkit_t12/data/"
     with fetch.archive_errors(devkit), tarfile.open(devkit, "r:gz") as tar:
@@ -133,7 +136,7 @@ def _extract_train(archive: Path, wnids: list[str], target: Path) -> None:
 
 
 def _extract_class(archive: Path, member: tarfile.TarInfo, target: Path) -> None:
-    """One nested tar, under a hidden name until it is whole."""
+    """Extract one nested tar, under a hidden name until it is complete."""
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -149,7 +152,7 @@ def _extract_class(archive: Path, member: tarfile.TarInfo, target: Path) -> None
 
 
 def _extract_val(archive: Path, wnids: list[str], target: Path) -> None:
-    """Each image in the folder of its class, all under a hidden name until every one is there."""
+    """Extract each image into the folder of its class, under a hidden name until all are complete."""
     if target.is_dir():
         return
     part = target.with_name(f".{target.name}.part")

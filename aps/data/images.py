@@ -1,12 +1,12 @@
-"""Image files as pixels: the one place where they are decoded, for stages and detection alike.
+"""Decodes image files to pixels; nothing else in the package does.
 
-Whatever Pillow reads is read: 16 bit, CMYK, palettes, animations (their first frame); an EXIF orientation is applied, so
-that an image stands as people see it.
+It reads whatever Pillow reads: 16 bit, CMYK, palettes, animations (their first frame). An EXIF orientation is applied, so
+that an image is upright.
 
 Design: plain JPEG files are decoded by torchvision, which takes two thirds of Pillow's time and gives the same pixels,
-because both are libjpeg-turbo; a test compares the two. Everything else, PNG above all, goes through Pillow: a
-flipped byte can crash torchvision's PNG decoder, and libpng prints warnings that name no file. A PNG's own checksums are
-checked before it is decoded. Colour profiles are not applied, transparency is dropped.
+because both use libjpeg-turbo; a test compares the two. Everything else, PNG above all, goes through Pillow: a flipped
+byte can crash torchvision's PNG decoder, and libpng prints warnings that name no file. The checksums in a PNG are checked
+before it is decoded. Colour profiles are not applied, transparency is dropped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from aps.data.complaints import dropped
 from aps.data.walk import SUFFIXES, printable
 from aps.errors import UserError
 
-# Pillow warns, without a file's name, of what is refused or harmless here: a damaged EXIF block, a large image.
+# Pillow's warnings name no file, and what they report is harmless or refused here: a damaged EXIF block, a large image.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 ORIENTATION = 0x0112  # EXIF tag
@@ -40,17 +40,17 @@ def read_image(path: Path, at_least: int | None = None) -> Tensor:
     """Pixels of an image file, uint8 RGB (3, H, W).
 
     Args:
-        at_least: a smaller version will do, in which the shorter side has at least this many pixels (where the file's
-            has): by a whole factor, JPEG files while they are decoded. None: the file's own size.
+        at_least: reduce the image by a whole factor whose result has at least this many pixels on the shorter side (an
+            image that is smaller is not reduced); JPEG files are reduced while they are decoded. None: full size.
 
     Raises:
-        UserError: the file is missing, damaged, no image, or of a kind that has no 8-bit colours.
+        UserError: the file is missing, damaged, not an image, or has no 8-bit colours.
     """
     return decode_image(read_file(path), path, at_least)
 
 
 def read_file(path: Path) -> bytes:
-    """Raises UserError where it can't be read."""
+    """The bytes of a file. Raises UserError where it can't be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -60,7 +60,7 @@ def read_file(path: Path) -> bytes:
 
 
 def decode_image(content: bytes, path: Path, at_least: int | None = None) -> Tensor:
-    """`read_image` of a file whose bytes are there; `path` is for messages."""
+    """As `read_image`, of a file's bytes; `path` is for error messages."""
     try:
         with dropped():
             return _decode(content, at_least)
@@ -77,7 +77,7 @@ def orientation(path: Path) -> int:
 
 
 def from_pillow(image: Image.Image) -> Tensor:
-    """Pixels of an image that Pillow has opened, as `read_image` gives them of its file.
+    """Pixels of an image that Pillow has opened, uint8 RGB (3, H, W), the same as `read_image` of its file.
 
     Raises:
         UserError: it can't be decoded, or has no 8-bit colours.
@@ -92,7 +92,7 @@ def from_pillow(image: Image.Image) -> Tensor:
 
 @cache
 def supported(suffix: str) -> bool:
-    """Whether this installation of Pillow reads files of a suffix of SUFFIXES: some formats are optional there."""
+    """Whether this installation of Pillow reads files with a suffix of SUFFIXES: it can lack some formats."""
     Image.init()
     optional = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}.get(SUFFIXES[suffix])
     return SUFFIXES[suffix] in Image.OPEN and (optional is None or bool(features.check(optional)))
@@ -108,10 +108,10 @@ def _decode(content: bytes, at_least: int | None) -> Tensor:
         turned = _orientation(image) != 1
         factor = max(1, min(image.size) // at_least) if at_least else 1
         if image.format == "JPEG" and image.mode in ("L", "RGB") and factor == 1 and not turned:
-            with contextlib.suppress(RuntimeError):  # Pillow says better what is wrong, if it is
+            with contextlib.suppress(RuntimeError):  # Pillow's error messages are clearer
                 return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
         if factor > 1:
-            image.draft(None, (image.width // factor, image.height // factor))  # of other formats: nothing
+            image.draft(None, (image.width // factor, image.height // factor))  # does nothing for other formats
         image.load()
         if turned:
             _turn(image)
@@ -136,13 +136,13 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _turn(image: Image.Image) -> None:
-    """In place. Pillow has turned some formats (TIFF) while loading them, and then dropped the tag."""
+    """Apply the EXIF orientation in place. Pillow turns some formats (TIFF) while loading, and then drops the tag."""
     if _orientation(image) != 1:
         ImageOps.exif_transpose(image, in_place=True)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB; of 16 bits the upper 8."""
+    """The image in 8-bit RGB; of 16 bits, the upper 8 are kept."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
@@ -156,7 +156,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _check_png(content: bytes) -> None:
-    """Every chunk against its checksum. Raises ValueError for a PNG that is truncated or altered."""
+    """Compare every chunk with its checksum. Raises ValueError for a PNG that is truncated or altered."""
     at, kind = len(PNG_SIGNATURE), b""
     while kind != b"IEND":
         if at + 12 > len(content):
@@ -172,7 +172,7 @@ def _check_png(content: bytes) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """On one line."""
+    """What an exception says, on one line."""
     if isinstance(error, UnidentifiedImageError):
         return "it is empty or of no format that Pillow knows"
     return " ".join(str(error).split("\n")[0].split()) or type(error).__name__

@@ -1,8 +1,8 @@
-"""Loading a split by its manifest: images in memory for small datasets, a reader of files for large ones.
+"""Loads a split by its manifest: images in memory for small datasets, a reader of files for large ones.
 
-Files that preparing wrote are compared with their checksums first, once a process.
+Files that the preparation wrote are first compared with their checksums, once a process.
 
-It deliberately does not know datasets by name, augmentation or normalization.
+It does not know datasets by name, augmentation or normalization.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class FileSplit:
         return [self.path(i) for i in range(len(self))]
 
     def read(self, i: int, at_least: int | None = None) -> Tensor:
-        """uint8 (3, H, W), in the image's own size or, as `read_image` has it, a smaller one.
+        """uint8 (3, H, W), in full size or reduced as by `read_image`.
 
         Raises:
-            UserError: the file is no readable image.
+            UserError: the file is not a readable image.
         """
         return read_image(self.path(i), at_least)
 
@@ -82,11 +82,12 @@ def load_split(
         manifest_path: results/data/NAME/manifest.json.
         split: train or test.
         limit: keep this many images, chosen by `limited`; None keeps all.
-        seed: of that choice.
+        seed: the seed of that choice.
         labelled: whether labels are needed.
 
     Raises:
-        UserError: not prepared, without the labels that are needed, no such split, its files are gone or altered, or `limit` exceeds it.
+        UserError: the dataset is not prepared or has no labels that are needed, there is no such split, its files are
+            gone or altered, or `limit` exceeds its images.
     """
     manifest_path = Path(manifest_path)
     manifest, folder = Manifest.read(manifest_path), manifest_path.parent
@@ -98,17 +99,17 @@ def load_split(
         raise UserError(
             f"{manifest_path}: dataset '{manifest.name}' has no split '{split}'; it has {', '.join(manifest.splits)}"
         )
-    where = manifest.splits[split]
-    file = where.tensors or where.index
+    files = manifest.splits[split]
+    file = files.tensors or files.index
     if file is None or manifest.kind == "detection":
         raise UserError(f"{manifest_path}: dataset '{manifest.name}' is for detection; name a classification dataset")
-    if limit is not None and limit > where.count:
+    if limit is not None and limit > files.count:
         raise UserError(
-            f"limit {limit} exceeds the {where.count} {split} images of dataset '{manifest.name}'; lower dataset.train_limit"
+            f"limit {limit} exceeds the {files.count} {split} images of dataset '{manifest.name}'; lower dataset.train_limit"
         )
     verify(manifest, folder, file)
     try:
-        if where.tensors is not None:
+        if files.tensors is not None:
             tensors = load_file(folder / file)
             images = tensors["images"]
             labels = tensors.get("labels", torch.full((len(images),), NO_LABEL))
@@ -117,20 +118,20 @@ def load_split(
             labels = torch.tensor(targets, dtype=torch.int64)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{folder / file}: cannot be read ({error}); {prepare_it(manifest.name)}") from None
-    if len(labels) != where.count:
+    if len(labels) != files.count:
         raise UserError(
-            f"{folder / file}: holds {len(labels)} images instead of {where.count}; {prepare_it(manifest.name)}"
+            f"{folder / file}: holds {len(labels)} images instead of {files.count}; {prepare_it(manifest.name)}"
         )
     _check_labels(folder / file, labels, manifest)
     chosen = limited(labels, limit, seed) if limit is not None else None
-    if where.tensors is not None:
+    if files.tensors is not None:
         if chosen is not None:
             images, labels = images[chosen], labels[chosen]
         return ArraySplit(images.expand(-1, 3, -1, -1), labels, manifest.classes)
     names = np.array([name.encode("utf-8", errors="surrogateescape") for name in listed])
     if chosen is not None:
         names, labels = names[chosen.numpy()], labels[chosen]
-    return FileSplit(folder / (where.images or "."), names, labels, manifest.classes)
+    return FileSplit(folder / (files.images or "."), names, labels, manifest.classes)
 
 
 def _check_labels(file: Path, labels: Tensor, manifest: Manifest) -> None:
@@ -146,11 +147,11 @@ def _check_labels(file: Path, labels: Tensor, manifest: Manifest) -> None:
 
 
 def limited(labels: Tensor, limit: int, seed: int) -> Tensor:
-    """Rows of a class-balanced choice of `limit` images, ascending.
+    """Rows of a class-balanced choice of `limit` images, int64 (limit,), ascending.
 
-    Each class is shuffled, then classes deal one image each in turn (in an order shuffled anew each turn) until `limit`
-    are dealt, a class that has run out being passed over. So classes differ by at most one image while none has run
-    out, a smaller limit is a subset of a larger one with the same seed, and the largest is the whole split.
+    Each class is shuffled. Then, round by round, every class that has images left gives one, in an order shuffled anew
+    each round, until there are `limit`. So classes differ by at most one image while none has run out, a smaller limit
+    is a subset of a larger one with the same seed, and the largest is the whole split.
 
     Args:
         labels: int64 (M,).
@@ -158,8 +159,8 @@ def limited(labels: Tensor, limit: int, seed: int) -> Tensor:
     generator = np.random.default_rng(seed)
     targets = labels.numpy()
     tie = generator.permutation(len(targets))
-    turn = np.empty(len(targets), dtype=np.int64)
+    round_of_row = np.empty(len(targets), dtype=np.int64)
     for label in np.unique(targets):
         rows = np.flatnonzero(targets == label)
-        turn[rows[np.argsort(tie[rows])]] = np.arange(len(rows))
-    return torch.from_numpy(np.sort(np.lexsort((generator.permutation(len(targets)), turn))[:limit]))
+        round_of_row[rows[np.argsort(tie[rows])]] = np.arange(len(rows))
+    return torch.from_numpy(np.sort(np.lexsort((generator.permutation(len(targets)), round_of_row))[:limit]))

@@ -1,8 +1,8 @@
-"""The manifest: the one file that says what a prepared dataset is, and the only thing loaders read.
+"""The manifest: the one file that describes a prepared dataset, and the file from which loaders start.
 
-Design: paths in it are relative to its folder, except those of files used in place, so a results folder can be
-moved; and its digest covers contents, never paths, so the same images prepared elsewhere have the same digest.
-It deliberately does not know how any dataset is obtained.
+Design: paths in it are relative to its folder, except those of files used in place, so a results folder can be moved.
+Its digest covers contents, never paths, so the same images prepared elsewhere have the same digest.
+It does not know how a dataset is obtained.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from aps.registry import DATASETS, DETECTION_DATASETS
 
 RGB = tuple[float, float, float]
 ROUNDING = 1e-6  # of sums over many pixels
-CONSTANT = 1e-4  # a channel with a smaller deviation, a fortieth of a level, is taken for constant
+CONSTANT = 1e-4  # a channel with a smaller standard deviation (a fortieth of 1/255) is taken for constant
 
 
 class _Block(BaseModel):
@@ -38,7 +38,7 @@ class ChannelStatistics(_Block):
     def _check(self) -> ChannelStatistics:
         for key, values in (("mean", self.mean), ("std", self.std)):
             for value in values:
-                if not -ROUNDING <= value <= 1 + ROUNDING:  # nor is NaN
+                if not -ROUNDING <= value <= 1 + ROUNDING:  # refuses NaN too
                     raise ValueError(f"{key} {value} is not between 0 and 1, where that of pixels in [0, 1] lies")
         return self
 
@@ -49,7 +49,7 @@ class Statistics(_Block):
 
 
 class Split(_Block):
-    """Where a split lies. Paths are relative to the manifest's folder, or absolute."""
+    """The files of a split. Paths are relative to the manifest's folder, or absolute."""
 
     count: int
     tensors: str | None = None  # safetensors: images uint8 (M, C, H, W), labels int64 (M,)
@@ -59,7 +59,7 @@ class Split(_Block):
 
 
 class Fingerprint(_Block):
-    """The files that a dataset was prepared from, by name, size and time (`aps.data.fingerprint`)."""
+    """Names, sizes and modification times of the files that a dataset was prepared from (`aps.data.fingerprint`)."""
 
     roots: tuple[str, ...]  # folders of images, and single files; relative to the manifest's folder, or absolute
     count: int
@@ -83,7 +83,7 @@ class Manifest(_Block):
     checksums: dict[str, str] = {}  # sha256 of the same files, compared when a split is loaded
     fingerprint: Fingerprint | None = None  # None where nothing is used in place
     masks: bool = True  # detection: false where instances have boxes only
-    notes: tuple[str, ...] = ()  # what preparing it passed over, mended or found, for people
+    notes: tuple[str, ...] = ()  # what the preparation skipped, repaired or found, for people
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -105,11 +105,11 @@ class Manifest(_Block):
             ) from None
 
     def write(self, path: Path) -> None:
-        """Atomically: readers see the whole manifest or none."""
+        """Write atomically: readers see the whole manifest or none."""
         write_bytes(path, (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode())
 
     def normalization(self, which: Literal["measured", "published"] = "measured") -> tuple[RGB, RGB]:
-        """(mean, std) in [0, 1] units; a channel that is constant has std 1, so that it can be divided by.
+        """(mean, std) in [0, 1] units; a constant channel gets std 1, so that it can be divided by.
 
         Raises:
             UserError: the dataset has no such constants.
@@ -131,8 +131,9 @@ class Manifest(_Block):
         return tuple(name for name, std in zip(("red", "green", "blue"), deviations, strict=True) if std <= CONSTANT)
 
     def problem(self, folder: Path) -> str | None:
-        """What a look at its files finds missing or changed, else None: the contents of those it names, and whether 256
-        image files of each split are there."""
+        """What is missing or changed among its files, as part of a sentence, else None.
+
+        It checks the contents of the files it names, and whether about 256 image files of each split exist."""
         if set(self.checksums) != set(self.sizes):
             return "it was prepared by an earlier version"
         for file, size in self.sizes.items():
@@ -158,18 +159,18 @@ class Manifest(_Block):
 
 
 def prepare_it(name: str) -> str:
-    """The end of a sentence."""
+    """The end of an error message: the advice to prepare the dataset."""
     return f"prepare it by {preparing(name)}"
 
 
 def preparing(name: str) -> str:
-    """The command; a dataset of the user's own is known to the study that names it."""
+    """The command that prepares a dataset. A user's dataset needs the study that names it."""
     known = name in DATASETS or name in DETECTION_DATASETS
     return f"`python -m aps data {name}{'' if known else ' --configfile STUDY.yaml'}`"
 
 
 def with_sizes(manifest: Manifest, folder: Path) -> Manifest:
-    """The manifest with the bytes and the checksum of every file it names filled in."""
+    """The manifest with the size in bytes and the checksum of every file it names."""
     files = [
         file
         for split in manifest.splits.values()
@@ -185,7 +186,7 @@ def with_sizes(manifest: Manifest, folder: Path) -> Manifest:
 
 
 def verify(manifest: Manifest, folder: Path, file: str) -> None:
-    """Compare a file that the manifest names with its checksum; it is read once a process.
+    """Compare a file that the manifest names with its checksum; the file is read once a process.
 
     Raises:
         UserError: it is gone, or its contents are not what was prepared.
@@ -202,11 +203,11 @@ def verify(manifest: Manifest, folder: Path, file: str) -> None:
     raise UserError(f"{folder / file}: cannot be read ({problem}); {prepare_it(manifest.name)}")
 
 
-NO_LABEL = -1  # of an image of a dataset without labels
+NO_LABEL = -1  # the label of every image of a dataset without labels
 
 
 def read_index(path: Path) -> tuple[list[str], list[int]]:
-    """Names under the split's image folder and labels, a line each; NO_LABEL where a line is a name only."""
+    """Names under the split's image folder, and labels; NO_LABEL where a line holds only a name."""
     names, labels = [], []
     for line in path.read_text(encoding="utf-8", errors="surrogateescape").split("\n"):
         if line:
@@ -217,8 +218,9 @@ def read_index(path: Path) -> tuple[list[str], list[int]]:
 
 
 def write_index(path: Path, names: list[str], labels: list[int] | None) -> None:
-    """labels: None where there are none. Raises UserError for a file name with a line break or tab, which the index
-    can't hold."""
+    """Write a split's index; labels None: there are none.
+
+    Raises UserError for a file name with a line break or tab, which the index can't hold."""
     if broken := next((name for name in names if "\n" in name or "\t" in name), None):
         raise UserError(f"image {broken!r}: its name holds a tab or line break; rename it")
     if labels is None:
@@ -229,7 +231,7 @@ def write_index(path: Path, names: list[str], labels: list[int] | None) -> None:
 
 
 def content_digest(*parts: Any) -> str:
-    """sha256 over parts in order: bytes-like ones as they are, others as JSON, each preceded by its length."""
+    """sha256 over parts in order: bytes-like ones as they are, others as JSON, each preceded by its length in bytes."""
     digest = hashlib.sha256()
     for part in parts:
         content = part if isinstance(part, bytes | memoryview) else json.dumps(part, sort_keys=True).encode()

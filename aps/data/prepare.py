@@ -1,8 +1,8 @@
-"""Prepare a dataset by name: get, verify, describe. The manifest is written last and atomically.
+"""Prepares a dataset by name: get, verify, describe. The manifest is written last and atomically.
 
 Design: a copy of the manifest, `prepared.json`, stays beside it. Snakemake deletes a rule's outputs before it reruns
-the rule; with the copy, a rerun is a quick verification and not a second download or a second look at every image.
-It deliberately does not know any dataset; they are found through `aps.registry`.
+the rule; with the copy, a rerun only verifies the files, and neither downloads nor decodes the images again.
+It does not know any dataset; they are found through `aps.registry`.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from aps.errors import UserError
 from aps.files import DISK_ERRORS
 from aps.layout import data_folder
 from aps.registry import DATASETS, DETECTION_DATASETS, resolve
-from aps.settings.blocks import OwnDataset, SourceSettings
+from aps.settings.blocks import SourceSettings, UserDataset
 
 COPY = "prepared.json"
 LOCK = ".lock"
 
 
-def prepare(name: str, folder: Path, source: SourceSettings | OwnDataset, force: bool = False) -> Manifest:
-    """Make `folder`/manifest.json true; safe to kill and to call again, and for several processes at once: one works,
-    the others wait for it.
+def prepare(name: str, folder: Path, source: SourceSettings | UserDataset, force: bool = False) -> Manifest:
+    """Prepare a dataset, or verify that it is prepared, and return its manifest.
+
+    It is safe to kill and to call again. Of several processes that call it at once, one works and the others wait.
 
     Args:
-        name: a dataset of `aps.registry`; any, where `source` is the user's own.
-        folder: the dataset's own folder, results/data/NAME; of people's own data results/data/NAME-KEY, to which NAME then
-            becomes a link, unless it is something else.
+        name: a dataset of `aps.registry`; any name, where `source` is a UserDataset.
+        folder: the dataset's folder, results/data/NAME; for users' datasets results/data/NAME-KEY, to which
+            results/data/NAME becomes a link unless something else has that name.
         source: where it comes from; `path` None means download (or no source needed).
-        force: delete what was prepared before and do it again; downloads that are under way go on.
+        force: delete what was prepared before and prepare again; interrupted downloads are continued.
 
     Raises:
-        UserError: no such dataset, its source is missing, broken or incomplete, or the disk refuses.
+        UserError: there is no such dataset, its source is missing, broken or incomplete, or the disk can't be written.
     """
     if isinstance(source, SourceSettings) and name not in DATASETS and name not in DETECTION_DATASETS:
         known = sorted([*DATASETS.names(), *DETECTION_DATASETS.names()])
@@ -51,7 +52,7 @@ def prepare(name: str, folder: Path, source: SourceSettings | OwnDataset, force:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(name, folder):
+        with _locked(name, folder):
             manifest = None if force else _prepared(name, folder, source)
             if manifest is None:
                 if force:
@@ -66,13 +67,14 @@ def prepare(name: str, folder: Path, source: SourceSettings | OwnDataset, force:
             "(what is done is kept)"
         ) from error
     if folder.name != name and folder.name == data_folder(name, source):
-        _name(folder, name)
+        _link(folder, name)
     for note in manifest.notes:
         print(f"{name}: {note}", flush=True)
     return manifest
 
 
 def summary(manifest: Manifest) -> str:
+    """`1,438 train, 359 test images of 10 classes, digest 0123456789ab`."""
     counts = ", ".join(f"{split.count:,} {name}" for name, split in manifest.splits.items())
     labels = f"of {len(manifest.classes):,} classes" if manifest.classes else "without labels"
     return f"{counts} images {labels}, digest {manifest.digest[:12]}"
@@ -81,9 +83,9 @@ def summary(manifest: Manifest) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def _prepare(name: str, folder: Path, source: SourceSettings | OwnDataset) -> Manifest:
-    if isinstance(source, OwnDataset):
-        manifest: Manifest = resolve("aps.data.own:prepare")(folder, source, name)
+def _prepare(name: str, folder: Path, source: SourceSettings | UserDataset) -> Manifest:
+    if isinstance(source, UserDataset):
+        manifest: Manifest = resolve("aps.data.user_datasets:prepare")(folder, source, name)
     else:
         registry = DATASETS if name in DATASETS else DETECTION_DATASETS
         manifest = registry.load(name)(folder, source, name)
@@ -97,10 +99,10 @@ def _prepare(name: str, folder: Path, source: SourceSettings | OwnDataset) -> Ma
     return manifest
 
 
-def _name(folder: Path, name: str) -> None:
-    """A link beside the folder by the dataset's plain name, for people; nothing here follows it."""
+def _link(folder: Path, name: str) -> None:
+    """Link the dataset's plain name to its folder, for people; no code follows the link."""
     link = folder.with_name(name)
-    with suppress(OSError):  # no links here
+    with suppress(OSError):  # this file system has no links
         if link.is_symlink() or not link.exists():
             new = folder.with_name(f".{folder.name}.link")
             new.unlink(missing_ok=True)
@@ -108,8 +110,8 @@ def _name(folder: Path, name: str) -> None:
             new.replace(link)
 
 
-def _prepared(name: str, folder: Path, source: SourceSettings | OwnDataset) -> Manifest | None:
-    """The manifest of an earlier preparation that still holds."""
+def _prepared(name: str, folder: Path, source: SourceSettings | UserDataset) -> Manifest | None:
+    """The manifest of an earlier preparation that is still valid, else None."""
     path = folder / "manifest.json"
     known = path if path.exists() else folder / COPY
     if not known.exists():
@@ -130,14 +132,14 @@ def _prepared(name: str, folder: Path, source: SourceSettings | OwnDataset) -> M
 
 
 def _forget(folder: Path) -> None:
-    """Delete what was prepared: the manifest, and what of the files and folders it names lies in here."""
-    own = {COPY, "manifest.json", fetch.VERIFIED}
+    """Delete what was prepared: the manifest, and the files and folders it names inside `folder`."""
+    prepared = {COPY, "manifest.json", fetch.VERIFIED}
     for known in (folder / COPY, folder / "manifest.json"):
         with suppress(UserError):
             manifest = Manifest.read(known)
             named = [*manifest.sizes, *(split.images or "" for split in manifest.splits.values())]
-            own |= {Path(name).parts[0] for name in named if name and not Path(name).is_absolute()}
-    for path in (folder / name for name in own - {"..", "."}):
+            prepared |= {Path(name).parts[0] for name in named if name and not Path(name).is_absolute()}
+    for path in (folder / name for name in prepared - {"..", "."}):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -145,9 +147,9 @@ def _forget(folder: Path) -> None:
 
 
 @contextmanager
-def _alone(name: str, folder: Path) -> Iterator[None]:
-    """Holds the dataset's folder against other processes, waiting for one that has it."""
-    lock = _hold(name, folder / LOCK)
+def _locked(name: str, folder: Path) -> Iterator[None]:
+    """Lock the dataset's folder against other processes; wait while another holds the lock."""
+    lock = _acquire(name, folder / LOCK)
     try:
         yield
     finally:
@@ -156,8 +158,8 @@ def _alone(name: str, folder: Path) -> Iterator[None]:
             lock.close()
 
 
-def _hold(name: str, path: Path) -> IO[str] | None:
-    """The locked file; None in a folder that can't be written, where a dataset can still be found prepared."""
+def _acquire(name: str, path: Path) -> IO[str] | None:
+    """The locked file; None in a folder that can't be written, where the dataset may be prepared already."""
     while True:
         try:
             lock = open(path, "a")  # noqa: SIM115 - it stays open for the caller
@@ -179,4 +181,4 @@ def _hold(name: str, path: Path) -> IO[str] | None:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 return lock
-        lock.close()  # of a file that its holder took away when it was done
+        lock.close()  # its holder has deleted this file since, so lock the new one

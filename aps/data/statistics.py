@@ -1,7 +1,7 @@
 """Channel mean and standard deviation of images in one pass, in float64.
 
-Every image counts equally, whatever its size: training sees crops of one size from each. With images of one size this
-is the ordinary mean and (population) standard deviation over all pixels.
+Every image counts equally, whatever its size, because training takes crops of one size from each. With images of one
+size this is the ordinary mean and (population) standard deviation over all pixels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from aps.data.manifest import ChannelStatistics
 
 
 class Accumulator:
-    """Sums over images of each image's mean of x and of x^2, from exact integer sums over its pixels."""
+    """Sums, over images, of each image's mean of x and mean of x^2; each mean comes from an exact integer sum."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -29,11 +29,13 @@ class Accumulator:
         self.images += m
 
     def merge(self, other: Accumulator) -> None:
+        """Add the sums of `other`."""
         self.first += other.first
         self.second += other.second
         self.images += other.images
 
     def result(self, over: str) -> ChannelStatistics:
+        """Mean and standard deviation in [0, 1] units; `over` says in words what was averaged."""
         mean = self.first / self.images
         std = (self.second / self.images - mean**2).clamp(min=0).sqrt()
         return ChannelStatistics(mean=tuple(mean.tolist()), std=tuple(std.tolist()), over=over)  # type: ignore[arg-type]

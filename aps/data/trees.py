@@ -1,7 +1,7 @@
-"""Datasets that are folders of image files: listed, checked and described, never copied.
+"""Lists, checks and describes datasets that are folders of image files; the images are never copied.
 
 The layout is torchvision's ImageFolder, one folder a class with images anywhere below it; or, without labels, images
-anywhere. It deliberately does not know where a tree came from.
+anywhere. It does not know where a tree comes from.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Listing(NamedTuple):
     sizes: list[int]  # bytes
 
     def rows(self, chosen: list[int]) -> Listing:
+        """The images at the positions `chosen`."""
         return Listing(
             self.root,
             [self.names[i] for i in chosen],
@@ -54,25 +55,25 @@ class Listing(NamedTuple):
         )
 
 
-class Seen(NamedTuple):
-    """Some images, decoded."""
+class Decoded(NamedTuple):
+    """What decoding some images found."""
 
     sha256: list[str]
     image_sizes: list[tuple[int, int]]  # height, width
     sums: Accumulator
     broken: list[UserError]
-    suspects: list[str]  # about which a library may have complained
+    suspects: list[str]  # images about which a C library may have printed a warning
 
 
 def survey(root: Path) -> Walk:
-    """All that lies below `root`. Raises UserError where something is wrong with it, listing what."""
+    """Everything below `root`. Raises UserError that lists what is wrong with it, if anything is."""
     tree = walk(root)
     tree.check()
     return tree
 
 
 def class_folders(tree: Walk, inside: str = "") -> list[str]:
-    """Names of the class folders in a folder of the tree, sorted. Raises UserError where it has none."""
+    """Sorted names of the class folders in a folder of the tree. Raises UserError where it has none."""
     if not (classes := tree.inside(inside)):
         raise UserError(
             f"{printable(tree.root / inside)}: has no class folders; put the images of each class in a folder of its name"
@@ -102,14 +103,14 @@ def listing(tree: Walk, classes: list[str], inside: str = "") -> Listing:
         )
     per_class: dict[str, list[tuple[str, int]]] = {name: [] for name in classes}
     for name, size in _readable(tree, inside):
-        own, slash, _ = name.partition("/")
+        class_name, slash, _ = name.partition("/")
         if slash:
-            per_class[own].append((name, size))
+            per_class[class_name].append((name, size))
     if empty := [name for name, images in per_class.items() if not images]:
         raise UserError(
             f"{printable(root / empty[0])}: class folder has no images{_more(empty)}; add some or remove it"
         )
-    images = [(name, size, label) for label, own in enumerate(per_class.values()) for name, size in sorted(own)]
+    images = [(name, size, label) for label, files in enumerate(per_class.values()) for name, size in sorted(files)]
     return Listing(root, [x[0] for x in images], [x[2] for x in images], [x[1] for x in images])
 
 
@@ -123,7 +124,7 @@ def unlabelled(tree: Walk) -> Listing:
 
 
 def passed_over(tree: Walk) -> list[str]:
-    """The note that says what of the tree is not read; none where all of it is."""
+    """The note on files of the tree that are not read; none where all are."""
     kinds = tree.passed + Counter(f"{file.suffix}" for file in tree.files if not supported(file.suffix))
     return [f"passed over in {printable(tree.root)}: {counted(kinds)}"] if kinds else []
 
@@ -140,33 +141,36 @@ def describe(
     published: ChannelStatistics | None = None,
     notes: Sequence[str] = (),
 ) -> Manifest:
-    """Write the index of each split, and the manifest's content.
+    """Write the index of each split, and return the manifest.
 
     Args:
-        classes: none for images without labels.
+        classes: empty for images without labels.
         splits: train and test; train alone for images without labels.
-        trees: what the splits were listed from, for the fingerprint.
+        trees: the walks that the splits were listed from, for the fingerprint.
         sample: decode this many train images, balanced over classes, for the statistics, and let the digest cover
-            names, sizes and labels; None decodes every image of every split and covers their contents.
+            names, sizes and labels. None: decode every image of every split, and let the digest cover their contents.
 
     Raises:
-        UserError: an image that was decoded is unreadable; all of those are listed in `folder`/unreadable.txt.
+        UserError: a decoded image is unreadable; `folder`/unreadable.txt lists all of them.
     """
-    fingerprint = take(folder, trees)  # before any image is read, so that a change meanwhile is seen next time
+    fingerprint = take(folder, trees)  # before any image is read, so that a change meanwhile is noticed next time
     train = splits["train"]
-    looked = splits
+    to_decode = splits
     if sample is not None and train.labels is not None and sample < len(train.names):
-        looked = {"train": train.rows(limited(torch.tensor(train.labels), sample, seed=0).tolist())}
-    seen = {split: look_at(folder, split, images) for split, images in looked.items()}
-    every = looked is splits
-    over = f"every pixel of {'the' if every else 'a seeded, class-balanced sample of'} {len(looked['train'].names):,}"
-    notes = [*notes, *damaged(folder, looked, seen)]
-    notes = [*notes, *(alike(folder, splits, {split: own.sha256 for split, own in seen.items()}) if every else [])]
+        to_decode = {"train": train.rows(limited(torch.tensor(train.labels), sample, seed=0).tolist())}
+    decoded = {split: decode(folder, split, images) for split, images in to_decode.items()}
+    every = to_decode is splits
+    over = (
+        f"every pixel of {'the' if every else 'a seeded, class-balanced sample of'} {len(to_decode['train'].names):,}"
+    )
+    notes = [*notes, *damaged(folder, to_decode, decoded)]
+    if every:
+        notes += duplicates(folder, splits, {split: images.sha256 for split, images in decoded.items()})
     contents = {
-        split: [images.names, images.labels, seen[split].sha256 if every else images.sizes]
+        split: [images.names, images.labels, decoded[split].sha256 if every else images.sizes]
         for split, images in splits.items()
     }
-    image_sizes = {size for images in seen.values() for size in images.image_sizes}
+    image_sizes = {size for images in decoded.values() for size in images.image_sizes}
     written = {}
     for split, images in splits.items():
         write_index(folder / f"{split}.tsv", images.names, images.labels)
@@ -180,7 +184,8 @@ def describe(
         image_size=image_sizes.pop() if every and len(image_sizes) == 1 else None,
         splits=written,
         statistics=Statistics(
-            measured=seen["train"].sums.result(f"{over} train images, each image counting equally"), published=published
+            measured=decoded["train"].sums.result(f"{over} train images, each image counting equally"),
+            published=published,
         ),
         digest=content_digest(classes, contents),
         digest_of=f"{'class names, ' if classes else ''}file names, {'file contents' if every else 'file sizes'}"
@@ -193,31 +198,35 @@ def describe(
     return with_sizes(manifest, folder)
 
 
-def look_at(folder: Path, split: str, images: Listing) -> Seen:
+def decode(folder: Path, split: str, images: Listing) -> Decoded:
     """Decode images, in threads.
 
     Raises:
-        UserError: one is unreadable; all of those are listed in `folder`/unreadable.txt.
+        UserError: an image is unreadable; `folder`/unreadable.txt lists all of them.
     """
     chunks = [images.names[i : i + 64] for i in range(0, len(images.names), 64)]
-    every = Seen([], [], Accumulator(), [], [])
+    total = Decoded([], [], Accumulator(), [], [])
     with Complaints() as complaints:
-        for seen in parallel(lambda names: _look(images.root, names, complaints), chunks, f"decode {split}"):
-            every.sha256.extend(seen.sha256)
-            every.image_sizes.extend(seen.image_sizes)
-            every.sums.merge(seen.sums)
-            every.broken.extend(seen.broken)
-            every.suspects.extend(seen.suspects)
-    if every.broken:
+        for chunk in parallel(lambda names: _decode_chunk(images.root, names, complaints), chunks, f"decode {split}"):
+            total.sha256.extend(chunk.sha256)
+            total.image_sizes.extend(chunk.image_sizes)
+            total.sums.merge(chunk.sums)
+            total.broken.extend(chunk.broken)
+            total.suspects.extend(chunk.suspects)
+    if total.broken:
         listed = folder / "unreadable.txt"
-        write_bytes(listed, "".join(f"{error}\n" for error in every.broken).encode())
-        count = f"{len(every.broken)} such file{'s' * (len(every.broken) > 1)}"
-        raise UserError(f"{every.broken[0]} ({count}, listed in {listed})")
-    return every
+        write_bytes(listed, "".join(f"{error}\n" for error in total.broken).encode())
+        count = f"{len(total.broken)} such file{'s' * (len(total.broken) > 1)}"
+        raise UserError(f"{total.broken[0]} ({count}, listed in {listed})")
+    return total
 
 
-def alike(folder: Path, splits: dict[str, Listing], contents: dict[str, list[str]]) -> list[str]:
-    """The note on images of train whose contents stand in another split too; `folder`/duplicates.txt lists them."""
+def duplicates(folder: Path, splits: dict[str, Listing], contents: dict[str, list[str]]) -> list[str]:
+    """The note on images of train that are in another split too; `folder`/duplicates.txt lists them.
+
+    Args:
+        contents: sha256 of each image, by split.
+    """
     train = dict(zip(contents["train"], splits["train"].names, strict=True))
     pairs = [
         f"train/{train[digest]} = {split}/{name}"
@@ -245,7 +254,7 @@ def _more(names: list[str]) -> str:
 
 
 def _readable(tree: Walk, inside: str = "") -> list[tuple[str, int]]:
-    """(path below that folder of the tree, bytes) of the images that this Pillow reads."""
+    """(path below a folder of the tree, bytes) of the images that this installation of Pillow reads."""
     start = f"{inside}/" if inside else ""
     return [
         (file.name[len(start) :], file.size)
@@ -254,12 +263,12 @@ def _readable(tree: Walk, inside: str = "") -> list[tuple[str, int]]:
     ]
 
 
-def damaged(folder: Path, splits: dict[str, Listing], seen: dict[str, Seen]) -> list[str]:
-    """The note on images that a library complained about and decoded as far as it could; `folder`/damaged.txt lists them."""
+def damaged(folder: Path, splits: dict[str, Listing], decoded: dict[str, Decoded]) -> list[str]:
+    """The note on damaged images, of which only a part was decoded; `folder`/damaged.txt lists them."""
     found = []
     with Complaints() as complaints:
-        for split, own in seen.items():
-            for name in own.suspects:  # alone this time
+        for split, images in decoded.items():
+            for name in images.suspects:  # one at a time, so that a warning belongs to this image
                 before = complaints.size
                 with suppress(UserError):
                     read_image(splits[split].root / name)
@@ -275,19 +284,19 @@ def damaged(folder: Path, splits: dict[str, Listing], seen: dict[str, Seen]) -> 
     ]
 
 
-def _look(root: Path, names: list[str], complaints: Complaints) -> Seen:
-    seen = Seen([], [], Accumulator(), [], [])
+def _decode_chunk(root: Path, names: list[str], complaints: Complaints) -> Decoded:
+    decoded = Decoded([], [], Accumulator(), [], [])
     for name in names:
         before = complaints.size
         try:
             content = read_file(root / name)
             image = decode_image(content, root / name)
         except UserError as error:
-            seen.broken.append(error)
+            decoded.broken.append(error)
             continue
         if complaints.size != before:
-            seen.suspects.append(name)
-        seen.sha256.append(hashlib.sha256(content).hexdigest())
-        seen.image_sizes.append((image.shape[1], image.shape[2]))
-        seen.sums.add(image[None])
-    return seen
+            decoded.suspects.append(name)
+        decoded.sha256.append(hashlib.sha256(content).hexdigest())
+        decoded.image_sizes.append((image.shape[1], image.shape[2]))
+        decoded.sums.add(image[None])
+    return decoded

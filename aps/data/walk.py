@@ -1,9 +1,9 @@
-"""What lies below a folder: images, what is passed over, and what is wrong with it.
+"""Lists what is below a folder: images, files that are skipped, and problems.
 
-One pass with `os.scandir`, for listing a dataset and for its fingerprint alike. Links are followed, of folders too.
+One pass with `os.scandir` serves to list a dataset and to take its fingerprint. Links to files and folders are followed.
 
-Design: nothing is raised here. A walk collects all that is wrong, so that one message can list it; `Walk.check` raises.
-It imports nothing heavy, because planning walks too, and deliberately does not know classes or splits.
+Design: a walk raises nothing. It collects all problems, so that one message can list them; `Walk.check` raises.
+It imports nothing heavy, because planning walks too, and does not know classes or splits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from aps.errors import UserError
 
-# Suffix of each kind of file that is taken for an image -> Pillow's name of its format.
+# Suffix of an image file -> Pillow's name of its format.
 SUFFIXES = {
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "JPEG"),
     **dict.fromkeys((".png", ".apng"), "PNG"),
@@ -32,7 +32,7 @@ SUFFIXES = {
     ".pcx": "PCX",
     ".qoi": "QOI",
 }
-# What systems and tools leave among people's files, beside names that begin with a dot.
+# Files and folders that operating systems and tools create. Names that begin with a dot are hidden anyway.
 HOUSEKEEPING = {
     "@eadir",
     "__macosx",
@@ -67,26 +67,26 @@ class File(NamedTuple):
 
 @dataclass
 class Walk:
-    """A folder as it was found."""
+    """What a walk found below a folder."""
 
     root: Path
     files: list[File] = field(default_factory=list)  # images, by suffix; sorted within each folder
     folders: list[str] = field(default_factory=list)  # paths under root, hidden ones left out
-    passed: Counter[str] = field(default_factory=Counter)  # kind of what was passed over: how many
+    passed: Counter[str] = field(default_factory=Counter)  # kind of file that was skipped -> how many
     problems: list[tuple[str, str]] = field(default_factory=list)  # kind, path under root
 
     def below(self, folder: str) -> list[File]:
-        """Its images below a folder of it."""
+        """The images below one of its folders, at any depth."""
         return [file for file in self.files if file.name.startswith(folder + "/")]
 
     def inside(self, folder: str = "") -> list[str]:
-        """Names of the folders that lie directly in a folder of it, sorted."""
+        """Sorted names of the folders directly inside one of its folders."""
         start = f"{folder}/" if folder else ""
-        own = (name[len(start) :] for name in self.folders if name.startswith(start))
-        return sorted(name for name in own if name and "/" not in name)
+        below = (name[len(start) :] for name in self.folders if name.startswith(start))
+        return sorted(name for name in below if name and "/" not in name)
 
     def check(self) -> None:
-        """Raises UserError where something is wrong, with all kinds of it and some of their names."""
+        """Raises UserError where there are problems; it lists every kind, with some names."""
         if not self.problems:
             return
         kinds: dict[str, list[str]] = {}
@@ -117,7 +117,7 @@ def counted(kinds: Counter[str]) -> str:
 
 
 def printable(path: Path | str) -> str:
-    """A path for messages: bytes that are not UTF-8 and control characters escaped."""
+    """A path for messages: control characters and bytes that are not UTF-8 are escaped."""
     text = str(path).encode("utf-8", errors="surrogateescape").decode("utf-8", errors="backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -126,15 +126,20 @@ def printable(path: Path | str) -> str:
 
 
 def _enter(found: Walk, path: str, inside: str, above: tuple[tuple[int, int], ...]) -> None:
-    """inside: `path` under the root, "" or ending in a slash; above: device and inode of the folders that hold it."""
+    """Walk the folder `path`.
+
+    Args:
+        inside: `path` under the root, "" or ending in a slash.
+        above: device and inode of the folders that hold it.
+    """
     try:
         with os.scandir(path) as entries:
             here = sorted(entries, key=lambda entry: entry.name)
-        own = os.stat(path)
+        stat = os.stat(path)
     except OSError:
         found.problems.append((CLOSED, inside.rstrip("/") or "."))
         return
-    above = (*above, (own.st_dev, own.st_ino))
+    above = (*above, (stat.st_dev, stat.st_ino))
     seen: dict[str, str] = {}
     for entry in here:
         name = entry.name
@@ -167,7 +172,7 @@ def _enter(found: Walk, path: str, inside: str, above: tuple[tuple[int, int], ..
 
 
 def _problem(name: str, seen: dict[str, str]) -> str | None:
-    """seen: the folder's names that are not ASCII, by their composed form."""
+    """What is wrong with a file's name, if anything; `seen` maps composed (NFC) forms to the folder's earlier names."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:

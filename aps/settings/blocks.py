@@ -459,7 +459,7 @@ class CocoSplits(Section):
     val: CocoFiles
 
 
-class OwnDataset(Section):
+class UserDataset(Section):
     """A dataset of the user's own, by one of `folder`, `arrays` and `coco`."""
 
     folder: str | None = Field(None, description="tree of image files, one folder a class")
@@ -491,7 +491,7 @@ class OwnDataset(Section):
         return json.dumps(self.model_dump(mode="json", exclude_defaults=True, exclude={"trust"}), sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> OwnDataset:
+    def from_json(cls, text: str) -> UserDataset:
         """Raises UserError where the text is not a dump of such an entry."""
         try:
             return cls.model_validate_json(text)
@@ -501,7 +501,7 @@ class OwnDataset(Section):
             ) from None
 
     @model_validator(mode="after")
-    def _check(self) -> OwnDataset:
+    def _check(self) -> UserDataset:
         given = [key for key in ("folder", "arrays", "coco") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from aps.files import atomic_path
 from aps.registry import METHODS
-from aps.settings.blocks import CocoFiles, OwnDataset, ResourceSettings, SourceSettings
+from aps.settings.blocks import CocoFiles, ResourceSettings, SourceSettings, UserDataset
 from aps.settings.study import ExperimentSettings, StudySettings, experiment_model
 from aps.stages import STAGES
 
@@ -33,7 +33,7 @@ def tables() -> dict[str, list[Row]]:
             *study,
             experiments,
             *_rows(SourceSettings, "sources.NAME."),
-            *_rows(OwnDataset, "datasets.NAME."),
+            *_rows(UserDataset, "datasets.NAME."),
             *_rows(CocoFiles, "datasets.NAME.coco.SPLIT."),
         ],
         "An experiment": [row for row in _rows(ExperimentSettings, "") if row[0] not in (*BLOCKS, "resources")],

@@ -24,11 +24,11 @@ from aps.settings.base import NAME, Section, Seed, check_distinct
 from aps.settings.blocks import (
     DatasetSettings,
     EncoderSettings,
-    OwnDataset,
     PretrainSettings,
     ResourceSettings,
     SamplingSettings,
     SourceSettings,
+    UserDataset,
     ViewSettings,
     name_only,
 )
@@ -134,7 +134,7 @@ class StudySettings(Section):
         None, description="image of `--sdm apptainer`, a file or an address; null: `aps.sif` (docs/containers.md)"
     )
     sources: dict[str, SourceSettings] = Field({}, description="where a dataset comes from, by its name")
-    datasets: dict[Annotated[str, Field(pattern=f"^{NAME}$")], OwnDataset] = Field(
+    datasets: dict[Annotated[str, Field(pattern=f"^{NAME}$")], UserDataset] = Field(
         {}, description="data of your own, by names that `dataset` and `detection.dataset` can use"
     )
     resources: dict[Asking, ResourceSettings] = Field(
@@ -277,7 +277,7 @@ class Study(StudySettings):
             return experiment
         return weights.removeprefix("experiment:") if weights.startswith("experiment:") else None
 
-    def source(self, dataset: str) -> SourceSettings | OwnDataset:
+    def source(self, dataset: str) -> SourceSettings | UserDataset:
         """Where a dataset comes from."""
         return self.datasets.get(dataset) or self.sources.get(dataset) or SourceSettings()
 

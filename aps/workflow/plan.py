@@ -37,7 +37,7 @@ from aps.layout import (
 )
 from aps.results import forget, saved_run
 from aps.runtime.launch import SHELL_PREFIX
-from aps.settings.blocks import OwnDataset
+from aps.settings.blocks import UserDataset
 from aps.settings.reading import load_study, read_value
 from aps.settings.study import StageSettings, Study
 from aps.stages import STAGES
@@ -396,7 +396,7 @@ class Plan:
 
     def source_options(self, wildcards: Any, resources: Any) -> str:
         source = self.study.source(self.datasets[wildcards.dataset])
-        if isinstance(source, OwnDataset):
+        if isinstance(source, UserDataset):
             return f"--entry {shlex.quote(source.model_dump_json(exclude_defaults=True))}"
         path = f"--source {shlex.quote(source.path)}" if source.path else ""
         return f"{path} {'' if source.download else '--no-download'}".strip()

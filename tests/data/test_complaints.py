@@ -16,7 +16,7 @@ from aps.data.complaints import Complaints
 from aps.data.images import read_image
 from aps.data.load import FileSplit, load_split
 from aps.data.prepare import prepare
-from aps.settings.blocks import OwnDataset
+from aps.settings.blocks import UserDataset
 
 
 def jpeg(file: Path, damaged: bool) -> None:
@@ -44,7 +44,7 @@ def test_libjpeg_complains_about_the_damaged_one(tree: Path, capfd: pytest.Captu
 
 
 def test_a_damaged_image_is_named_once_when_it_is_prepared(tree: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    manifest = prepare("mine", tree.parent / "out", OwnDataset(folder=str(tree), labels=False))
+    manifest = prepare("mine", tree.parent / "out", UserDataset(folder=str(tree), labels=False))
     shown = capfd.readouterr()
     assert "JPEG data" not in shown.err
     (note,) = [note for note in manifest.notes if "damaged" in note]
@@ -67,7 +67,7 @@ class Pixels(Dataset):
 
 
 def test_decoding_workers_are_silent_about_it(tree: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    prepare("mine", tree.parent / "out", OwnDataset(folder=str(tree), labels=False))
+    prepare("mine", tree.parent / "out", UserDataset(folder=str(tree), labels=False))
     split = load_split(tree.parent / "out/manifest.json", "train")
     assert isinstance(split, FileSplit)
     capfd.readouterr()

@@ -19,7 +19,7 @@ from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.findings import Findings
 from aps.layout import data_folder, manifest_of, manifest_path
-from aps.settings.blocks import OwnDataset, SourceSettings
+from aps.settings.blocks import SourceSettings, UserDataset
 from aps.settings.reading import load_study
 
 ROOT = Path(__file__).parents[2]
@@ -91,10 +91,10 @@ def test_a_real_folder_of_the_plain_name_is_left_alone(here: Path) -> None:
 
 def test_only_what_people_bring_has_its_source_in_its_folders_name() -> None:
     assert data_folder("cifar10", SourceSettings(path="/data/cifar")) == data_folder("cifar10") == "cifar10"
-    one, other = (data_folder("photos", OwnDataset(folder=folder)) for folder in ("a", "b"))
+    one, other = (data_folder("photos", UserDataset(folder=folder)) for folder in ("a", "b"))
     assert one != other and one.startswith("photos-")
-    assert data_folder("photos", OwnDataset(folder="a", trust=True)) == one  # how it is looked at is no part of it
-    assert data_folder("photos", OwnDataset(folder="a", labels=False)) != one
+    assert data_folder("photos", UserDataset(folder="a", trust=True)) == one  # how it is looked at is no part of it
+    assert data_folder("photos", UserDataset(folder="a", labels=False)) != one
     assert manifest_path("r", "folder", SourceSettings(path="x")).parent.name.startswith("folder-")
 
 

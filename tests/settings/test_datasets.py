@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from aps.errors import UserError
-from aps.settings.blocks import OwnDataset, SourceSettings, minutes
+from aps.settings.blocks import SourceSettings, UserDataset, minutes
 from aps.settings.reading import load_study, parse_overrides, read_value
 from aps.settings.reference import schema
 from aps.settings.study import StageSettings, Study
@@ -41,7 +41,7 @@ def test_pretraining_on_one_and_evaluating_on_another_takes_three_lines(tmp_path
     names = {stage: study.stage_settings("e", 0, stage).dataset_name for stage in study.experiments["e"].stages}
     assert names == {"pretrain": "pool", "finetune": "eval", "linear_probe": "scans", "knn": "eval"}
     assert study.dataset_names() == ["eval", "pool", "scans"]
-    assert study.source("pool") == OwnDataset(folder="/data/pool", labels=False)
+    assert study.source("pool") == UserDataset(folder="/data/pool", labels=False)
     assert study.source("digits") == SourceSettings()
 
 
@@ -160,10 +160,10 @@ def test_editors_know_the_new_keys(tmp_path: Path) -> None:
 
 
 def test_the_identity_of_own_data_is_what_makes_them_and_not_how_they_are_looked_at() -> None:
-    one = OwnDataset(folder="a")
-    assert one.identity == OwnDataset(folder="a", trust=True).identity
-    assert len({one.identity, OwnDataset(folder="b").identity, OwnDataset(folder="a", labels=False).identity}) == 3
-    assert OwnDataset.from_json(one.model_dump_json(exclude_defaults=True)) == one
+    one = UserDataset(folder="a")
+    assert one.identity == UserDataset(folder="a", trust=True).identity
+    assert len({one.identity, UserDataset(folder="b").identity, UserDataset(folder="a", labels=False).identity}) == 3
+    assert UserDataset.from_json(one.model_dump_json(exclude_defaults=True)) == one
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Data of the user's own, as a study's block `datasets` names them: a tree of images, a .npz file, or COCO files."""
+"""Users' datasets, as a study's block `datasets` names them: a tree of images, a .npz file, or COCO files."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from pathlib import Path
 
 from aps.data import array_files, coco_files, folder
 from aps.data.manifest import Manifest
-from aps.settings.blocks import OwnDataset
+from aps.settings.blocks import UserDataset
 
 
-def prepare(out: Path, source: OwnDataset, name: str) -> Manifest:
-    """The manifest of the dataset `name`; what loaders need is written into `out`.
+def prepare(out: Path, source: UserDataset, name: str) -> Manifest:
+    """Write what loaders need into `out`, and return the manifest of the dataset `name`.
 
     Raises:
-        UserError: a file is missing or broken, or what it holds is not what the entry says.
+        UserError: a file is missing or broken, or its contents do not fit the entry.
     """
     key = f"datasets.{name}"
     if source.coco is not None:
         files = {
-            split: coco_files.Files(Path(own.images).expanduser(), Path(own.annotations).expanduser())
-            for split, own in (("train", source.coco.train), ("val", source.coco.val))
+            split: coco_files.Files(Path(paths.images).expanduser(), Path(paths.annotations).expanduser())
+            for split, paths in (("train", source.coco.train), ("val", source.coco.val))
         }
         manifest = coco_files.describe(out, name, files, f"{key}.coco", source.masks)
     elif source.arrays is not None:
