@@ -1,4 +1,4 @@
-"""COCO transfer: object detection and instance segmentation on the encoder. Planning imports this file: no torch here."""
+"""Object detection and instance segmentation on the encoder, scored on COCO data. Planning imports this file: no torch."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from aps.errors import UserError
 from aps.registry import ENGINES
 
-# What an engine needs beyond the package's own requirements, and the command that brings it.
+# Libraries that an engine needs beyond the package's requirements, and the command that installs them.
 NEEDED = {"detectron2": ("detectron2", "pip install --no-build-isolation '.[detectron2]'")}
 
 
 def check_engine(engine: str) -> None:
-    """Raises UserError where the library of `engine` is not installed; imports nothing of it."""
+    """Raises UserError where the library of `engine` is not installed; does not import it."""
     module, install = NEEDED.get(engine, (None, None))
     if module is not None and find_spec(module) is None:
         raise UserError(
@@ -21,7 +21,7 @@ def check_engine(engine: str) -> None:
 
 
 def load_engine(engine: str) -> Any:
-    """The class `Engine` of aps/detection/engines. Raises UserError where its library is missing or does not import."""
+    """The class `Engine` of an engine's file. Raises UserError where its library is missing or does not import."""
     check_engine(engine)
     try:
         return ENGINES.load(engine)

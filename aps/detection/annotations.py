@@ -1,8 +1,8 @@
-"""COCO-format splits: which images a detector sees, in which order, with which boxes and masks.
+"""Reads splits in COCO's format: the images of a detector, their order, boxes and masks.
 
 Design: the order of training images is a pure function of seed and iteration, for any number of processes, and so is
-each image's augmentation. A resumed run therefore sees what an undisturbed one would have, and both engines see the
-same. It deliberately does not know detectors.
+each image's augmentation. So a resumed run sees the same images as an uninterrupted one, and so do both engines.
+It does not know detectors.
 
 Letters: K instances of an image; M images of a split; H, W rows and columns of an image.
 """
@@ -42,27 +42,26 @@ class CocoSplit:
     """One split of a detection dataset.
 
     Attributes:
-        manifest: of the dataset.
+        manifest: the file manifest.json of the dataset.
         annotations: the COCO json file.
-        folder: where its images lie.
-        ids: ids of its images, ascending; for training only those with an instance that is no crowd.
-        categories: the json's category ids, ascending; a label is a position in this list.
-        classes: their names.
+        folder: the folder of its images.
+        ids: ids of its images, ascending; for training only those with an instance that is not a crowd.
+        categories: the category ids of the json file, ascending; a label is a position in this list.
+        classes: the names of the categories, in the same order.
         masks: whether instances have masks; else they have boxes only.
     """
 
     def __init__(self, manifest_path: Path, split: str, training: bool) -> None:
-        """Raises UserError where the dataset is not prepared or its annotations are altered, broken or without
-        instances."""
+        """Raises UserError where the dataset is not prepared, or its annotations are altered, broken or empty."""
         manifest = Manifest.read(manifest_path)
         if manifest.kind != "detection":
             raise UserError(f"{manifest_path}: dataset '{manifest.name}' has no boxes; name a detection dataset")
         self.manifest = manifest_path
-        where = manifest.splits[split]
-        self.annotations = manifest_path.parent / str(where.annotations)
-        self.folder = manifest_path.parent / str(where.images)
+        files = manifest.splits[split]
+        self.annotations = manifest_path.parent / str(files.annotations)
+        self.folder = manifest_path.parent / str(files.images)
         self.masks = manifest.masks
-        verify(manifest, manifest_path.parent, str(where.annotations))
+        verify(manifest, manifest_path.parent, str(files.annotations))
         self.name = f"{manifest.name}_{split}_{manifest.digest[:12]}"
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress by print
@@ -86,17 +85,19 @@ class CocoSplit:
         return self.folder / self.coco.imgs[self.ids[index]]["file_name"]
 
     def read(self, index: int) -> Tensor:
-        """uint8 (3, H, W). Raises UserError where the file is no readable image."""
+        """uint8 (3, H, W). Raises UserError where the file is not a readable image."""
         return read_image(self.path(index))
 
     def target(self, index: int) -> Target:
+        """The instances of an image, without crowds."""
         record = self.coco.imgs[self.ids[index]]
         instances = [a for a in self.coco.imgToAnns[self.ids[index]] if not a.get("iscrowd", 0)]
         corner = torch.tensor([a["bbox"] for a in instances], dtype=torch.float32).reshape(-1, 4)
         masks = None
         if self.masks:
-            each = [torch.from_numpy(self.coco.annToMask(a)) for a in instances]
-            masks = torch.stack(each) if each else torch.zeros(0, record["height"], record["width"], dtype=torch.uint8)
+            planes = [torch.from_numpy(self.coco.annToMask(a)) for a in instances]
+            empty = torch.zeros(0, record["height"], record["width"], dtype=torch.uint8)
+            masks = torch.stack(planes) if planes else empty
         return Target(
             boxes=torch.cat([corner[:, :2], corner[:, :2] + corner[:, 2:]], dim=1),
             labels=torch.tensor([self.categories.index(a["category_id"]) for a in instances], dtype=torch.int64),
@@ -105,7 +106,7 @@ class CocoSplit:
 
     @property
     def run_lengths(self) -> bool:
-        """Whether instances (not crowds) come as run-length masks rather than polygons."""
+        """Whether instances that are not crowds have run-length masks, not polygons."""
         return any(isinstance(a.get("segmentation"), dict) for a in self.coco.anns.values() if not a.get("iscrowd", 0))
 
 
@@ -115,8 +116,10 @@ def result_rows(
     """Detections of one image in COCO's result format.
 
     Args:
-        boxes: (K, 4) left, top, right, bottom; scores: (K,); labels: (K,); masks: bool (K, H, W), or
-            None of a detector without.
+        boxes: (K, 4), left, top, right, bottom in pixels.
+        scores: (K,).
+        labels: (K,), in [0, classes).
+        masks: bool (K, H, W); None of a detector without masks.
     """
     rows: list[dict[str, Any]] = []
     for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True):
@@ -136,39 +139,40 @@ def result_rows(
 
 
 # --------------------------------------------------------------------------------------------------
-# The order of training images: an endless sequence of positions, each shuffle of the split following the last.
+# The order of training images: an endless sequence of positions, one shuffle of the split after another.
 
 
 @lru_cache(maxsize=2)
-def _shuffle(count: int, seed: int, turn: int) -> np.ndarray:
-    return np.random.default_rng([seed, turn]).permutation(count)
+def _shuffle(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def image_at(position: int, count: int, seed: int) -> int:
     """Index of the training image at a position of the sequence."""
-    turn, place = divmod(position, count)
-    return int(_shuffle(count, seed, turn)[place])
+    epoch, offset = divmod(position, count)
+    return int(_shuffle(count, seed, epoch)[offset])
 
 
 def seed_of(*parts: int) -> int:
-    """A seed of 32 bits from whole numbers: (seed, position) for an image, (seed, iteration, rank) for a step."""
+    """A 32-bit seed from whole numbers: (seed, position) for an image, (seed, iteration, rank) for a step."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 class Positions(Sampler[int]):
-    """Positions of this process from an iteration on: its share of each batch, without end."""
+    """Endless positions of this process, from iteration `start` on: its share of each batch."""
 
     def __init__(self, batch_size: int, start: int, rank: int, world: int) -> None:
-        """Raises UserError where the batch can't be shared out evenly."""
+        """Raises UserError where the batch can't be divided evenly among the processes."""
         if batch_size % world:
             raise UserError(
                 f"detection.batch_size {batch_size} is not a multiple of the {world} processes; change one of them"
             )
-        self.batch_size, self.start, self.rank, self.own = batch_size, start, rank, batch_size // world
+        self.batch_size, self.start, self.rank = batch_size, start, rank
+        self.local_batch = batch_size // world  # images a process
 
     def __iter__(self) -> Iterator[int]:
         iteration = self.start
         while True:
-            first = iteration * self.batch_size + self.rank * self.own
-            yield from range(first, first + self.own)
+            first = iteration * self.batch_size + self.rank * self.local_batch
+            yield from range(first, first + self.local_batch)
             iteration += 1

@@ -1,6 +1,7 @@
-"""Large-scale jitter (Simple Copy-Paste, arXiv 2012.07177, section 3): flip, rescale, crop; boxes follow the masks, where there are any.
+"""Large-scale jitter (Simple Copy-Paste, arXiv 2012.07177, section 3): flip, rescale, crop.
 
-Torch only, drawn from a generator that is passed in. Engine detectron2 has its own of the same meaning.
+Boxes are computed from the cropped masks where there are masks. It uses torch only, and a generator that is passed in.
+Engine detectron2 does the same with detectron2's transforms.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from aps.settings.blocks import DetectionSettings
 def jitter(
     image: Tensor, target: Target, settings: DetectionSettings, generator: torch.Generator
 ) -> tuple[Tensor, Target]:
-    """One training sample.
+    """Augment one training sample.
 
-    The image is scaled so that its longer side is `jitter_scale` times S, then a random window of at most SxS is kept;
-    smaller images are padded later, with their batch. Instances left without a pixel are dropped.
+    The image is scaled so that its longer side is `jitter_scale` times S, the setting `image_size`; then a random window
+    of at most SxS is kept. Smaller images are padded later, with their batch. Instances without a pixel are dropped.
 
     Args:
         image: uint8 (3, H, W).
@@ -39,7 +40,7 @@ def jitter(
     size = scaled_size(H, W, (low + scale * (high - low)) * settings.image_size)
     if size != [H, W]:
         image = T.resize(image, size, antialias=True)
-        if masks is not None:  # NEAREST is half a pixel off
+        if masks is not None:  # NEAREST would shift them by half a pixel
             masks = T.resize(masks, size, interpolation=T.InterpolationMode.NEAREST_EXACT)
         boxes = boxes * torch.tensor([size[1] / W, size[0] / H] * 2)
     height, width = (min(side, settings.image_size) for side in size)
@@ -62,7 +63,7 @@ def scaled_size(height: int, width: int, longer: float) -> list[int]:
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
-    """masks: (K, H, W), none empty -> (K, 4): left, top, right, bottom, the last two one past the last pixel."""
+    """masks: (K, H, W), none empty -> (K, 4): left, top, right, bottom; right and bottom are outside the mask."""
     if not len(masks):
         return torch.zeros(0, 4)
     return masks_to_boxes(masks) + torch.tensor([0.0, 0.0, 1.0, 1.0])

@@ -1,8 +1,8 @@
-"""What a detection run costs, counted on engine torchvision's Mask R-CNN; other engines train the same network.
+"""Counts what a detection run costs, on engine torchvision's Mask R-CNN; other engines train the same network.
 
-Which anchors and regions an image trains on depends on what is in it, so the parts with products are run one after the
-other, on as many regions as the settings allow: backbone and pyramid, proposal head, box head, mask head. What is left out
-(anchors, suppression, pooling, matching) has no products.
+The number of regions an image trains on depends on its content, so each part with matrix products is run on the largest
+number that the settings allow: backbone and pyramid, proposal head, box head, mask head. The parts left out (anchors,
+suppression, pooling, matching) have no matrix products.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from aps.detection.engines.torchvision import build_model
 from aps.runtime.counting import Counted, autocast, count
 from aps.settings.blocks import DetectionSettings, EncoderSettings
 
-DETECTIONS = 100  # with a mask, on an image of a test at most
-MASKED = 0.25  # share of the regions that an image trains on which have a mask, at most
-# Settings that change no network.
+DETECTIONS = 100  # detections of a test image at most, each with a mask
+MASKED = 0.25  # share of an image's training regions that have a mask, at most
+# Settings that do not change the network.
 SCHEDULE = (
     "engine", "dataset", "iterations", "lr", "weight_decay", "layer_decay", "warmup_iterations", "lr_drops", "jitter_scale",
     "flip", "precision", "evaluate_every",
@@ -29,12 +29,13 @@ SCHEDULE = (
 
 
 def detection(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
+    """Operations, memory and bytes of the stage, by the settings of an experiment."""
     s: DetectionSettings = settings.detection
     encoder = settings.encoder.model_copy(update={"weights": "random"})
     fields = DetectionSettings.model_fields
-    alike = s.model_copy(update={name: fields[name].default for name in SCHEDULE})
+    network = s.model_copy(update={name: fields[name].default for name in SCHEDULE})  # so that the cache is hit
     half = half_precision(s.precision, gpu)
-    trained, tested = (_count(encoder, alike, counts.classes, counts.masks, half, train) for train in (True, False))
+    trained, tested = (_count(encoder, network, counts.classes, counts.masks, half, train) for train in (True, False))
     flops = s.iterations * trained.flops + counts.test * tested.flops
     return Cost(flops, trained.training_memory(gpus), 4 * trained.parameters * (1 + 2 * 3))
 
@@ -43,7 +44,7 @@ def detection(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) ->
 def _count(
     encoder: EncoderSettings, settings: DetectionSettings, classes: int, has_masks: bool, half: bool, train: bool
 ) -> Counted:
-    """A batch forward and backward, or one image of a test."""
+    """The cost of one training batch, forward and backward, or of one test image."""
     B, S, C = settings.batch_size if train else 1, settings.image_size, settings.pyramid_dim
     boxes = B * (settings.rois if train else settings.proposals)
     masks = B * (int(settings.rois * MASKED) if train else DETECTIONS)
@@ -60,10 +61,10 @@ def _count(
             return features[0].new_empty(regions, C, side, side).requires_grad_(train)
 
         scores, deltas = model.rpn.head(features)
-        found = heads.box_predictor(heads.box_head(pooled(boxes, 7)))
+        outputs = heads.box_predictor(heads.box_head(pooled(boxes, 7)))
         if has_masks:
-            found = (*found, heads.mask_predictor(heads.mask_head(pooled(masks, 14))))
-        return [*scores, *deltas, *found]
+            outputs = (*outputs, heads.mask_predictor(heads.mask_head(pooled(masks, 14))))
+        return [*scores, *deltas, *outputs]
 
     def run(model: Any) -> None:
         with torch.set_grad_enabled(train), autocast(half):

@@ -1,10 +1,10 @@
-"""What an engine is: one Mask R-CNN on our encoder that trains, resumes, predicts and scores.
+"""The interface of engines: one Mask R-CNN on our encoder that trains, resumes, predicts and scores.
 
 An engine is a file in aps/detection/engines with a class `Engine`; its name in the settings is the file's name. The same
 settings mean the same thing in every engine: what they share (data order, seeds, schedule, evaluation) is here and in
 `aps.detection.annotations`; docs/detection.md lists what differs.
 
-It deliberately knows neither files of results nor tracking: `aps.detection.stage` does.
+It knows neither the files of results nor tracking: `aps.detection.stage` does.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from aps.detection.annotations import CocoSplit, result_rows
 from aps.runtime.processes import Distributed
 from aps.settings.blocks import DetectionSettings, EncoderSettings
 
-WARMUP_FACTOR = 0.001  # ViTDet's start of warmup, as a share of the learning rate
-ANCHOR_STRIDES = 8  # side of a pyramid level's anchors in its cells: 32 pixels at 4 pixels a cell
-LOG_EVERY = 20  # iterations between losses brought to the host
+WARMUP_FACTOR = 0.001  # share of the learning rate at which warmup starts (ViTDet)
+ANCHOR_STRIDES = 8  # side of an anchor in cells of its pyramid level: 32 pixels at 4 pixels a cell
+LOG_EVERY = 20  # iterations between copies of the losses to the host
 
-# Called after each iteration with the number of iterations done, and the losses where they were brought to the host.
+# Called after each iteration with the number of iterations done, and the losses where they were copied to the host.
 After = Callable[[int, dict[str, float] | None], None]
 
 
@@ -42,7 +42,7 @@ class Task:
     seed: int
     train: CocoSplit
     val: CocoSplit
-    mean: RGB  # of the pixels the encoder was trained on, in [0, 1] units
+    mean: RGB  # of the normalization that the encoder was trained with, in [0, 1] units
     std: RGB
     workers: int
     processes: Distributed
@@ -59,7 +59,7 @@ class Prediction:
 
 
 class Engine(ABC):
-    """A detector with its optimizer. Where the training images have boxes only (`task.train.masks`), it has no mask head.
+    """A detector with its optimizer. Where training images have boxes only (`task.train.masks`), it has no mask head.
 
     Attributes:
         model: the detector; its encoder's parameters are under `backbone.net.` with timm's names.
@@ -76,26 +76,26 @@ class Engine(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """All that `resume` needs, plain data and tensors; to be called from `after`."""
+        """All that `resume` needs, as plain data and tensors; to be called from `after`."""
 
     @abstractmethod
     def resume(self, state: dict[str, Any]) -> int:
-        """Take up `state`; returns the number of iterations done."""
+        """Load `state` and return the number of iterations done."""
 
     @abstractmethod
     def predict(self, images: list[Tensor]) -> list[Prediction]:
-        """images: uint8 (3, H, W) of any sizes."""
+        """Detections of images, uint8 (3, H, W) of any sizes."""
 
     @abstractmethod
     def score(self, results: list[dict[str, Any]]) -> dict[str, Any]:
         """COCO metrics of detections in COCO's result format on val; keys as in `aps.detection.score`."""
 
     def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Metrics and detections on all of val, shared out over the processes; both empty on ranks other than 0."""
+        """Metrics and detections on all of val, divided among the processes; both empty on ranks other than 0."""
         processes, val = self.task.processes, self.task.val
-        own = range(processes.rank, len(val), processes.world)
+        local = range(processes.rank, len(val), processes.world)
         loader = DataLoader(
-            _Images(val, own),
+            _Images(val, local),
             batch_size=max(1, self.task.settings.batch_size // processes.world),
             num_workers=self.task.workers,
             collate_fn=list,
@@ -113,7 +113,7 @@ class Engine(ABC):
             if parts is None:
                 return {}, []
             rows = [row for part in parts for row in part]
-        rows.sort(key=lambda row: row["image_id"])  # stable: the number of processes leaves no trace
+        rows.sort(key=lambda row: row["image_id"])  # a stable sort, so any number of processes gives the same order
         return self.score(rows), rows
 
 
@@ -131,18 +131,18 @@ class _Images(Dataset[tuple[int, Tensor]]):
 
 
 def milestones(settings: DetectionSettings) -> list[int]:
-    """Iterations at which the learning rate drops, those after the last left out."""
-    reached = (round(share * settings.iterations) for share in settings.lr_drops)
-    return [iteration for iteration in reached if iteration < settings.iterations]
+    """Iterations at which the learning rate drops, as far as the run reaches them."""
+    drops = (round(share * settings.iterations) for share in settings.lr_drops)
+    return [iteration for iteration in drops if iteration < settings.iterations]
 
 
 def lr_factor(settings: DetectionSettings, iteration: int) -> float:
-    """Learning rate of an iteration (from 0) as a share of the peak: linear warmup, then a tenth from each drop on."""
+    """Learning rate of an iteration (from 0) as a share of the peak: linear warmup, then divided by 10 at each drop."""
     if iteration < settings.warmup_iterations:
         return WARMUP_FACTOR + (1 - WARMUP_FACTOR) * iteration / settings.warmup_iterations
     return 0.1 ** bisect_right(milestones(settings), iteration)
 
 
 def seed_step(seed: int) -> None:
-    """What an iteration draws (drop path, sampled anchors and regions) depends on this alone, not on what ran before."""
+    """Seed the random draws of an iteration (drop path, sampled anchors and regions), whatever ran before."""
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A picture of detections beside the truth."""
+"""Draws detections below the ground truth."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALPHA = 0.45  # of a mask's colour
 
 
 def predictions_figure(path: Path, split: CocoSplit, results: list[dict[str, Any]]) -> None:
-    """Writes a PNG: images spread over the split, the truth above, below it as many detections, the best ones.
+    """Write a PNG of images spread over the split: above the ground truth, below it as many of the best detections.
 
     Args:
         results: detections in COCO's result format.
@@ -43,7 +43,12 @@ def predictions_figure(path: Path, split: CocoSplit, results: list[dict[str, Any
 
 
 def draw_instances(axes: Axes, image: np.ndarray, split: CocoSplit, rows: list[dict[str, Any]]) -> None:
-    """image: uint8 (H, W, 3); rows: annotations or results, a colour each class."""
+    """Draw boxes and masks on an image, one colour a class.
+
+    Args:
+        image: uint8 (H, W, 3).
+        rows: annotations or results in COCO's format.
+    """
     colours = matplotlib.colormaps["tab10" if len(split.classes) <= 10 else "hsv"].resampled(
         max(10, len(split.classes))
     )
@@ -60,7 +65,7 @@ def draw_instances(axes: Axes, image: np.ndarray, split: CocoSplit, rows: list[d
             matplotlib.patches.Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=colours(label))
         )
         text = split.classes[label] + (f" {row['score']:.2f}" if "score" in row else "")
-        above = max(top - 1.5, 0.04 * len(image))  # not over the title
+        above = max(top - 1.5, 0.04 * len(image))  # does not cover the title
         axes.text(left, above, text, color="white", fontsize=6, bbox={"color": colours(label), "pad": 0.5, "lw": 0})
     axes.set_xticks([])
     axes.set_yticks([])

@@ -1,6 +1,6 @@
-"""Which detectors can be built on which encoders: pyramid levels, windows, position embeddings. Planning imports this file.
+"""Checks that a detector fits its encoder: pyramid levels, windows, position embeddings. Planning imports this file.
 
-It does not know how they are built (`aps.detection.vitdet`, the engines).
+It does not know how detectors are built (`aps.detection.vitdet`, the engines).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def strides(s: DetectionSettings, patch_size: int) -> tuple[int, ...]:
-    """Pixels a cell of each pyramid level, finest first. Raises ValueError where a scale does not fit the patch."""
+    """Pixels per cell of each pyramid level, finest first. Raises ValueError where a scale does not fit the patch."""
     if not set(s.pyramid_scales) <= {4.0, 2.0, 1.0, 0.5}:
         raise ValueError(f"detection.pyramid_scales {list(s.pyramid_scales)} may hold 4.0, 2.0, 1.0 and 0.5")
     sides = [patch_size / scale for scale in s.pyramid_scales]
@@ -33,7 +33,7 @@ def strides(s: DetectionSettings, patch_size: int) -> tuple[int, ...]:
 
 
 def positions_grid(s: DetectionSettings, encoder: EncoderSettings) -> int:
-    """Cells along a side of the grid that the backbone has position embeddings for."""
+    """Side, in cells, of the grid for which the backbone has position embeddings."""
     return encoder.grid if s.positions == "interpolate" else s.image_size // encoder.patch_size
 
 

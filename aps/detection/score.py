@@ -1,13 +1,13 @@
-"""COCO's metrics of boxes and masks by pycocotools, in percent as the field quotes them.
+"""Computes COCO's metrics of boxes and masks by pycocotools, in percent, as usual in the field.
 
 | key            | meaning                                                        |
 |----------------|----------------------------------------------------------------|
 | box_AP         | mean over IoU 0.50:0.95 of average precision                   |
 | box_AP50, AP75 | at one IoU                                                     |
 | box_AP_small   | of instances under 32^2 pixels; medium under 96^2; large above |
-| box_AR1, 10, 100 | recall with so many detections an image; also by size        |
+| box_AR1, 10, 100 | recall with so many detections per image; also by size       |
 
-and likewise mask_..., where instances have masks. A key whose average is over nothing (no large instance, say) is left out.
+and likewise mask_..., where instances have masks. A key without instances to average over (no large ones, say) is left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pycocotools.cocoeval import COCOeval
 
 from aps.detection.annotations import CocoSplit
 
-# pycocotools' summary in its order.
+# pycocotools' summary, in its order.
 STATS = (
     "AP",
     "AP50",
@@ -46,7 +46,7 @@ def coco_metrics(split: CocoSplit, results: list[dict[str, Any]]) -> dict[str, A
     """Score detections in COCO's result format (`predictions.json`) against a split.
 
     Returns:
-        the flat keys above, and `per_class`: {"box_AP": {class: AP}, "mask_AP": {...}}.
+        The keys above, and `per_class`: {"box_AP": {class: AP}, "mask_AP": {...}}.
     """
     metrics: dict[str, Any] = {}
     per_class: dict[str, dict[str, float]] = {}
@@ -59,30 +59,30 @@ def coco_metrics(split: CocoSplit, results: list[dict[str, Any]]) -> dict[str, A
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        metrics |= named(name, evaluation.stats)
+        metrics |= metrics_by_key(name, evaluation.stats)
         per_class[f"{name}_AP"] = class_precision(split.classes, evaluation.eval["precision"])
     return {**metrics, "per_class": per_class}
 
 
 def _nothing(truth: COCO) -> COCO:
-    """No detections; pycocotools' own reader refuses an empty list."""
+    """No detections; pycocotools' `loadRes` refuses an empty list."""
     found = COCO()
     found.dataset = {**truth.dataset, "annotations": []}
     found.createIndex()
     return found
 
 
-def named(name: str, stats: Sequence[float]) -> dict[str, float]:
-    """pycocotools' twelve numbers as percent under our keys; -1 means undefined there."""
+def metrics_by_key(name: str, stats: Sequence[float]) -> dict[str, float]:
+    """pycocotools' twelve numbers in percent, by the keys of this module; undefined ones (-1) are left out."""
     return {f"{name}_{key}": 100 * float(value) for key, value in zip(STATS, stats, strict=True) if value >= 0}
 
 
 def class_precision(classes: tuple[str, ...], precision: np.ndarray) -> dict[str, float]:
-    """precision: (IoU, recall, class, size, detections), -1 where undefined -> AP of each class that has instances."""
-    found = {}
+    """precision: (IoU, recall, class, size, detections), -1 where undefined -> AP of each class with instances, in percent."""
+    by_class = {}
     for number, label in enumerate(classes):
-        own = precision[:, :, number, 0, -1]
-        value = float(np.mean(own[own > -1])) if (own > -1).any() else math.nan
+        of_class = precision[:, :, number, 0, -1]
+        value = float(np.mean(of_class[of_class > -1])) if (of_class > -1).any() else math.nan
         if not math.isnan(value):
-            found[label] = 100 * value
-    return found
+            by_class[label] = 100 * value
+    return by_class

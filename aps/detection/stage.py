@@ -1,7 +1,7 @@
-"""The detection stage: Mask R-CNN trained on an encoder and scored by COCO's metrics (ViTDet, arXiv 2203.16527).
+"""The detection stage: trains Mask R-CNN on an encoder and scores it by COCO's metrics (ViTDet, arXiv 2203.16527).
 
-A run can be killed anywhere: it goes on from its last checkpoint with the same iteration, optimizer, learning rates,
-images and augmentations. It knows no engine: `aps.detection.engines` holds one a file.
+A run can be killed at any point: it resumes from its last checkpoint with the same iteration, optimizer, learning rates,
+images and augmentations. It does not know engines: each is a file in `aps.detection.engines`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aps.detection import check_engine, load_engine
 from aps.detection.annotations import CocoSplit
 from aps.detection.engine import Engine, Task, lr_factor
 from aps.detection.figure import predictions_figure
-from aps.detection.placement import Placed, backbone_tensors, place, table
+from aps.detection.placement import Placement, backbone_tensors, load_backbone, table
 from aps.errors import UserError
 from aps.models.weights import INFO_KEY, load_encoder, save_tensors, trained_with
 from aps.results import StageJob, StageRun
@@ -29,17 +29,17 @@ from aps.runtime.cores import decoding_workers
 from aps.runtime.processes import Distributed, processes
 from aps.training.loop import Line, Loop, finite, not_finite
 
-NAME_LENGTH = 200  # of a class in a metric's key; MLflow takes 250 characters
+NAME_LENGTH = 200  # characters of a class name in a metric's key; MLflow takes 250 in all
 IMAGENET: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def run(job: StageJob) -> None:
-    """The stage. Outputs model.safetensors, predictions.json, predictions.png, history.jsonl, metrics.json.
+    """Run the stage. It writes model.safetensors, predictions.json, predictions.png, history.jsonl and metrics.json.
 
     Raises:
-        UserError: the engine's library is missing; settings, weights, data or processes do not fit; a loss that is no
-            longer finite.
-        Preempted: asked to stop; the state is saved.
+        UserError: the engine's library is missing; settings, weights, data or processes do not fit; the loss is not
+            finite.
+        Preempted: the run was asked to stop; its state is saved.
     """
     check_engine(job.settings.detection.engine)
     with processes() as distributed, StageRun(job) as stage:
@@ -67,7 +67,7 @@ def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
             flush=True,
         )
     engine: Engine = load_engine(settings.engine)(task)
-    placed, report = load_weights(engine, job)
+    placement, report = load_weights(engine, job)
     loop = Loop(
         job, stage, distributed, engine.state, engine.resume,
         total=settings.iterations, images=settings.batch_size, unit="iterations",
@@ -89,7 +89,7 @@ def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
         if loop.done < settings.iterations:
             try:
                 engine.train(loop.done, after)
-            except FloatingPointError as error:  # detectron2's word for a loss that is no number
+            except FloatingPointError as error:  # detectron2 raises it where the loss is not finite
                 raise UserError(
                     not_finite(math.nan, "detection", "detection", " ".join(str(error).split())[:80])
                 ) from None
@@ -99,36 +99,36 @@ def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
         loop.log_end(**with_classes(metrics))
         stage.finish(
             {**metrics, "images_per_second": loop.rate},
-            weights=placed.counts(),
+            weights=placement.counts(),
             normalization={"mean": mean, "std": std},
             masks=task.train.masks,
         )
 
 
 def normalization(job: StageJob) -> tuple[RGB, RGB]:
-    """(mean, std) in [0, 1] units that the encoder was trained with, wherever known: its file's, else timm's; else those
-    measured on the dataset, else ImageNet's, as ViTDet has for COCO."""
-    if (found := trained_with(job.encoder_spec)) is not None:
-        return found
+    """(mean, std) in [0, 1] units: those of the encoder's file or of timm, where known; else those measured on the
+    dataset; else ImageNet's, as in ViTDet for COCO."""
+    if (known := trained_with(job.encoder_spec)) is not None:
+        return known
     manifest = Manifest.read(job.manifest)
     return manifest.normalization("measured") if manifest.statistics.measured else IMAGENET
 
 
-def load_weights(engine: Engine, job: StageJob) -> tuple[Placed, str]:
-    """The encoder's weights into the engine's model; returns what became of each parameter, and as a table.
+def load_weights(engine: Engine, job: StageJob) -> tuple[Placement, str]:
+    """Load the encoder's weights into the engine's model; returns the placement, and a table of it for the log.
 
     Raises:
         UserError: the weights are missing or differ from the settings.
     """
-    torch.manual_seed(job.settings.seed)  # of a random encoder
+    torch.manual_seed(job.settings.seed)  # for an encoder with random weights
     encoder = load_encoder(job.encoder_spec, job.settings.encoder)
-    found = backbone_tensors(encoder)
-    placed = place(engine.model, found.tensors, job.settings.detection)
-    return placed, table(placed, found.dropped, str(job.encoder_spec))
+    backbone = backbone_tensors(encoder)
+    placement = load_backbone(engine.model, backbone.tensors, job.settings.detection)
+    return placement, table(placement, backbone.dropped, str(job.encoder_spec))
 
 
 def with_classes(metrics: dict[str, Any]) -> dict[str, float]:
-    """Metrics with each class's as `mask_AP/CLASS`, in characters that MLflow takes."""
+    """Metrics, with those of each class as `mask_AP/CLASS`, in characters that MLflow accepts."""
     numbers = {key: value for key, value in metrics.items() if key != "per_class"}
     for kind, values in metrics.get("per_class", {}).items():
         names = plain_names(list(values))
@@ -137,8 +137,8 @@ def with_classes(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def plain_names(labels: list[str]) -> dict[str, str]:
-    """Label -> its name in a key of metrics: letters and digits of any script, `_`, `.`, `-` and spaces. Names that
-    would be alike get a number."""
+    """Label -> its name in a metric's key: letters and digits of any script, `_`, `.`, `-` and spaces. Equal names get
+    a number."""
     names: dict[str, str] = {}
     for label in labels:
         plain = re.sub(r"[^\w. -]", "_", label)[:NAME_LENGTH]
@@ -149,7 +149,7 @@ def plain_names(labels: list[str]) -> dict[str, str]:
 
 
 def _save(stage: StageRun, engine: Engine, results: list[dict[str, Any]]) -> None:
-    """Stage the detections, their figure and the detector."""
+    """Write the detections, their figure and the detector to the stage's folder."""
     stage.staging("predictions.json").write_text(json.dumps(results))
     figure = stage.staging("predictions.png")
     predictions_figure(figure, engine.task.val, results)

@@ -1,14 +1,14 @@
-"""ViTDet's backbone in plain torch: a Vision Transformer with window attention, and a simple feature pyramid on it.
+"""ViTDet's backbone in plain torch: a Vision Transformer with window attention, and a simple feature pyramid on top.
 
 Exploring Plain Vision Transformer Backbones for Object Detection, arXiv 2203.16527; relative positions as in MViTv2,
 arXiv 2112.01526 (section 3.1, decomposed).
 
-Design: there is no class token and no final norm, as in ViTDet: a feature map is what the last block gives for the
-patches. Parameters have the names of timm's encoder and of detectron2's ViTDet, so that weights go either way by name
-(tests/detection/test_vitdet.py compares the outputs too). The position embedding stays at the grid it was made for, by
-default that of pretraining, and is interpolated at each forward.
+Design: there is no class token and no final norm, as in ViTDet: the feature map is the output of the last block.
+Parameters have the names of timm's encoder and of detectron2's ViTDet, so that weights load by name in both directions
+(tests/detection/test_vitdet.py compares the outputs too). The position embedding keeps the grid it was made for, by
+default that of pretraining, and is interpolated at each forward pass.
 
-It does not know where weights come from (`aps.detection.placement`) nor what sits on the pyramid.
+It does not know where weights come from (`aps.detection.placement`) nor which heads use the pyramid.
 
 Letters: B images, H and W rows and columns of cells, D width, M heads, w window side in cells.
 """
@@ -33,7 +33,7 @@ class Attention(nn.Module):
     """Self-attention over a grid of cells, optionally with relative positions along rows and columns."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool, grid: int | None) -> None:
-        """grid: cells along a side that relative positions are learned for; None: no relative positions."""
+        """grid: side, in cells, of the grid whose relative positions are learned; None: no relative positions."""
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -61,9 +61,9 @@ class Attention(nn.Module):
 
 
 def relative_table(learned: Tensor, size: int) -> Tensor:
-    """learned: (2*grid - 1, d), a row an offset -> (size, size, d): entry [i, j] is that of offset i - j.
+    """learned: (2*grid - 1, d), one row per offset -> (size, size, d): entry [i, j] belongs to offset i - j.
 
-    Where the map is larger or smaller than what was learned, offsets are interpolated linearly.
+    Where `size` is not `grid`, offsets are interpolated linearly.
     """
     if len(learned) != 2 * size - 1:
         learned = F.interpolate(learned.T.unsqueeze(0), size=2 * size - 1, mode="linear")[0].T
@@ -72,7 +72,7 @@ def relative_table(learned: Tensor, size: int) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block whose attention sees windows of w x w cells, or everything (window 0)."""
+    """Pre-norm transformer block with attention in windows of w x w cells, or over the whole map (window 0)."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Block(nn.Module):
 
 
 def split_windows(x: Tensor, w: int) -> Tensor:
-    """x: (B, H, W, D) -> (B * windows, w, w, D); zeros below and to the right where w does not divide the map."""
+    """x: (B, H, W, D) -> (B * windows, w, w, D); padded with zeros below and on the right where w does not divide H, W."""
     _, H, W, _ = x.shape
     x = F.pad(x, (0, 0, 0, -W % w, 0, -H % w))
     x = x.unflatten(1, (-1, w)).unflatten(3, (-1, w))  # (B, H/w, w, W/w, w, D)
@@ -131,7 +131,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """images (B, 3, ., .) -> feature map (B, D, H, W), H and W the image's sides over the patch side."""
+    """Images (B, 3, ., .) -> feature map (B, D, H, W); H and W are the image's sides divided by the patch side."""
 
     def __init__(self, encoder: EncoderSettings, settings: DetectionSettings) -> None:
         super().__init__()
@@ -190,11 +190,11 @@ class ConvNorm(nn.Conv2d):
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """Levels made from the last feature map alone, and one more by subsampling the coarsest.
+    """Pyramid levels made from the last feature map alone, and one more level by subsampling the coarsest.
 
     Attributes:
-        names: p{log2 of the pixels a cell}, finest first, the subsampled one last.
-        out_channels: channels of every level, as torchvision's detectors ask for.
+        names: p{log2 of the pixels per cell}, finest first, the subsampled level last.
+        out_channels: channels of every level; torchvision's detectors read this attribute.
     """
 
     def __init__(self, encoder: EncoderSettings, settings: DetectionSettings) -> None:
@@ -221,7 +221,7 @@ class SimpleFeaturePyramid(nn.Module):
 
 
 def _resampling(dim: int, scale: float) -> tuple[list[nn.Module], int]:
-    """Layers that enlarge a map of `dim` channels by `scale`, and the channels they give."""
+    """Layers that enlarge a map of `dim` channels by `scale`, and the number of channels of their output."""
     enlarge = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
     if scale == 4.0:
         return [enlarge(dim, dim // 2), LayerNorm2d(dim // 2), nn.GELU(), enlarge(dim // 2, dim // 4)], dim // 4

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from aps.detection.engine import Task
-from aps.detection.placement import backbone_tensors, place, table
+from aps.detection.placement import backbone_tensors, load_backbone, table
 from aps.detection.vitdet import SimpleFeaturePyramid
 from aps.errors import UserError
 from aps.models.encoder import build_encoder
@@ -29,7 +29,7 @@ class Detector(nn.Module):
 def test_every_parameter_is_loaded_interpolated_or_new_and_every_weight_placed_or_named():
     encoder, detector = build_encoder(ENCODER), Detector()
     found = backbone_tensors(encoder)
-    placed = place(detector, found.tensors, SETTINGS)
+    placed = load_backbone(detector, found.tensors, SETTINGS)
     names = {*placed.loaded, *placed.new, *(name.split(" ")[0] for name in placed.interpolated)}
     assert names == set(detector.state_dict()) and placed.repeated == ()
     assert set(found.tensors) | set(found.dropped) == set(encoder.state_dict())
@@ -42,7 +42,7 @@ def test_every_parameter_is_loaded_interpolated_or_new_and_every_weight_placed_o
 
 
 def test_at_the_pretraining_grid_the_position_embedding_counts_as_loaded():
-    placed = place(
+    placed = load_backbone(
         Detector(), backbone_tensors(build_encoder(ENCODER)).tensors, SETTINGS.model_copy(update={"image_size": 16})
     )
     assert placed.interpolated == () and "backbone.net.pos_embed" in placed.loaded
@@ -51,7 +51,7 @@ def test_at_the_pretraining_grid_the_position_embedding_counts_as_loaded():
 def test_repeated_positions_are_the_pretraining_grid_in_every_window_cut_where_the_image_ends():
     settings = SETTINGS.model_copy(update={"positions": "repeat", "image_size": 40})  # two and a half windows
     encoder, pyramid = build_encoder(ENCODER), SimpleFeaturePyramid(ENCODER, settings)
-    placed = place(pyramid, backbone_tensors(encoder).tensors, settings, prefix="net.")
+    placed = load_backbone(pyramid, backbone_tensors(encoder).tensors, settings, prefix="net.")
     assert placed.repeated == ("net.pos_embed (4x4 -> 10x10)",) and placed.interpolated == ()
     found = pyramid.net.pos_embed.view(10, 10, -1)
     learned = encoder.pos_embed.view(4, 4, -1)
@@ -64,7 +64,7 @@ def test_the_final_norm_never_reaches_a_pyramid_norm():
     encoder, detector = build_encoder(ENCODER), Detector()
     nn.init.constant_(encoder.norm.weight, 7.0)
     before = {name: x.clone() for name, x in detector.state_dict().items() if "simfp" in name}
-    place(detector, backbone_tensors(encoder).tensors, SETTINGS)
+    load_backbone(detector, backbone_tensors(encoder).tensors, SETTINGS)
     assert all(torch.equal(detector.state_dict()[name], x) for name, x in before.items())
 
 
@@ -76,7 +76,7 @@ def test_detectron2s_detector_takes_the_same_names_and_refuses_the_same_mismatch
     encoder = build_encoder(task.encoder)
     found = backbone_tensors(encoder)
     ours, theirs = (
-        place(module.Engine(task).model, found.tensors, task.settings) for module in (torchvision, detectron2)
+        load_backbone(module.Engine(task).model, found.tensors, task.settings) for module in (torchvision, detectron2)
     )
     assert set(theirs.loaded) == set(ours.loaded) and theirs.interpolated == ours.interpolated
     assert [name for name in theirs.new if name.startswith("backbone.net.")] == [
@@ -86,7 +86,7 @@ def test_detectron2s_detector_takes_the_same_names_and_refuses_the_same_mismatch
     for different in ({"dim": 192}, {"depth": 3}, {"patch_size": 2}, {"qkv_bias": True}, {"image_size": 32}):
         other = build_encoder(task.encoder.model_copy(update=different))
         with pytest.raises(UserError):
-            place(model, backbone_tensors(other).tensors, task.settings)
+            load_backbone(model, backbone_tensors(other).tensors, task.settings)
 
 
 @pytest.mark.parametrize(
@@ -106,14 +106,14 @@ def test_an_encoder_of_another_make_is_refused_and_leaves_the_detector_as_it_was
     before = {name: x.clone() for name, x in detector.state_dict().items()}
     other = build_encoder(ENCODER.model_copy(update=different))
     with pytest.raises(UserError, match=message):
-        place(detector, backbone_tensors(other).tensors, SETTINGS)
+        load_backbone(detector, backbone_tensors(other).tensors, SETTINGS)
     assert all(torch.equal(x, before[name]) for name, x in detector.state_dict().items())
 
 
 def test_the_table_names_everything():
     encoder, detector = build_encoder(ENCODER), Detector()
     found = backbone_tensors(encoder)
-    text = table(place(detector, found.tensors, SETTINGS), found.dropped, "encoder.safetensors")
+    text = table(load_backbone(detector, found.tensors, SETTINGS), found.dropped, "encoder.safetensors")
     assert text.startswith("weights of the detector, encoder from encoder.safetensors: 46 loaded, 1 interpolated, ")
     for part in ("backbone.net.blocks.3.{norm1.weight", "pos_embed (4x4 -> 16x16)", "left behind", "head.weight"):
         assert part in text

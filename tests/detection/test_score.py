@@ -10,7 +10,7 @@ import torch
 
 from aps.detection.annotations import CocoSplit, result_rows
 from aps.detection.engine import Task
-from aps.detection.score import coco_metrics, named
+from aps.detection.score import coco_metrics, metrics_by_key
 
 
 def truth(val: CocoSplit) -> list[dict[str, Any]]:
@@ -67,7 +67,7 @@ def test_worse_detections_score_less(val: CocoSplit):
 
 
 def test_undefined_numbers_are_left_out():
-    assert named("box", [0.5, -1, *[0.1] * 10]) == pytest.approx(
+    assert metrics_by_key("box", [0.5, -1, *[0.1] * 10]) == pytest.approx(
         {"box_AP": 50}
         | {
             f"box_{k}": 10

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from aps.detection.placement import backbone_tensors, place
+from aps.detection.placement import backbone_tensors, load_backbone
 from aps.detection.vitdet import SimpleFeaturePyramid, ViT, join_windows, relative_table, split_windows
 from aps.models.archs import dimensions
 from aps.models.encoder import build_encoder
@@ -47,7 +47,7 @@ def patch_tokens(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def test_at_the_pretraining_size_the_feature_map_is_our_encoders_patch_tokens(qkv_bias):
     settings = ENCODER.model_copy(update={"qkv_bias": qkv_bias})
     encoder, vit = noisy(build_encoder(settings)), ViT(settings, GLOBAL).eval()
-    place(vit, backbone_tensors(encoder).tensors, GLOBAL, prefix="")
+    load_backbone(vit, backbone_tensors(encoder).tensors, GLOBAL, prefix="")
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(vit(images), patch_tokens(encoder, images), atol=1e-5, rtol=1e-5)
@@ -58,7 +58,7 @@ def test_at_the_pretraining_size_the_feature_map_is_our_encoders_patch_tokens(qk
 def test_at_the_pretraining_size_detectron2s_feature_map_is_our_encoders_patch_tokens(qkv_bias):
     settings = ENCODER.model_copy(update={"qkv_bias": qkv_bias})
     encoder, pyramid = noisy(build_encoder(settings)), detectron2_pyramid(settings, GLOBAL).eval()
-    place(pyramid, backbone_tensors(encoder).tensors, GLOBAL, prefix="net.")
+    load_backbone(pyramid, backbone_tensors(encoder).tensors, GLOBAL, prefix="net.")
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -73,7 +73,7 @@ def test_with_repeated_positions_a_window_is_our_encoders_patch_tokens_of_it(eng
     )
     encoder = noisy(build_encoder(ENCODER))
     pyramid = (SimpleFeaturePyramid if engine == "torchvision" else detectron2_pyramid)(ENCODER, settings).eval()
-    place(pyramid, backbone_tensors(encoder).tensors, settings, prefix="net.")
+    load_backbone(pyramid, backbone_tensors(encoder).tensors, settings, prefix="net.")
     images = torch.randn(2, 3, 128, 128)
     with torch.no_grad():
         found = pyramid.net(images)

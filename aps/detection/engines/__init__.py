@@ -1,1 +1,1 @@
-"""One file an engine, each with a class `Engine`; the file's name is its name in the settings."""
+"""Detection engines, one file each with a class `Engine`; the file's name is the engine's name in the settings."""

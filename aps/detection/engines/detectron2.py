@@ -1,9 +1,9 @@
-"""Engine detectron2: its ViTDet (ViT, SimpleFeaturePyramid, Mask R-CNN), trainer, augmentation and COCO evaluator.
+"""Engine detectron2: detectron2's ViTDet (ViT, SimpleFeaturePyramid, Mask R-CNN), trainer, augmentation and evaluator.
 
-The configuration is a LazyConfig made here from the settings; detectron2's own configuration files are not needed, so any
-detectron2 that imports will do. Its trainer, schedule and layer-wise decay are used as they are; around them, images come
-in the order of `aps.detection.annotations` and checkpoints are the stage's, because its own neither save on a signal nor keep
-the data order.
+The configuration is a LazyConfig made here from the settings. detectron2's configuration files are not used, so any
+version of it that imports will do. Its trainer, schedule and layer-wise decay are used as they are. Images come in the
+order of `aps.detection.annotations`, and checkpoints are the stage's, because detectron2's are not saved on a signal and
+do not keep the data order.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from aps.detection import engine
 from aps.detection.annotations import CocoSplit, Positions, image_at, seed_of
 from aps.detection.engine import After, Prediction, Task
 from aps.detection.geometry import positions_grid, strides
-from aps.detection.score import class_precision, coco_metrics, named
+from aps.detection.score import class_precision, coco_metrics, metrics_by_key
 from aps.errors import UserError
 from aps.models.archs import dimensions
 from aps.runtime.precision import Precision
@@ -105,7 +105,7 @@ class Engine(engine.Engine):
     def train(self, start: int, after: After) -> None:
         settings = self.task.settings
         self.model.train()
-        # Its iterator draws a seed when it is made, which must not fall into an iteration.
+        # The iterator draws a seed when it is made; made here, it does not change the draws of an iteration.
         self.trainer.data_loader = iter(loader(self.task, start))
         self.trainer.register_hooks(
             [
@@ -125,7 +125,7 @@ class Engine(engine.Engine):
 
     def resume(self, state: dict[str, Any]) -> int:
         self.model.load_state_dict(state["model"])
-        # Without the scheduler's state: it is made when training starts, at the iteration it starts from.
+        # The scheduler's state is left out: training makes a new scheduler at the iteration where it starts.
         self.trainer.load_state_dict({k: v for k, v in state["trainer"].items() if k != "hooks"})
         return int(self.trainer.iter) + 1
 
@@ -142,16 +142,17 @@ class Engine(engine.Engine):
             scaled = pixels.apply_image(image.permute(1, 2, 0).numpy())
             inputs.append({"image": torch.from_numpy(scaled.transpose(2, 0, 1).copy()), "height": H, "width": W})
         with self.precision.autocast():
-            found = [output["instances"].to("cpu") for output in self.model(inputs)]
+            instances = [output["instances"].to("cpu") for output in self.model(inputs)]
         self.model.train(training)
-        masks = [x.pred_masks if x.has("pred_masks") else None for x in found]
+        masks = [x.pred_masks if x.has("pred_masks") else None for x in instances]
         return [
-            Prediction(x.pred_boxes.tensor, x.scores, x.pred_classes, own) for x, own in zip(found, masks, strict=True)
+            Prediction(x.pred_boxes.tensor, x.scores, x.pred_classes, mask)
+            for x, mask in zip(instances, masks, strict=True)
         ]
 
     def score(self, results: list[dict[str, Any]]) -> dict[str, Any]:
         val = self.task.val
-        if not results:  # its evaluator gives nothing then
+        if not results:  # detectron2's evaluator gives no metrics without detections
             return coco_metrics(val, results)
         tasks = ("bbox", "segm") if val.masks else ("bbox",)
         evaluator = _Evaluator(val.name, tasks=tasks, distributed=False)
@@ -202,7 +203,7 @@ def backbone_config(encoder: EncoderSettings, settings: DetectionSettings) -> An
 
 
 def subsample(level: str) -> LastLevelMaxPool:
-    """One more level from the coarsest; detectron2 takes that for p5 unless told."""
+    """One more level from the coarsest; without `in_feature` detectron2 would take p5 for it."""
     block = LastLevelMaxPool()
     block.in_feature = level
     return block
@@ -222,7 +223,7 @@ def model_config(task: Task) -> Any:
         "mask_head": L(MaskRCNNConvUpsampleHead)(
             input_shape=ShapeSpec(channels=C, width=14, height=14),
             num_classes=classes,
-            conv_dims=[C] * (settings.head_convs + 1),  # the last is the upsampling one's
+            conv_dims=[C] * (settings.head_convs + 1),  # the last is that of the upsampling layer
             conv_norm="LN",
         ),
     }
@@ -298,7 +299,7 @@ def schedule_config(settings: DetectionSettings) -> Any:
 
 
 def loader(task: Task, start: int) -> Any:
-    """Large-scale jitter as in ViTDet; without grouping by aspect ratio, which would reorder images."""
+    """The training loader, with ViTDet's large-scale jitter and without grouping by aspect ratio, which reorders images."""
     settings, S = task.settings, task.settings.image_size
     mapper = L(DatasetMapper)(
         is_train=True,
@@ -312,7 +313,7 @@ def loader(task: Task, start: int) -> Any:
         image_format="RGB",
         use_instance_mask=task.train.masks,
         instance_mask_format="bitmask" if task.train.run_lengths else "polygon",
-        recompute_boxes=task.train.masks,  # from them
+        recompute_boxes=task.train.masks,  # from the masks, where there are masks
     )
     return build_detection_train_loader(
         dataset=_Samples(task, instantiate(mapper)),
@@ -325,11 +326,11 @@ def loader(task: Task, start: int) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------
-# What stands between detectron2 and the stage.
+# Adapters between detectron2 and the stage.
 
 
 def register(split: CocoSplit) -> None:
-    """Make a split known to detectron2 by its name; anew, since the same name may lie elsewhere now."""
+    """Register a split with detectron2 by its name; again each time, because its files may have moved."""
     if split.name in DatasetCatalog:
         DatasetCatalog.remove(split.name)
         MetadataCatalog.remove(split.name)
@@ -374,7 +375,7 @@ class _After(HookBase):
 
 
 class _Evaluator(COCOEvaluator):
-    """COCOEvaluator on detections that are in COCO's format already; keeps recall and every class's precision too."""
+    """COCOEvaluator for detections that are in COCO's format already; it also keeps recall and the AP of each class."""
 
     def reset(self) -> None:
         super().reset()
@@ -386,11 +387,11 @@ class _Evaluator(COCOEvaluator):
     def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: list[str]) -> dict[str, float]:
         name = {"bbox": "box", "segm": "mask"}[iou_type]
         self.per_class[f"{name}_AP"] = class_precision(tuple(class_names), coco_eval.eval["precision"])
-        return named(name, coco_eval.stats)
+        return metrics_by_key(name, coco_eval.stats)
 
 
 class _quiet:  # noqa: N801
-    """detectron2 logs a traceback of whatever ends training, a request to stop included; the stage reports it."""
+    """Silences a logger: detectron2 logs a traceback whenever training ends early, and the stage reports that itself."""
 
     def __init__(self, name: str) -> None:
         self.logger = logging.getLogger(name)

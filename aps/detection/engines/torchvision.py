@@ -1,8 +1,8 @@
-"""Engine torchvision: its Mask R-CNN on the ViTDet backbone of `aps.detection.vitdet`. Runs wherever torch does.
+"""Engine torchvision: torchvision's Mask R-CNN on the backbone of `aps.detection.vitdet`. Runs wherever torch does.
 
-Heads as ViTDet has them: two convolutions in the proposal network, four and a hidden layer for boxes, four for masks, with
-LayerNorm. Where torchvision differs from detectron2 in what the network computes (region pooling, initial weights of the
-predictors, mask targets, pasting of masks), detectron2's way is taken, so that the same settings mean the same thing.
+The heads are ViTDet's: two convolutions in the proposal network, four and a hidden layer for boxes, four for masks, with
+LayerNorm. Where torchvision computes something else than detectron2 (region pooling, initial weights of the predictors,
+mask targets, pasting of masks), this engine follows detectron2, so that the same settings mean the same thing.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Engine(engine.Engine):
         positions = Positions(settings.batch_size, start, processes.rank, processes.world)
         loader = DataLoader(
             _Samples(self.task),
-            batch_size=positions.own,
+            batch_size=positions.local_batch,
             sampler=positions,
             num_workers=self.task.workers,
             collate_fn=list,
@@ -93,7 +93,7 @@ class Engine(engine.Engine):
             after(self._done, self._read(total, losses) if self._done % engine.LOG_EVERY == 0 else None)
 
     def _read(self, total: Tensor, losses: dict[str, Tensor]) -> dict[str, float]:
-        """Losses of this iteration on the host, averaged over processes."""
+        """Losses of this iteration, averaged over processes and copied to the host."""
         known = {name: ours for name, ours in LOSSES.items() if name in losses}
         values = torch.stack([total, *(losses[name] for name in known)]).detach()
         return dict(zip(["loss", *known.values()], self.task.processes.mean(values).tolist(), strict=True))
@@ -117,16 +117,16 @@ class Engine(engine.Engine):
     def predict(self, images: list[Tensor]) -> list[Prediction]:
         training = self.model.training
         self.model.eval()
-        # As the jitter scales them; torchvision's own transform, which then has nothing to do, would not antialias.
+        # Scaled as by the jitter; torchvision's transform would scale without antialiasing, and finds nothing left to scale.
         sizes = [scaled_size(image.shape[1], image.shape[2], self.task.settings.image_size) for image in images]
         scaled = [
             T.resize(image.to(self.device), size, antialias=True) for image, size in zip(images, sizes, strict=True)
         ]
         with self.precision.autocast():
-            found = self.model([image.float() / 255 for image in scaled])
+            detections = self.model([image.float() / 255 for image in scaled])
         self.model.train(training)
         predictions = []
-        for image, (h, w), x in zip(images, sizes, found, strict=True):
+        for image, (h, w), x in zip(images, sizes, detections, strict=True):
             H, W = image.shape[1:]
             boxes = x["boxes"].float() * torch.tensor([W / w, H / h, W / w, H / h], device=self.device)
             masks = paste(x["crops"].float(), boxes, H, W).cpu() if "crops" in x else None
@@ -138,7 +138,7 @@ class Engine(engine.Engine):
 
 
 class _Samples(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """Training samples by position; labels from 1, 0 being torchvision's background."""
+    """Training samples by position; labels start at 1, because 0 is torchvision's background."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -153,8 +153,9 @@ class _Samples(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 
 def build_model(task: Task) -> GeneralizedRCNN:
-    """Mask R-CNN for the classes of `task`, its backbone with fresh weights. Numbers that are no setting are those that
-    torchvision's and detectron2's Mask R-CNN share."""
+    """Mask R-CNN for the classes of `task`, with random weights.
+
+    Constants that are not settings are the same in torchvision's and detectron2's Mask R-CNN."""
     settings, S = task.settings, task.settings.image_size
     torch.manual_seed(task.seed)
     backbone = SimpleFeaturePyramid(task.encoder, settings)
@@ -206,14 +207,16 @@ def build_model(task: Task) -> GeneralizedRCNN:
         list(task.mean),
         list(task.std),
         size_divisible=S,  # pad to the square
-        _skip_resize=True,  # in training: the jitter did it
+        _skip_resize=True,  # in training, where the jitter has resized the images
     )
     return GeneralizedRCNN(backbone, proposals, heads, transform)
 
 
 class RoIHeads(roi_heads.RoIHeads):
-    """torchvision's, but for masks. It cuts their targets half a pixel off the regions that `AlignedPooler` pools, and pastes
-    them into boxes rounded to whole pixels: on objects of 16 pixels that costs 26 points of mask AP (docs/log.md)."""
+    """torchvision's heads with other mask targets and detections.
+
+    torchvision cuts mask targets half a pixel off the regions that `AlignedPooler` pools, and pastes masks into boxes
+    rounded to whole pixels: on objects of 16 pixels that costs 26 points of mask AP (docs/log.md)."""
 
     def forward(
         self,
@@ -222,32 +225,35 @@ class RoIHeads(roi_heads.RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """As torchvision's: (detections, losses), of which one is empty. A detection has its mask as `crops`, probabilities
-        (K, 1, m, m) over its box, for `paste`; none where there is no mask head."""
+        """(detections, losses), as in torchvision; losses are empty at a test, detections in training.
+
+        A detection's masks are `crops`, probabilities (K, 1, m, m) over its boxes, for `paste`; without a mask head
+        there are none."""
         if self.training:
             proposals, matched, labels, regression = self.select_training_samples(proposals, targets)
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
         if not self.training:
             boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
-            found = {"boxes": boxes, "scores": scores, "labels": labels}
+            detected = {"boxes": boxes, "scores": scores, "labels": labels}
             if self.has_mask():
-                found["crops"] = roi_heads.maskrcnn_inference(self._mask_logits(features, boxes, image_shapes), labels)
-            return [dict(zip(found, own, strict=True)) for own in zip(*found.values(), strict=True)], {}
+                logits = self._mask_logits(features, boxes, image_shapes)
+                detected["crops"] = roi_heads.maskrcnn_inference(logits, labels)
+            return [dict(zip(detected, image, strict=True)) for image in zip(*detected.values(), strict=True)], {}
         assert targets is not None
         loss_class, loss_box = roi_heads.fastrcnn_loss(logits, deltas, labels, regression)
         if not self.has_mask():
             return [], {"loss_classifier": loss_class, "loss_box_reg": loss_box}
-        objects = [torch.nonzero(own > 0).squeeze(1) for own in labels]
-        boxes = [own[i] for own, i in zip(proposals, objects, strict=True)]
+        foreground = [torch.nonzero(of_image > 0).squeeze(1) for of_image in labels]
+        boxes = [of_image[i] for of_image, i in zip(proposals, foreground, strict=True)]
         masks = self._mask_logits(features, boxes, image_shapes)
-        wanted = [
-            mask_targets(target["masks"], own, index[i], masks.shape[-1])
-            for target, own, index, i in zip(targets, boxes, matched, objects, strict=True)
+        mask_truth = [
+            mask_targets(target["masks"], of_image, index[i], masks.shape[-1])
+            for target, of_image, index, i in zip(targets, boxes, matched, foreground, strict=True)
         ]
-        classes = torch.cat([own[i] for own, i in zip(labels, objects, strict=True)])
+        classes = torch.cat([of_image[i] for of_image, i in zip(labels, foreground, strict=True)])
         masks = masks[torch.arange(len(masks), device=masks.device), classes]
-        # A mean over nothing is not a number.
-        loss_mask = F.binary_cross_entropy_with_logits(masks, torch.cat(wanted)) if len(masks) else masks.sum()
+        # The mean over no masks would be NaN.
+        loss_mask = F.binary_cross_entropy_with_logits(masks, torch.cat(mask_truth)) if len(masks) else masks.sum()
         return [], {"loss_classifier": loss_class, "loss_box_reg": loss_box, "loss_mask": loss_mask}
 
     def _mask_logits(self, features: dict[str, Tensor], boxes: list[Tensor], shapes: list[tuple[int, int]]) -> Tensor:
@@ -256,15 +262,16 @@ class RoIHeads(roi_heads.RoIHeads):
 
 
 def mask_targets(masks: Tensor, boxes: Tensor, index: Tensor, side: int) -> Tensor:
-    """What a mask should be within each box.
+    """The mask that the head should predict in each box.
 
     Args:
-        masks: (I, H, W), of an image's instances.
-        boxes: (K, 4), left, top, right, bottom in its pixels.
+        masks: (I, H, W), the masks of an image's I instances.
+        boxes: (K, 4), left, top, right, bottom in pixels of the image.
         index: (K,), the instance of each box.
+        side: of the mask, in cells.
 
     Returns:
-        (K, side, side), 1 where at least half of a cell is the instance's, else 0.
+        (K, side, side), 1 where the instance covers at least half of a cell, else 0.
     """
     rois = torch.cat([index[:, None].to(boxes), boxes], dim=1)
     covered = roi_align(masks[:, None].to(boxes), rois, (side, side), aligned=True)
@@ -272,20 +279,20 @@ def mask_targets(masks: Tensor, boxes: Tensor, index: Tensor, side: int) -> Tens
 
 
 def paste(crops: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
-    """Masks of an image from those over their boxes: an inverse of `mask_targets`.
+    """Masks of an image from masks over boxes, the inverse of `mask_targets`.
 
     Args:
         crops: (K, 1, m, m), probabilities.
         boxes: (K, 4), left, top, right, bottom in pixels of the image.
 
     Returns:
-        bool (K, height, width): pixels at whose centre the probability is at least a half.
+        bool (K, height, width), true where the probability at a pixel's centre is at least 1/2.
     """
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=crops.device)
     rows, columns = (torch.arange(side, device=crops.device) + 0.5 for side in (height, width))  # centres of pixels
     for mask, crop, (left, top, right, bottom) in zip(masks, crops, boxes.tolist(), strict=True):
         y, x = (slice(max(0, math.floor(low)), math.ceil(high)) for low, high in ((top, bottom), (left, right)))
-        across = (columns[x] - left) / (right - left) * 2 - 1  # the crop's from -1 to 1
+        across = (columns[x] - left) / (right - left) * 2 - 1  # the crop spans -1 to 1
         down = (rows[y] - top) / (bottom - top) * 2 - 1
         grid = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)  # (rows, columns, 2)
         mask[y, x] = F.grid_sample(crop[None], grid[None], align_corners=False)[0, 0] >= 0.5
@@ -293,11 +300,11 @@ def paste(crops: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 class AlignedPooler(MultiScaleRoIAlign):
-    """torchvision's pooler without its shift of half a cell, which is a pixel or two on small images (detectron2's
-    ROIAlignV2 lacks it too), and with given strides: torchvision infers them from unpadded sizes."""
+    """torchvision's pooler without its shift of half a cell, which is a pixel or two on small images. detectron2's
+    ROIAlignV2 has no shift either. Strides are given, because torchvision infers them from unpadded sizes."""
 
     def __init__(self, names: list[str], strides: tuple[int, ...], side: int) -> None:
-        """side: of the pooled map, in cells."""
+        """side: the pooled map's, in cells."""
         super().__init__(names, output_size=side, sampling_ratio=0)
         self.strides = strides
 
@@ -308,13 +315,13 @@ class AlignedPooler(MultiScaleRoIAlign):
         levels = self.levels(rois)
         pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
         for level, (features, stride) in enumerate(zip(maps, self.strides, strict=True)):
-            own = torch.nonzero(levels == level).squeeze(1)
-            crops = roi_align(features, rois[own], self.output_size, 1 / stride, self.sampling_ratio, aligned=True)
-            pooled[own] = crops.to(pooled.dtype)
+            rows = torch.nonzero(levels == level).squeeze(1)
+            crops = roi_align(features, rois[rows], self.output_size, 1 / stride, self.sampling_ratio, aligned=True)
+            pooled[rows] = crops.to(pooled.dtype)
         return pooled
 
     def levels(self, rois: Tensor) -> Tensor:
-        """rois: (R, 5) -> (R,) in [0, levels): the stride of 16 for a side of 224 pixels, and in proportion (Feature
+        """rois: (R, 5) -> (R,) in [0, levels): stride 16 for a side of 224 pixels, larger boxes on coarser levels (Feature
         Pyramid Networks, arXiv 1612.03144, equation 1)."""
         sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
         log2_stride = torch.floor(4 + torch.log2(sides / 224 + 1e-8))
@@ -323,21 +330,21 @@ class AlignedPooler(MultiScaleRoIAlign):
 
 
 def parameter_groups(model: nn.Module, settings: DetectionSettings, depth: int) -> list[dict[str, Any]]:
-    """Layer-wise lr decay and weight decay as in ViTDet's release.
+    """Parameter groups with the layer-wise learning rate decay and the weight decay of ViTDet's release.
 
-    The patch and position embeddings are layer 0, block i layer i+1, everything else layer depth+1, whose lr is the full
-    one; each layer below has `layer_decay` of the one above. No weight decay for the encoder's norms and its position
-    embedding; the pyramid's and heads' norms have it, as there.
+    The patch and position embeddings are layer 0, block i is layer i+1, everything else is layer depth+1. Layer depth+1
+    has the full learning rate, each layer below `layer_decay` times that of the layer above. The encoder's norms and
+    position embedding have no weight decay; the norms of the pyramid and heads have it, as in the release.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for place, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            name, layer = f"{place}.{own}", depth + 1
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name, layer = f"{path}.{attribute}", depth + 1
             if name.startswith("backbone.net.blocks."):
                 layer = int(name.split(".")[3]) + 1
             elif name.startswith("backbone.net."):
                 layer = 0
-            decays = own != "pos_embed" and type(module) is not nn.LayerNorm
+            decays = attribute != "pos_embed" and type(module) is not nn.LayerNorm
             key = (settings.lr * settings.layer_decay ** (depth + 1 - layer), settings.weight_decay if decays else 0.0)
             groups.setdefault(key, []).append(parameter)
-    return [{"params": own, "lr": lr, "weight_decay": decay} for (lr, decay), own in groups.items()]
+    return [{"params": members, "lr": lr, "weight_decay": decay} for (lr, decay), members in groups.items()]
