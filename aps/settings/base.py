@@ -1,4 +1,4 @@
-"""What every block of settings has in common: strictness, and the types of numbers."""
+"""The base class of every block of settings, the types of their numbers, and checks that several blocks need."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Temperature = Annotated[float, Field(ge=1e-3, le=100)]  # of a softmax in float32: beyond, all of one or none of any
-Seed = Annotated[int, Field(ge=0, lt=2**64)]  # as torch takes it
+Temperature = Annotated[float, Field(ge=1e-3, le=100)]  # beyond, a softmax in float32 is one-hot or uniform
+Seed = Annotated[int, Field(ge=0, lt=2**64)]  # the range that torch accepts
 Side = Annotated[int, Field(gt=0, le=8192)]  # of an image, pixels
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
-NAME_LETTERS = 100  # a file's name may have 255 bytes, and temporary ones are longer
-NAME = rf"[A-Za-z0-9][\w.-]{{0,{NAME_LETTERS - 1}}}"  # of what becomes a folder
+NAME_LETTERS = 100  # a file name may have 255 bytes, and names of temporary files are longer than the final ones
+NAME = rf"[A-Za-z0-9][\w.-]{{0,{NAME_LETTERS - 1}}}"  # a name that becomes a folder
 
 
 class Section(BaseModel):
@@ -31,7 +31,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_yaml(cls, value: Any) -> Any:
-        """YAML has lists where settings have tuples, and null where a block's keys are all commented out."""
+        """Turn lists of YAML into tuples, and drop blocks that are null because all their keys are commented out."""
         if not isinstance(value, dict):
             return value
         return {
@@ -41,7 +41,7 @@ class Section(BaseModel):
         }
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """As pydantic's, but what was computed of the old values (`cached_property`) is not taken along."""
+        """As in pydantic, but values that `cached_property` computed from the old settings are not copied."""
         copy = super().model_copy(update=update, deep=deep)
         for computed in copy.__dict__.keys() - type(self).model_fields.keys():
             del copy.__dict__[computed]
@@ -50,12 +50,12 @@ class Section(BaseModel):
 
 @cache
 def _blocks(section: type[BaseModel]) -> frozenset[str]:
-    """Names of the fields that are blocks."""
+    """Names of the fields that are blocks of settings."""
     return frozenset(k for k, field in section.model_fields.items() if isinstance(field.default, dict | BaseModel))
 
 
 def check_distinct(key: str, values: tuple[Any, ...]) -> None:
-    """Raises ValueError where a value is there twice."""
+    """Raises ValueError where a value occurs twice."""
     if twice := [value for value in values if values.count(value) > 1]:
         raise ValueError(f"{key} lists {twice[0]} twice; remove one")
 
@@ -67,7 +67,7 @@ def check_range(key: str, pair: tuple[float, float]) -> None:
 
 
 def check_crop(pair: tuple[float, float]) -> None:
-    """Raises ValueError where a range of crops is none, or larger than the image."""
+    """Raises ValueError where a range of crop areas is not [low, high], or exceeds the image."""
     check_range("crop_scale", pair)
     if pair[1] > 1:
         raise ValueError(f"crop_scale is a share of the image's area: {pair[1]} is above 1")

@@ -1,7 +1,7 @@
-"""The blocks of settings: every key with its type, range, default and description, and nothing else.
+"""The blocks of settings: every key with its type, range, default and description.
 
-The first ones say what an experiment computes: a change there changes results, so it reruns the stages that depend on
-it. The last two say how it is run, and a change there never reruns anything.
+Most blocks determine results: a change of a key reruns the stages that depend on it. The blocks `resources` and `sources`
+say how and from where stages run; a change there reruns nothing.
 
 A pretraining method adds its own keys to the block `pretrain` (`aps.methods`).
 """
@@ -33,7 +33,7 @@ from aps.settings.base import (
     check_range,
 )
 
-MOST_CELLS = 65_536  # of an image: attention is quadratic in them
+MOST_CELLS = 65_536  # cells of an image; the cost of attention is quadratic in them
 RAND_AUGMENT = r"^rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?)*$"
 
 
@@ -65,7 +65,7 @@ def name_only(value: Any) -> Any:
 StageDataset = Annotated[
     StageDatasetSettings | None,
     BeforeValidator(name_only),
-    # Left out of what is dumped: a stage's own settings have their dataset in the block `dataset`.
+    # Excluded from dumps, because the settings of one stage (StageSettings) have its dataset in the block `dataset`.
     Field(
         exclude=True,
         description="another dataset for this stage, by name or as a block like `dataset`; null: the experiment's",
@@ -179,14 +179,14 @@ class SamplingSettings(Section):
 
     @staticmethod
     def unread(strategy: str) -> frozenset[str]:
-        """Keys that a strategy does not read."""
+        """Keys that a strategy does not use."""
         return frozenset(
             {"random": ("gamma", "flip_aware"), "full": ("ratio", "gamma", "flip_aware")}.get(strategy, ())
         )
 
 
 class BudgetSettings(Section):
-    """What a pretraining may cost: one of the two."""
+    """The budget of a pretraining: operations or time."""
 
     flops: PositiveFloat | None = Field(None, description="operations of all steps, counted; a multiply-add is two")
     minutes: PositiveFloat | None = Field(None, description="of training; such a run does not repeat bit for bit")
@@ -199,7 +199,7 @@ class BudgetSettings(Section):
 
 
 class PretrainSettings(Section):
-    """What every method has; a method's own keys come with it (method.md, Pretraining recipe)."""
+    """Keys of every pretraining method; a method adds more (method.md, Pretraining recipe)."""
 
     method: str = Field("aps", description="a file of `aps/methods`; its own keys stand in a table below")
     epochs: Positive = Field(1600, description="E")
@@ -379,10 +379,11 @@ class DetectionSettings(Section):
 
 
 def minutes(value: Any) -> Any:
-    """A time limit as Slurm or people write it: minutes, 36h, 90m, 2d, 1h30m, H:M:S, M:S, D-H, D-H:M, D-H:M:S.
+    """A time limit in minutes, from text as Slurm or people write it: minutes, 36h, 90m, 2d, 1h30m, H:M:S, M:S, D-H,
+    D-H:M, D-H:M:S. Values that are not text are returned as they are.
 
     Raises:
-        ValueError: text that is none of these.
+        ValueError: the text has none of these forms.
     """
     if not isinstance(value, str):
         return value
@@ -408,7 +409,7 @@ Runtime = Annotated[
 
 
 class ResourceSettings(Section):
-    """What a stage asks the cluster for; keys of Snakemake's resources. None: the executor's default."""
+    """The resources that a stage requests, by Snakemake's keys. None: the executor's default."""
 
     local: bool | None = Field(
         None,
@@ -441,7 +442,7 @@ class SourceSettings(Section):
 
     @property
     def identity(self) -> str | None:
-        """What a prepared dataset says it was made from."""
+        """The value of `source` in the manifest of a dataset prepared from this source."""
         return self.path
 
 
@@ -460,7 +461,7 @@ class CocoSplits(Section):
 
 
 class UserDataset(Section):
-    """A dataset of the user's own, by one of `folder`, `arrays` and `coco`."""
+    """A user's dataset: a `folder` of images, `arrays` in a file, or `coco` files."""
 
     folder: str | None = Field(None, description="tree of image files, one folder a class")
     arrays: str | None = Field(None, description=".npz file with images and labels")
@@ -477,22 +478,24 @@ class UserDataset(Section):
 
     @property
     def paths(self) -> dict[str, str]:
-        """Every path it names, by its key."""
+        """Every path that the entry names, by its key."""
         if self.coco is None:
             return {key: path for key in ("folder", "arrays") if (path := getattr(self, key)) is not None}
         splits = {"train": self.coco.train, "val": self.coco.val}
         return {
-            f"coco.{split}.{key}": getattr(own, key) for split, own in splits.items() for key in CocoFiles.model_fields
+            f"coco.{split}.{key}": getattr(files, key)
+            for split, files in splits.items()
+            for key in CocoFiles.model_fields
         }
 
     @property
     def identity(self) -> str:
-        """What a prepared dataset says it was made from."""
+        """The value of `source` in the manifest of a dataset prepared from this entry."""
         return json.dumps(self.model_dump(mode="json", exclude_defaults=True, exclude={"trust"}), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> UserDataset:
-        """Raises UserError where the text is not a dump of such an entry."""
+        """The entry that `text` holds as JSON. Raises UserError where it holds none."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What one block alone can't know: names that other rooms register, other experiments, and what components say."""
+"""Checks of a study that need more than one block: registered names, other experiments, and the components' checks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MONITOR_LEAST = 10  # images of which kNN monitoring holds out a tenth
 
 
 def check(study: Study, where: str) -> None:
-    """Raises UserError where the study names what is not there, or a component can't be built of its settings."""
+    """Raises UserError where the study names something unknown, or a component can't be built with its settings."""
     known = {*DATASETS.names(), *DETECTION_DATASETS.names()}
     if unknown := sorted(set(study.sources) - known):
         if unknown[0] in study.datasets:
@@ -58,16 +58,16 @@ def check(study: Study, where: str) -> None:
 
 
 def _check_dataset(study: Study, e: ExperimentSettings, stage: str, prefix: str) -> None:
-    """Raises UserError where a stage's dataset is none, or not of the kind that the stage needs."""
+    """Raises UserError where a stage's dataset is unknown, or not of the kind that the stage needs."""
     row, name = STAGES[stage], e.dataset_of(stage)
-    own = getattr(getattr(e, stage), "dataset", None) is not None
-    key = f"{stage}.dataset" if row.detects or own else "dataset"
+    overridden = getattr(getattr(e, stage), "dataset", None) is not None
+    key = f"{stage}.dataset" if row.detects or overridden else "dataset"
     kind = study.kind_of(name)
     wanted = ("detection",) if row.detects else ("classification",) if row.labels else ("classification", "images")
     if kind is None or (kind not in wanted and name not in study.datasets):
         registry = DETECTION_DATASETS if row.detects else DATASETS
-        mine = [other for other in study.datasets if study.datasets[other].kind in wanted]
-        raise UserError(f"{prefix} {key} '{name}' is unknown; {nearest(name, [*registry.names(), *mine])}")
+        users = [other for other in study.datasets if study.datasets[other].kind in wanted]
+        raise UserError(f"{prefix} {key} '{name}' is unknown; {nearest(name, [*registry.names(), *users])}")
     if kind not in wanted:
         if kind == "images":
             raise UserError(
@@ -89,7 +89,7 @@ def _check_dataset(study: Study, e: ExperimentSettings, stage: str, prefix: str)
 
 
 def _check_parts(e: ExperimentSettings) -> None:
-    """Raises ValueError where a part of a pretraining batch is too small for its method, whatever the processes."""
+    """Raises ValueError where a part of a pretraining batch is too small for its method, for any number of processes."""
     batch, parts, least = e.pretrain.batch_size, e.pretrain.accumulate, METHODS.load(e.pretrain.method).least_images
     if batch % parts:
         raise ValueError(f"pretrain.accumulate {parts} does not divide pretrain.batch_size {batch}; change either")

@@ -1,7 +1,7 @@
-"""From YAML to a validated study: files, includes, inheritance, overrides.
+"""Reads YAML into a validated study: files, includes, inheritance, overrides.
 
-Blocks merge key by key, lists and values are replaced (config/README.md has the order). Everything is validated here,
-before the first job; nothing else in the project reads a study's YAML.
+Blocks merge key by key; lists and values are replaced (config/README.md has the order). Everything is validated here,
+before the first job; no other module reads a study's YAML.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from aps.settings.checks import check
 from aps.settings.sentences import sentence, shown
 from aps.settings.study import Study, StudySettings, experiment_model, method_of
 
-LONG_NAME = re.compile(r"\w{101,}")  # cut in a sentence
-DEEPEST = 50  # blocks within blocks of YAML; a study has five
+LONG_NAME = re.compile(r"\w{101,}")  # shortened in error messages
+DEEPEST = 50  # levels of nested blocks in YAML; a study has five
 RESERVED_NAMES = (
     "data",
     "report",
@@ -40,7 +40,7 @@ def load_study(files: Sequence[str | Path], overrides: dict[str, Any] | None = N
 
     Args:
         files: YAML files, later ones laid over earlier ones.
-        overrides: settings laid over all of them (`--set`, or what Snakemake was given by `--config`).
+        overrides: settings laid over all of them (from `--set`, or from Snakemake's `--config`).
 
     Raises:
         UserError: a file is missing or not YAML, a key is unknown, a value has the wrong type or range.
@@ -56,7 +56,7 @@ def load_study(files: Sequence[str | Path], overrides: dict[str, Any] | None = N
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
-    """`a.b=value` pairs as nested settings; values are read as YAML."""
+    """`a.b=value` pairs as nested settings; values are read as YAML. Raises UserError for a pair of another form."""
     result: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -72,14 +72,14 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 
 
 def read_value(text: str, where: str) -> Any:
-    """One value as a study's file would have it. Raises UserError where it is not YAML."""
+    """Parse YAML text. Raises UserError where it is not valid YAML."""
     try:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}; correct it there") from None
     except RecursionError:
         raise UserError(_too_deep(where)) from None
-    except ValueError as error:  # a date that is none, a number of more digits than Python reads
+    except ValueError as error:  # an impossible date, or a number of more digits than Python reads
         raise UserError(f"{where}: not valid YAML: {error}; correct the value, or quote it if it is text") from None
     if _depth_exceeds(value, DEEPEST):
         raise UserError(_too_deep(where))
@@ -101,7 +101,7 @@ def _depth_exceeds(value: Any, most: int) -> bool:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Plain YAML, but a key given twice in one block is an error instead of a silent override."""
+    """YAML, but a key given twice in one block is an error instead of a silent override."""
 
 
 def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -122,8 +122,8 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool 
 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
-# Numbers as people mean them, which is YAML 1.2's way and not 1.1's: 010 is ten and not octal, 24:00:00 is text and not a
-# number of base sixty, 1e-3 is a number and not text.
+# Numbers as in YAML 1.2, not 1.1: 010 is ten, not octal; 24:00:00 is text, not a number in base sixty; 1e-3 is a number,
+# not text.
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _UniqueKeyLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in known if tag not in (_INT, _FLOAT)]
@@ -151,7 +151,7 @@ _UniqueKeyLoader.add_constructor(_INT, _whole_number)
 
 
 def _read(file: Path, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """One YAML file with its includes (relative to it) laid under it."""
+    """A YAML file laid over the files that it includes, whose paths are relative to it."""
     if file.resolve() in parents:
         raise UserError(f"{file}: includes itself through {' -> '.join(str(p) for p in parents)}; remove one include")
     try:
@@ -171,28 +171,28 @@ def _read(file: Path, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
         raise UserError(f"{file}: include = {shown(includes)}: should be a list of files, for example [cifar.yaml]")
     for name in includes:
-        merged = _merge(merged, _own_defaults(_read(file.parent / name, (*parents, file.resolve()))))
+        merged = _merge(merged, _with_defaults(_read(file.parent / name, (*parents, file.resolve()))))
     return _merge(merged, content)
 
 
-def _own_defaults(raw: dict[str, Any]) -> dict[str, Any]:
-    """Lay an included study's defaults under its own experiments, so that they don't reach its neighbours."""
+def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    """Lay the defaults of an included study under its experiments, so that they don't apply to other studies' ones."""
     defaults = raw.pop("defaults", None) or {}
     experiments = raw.get("experiments")
     if isinstance(experiments, dict) and isinstance(defaults, dict):
-        for name, own in experiments.items():
-            own = {} if own is None else own
-            if isinstance(own, dict) and "inherits" not in own:
-                experiments[name] = _merge(defaults, own)
+        for name, settings in experiments.items():
+            settings = {} if settings is None else settings
+            if isinstance(settings, dict) and "inherits" not in settings:
+                experiments[name] = _merge(defaults, settings)
     raw.pop("study", None)
     raw.pop("question", None)
     return raw
 
 
 def _merge(below: Any, above: Any) -> Any:
-    """Blocks merge key by key, an empty one changes nothing; everything else is replaced.
+    """Lay `above` over `below`: blocks merge key by key, an empty block changes nothing, everything else is replaced.
 
-    `dataset: NAME` stands for `dataset: {name: NAME}`.
+    `dataset: NAME` is short for `dataset: {name: NAME}`.
     """
     if isinstance(below, dict) and isinstance(above, dict):
         merged = dict(below)
@@ -208,12 +208,13 @@ def _merge(below: Any, above: Any) -> Any:
 def _inherit(
     name: str, experiments: dict[str, Any], defaults: dict[str, Any], where: str, chain: tuple[str, ...] = ()
 ) -> Any:
-    own = experiments[name] if experiments[name] is not None else {}
-    if not isinstance(own, dict):
-        raise UserError(f"{where}: experiment '{name}': must be a block of settings, not {own!r}")
-    parent = own.get("inherits")
+    """The settings of an experiment laid over those it inherits; `chain` names the experiments that inherit from it."""
+    settings = experiments[name] if experiments[name] is not None else {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{where}: experiment '{name}': must be a block of settings, not {settings!r}")
+    parent = settings.get("inherits")
     if parent is None:
-        return _merge(defaults, own)
+        return _merge(defaults, settings)
     if not isinstance(parent, str) or parent not in experiments:
         raise UserError(
             f"{where}: experiment '{name}': inherits '{parent}', which does not exist; {nearest(str(parent), list(experiments))}"
@@ -224,7 +225,7 @@ def _inherit(
         )
     base = _inherit(parent, experiments, defaults, where, (*chain, name))
     base = {key: value for key, value in base.items() if key not in ("inherits", "description", "published")}
-    return _merge(base, own)
+    return _merge(base, settings)
 
 
 def _validate(raw: dict[str, Any], where: str) -> Study:
@@ -255,23 +256,23 @@ def _validate(raw: dict[str, Any], where: str) -> Study:
 
 
 def _check_defaults(defaults: dict[str, Any], where: str) -> None:
-    """Raises UserError for a value of `defaults` that no experiment could take, though each replaces it with its own.
+    """Raises UserError for a value of `defaults` that is invalid in every experiment, even if all of them replace it.
 
-    What hangs together with other keys, or with the method, is looked at where it is used: in the experiments.
+    Keys that depend on other keys, or on the method, are checked in the experiments only.
     """
     model = experiment_model(method_of(defaults))
     try:
         model.model_validate(defaults)
     except ValidationError as error:
         elsewhere = ("missing", "extra_forbidden", "value_error")
-        own: list[Any] = [
+        errors: list[Any] = [
             {key: one[key] for key in ("type", "loc", "input", "ctx") if key in one}
             for one in error.errors()
             if one["type"] not in elsewhere and one["loc"] and one["loc"][0] not in ("pretrain", "views")
         ]
-        if own:
+        if errors:
             raise UserError(
-                sentence(where, "defaults: ", ValidationError.from_exception_data("defaults", own), model)
+                sentence(where, "defaults: ", ValidationError.from_exception_data("defaults", errors), model)
             ) from None
     for key in ("stages", "seeds"):
         if isinstance(values := defaults.get(key), list):

@@ -1,4 +1,4 @@
-"""What the blocks say of themselves: the tables of config/README.md and the schema that editors complete and check with.
+"""Makes the tables of settings in config/README.md, and the JSON schema with which editors complete and check a study.
 
 `python -m aps.settings.reference` writes both into config/ (`make reference`); a test compares them.
 """
@@ -43,9 +43,9 @@ def tables() -> dict[str, list[Row]]:
         shared[block] = _rows(_block(ExperimentSettings, block), f"{block}.")
         found[f"{block}:"] = shared[block]
         if block == "pretrain":
-            for method in METHODS.names():  # a method's own keys, and the defaults that it changes
-                own = experiment_model(method)
-                rows = [*_rows(_block(own, "pretrain"), "pretrain."), *_rows(_block(own, "views"), "views.")]
+            for method in METHODS.names():  # the keys that a method adds, and the defaults that it changes
+                model = experiment_model(method)
+                rows = [*_rows(_block(model, "pretrain"), "pretrain."), *_rows(_block(model, "views"), "views.")]
                 known = [row[:3] for row in [*shared["pretrain"], *shared["views"]]]
                 found[f"pretrain: with method: {method}"] = [row for row in rows if row[:3] not in known]
     found["resources:"] = _rows(ResourceSettings, "resources.")
@@ -53,7 +53,7 @@ def tables() -> dict[str, list[Row]]:
 
 
 def markdown() -> str:
-    """The tables as they stand in config/README.md, between BEGIN and END."""
+    """The part of config/README.md from BEGIN to END."""
     parts = []
     for title, rows in tables().items():
         head = ["| key | allowed | default | what it is |", "|---|---|---|---|"]
@@ -62,15 +62,15 @@ def markdown() -> str:
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of a study's file. Experiments may leave out what they inherit, so nothing is required there."""
+    """JSON schema of a study's file. No key of an experiment is required, because experiments inherit keys."""
     methods = {method: experiment_model(method).model_json_schema() for method in METHODS.names()}
     default = methods[str(_block(ExperimentSettings, "pretrain").model_fields["method"].default)]
     definitions = dict(default.pop("$defs", {}))
     block: dict[str, Any] = {"type": ["object", "null"], "properties": dict(default["properties"])}
     block["additionalProperties"] = False
     block["properties"]["dataset"] = {"anyOf": [{"type": "string"}, block["properties"]["dataset"]]}
-    for own in methods.values():
-        for name, definition in own.get("$defs", {}).items():
+    for method in methods.values():
+        for name, definition in method.get("$defs", {}).items():
             definitions.setdefault(name, definition)
     pretrain, views = (_of_all(_block(experiment_model(m), name) for m in methods) for name in ("pretrain", "views"))
     definitions["Pretrain"], definitions["Views"] = pretrain, views
@@ -92,7 +92,7 @@ def schema() -> dict[str, Any]:
 
 
 def _of_all(blocks: Iterable[type[BaseModel]]) -> dict[str, Any]:
-    """A block that has the keys of all of these: where two mean different things by a key, what either allows."""
+    """A block with the keys of all `blocks`; a key that they define differently allows what any of them allows."""
     meanings: dict[str, list[dict[str, Any]]] = {}
     for block in blocks:
         for key, value in block.model_json_schema()["properties"].items():
@@ -105,7 +105,7 @@ def _of_all(blocks: Iterable[type[BaseModel]]) -> dict[str, Any]:
 
 
 def write(folder: Path = FOLDER) -> None:
-    """Puts the tables into `folder`/README.md and the schema into `folder`/schema.json."""
+    """Write the tables into `folder`/README.md and the schema into `folder`/schema.json."""
     page = folder / "README.md"
     before, rest = page.read_text().split(BEGIN)
     with atomic_path(page) as temporary:
@@ -139,7 +139,7 @@ def _default(value: Any) -> str:
 
 
 def _allowed(schema: dict[str, Any]) -> str:
-    """What a JSON schema allows, in words."""
+    """The values that a JSON schema allows, in words."""
     if "anyOf" in schema:
         return " or ".join(_allowed(option) for option in schema["anyOf"])
     if "enum" in schema:

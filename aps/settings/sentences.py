@@ -1,4 +1,4 @@
-"""A failed validation as one sentence: where, key, value, what is allowed."""
+"""Says a failed validation in one sentence: where, key, value, what is allowed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aps.settings.base import NAME_LETTERS
 
 
 def sentence(where: str, prefix: str, error: ValidationError, model: type[BaseModel]) -> str:
-    """One error of a validation as one sentence: where, key, value, what is allowed.
+    """The first error of a validation as one sentence: where, key, value, what is allowed.
 
     An unknown key comes first, because a misspelt one is often the reason for the others.
     """
@@ -24,7 +24,7 @@ def sentence(where: str, prefix: str, error: ValidationError, model: type[BaseMo
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         return f"{where}: {prefix}unknown key '{key}'; {_nearest_key(path, model)}{more}"
-    if first["loc"] and first["loc"][-1] == "[key]":  # of a block whose keys are names, such as resources
+    if first["loc"] and first["loc"][-1] == "[key]":  # in a block whose keys are names, such as resources
         known = re.findall(r"'(\w+)'", str(first["msg"]))
         return f"{where}: {prefix}unknown key '{key}'; {nearest(path[-1], known)}{more}"
     if first["type"] == "missing":
@@ -65,23 +65,23 @@ WORDS = (
 
 
 def shown(value: Any) -> str:
-    """A value as YAML on one line, cut where it is long."""
+    """A value as YAML on one line, shortened where it is long."""
     try:
         text = json.dumps(value, default=str, ensure_ascii=False)
-    except (ValueError, TypeError):  # it holds itself
+    except (ValueError, TypeError):  # the value contains itself
         text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _nearest_key(path: list[str], model: type[BaseModel]) -> str:
-    """Nearest known key at the same place, else the same key in another block."""
+    """Advice on an unknown key: the nearest known key of the same block, else the same key in another block."""
     fields = _fields_at(path[:-1], model)
     if close := difflib.get_close_matches(path[-1], fields, n=1, cutoff=0.6):
         return f"did you mean '{'.'.join([*path[:-1], close[0]])}'?"
     for name, block in _blocks(model).items():
         if path[-1] in block.model_fields:
-            place = "defaults" if name == "experiments" else name  # where a setting of every experiment belongs
-            return f"did you mean '{place}.{path[-1]}'?"
+            block_name = "defaults" if name == "experiments" else name  # settings of every experiment go to defaults
+            return f"did you mean '{block_name}.{path[-1]}'?"
     return f"known keys: {', '.join(fields)}"
 
 

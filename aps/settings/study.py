@@ -1,12 +1,12 @@
 """Experiments, studies and one stage's settings, made of the blocks.
 
-A study is a YAML file of named experiments. It answers what the workflow asks: which jobs there are, and what each
-job's result depends on.
+A study is a YAML file of named experiments. It tells the workflow which jobs there are, and what the result of each job
+depends on.
 
 Design: an experiment has a block for each row of `aps.stages`, under the stage's name, so no stage is named here. The
-block `pretrain` and the defaults of `views` are the chosen method's own (`experiment_model`, `stage_model`).
+chosen method determines the block `pretrain` and the defaults of `views` (`experiment_model`, `stage_model`).
 
-It does not know how a stage uses its settings, where data come from, and how YAML is read.
+It does not know how a stage uses its settings, where data come from, or how YAML is read.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from aps.stages import ROWS, STAGES
 
 if TYPE_CHECKING:
     Stage = str
-    Asking = str
+    ResourceKey = str
 else:
     Stage = Literal[tuple(STAGES)]
-    Asking = Literal["default", "data", *STAGES, "report"]  # what a study may ask resources for
+    ResourceKey = Literal["default", "data", *STAGES, "report"]  # keys of `resources`
 
 
 class SharedBlocks(Section):
@@ -53,7 +53,7 @@ class SharedBlocks(Section):
     if TYPE_CHECKING:
 
         def __getattr__(self, stage: str) -> Any:
-            """A stage's own block."""
+            """The block of a stage."""
 
 
 if TYPE_CHECKING:
@@ -106,9 +106,10 @@ class ExperimentSettings(Blocks):
         return str(self.detection.dataset) if STAGES[stage].detects else self.dataset_settings(stage).name
 
     def dataset_settings(self, stage: str) -> DatasetSettings:
-        """Which images a stage that classifies or pretrains reads: its own dataset, else the experiment's."""
-        own = getattr(getattr(self, stage), "dataset", None)
-        return DatasetSettings(**own.model_dump()) if isinstance(own, DatasetSettings) else self.dataset
+        """The images that a stage other than detection reads: the stage's dataset if it names one, else the
+        experiment's."""
+        override = getattr(getattr(self, stage), "dataset", None)
+        return DatasetSettings(**override.model_dump()) if isinstance(override, DatasetSettings) else self.dataset
 
 
 class StudySettings(Section):
@@ -137,7 +138,7 @@ class StudySettings(Section):
     datasets: dict[Annotated[str, Field(pattern=f"^{NAME}$")], UserDataset] = Field(
         {}, description="data of your own, by names that `dataset` and `detection.dataset` can use"
     )
-    resources: dict[Asking, ResourceSettings] = Field(
+    resources: dict[ResourceKey, ResourceSettings] = Field(
         {}, description="what stages ask the executor for, by stage, over those of `default`"
     )
     defaults: dict[str, Any] = Field({}, description="an experiment's keys, laid under every experiment")
@@ -145,16 +146,16 @@ class StudySettings(Section):
 
 
 class StageSettings(Blocks):
-    """Everything that one run of one stage depends on. Blocks that the stage does not read keep their defaults."""
+    """All settings that one run of one stage depends on. Blocks that the stage does not read keep their defaults."""
 
     stage: Stage
     experiment: str
     seed: Seed
-    upstream: str | None = None  # digest of the pretraining it starts from, so that it reruns with it
+    upstream: str | None = None  # digest of the pretraining it starts from; a new pretraining reruns the stage
     dataset: DatasetSettings = DatasetSettings(name="")
 
     def dataset_settings(self, stage: str) -> DatasetSettings:
-        """Which images the stage reads, as of an experiment's."""
+        """The images that the stage reads; the same call as on an experiment."""
         return self.dataset
 
     @property
@@ -162,7 +163,7 @@ class StageSettings(Blocks):
         return str(self.detection.dataset) if STAGES[self.stage].detects else self.dataset.name
 
     def relevant(self) -> dict[str, Any]:
-        """The blocks that count, as plain data with every default filled in."""
+        """The blocks that the stage reads, as plain data with every default filled in."""
         blocks = blocks_of(self.stage, self.pretrain.method)
         return self.model_dump(mode="json", include={"stage", "experiment", "seed", "upstream", *blocks})
 
@@ -171,13 +172,13 @@ class StageSettings(Blocks):
 
     @cached_property
     def digest(self) -> str:
-        """16 hexadecimal digits over all that determines the result; the experiment's name does not."""
+        """16 hexadecimal digits over all settings that determine the result; the experiment's name does not."""
         content = {k: v for k, v in self.relevant().items() if k != "experiment"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
     def from_json(cls, text: str) -> StageSettings:
-        """Raises UserError where the text is not what `to_json` writes."""
+        """Read what `to_json` wrote. Raises UserError for any other text."""
         try:
             raw = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -195,7 +196,7 @@ class StageSettings(Blocks):
 
 
 def method_of(raw: Any) -> str:
-    """The method that a plain block of an experiment or a stage names, or the default where it names none we know."""
+    """The method that the plain settings of an experiment or stage name; the default if they name no known method."""
     default = str(PretrainSettings.model_fields["method"].default)
     block = raw.get("pretrain") if isinstance(raw, dict) else None
     name = block.get("method", default) if isinstance(block, dict) else default
@@ -203,9 +204,9 @@ def method_of(raw: Any) -> str:
 
 
 def _of_method(base: Any, method: str) -> Any:
-    own = METHODS.load(method)
-    pretrain: Any = (own.Settings, own.Settings(method=method))
-    views: Any = (own.Views, own.Views())
+    method_class = METHODS.load(method)
+    pretrain: Any = (method_class.Settings, method_class.Settings(method=method))
+    views: Any = (method_class.Views, method_class.Views())
     return create_model(base.__name__, __base__=base, pretrain=pretrain, views=views)
 
 
@@ -234,10 +235,12 @@ def blocks_of(stage: str, method: str) -> tuple[str, ...]:
 
 
 class Study(StudySettings):
-    """A validated study and the answers the workflow asks of it."""
+    """A validated study, and its answers to the workflow."""
 
     def stage_settings(self, experiment: str, seed: int, stage: str) -> StageSettings:
-        """The same object each time. Raises UserError where the study has no such experiment, seed or stage."""
+        """The settings of one run of a stage; the same object at each call.
+
+        Raises UserError where the study has no such experiment, seed or stage."""
         job = (experiment, seed, stage)
         if job not in self._resolved:
             self._resolved[job] = self._resolve(*job)
@@ -245,7 +248,7 @@ class Study(StudySettings):
 
     @cached_property
     def _resolved(self) -> dict[tuple[str, int, str], StageSettings]:
-        """Of jobs that were asked for: planning asks for each many times."""
+        """Cache of `stage_settings`, because planning asks for each job many times."""
         return {}
 
     def _resolve(self, experiment: str, seed: int, stage: str) -> StageSettings:
@@ -292,20 +295,23 @@ class Study(StudySettings):
         return [(name, seed, stage) for name, e in self.experiments.items() for seed in e.seeds for stage in e.stages]
 
     def dataset_names(self) -> list[str]:
-        """Every dataset that some stage reads."""
+        """Sorted names of the datasets that stages read."""
         return sorted({e.dataset_of(stage) for e in self.experiments.values() for stage in e.stages})
 
     def stage_resources(self, stage: str, experiment: str | None = None) -> ResourceSettings:
-        """Defaults, then the study's for this stage, then the experiment's. The same object each time."""
-        own = self.experiments[experiment].resources.get(stage) if experiment is not None else None
-        job = (stage, experiment if own is not None else None)
-        if job not in self._asked:
-            self._asked[job] = self._layered([self.resources.get("default"), self.resources.get(stage), own])
-        return self._asked[job]
+        """The resources of a stage: the study's defaults, then the study's for this stage, then the experiment's.
+
+        The same object at each call."""
+        override = self.experiments[experiment].resources.get(stage) if experiment is not None else None
+        job = (stage, experiment if override is not None else None)
+        if job not in self._stage_resources:
+            layers = [self.resources.get("default"), self.resources.get(stage), override]
+            self._stage_resources[job] = self._layered(layers)
+        return self._stage_resources[job]
 
     @cached_property
-    def _asked(self) -> dict[tuple[str, str | None], ResourceSettings]:
-        """Resources that were asked for, by stage and the experiment that has its own."""
+    def _stage_resources(self) -> dict[tuple[str, str | None], ResourceSettings]:
+        """Cache of `stage_resources`, by stage and by the experiment where it overrides the study's."""
         return {}
 
     @staticmethod
