@@ -25,7 +25,7 @@ from aps import __version__
 from aps.errors import Preempted, UserError
 from aps.files import DISK_ERRORS, check_weights
 from aps.inference import verbs as inference
-from aps.runtime.memory import lack, lost_worker
+from aps.runtime.memory import lost_worker, out_of_memory
 from aps.runtime.ranks import ranks, started_by_torchrun
 from aps.stages import STAGES, Stage
 
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except (OSError, MemoryError, RuntimeError, ImportError) as error:
-        if (sentence := lack(error, args.verb)) is not None:
+        if (sentence := out_of_memory(error, args.verb)) is not None:
             print(f"error: {sentence}", file=sys.stderr)
             return MISTAKE  # not noted: a further attempt asks for more memory
         if (sentence := lost_worker(error, args.verb)) is not None:

@@ -25,7 +25,7 @@ from aps.journal import read_history
 from aps.layout import encoder_file, log_file, manifest_of, run_folder, study_folder
 from aps.progress import clock
 from aps.results import run_key
-from aps.runtime.slurm import at_work
+from aps.runtime.slurm import running_attempt
 from aps.settings.study import Study
 from aps.stages import STAGES
 
@@ -73,7 +73,7 @@ def _status(study: Study, findings: Findings, finding: Finding, now: float) -> S
         return Status(*job, DONE)
     folder = _folder_of(study, findings, *job)
     log = log_file(study_folder(study), *job)
-    if folder is not None and at_work(folder) is not None:
+    if folder is not None and running_attempt(folder) is not None:
         share, left = _progress(study, job, folder, now)
         return Status(*job, RUNNING, "" if share is not None else last_line(log), share, left)
     if finding.stale:

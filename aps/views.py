@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from aps.runtime.ahead import send
+from aps.runtime.prefetch import send
 from aps.sampling import Geometry
 from aps.settings.blocks import ViewSettings
 

@@ -25,7 +25,7 @@ from aps.journal import read_history
 from aps.models.encoder import build_encoder
 from aps.models.weights import load_encoder, read_info
 from aps.results import _read_clock
-from aps.runtime.slurm import _identity, _outlives, _read_mark
+from aps.runtime.slurm import _identity, _is_alive, _read_mark
 from aps.seals import damage, read_metrics, seal
 from aps.settings.blocks import EncoderSettings
 from aps.settings.reading import load_study, parse_overrides
@@ -211,7 +211,7 @@ CONTENTS = st.one_of(
 def look_back(file: Path) -> None:
     mark = _read_mark(file)
     if mark.get("pid") != _identity(1):
-        _outlives({**mark, "born": None})
+        _is_alive({**mark, "born": None})
 
 
 def look_at_metrics(file: Path) -> None:

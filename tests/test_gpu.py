@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from aps.results import StageJob
-from aps.runtime.ahead import ahead, send
 from aps.runtime.precision import Precision
+from aps.runtime.prefetch import prefetch, send
 from aps.runtime.processes import Distributed
 from aps.settings.blocks import DatasetSettings, EncoderSettings
 from aps.settings.study import stage_model
@@ -82,7 +82,7 @@ def test_batches_made_ahead_are_the_ones_that_were_made() -> None:
             (torch.full((1000, 100), float(i), device=DEVICE), send(torch.full((3,), i), DEVICE)) for i in range(20)
         ]
 
-    for i, (large, small) in enumerate(ahead(iter(make()), DEVICE)):
+    for i, (large, small) in enumerate(prefetch(iter(make()), DEVICE)):
         assert bool((large * 2 == 2 * i).all()) and small.tolist() == [i] * 3
 
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from aps.runtime.collectives import several, sum_with_gradient
+from aps.runtime.collectives import is_distributed, sum_with_gradient
 
 
 def projection_head(dims: Sequence[int]) -> nn.Sequential:
@@ -58,7 +58,7 @@ class CrossProcessBatchNorm(nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, D) -> (B, D)"""
-        if not (self.training and several()):
+        if not (self.training and is_distributed()):
             return super().forward(input)
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         sums = sum_with_gradient(torch.cat([x.sum(0), x.new_full((1,), len(x))]))

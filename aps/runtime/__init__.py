@@ -1,4 +1,4 @@
-"""What surrounds a stage that computes: processes, signals, Slurm, precision, checkpoints, compiling, traces, memory.
+"""Services for every stage: processes, signals, Slurm, precision, checkpoints, compiling, traces, memory.
 
-Stages, the workflow and the command line use it. It knows no stage.
+Stages, the workflow and the command line use them. They know no stage.
 """

@@ -1,4 +1,4 @@
-"""Resumable state on disk: written atomically, sealed, the last two kept, read back without unpickling code.
+"""Writes and reads checkpoints: atomic, with checksums, the last two kept, loaded without unpickling code.
 
 The folder belongs to one stage with one settings digest; Snakemake does not know it.
 """
@@ -15,7 +15,7 @@ import torch
 
 from aps.files import atomic_path, read_json, sha256, write_json
 
-KEPT = 2  # a machine that dies while writing may lose the newest
+KEPT = 2  # the newest may be lost if the machine fails while it is written
 
 
 class Checkpoints:
@@ -23,7 +23,7 @@ class Checkpoints:
 
     Args:
         folder: `StageJob.checkpoints`.
-        minutes: how often `due` says yes.
+        minutes: between two checkpoints.
         writes: false on all ranks but the first.
     """
 
@@ -32,24 +32,24 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def due(self) -> bool:
-        """Whether rank 0's last checkpoint is old enough for another; other ranks never save."""
+        """Whether it is time for another checkpoint; never on ranks other than 0."""
         return self.writes and time.monotonic() - self._last >= 60 * self.minutes
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Raises UserError where the disk is full or read-only; earlier checkpoints stay."""
+        """Write a checkpoint. Raises UserError where the disk is full or read-only; earlier checkpoints stay."""
         self._last = time.monotonic()
         if not self.writes:
             return
         file = self.folder / f"state-{step:09d}.pt"
         with atomic_path(file) as temporary:
             _write({"step": step, **state}, temporary)
-            # Before the state itself, so that a state that is there has its seal: torch.load does not check what it reads.
+            # The seal comes first, so that every state on disk has one: torch.load does not verify what it reads.
             write_json(_seal(file), {"sha256": sha256(temporary)})
         for old in self._files()[:-KEPT]:
             remove(old)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest readable state on the CPU, or None; a damaged file is passed over with a warning."""
+        """The newest readable state, on the CPU; None where there is none. Damaged files are skipped with a warning."""
         for file in reversed(self._files()):
             try:
                 if read_json(_seal(file))["sha256"] != sha256(file):
@@ -65,7 +65,7 @@ class Checkpoints:
 
 
 def _write(state: dict[str, Any], path: Path) -> None:
-    """Raises OSError where the disk is full, for which torch's writer has another exception, without the reason."""
+    """Raises OSError where the disk is full, because torch raises a RuntimeError that does not say so."""
     try:
         torch.save(state, path)
     except RuntimeError as error:
@@ -79,6 +79,6 @@ def _seal(file: Path) -> Path:
 
 
 def remove(file: Path) -> None:
-    """A state and its seal."""
+    """Delete a state and its seal."""
     for part in (file, _seal(file)):
         part.unlink(missing_ok=True)

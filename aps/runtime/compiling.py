@@ -1,4 +1,4 @@
-"""torch.compile, refused by a sentence where the compiler that it calls is missing."""
+"""torch.compile, with a clear error where the compiler that it calls is missing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def compile_module(module: nn.Module, key: str, device: torch.device) -> nn.Modu
     """`module`, compiled at its first call.
 
     Args:
-        key: the setting that asks for it, for the message.
-        device: Inductor makes C++ for a CPU; for a GPU Triton builds its launchers with a C compiler.
+        key: the setting that asks for it, for the error message.
+        device: a CPU needs a C++ compiler (for Inductor), a GPU a C compiler (for Triton's launchers).
 
     Raises:
         UserError: there is no such compiler.

@@ -9,20 +9,20 @@ from pathlib import Path
 
 from aps.errors import UserError
 
-SHARED_MEMORY = Path("/dev/shm")  # where workers hand over what they have decoded
-LOCKS, LOCKS_EACH = 8, 4  # more than DataLoader makes, in all and for each worker: a page of memory each
-ENOUGH = 2**30  # bytes; containers often have 64 MiB, in which a worker dies of a bus error
+SHARED_MEMORY = Path("/dev/shm")  # workers pass decoded images through it
+LOCKS, LOCKS_EACH = 8, 4  # upper bounds of the locks that DataLoader makes, in all and per worker; one takes a page
+ENOUGH = 2**30  # bytes; containers often have 64 MiB, and then a worker dies with a bus error
 
 
 def threads_given() -> int | None:
-    """Of OMP_NUM_THREADS, which may list one number for each level of nesting (`2,1`); None where it says nothing."""
+    """The number of threads in OMP_NUM_THREADS, the first where it lists several (`2,1`); None where it is not set."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(first) or None if first.isascii() and first.isdecimal() else None
 
 
 def cores() -> int:
-    """This process's share: OMP_NUM_THREADS, which Snakemake and `aps.runtime.launch` set to it; without, what the system
-    grants, over the processes that torchrun started on this machine."""
+    """CPU cores of this process: OMP_NUM_THREADS, which Snakemake and `aps.runtime.launch` set; without it, the cores
+    that the system grants, divided by the processes that torchrun started on this machine."""
     if (given := threads_given()) is not None:
         return given
     granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -30,16 +30,16 @@ def cores() -> int:
 
 
 def decoding_workers(asked: int | None) -> int:
-    """Worker processes for image files: those asked for, else as many as cores, but none without shared memory for them.
+    """Worker processes for image files: as many as asked for, else one per core, or none where shared memory is small.
 
     Raises:
-        UserError: workers are asked for, and what they need of the system can't be had.
+        UserError: workers are asked for, and the system lacks the shared memory or locks that they need.
     """
     if asked == 0:
         return 0
-    room = shutil.disk_usage(SHARED_MEMORY).total if SHARED_MEMORY.is_dir() else ENOUGH
-    wanted = asked if asked is not None else cores() if room >= ENOUGH else 0
-    if wanted and (problem := _lacking(wanted)) is not None:
+    size = shutil.disk_usage(SHARED_MEMORY).total if SHARED_MEMORY.is_dir() else ENOUGH
+    wanted = asked if asked is not None else cores() if size >= ENOUGH else 0
+    if wanted and (problem := _lock_problem(wanted)) is not None:
         if asked is None:
             return 0
         raise UserError(
@@ -49,8 +49,8 @@ def decoding_workers(asked: int | None) -> int:
     return wanted
 
 
-def _lacking(workers: int) -> str | None:
-    """What keeps the locks of so many workers from being made; else None. DataLoader meets it with half of them made."""
+def _lock_problem(workers: int) -> str | None:
+    """Why the locks of so many workers can't be made, else None. Tested here, because DataLoader would fail halfway."""
     held = []
     try:
         for _ in range(LOCKS + LOCKS_EACH * workers):

@@ -1,13 +1,14 @@
-"""Operations, memory and parameters of a piece of training code, counted by running it on tensors without data.
+"""Counts operations, memory and parameters of training code by running it on tensors without data.
 
 Design: the code runs under torch's FakeTensorMode, where a tensor has a shape and a size but no storage, so a step of
-ViT-Base on 512 images is counted in about a second on any machine. Operations are those of torch's own counter: matrix
-products, convolutions and attention, a multiply-add as two; norms, activations and the optimizer are left out. Its formulas
-are used without its FlopCounterMode, whose hooks on modules keep tensors alive. Memory is what is alive at the same time.
+ViT-Base on 512 images is counted in about a second on any machine. Operations are those of torch's counter: matrix
+products, convolutions and attention, a multiply-add as two; norms, activations and the optimizer are left out. Its
+formulas are used without its FlopCounterMode, whose hooks on modules keep tensors alive. Memory is the largest total of
+tensors that exist at the same time.
 
 Attention is counted as the fused kernels of GPUs compute it: scores are not kept for the backward pass but computed again.
 
-It does not know what a kernel needs beside its inputs and outputs, nor how allocators round.
+It does not know the temporary memory of kernels, nor how allocators round sizes.
 """
 
 from __future__ import annotations
@@ -34,42 +35,42 @@ class Counted(NamedTuple):
     flops: float
     peak: float  # bytes alive at once: parameters, inputs, activations, gradients
     parameters: int
-    trained: int  # those among them that get a gradient
+    trained: int  # parameters that get a gradient
 
     def memory(self, share: float = 1.0) -> float:
-        """Bytes where a process has `share` of the batch and all parameters."""
+        """Bytes of a process that has `share` of the batch and all parameters."""
         weights = 4 * self.parameters
         return weights + share * (self.peak - weights)
 
     def training_memory(self, processes: int = 1) -> float:
-        """Bytes of each of the processes that share the batch, with AdamW's two moments and, where there are several
-        processes, the buckets in which they exchange gradients."""
+        """Bytes of each of the processes that share the batch, with AdamW's two moments and, for several processes, the
+        buckets in which they exchange gradients."""
         return self.memory(1 / processes) + self.trained * (8 + 4 * (processes > 1))
 
 
 class Uncountable(UserError):
-    """Code that asks for the values of tensors can't be run on tensors without data."""
+    """The code reads values of tensors, so it can't be run on tensors without data."""
 
 
 def count(build: Callable[[], nn.Module], run: Callable[[nn.Module], object]) -> Counted:
-    """Counts one call of `run` on the module that `build` returns.
+    """Count one call of `run` on the module that `build` returns.
+
+    It is counted as for a single process, and the state of random generators stays as it was.
 
     Args:
         build: called with the meta device as default.
-        run: called with the module on fake tensors of the CPU; makes its inputs itself, and calls `backward` where
-            that is to be counted.
-
-    As if this process were alone, and without a trace in its random numbers.
+        run: called with the module on fake CPU tensors; it makes its inputs, and calls `backward` where that is to be
+            counted.
 
     Raises:
-        Uncountable: `run` asks for the values of tensors.
+        Uncountable: `run` reads values of tensors.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices), collectives.apart():
+    with torch.random.fork_rng(devices), collectives.single_process():
         with torch.device("meta"):
             module = build()
         with (
-            FakeTensorMode(allow_non_fake_inputs=True),  # such as what a method keeps outside of its networks
+            FakeTensorMode(allow_non_fake_inputs=True),  # such as tensors that a method keeps outside its networks
             _Counter() as counter,
             _fused_attention(),
         ):
@@ -86,12 +87,12 @@ def count(build: Callable[[], nn.Module], run: Callable[[nn.Module], object]) ->
 
 
 def autocast(half: bool) -> torch.autocast:
-    """16 bits for what is counted, as the stages have them on a GPU, or 32; operations are the same."""
+    """Autocast for counting: 16 bits (`half`), as stages use them on a GPU, or 32. Operations are the same."""
     return torch.autocast("cpu", torch.bfloat16, enabled=half)
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up operations, and the storages that exist, each once however many tensors view it."""
+    """Adds up operations, and the sizes of existing storages, each once even if several tensors view it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +102,7 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         formula = flop_registry.get(func.overloadpacket)
-        if formula is None and func.namespace == "aten":  # it may be made of operations that have one
+        if formula is None and func.namespace == "aten":  # it may decompose into operations that have a formula
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -123,11 +124,11 @@ class _Counter(TorchDispatchMode):
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Puts the fused kernel in the place of torch's attention, wherever it is called as `F.scaled_dot_product_attention`.
+    """Replace `F.scaled_dot_product_attention` by the fused kernel.
 
-    Left alone, torch would take the CPU's fused kernel, which the counter does not know, and plain products where a bias
-    is learned. A mode of `torch.overrides` would be no patch, but it is off while blocks are computed again in a backward
-    pass. What imports the function by its name is counted as plain products.
+    Otherwise torch would use the CPU's fused kernel, which the counter does not know, and plain products where a bias is
+    learned. A `torch.overrides` mode would need no patch, but it is off while blocks are recomputed in a backward pass.
+    Code that imports the function by its name is counted as plain products.
     """
     original = F.scaled_dot_product_attention
 

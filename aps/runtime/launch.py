@@ -1,11 +1,13 @@
-"""How a stage's processes are started; what it asks the executor for (`aps.workflow.resources`) is decided elsewhere.
+"""Starts a stage's processes. The resources it requests are decided elsewhere (`aps.workflow.resources`).
 
-One process runs as it is. More on one node run under torchrun; several nodes of a Slurm job run one torchrun each under
-srun, meeting on the first. Numbers don't depend on it: batch, learning rate, sampling and seeds are global.
+A single process is not started again. Several processes on one node run under torchrun; on several nodes of a Slurm job,
+srun starts one torchrun per node, and they connect to the first node. Results don't depend on the number of processes:
+batch, learning rate, sampling and seeds are global.
 
-Signals. Slurm sends SIGUSR1 to all processes of a job's steps before the time limit, SIGTERM on preemption, scancel and
-at the limit. Snakemake, its shell and `tee` would die of them before the stage has saved its state, so Snakemake and
-the shell are shielded (`shield`, SHELL_PREFIX), and torchrun, which would kill its workers, passes on SIGUSR1 instead.
+Signals. Slurm sends SIGUSR1 to all processes of a job's steps before the time limit, and SIGTERM on preemption, at
+scancel and at the limit. These would kill Snakemake, its shell and `tee` before the stage has saved its state. So
+Snakemake and the shell ignore them (`shield`, SHELL_PREFIX), and torchrun, which would kill its workers, sends them
+SIGUSR1 instead.
 
 Imports no torch: Snakemake reads it on a login node.
 """
@@ -28,9 +30,9 @@ from aps.runtime.signals import remember
 from aps.runtime.slurm import allocation, job_id
 
 STOP_SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
-if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup makes a process ignore it
     STOP_SIGNALS.add(signal.SIGHUP)
-# The ignored signals are inherited by tee and by Python, which undoes it. 137 is SIGKILL, of which a stage can't tell.
+# tee and Python inherit the ignored signals; Python stops ignoring them. Status 137 means SIGKILL, which no stage can catch.
 SHELL_PREFIX = (
     "trap '' USR1 TERM INT; "
     "trap 'test $? != 137 || echo \"killed by SIGKILL, most often for its memory: raise mem_mb\" >&2' EXIT; "
@@ -39,28 +41,28 @@ SHELL_PREFIX = (
 
 
 def shield() -> None:
-    """For the Snakemake process around a stage: SIGUSR1 is meant for the stage, and its default action kills."""
+    """Make this Snakemake process ignore SIGUSR1, which is meant for the stage; its default action kills."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def run(processes: int, nodes: int) -> None:
     """Run this command line again in `processes` processes over `nodes` nodes, and wait for them.
 
-    Returns too when they were asked to stop and have saved their state: look whether the results are there.
+    It also returns when they were asked to stop and have saved their state, so the caller must check for results.
 
     Raises:
-        UserError: the processes can't be spread over the nodes, or there is no Slurm job to take nodes from.
-        SystemExit: they failed, with the exit status of the one that failed first, whose message is in the log.
+        UserError: the processes can't be spread evenly over the nodes, or there is no Slurm job that has nodes.
+        SystemExit: a process failed; the exit status is that of the first to fail, whose message is in the log.
     """
     command = [*_agents(processes, nodes), "-m", "aps", *sys.argv[1:]]
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited by the agent; workers undo it
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the agent inherits this mask; workers reset it
     child = subprocess.Popen(command, env=_environment(processes // nodes))
     asked = 0
     while child.poll() is None:
         if (info := signal.sigtimedwait(STOP_SIGNALS, 0.2)) is not None:
             remember(info.si_signo)
             asked += info.si_signo == signal.SIGINT
-            # srun forwards it to the agents of all nodes. A second Ctrl-C waits for no checkpoint.
+            # srun forwards the signal to the agents of all nodes. A second Ctrl-C does not wait for a checkpoint.
             child.send_signal(signal.SIGQUIT if asked > 1 else signal.SIGUSR1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS - {signal.SIGUSR1})
     if asked > 1:
@@ -89,19 +91,19 @@ def _agents(processes: int, nodes: int) -> list[str]:
 
 
 def _environment(per_node: int) -> dict[str, str]:
-    """Snakemake sets OMP_NUM_THREADS to the node's threads; the processes share them."""
+    """The environment of each process: its share of OMP_NUM_THREADS, which Snakemake sets to the threads of the node."""
     threads = threads_given() or os.cpu_count() or 1
     return os.environ | {"OMP_NUM_THREADS": str(max(1, threads // per_node))}
 
 
 def _agent(arguments: list[str]) -> int:
-    """torchrun on one node, with two differences.
+    """Run torchrun on one node, with two differences.
 
-    It passes a request to stop on to its workers and waits, where torchrun kills them. And it ends with the status of
-    the worker that failed first, whose own message stands, where torchrun prints a traceback of its own.
+    When asked to stop, it tells its workers and waits; torchrun would kill them. It exits with the status of the worker
+    that failed first, which has printed a message; torchrun would print a traceback as well.
     """
     if any(argument.startswith("--nnodes=") for argument in arguments):
-        # Under srun. Rank 0 is on the first node, at the address by which the others' srun was reached.
+        # Under srun. Rank 0 is on the first node, which has the address from which srun was started.
         node, address = os.environ["SLURM_NODEID"], os.environ["SLURM_LAUNCH_NODE_IPADDR"]
         arguments = [f"--node-rank={node}", f"--master-addr={address}", *arguments]
         print(f"node {node}: {allocation()}", file=sys.stderr, flush=True)
@@ -130,7 +132,9 @@ def _agent(arguments: list[str]) -> int:
 
 
 def _pass_on() -> None:
-    """Again and again, for workers that did not exist yet; one that has the signal pending doesn't notice."""
+    """Wait for a stop signal, then send SIGUSR1 to the workers every second, because some may not have started yet.
+
+    A worker that has received the signal already does not notice another."""
     signal.sigwait(STOP_SIGNALS)
     while True:
         for worker in psutil.Process().children():

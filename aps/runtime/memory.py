@@ -1,8 +1,8 @@
-"""The C library's memory, for training on CPUs, and what to say where there is too little of any kind.
+"""Keeps the C library's memory for training on CPUs, and turns out-of-memory errors into sentences.
 
-glibc gives a large block back to the system as soon as it is freed, and the next one of its size arrives as new pages,
-each cleared at its first touch. A training step frees and takes the same blocks over and over: that is a tenth of its
-time (docs/performance.md).
+glibc returns a large block to the system as soon as it is freed, and the next block consists of new pages, each of which
+the system must clear. A training step frees and allocates the same blocks again and again, which takes a tenth of its time
+(docs/performance.md).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import errno
 import re
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-NEVER = 2**31 - 4096  # bytes: the largest multiple of a page that mallopt takes
+NEVER = 2**31 - 4096  # bytes: the largest multiple of a page that mallopt accepts
 
 
 def keep_memory() -> bool:
-    """Keep freed blocks for the next ones -> whether the C library could be asked (glibc); values do not change.
+    """Make the C library reuse freed blocks; returns whether it can (glibc only). Computed values do not change.
 
-    For steps of the same shapes: the peak stays what it was. Where sizes vary, holes could add up.
+    For steps that always allocate the same sizes: their peak does not grow. With varying sizes, memory could fragment.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, NEVER))
@@ -31,8 +31,8 @@ FULL = (
 )  # fmt: skip
 
 
-def lack(error: BaseException, stage: str) -> str | None:
-    """One sentence for an error that says there is too little memory, shared or other; None for any other error."""
+def out_of_memory(error: BaseException, stage: str) -> str | None:
+    """One sentence for an error that means too little memory, shared or other; None for any other error."""
     words = " ".join(str(error).split())
     short = f" ({words[:157] + '...' if len(words) > 160 else words})" if words else ""
     if any(sign in words.lower() for sign in SHARED):

@@ -1,4 +1,4 @@
-"""Which number format a stage computes in: one decision for all of them.
+"""Decides the number format of every stage.
 
 | setting | CUDA                              | CPU     |
 |---------|-----------------------------------|---------|
@@ -7,7 +7,7 @@
 | bf16    | bfloat16 autocast                 | bfloat16 autocast |
 | fp16    | float16 autocast, loss scaling    | refused |
 
-Weights and optimizer state are float32 throughout.
+Weights and optimizer state are always float32.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The processes of one stage: rank, world and device, decided here and passed on.
+"""Joins the processes of one stage, and decides their rank, world size and device.
 
-torchrun starts them (`aps.runtime.launch`); without it there is one. CUDA talks NCCL, CPUs gloo.
+torchrun starts them (`aps.runtime.launch`); without it there is one. GPUs communicate by NCCL, CPUs by gloo.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Distributed:
 
     def rows(self, batch: int) -> slice:
         """This process's rows of a global batch of `batch` images."""
-        own = batch // self.world
-        return slice(self.rank * own, (self.rank + 1) * own)
+        local_batch = batch // self.world
+        return slice(self.rank * local_batch, (self.rank + 1) * local_batch)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """Mean over processes of a detached tensor, on every process."""
@@ -48,25 +48,25 @@ class Distributed:
 
 
 def _device(asked: str) -> torch.device:
-    """Raises UserError where `APS_DEVICE` asks for what is not here."""
-    there = torch.cuda.is_available()
+    """Raises UserError where `APS_DEVICE` names a device that this machine does not have."""
+    available = torch.cuda.is_available()
     if not asked:
-        return torch.device("cuda" if there else "cpu")
+        return torch.device("cuda" if available else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", asked):
         raise UserError(f"APS_DEVICE={asked}: is none of cpu and cuda; set it to one of them, or unset it")
-    if asked != "cpu" and not there:
+    if asked != "cpu" and not available:
         raise UserError(f"APS_DEVICE={asked}: torch sees no GPU here; set APS_DEVICE=cpu, or unset it")
     return torch.device(asked)
 
 
 @contextmanager
 def processes() -> Iterator[Distributed]:
-    """Joins the process group that torchrun set up, if it did, and leaves it at the end.
+    """Join the process group that torchrun set up, if any, and leave it at the end.
 
     The device is this process's GPU where there is one and the CPU otherwise; `APS_DEVICE` overrides it.
 
     Raises:
-        UserError: `APS_DEVICE` asks for what is not here.
+        UserError: `APS_DEVICE` names a device that this machine does not have.
     """
     rank, local, world = ranks()
     device = _device(os.environ.get("APS_DEVICE", ""))

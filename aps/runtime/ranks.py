@@ -1,6 +1,6 @@
-"""Which of a stage's processes this is, as torchrun says. The only place that reads RANK and its like.
+"""Reads this process's rank from torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE); no other module does.
 
-They count only where torchrun set them: a RANK left over in a shell changes nothing. Imports no torch.
+The variables are used only where torchrun set them: a RANK that remains in a shell changes nothing. Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 
 class Ranks(NamedTuple):
-    rank: int = 0  # of all processes
-    local: int = 0  # of those on this node
-    world: int = 1  # processes
+    rank: int = 0  # among all processes
+    local: int = 0  # among those on this node
+    world: int = 1  # number of processes
 
 
 def started_by_torchrun() -> bool:
@@ -21,7 +21,7 @@ def started_by_torchrun() -> bool:
 
 
 def ranks() -> Ranks:
-    """This process's place among those of its stage; alone where there is no torchrun."""
+    """This process's rank among those of its stage; without torchrun it is the only one."""
     if not started_by_torchrun():
         return Ranks()
     return Ranks(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))

@@ -1,14 +1,14 @@
-"""Asked to stop: the training loops poll `stop_requested`, save their state and raise `Preempted`.
+"""Handles requests to stop: training loops poll `stop_requested`, save their state and raise `Preempted`.
 
-Who asks: Slurm before the time limit (SIGUSR1, see `aps.runtime.launch`), Slurm on preemption and scancel (SIGTERM), Ctrl-C
-(SIGINT; a second one stops at once), a terminal that is closed (SIGHUP, but for `nohup`).
+Requests come from Slurm before the time limit (SIGUSR1, see `aps.runtime.launch`), from Slurm on preemption and scancel
+(SIGTERM), from Ctrl-C (SIGINT; a second one stops at once), and from a terminal that is closed (SIGHUP, unless under
+`nohup`).
 
-SIGUSR1 is blocked and looked up among the pending signals instead of handled: its default action kills, a handler is
-lost in every process that is started afresh (decoding workers, their server), a blocked signal is blocked there too.
-SIGTERM and SIGINT keep their ordinary meaning until a loop polls for the first time, so that a stage that never does
-ends like any program.
+SIGUSR1 has no handler. It is blocked, and looked up among the pending signals: its default action kills, and a new
+process (a decoding worker or its server) inherits a blocked signal, but not a handler. SIGTERM and SIGINT keep their
+ordinary meaning until a loop polls for the first time, so that a stage without a loop ends like any program.
 
-This module imports no torch: `listen` has to run before any thread exists.
+This module imports no torch, because `listen` has to run before any thread exists.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from aps.runtime.processes import Distributed
 
 WARNING = signal.SIGUSR1
-EXCHANGE_SECONDS = 2.0  # between two exchanges of all processes; Slurm warns minutes ahead
+EXCHANGE_SECONDS = 2.0  # between two exchanges of all processes; Slurm's warning comes minutes before the limit
 
 _received: signal.Signals | None = None
 _polled = False
@@ -30,7 +30,7 @@ _agreement: _Agreement | None = None
 
 
 def listen() -> None:
-    """Call first thing in a process of a stage: undo what the shell's trap and the launcher's mask left behind."""
+    """Block SIGUSR1, and undo the shell's trap and the launcher's signal mask; the first call of a stage's process."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {WARNING})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,7 +38,7 @@ def listen() -> None:
 
 
 def received() -> signal.Signals | None:
-    """The first signal by which this process was asked to stop, if it was. Cheap enough for every step."""
+    """The first signal that asked this process to stop, if any. Cheap enough for every step."""
     global _received
     if _received is None and WARNING in signal.sigpending():
         _received = WARNING
@@ -48,7 +48,7 @@ def received() -> signal.Signals | None:
 def stop_requested(distributed: Distributed) -> bool:
     """Whether to save and raise `Preempted` now; every process gets the same answer at the same call.
 
-    Call it once a step, on all processes, only where the state can be saved.
+    Call it once a step, on all processes, at a point where the state can be saved.
     """
     global _polled, _agreement
     if not _polled:
@@ -65,7 +65,7 @@ def stop_requested(distributed: Distributed) -> bool:
 
 
 def remember(number: int) -> None:
-    """Remember a signal that was taken elsewhere."""
+    """Record a signal that another module received."""
     global _received
     _received = _received or signal.Signals(number)
 
@@ -77,12 +77,14 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 class _Agreement:
-    """One small exchange on the CPU every EXCHANGE_SECONDS, however long a step takes: no step waits for a device."""
+    """Lets processes agree on whether to stop, by one small exchange on the CPU every EXCHANGE_SECONDS.
+
+    The number of steps between two exchanges follows from their duration. No step waits for a device."""
 
     def __init__(self) -> None:
         import torch.distributed as dist
 
-        # The default group may be NCCL's, whose answer would cost a synchronization with the GPU.
+        # The default group may use NCCL, and reading its result would wait for the GPU.
         self.group: Any = dist.new_group(backend="gloo")
         self.calls, self.next, self.since = 0, 1, time.monotonic()
 

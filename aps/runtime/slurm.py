@@ -1,6 +1,6 @@
-"""What a running stage asks of Slurm: what becomes of a job, to go back into the queue, and who else is at work.
+"""Asks Slurm about jobs, requeues them, and keeps two attempts of a stage from running at once.
 
-Outside a Slurm job every function answers at once and starts nothing. It knows no stage and no torch.
+Outside a Slurm job every function returns at once and starts nothing. It knows no stage and no torch.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from aps.files import read_json, write_json
 from aps.runtime.signals import received
 
 BEAT_SECONDS = 5.0  # between two touches of an attempt's mark
-FRESH_SECONDS = 60.0  # since a mark of another machine was touched, whose clock may differ
-KILL_SECONDS = 3.0  # how long a killed process may take to be gone
+FRESH_SECONDS = 60.0  # a mark of another machine, whose clock may differ, counts as touched for so long
+KILL_SECONDS = 3.0  # how long a killed process may take to exit
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "RESIZING", "STOPPED"}
 ENDINGS = {
     "OUT_OF_MEMORY": "was killed for its memory; this one may use more, set resources.{stage}.mem_mb to save the detour",
@@ -39,22 +39,22 @@ ENDINGS = {
 
 
 def job_id() -> str | None:
-    """The Slurm job this process runs in; what is no number was left over by something else."""
+    """The Slurm job this process runs in. A value that is not a number does not come from Slurm."""
     job = os.environ.get("SLURM_JOB_ID", "")
     return job if job.isascii() and job.isdecimal() else None
 
 
 def allocation() -> str | None:
-    """Where in Slurm this process runs, for its log."""
+    """The Slurm job, node and GPUs of this process, for its log."""
     if (job := job_id()) is None:
         return None
     return f"Slurm job {job} on {_host()}, CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'none')}"
 
 
 def job_fields(job: str) -> dict[str, str]:
-    """What Slurm says of a job (JobState, Reason, PreemptTime, Restarts ...); empty where it no longer knows it.
+    """The fields of a job (JobState, Reason, PreemptTime, Restarts ...); empty where Slurm no longer knows it.
 
-    Accounting is asked only where slurmctld has forgotten the job, and knows only its state.
+    Accounting, which gives only the state, is asked where slurmctld has forgotten the job.
     """
     if text := _ask("scontrol", "show", "job", "--oneliner", job):
         return dict(re.findall(r"(\S+?)=(\S*)", text))
@@ -63,10 +63,11 @@ def job_fields(job: str) -> dict[str, str]:
 
 
 def back_to_queue(asked: signal.Signals | None) -> tuple[str, bool]:
-    """Requeues this job where Slurm, not a person, ended it; returns what happens now in words, and whether it comes back.
+    """Requeue this job where Slurm, not a person, ends it; returns what happens in words, and whether it is requeued.
 
-    Warned of the time limit or preempted with a grace period, the job still runs and would end as failed. Cancelled by
-    preemption or by the time limit, it is completing and can still be taken back. After scancel it is left alone.
+    A job that was warned of its time limit, or preempted with a grace period, still runs, and would end as failed. A job
+    that Slurm cancelled for preemption or the time limit is completing, and can still be requeued. A job that was
+    cancelled by scancel is not requeued.
     """
     job = job_id()
     fields = job_fields(job) if job is not None and asked != signal.SIGINT else {}
@@ -74,7 +75,7 @@ def back_to_queue(asked: signal.Signals | None) -> tuple[str, bool]:
         return "", False
     preempted = fields.get("PreemptTime", "None") != "None"
     if fields.get("JobState") == "RUNNING":
-        if asked is None:  # only the processes on the nodes were told
+        if asked is None:  # only the processes on the nodes got the signal
             why = "after a warning by Slurm"
         else:
             why = "to make room for another" if asked == signal.SIGTERM else "before its time limit"
@@ -82,7 +83,7 @@ def back_to_queue(asked: signal.Signals | None) -> tuple[str, bool]:
         why = "after its preemption" if preempted else "after its time limit"
     else:
         return f"Slurm job {job} was cancelled (scancel); a new one goes on from here", False
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm now ends this process, which has a last word to say
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm now ends this process, which still has to print its message
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if done.returncode:
         return f"Slurm did not take job {job} back into the queue ({' '.join(done.stderr.split())})", False
@@ -90,20 +91,21 @@ def back_to_queue(asked: signal.Signals | None) -> tuple[str, bool]:
 
 
 class Claim:
-    """A stage's mark in the folder of its run: two jobs never write the same state, and after a kill the next attempt can
-    say what ended the one before.
+    """A stage's mark in the folder of its run, a file `attempt.json`.
 
-    Where the block raises `Preempted`, the Slurm job goes back to the queue if that is right, and the message says so.
+    The mark keeps two jobs from writing the same state, and after a kill it lets the next attempt say what ended the one
+    before. Where the block raises `Preempted`, the Slurm job is requeued if that is right, and the message says so.
 
-    A mark that is still there when a stage starts means that the attempt before it wrote no last word: killed for its
-    memory, lost with its node, or still at work because Snakemake was restarted and submitted it again.
+    If the mark exists when a stage starts, the attempt before did not end normally: it was killed for its memory, lost
+    with its node, or it still runs because Snakemake was restarted and submitted the stage again.
 
-    Design: whoever looks at the mark and writes it holds a lock of the file system meanwhile, so of many that start at
-    once one goes in. Whether an attempt lives is asked of Slurm, or of the process by its number, start in ticks and boot
-    of its machine, which no clock changes. Of another machine's attempt one sees the mark being touched every few seconds.
+    Design: the mark is read and written under a lock of the file system, so of many attempts that start at once only one
+    continues. Whether an attempt still runs is asked of Slurm, or of the process table: a process is identified by its
+    number, its start in ticks and the boot of its machine, which do not depend on a clock. An attempt on another machine
+    touches its mark every few seconds.
 
     Raises:
-        UserError: another job or process is at work in the folder.
+        UserError: another job or process works in the folder.
     """
 
     def __init__(self, folder: Path, stage: str) -> None:
@@ -113,9 +115,9 @@ class Claim:
     def __enter__(self) -> Claim:
         if (where := allocation()) is not None:
             print(where, file=sys.stderr, flush=True)
-        with _alone(self._file.with_name(".claim")):
+        with _locked(self._file.with_name(".claim")):
             if self._file.exists():
-                self._look_back(_read_mark(self._file))
+                self._check_previous(_read_mark(self._file))
             write_json(
                 self._file, {"slurm_job": job_id(), "host": _host(), "pid": os.getpid(), **_identity(os.getpid())}
             )
@@ -138,7 +140,7 @@ class Claim:
             with contextlib.suppress(OSError):
                 os.utime(self._file)
 
-    def _look_back(self, mark: dict[str, object]) -> None:
+    def _check_previous(self, mark: dict[str, object]) -> None:
         job, host = mark.get("slurm_job"), mark.get("host")
         elsewhere = host != _host()
         if job is not None and job == job_id():
@@ -149,7 +151,7 @@ class Claim:
             raise UserError(
                 f"Slurm job {job} ({state}) already works in {self._file.parent}; wait for it, or `scancel {job}` first"
             )
-        if not elsewhere and _outlives(mark):
+        if not elsewhere and _is_alive(mark):
             raise UserError(
                 f"process {mark['pid']} is already at work in {self._file.parent}; wait for it, or stop it first"
             )
@@ -165,22 +167,22 @@ class Claim:
         )
 
     def _is_touched(self) -> bool:
-        """Whether somebody touches the mark; by its own changes, since two machines' clocks may differ."""
+        """Whether another machine touches the mark, seen by a change of its time, since clocks may differ."""
         first, until = self._file.stat().st_mtime_ns, time.monotonic() + 3 * BEAT_SECONDS
         while time.monotonic() < until:
             time.sleep(BEAT_SECONDS / 5)
             try:
                 if self._file.stat().st_mtime_ns != first:
                     return True
-            except OSError:  # it has just ended
+            except OSError:  # the attempt has just ended
                 return False
         return False
 
 
-def at_work(folder: Path) -> dict[str, object] | None:
-    """The mark of the attempt that is at work in the folder of a run at this moment; None where nobody is.
+def running_attempt(folder: Path) -> dict[str, object] | None:
+    """The mark of the attempt that now runs in the folder of a run; None where none does.
 
-    Of another machine's attempt one sees the mark being touched every few seconds.
+    An attempt on another machine counts as running while it touches its mark every few seconds.
     """
     file = folder / "attempt.json"
     try:
@@ -200,8 +202,8 @@ def at_work(folder: Path) -> dict[str, object] | None:
 
 
 @contextlib.contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Holds a lock of the file system; where there are none, a sentence says that nobody else may start meanwhile."""
+def _locked(file: Path) -> Iterator[None]:
+    """Hold a lock of the file system; where it has no locks, warn that no second attempt may be started."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as lock:
         try:
@@ -215,7 +217,7 @@ def _alone(file: Path) -> Iterator[None]:
 
 
 def _read_mark(file: Path) -> dict[str, object]:
-    """A mark that can't be read says nothing of an attempt that lives: marks are written whole."""
+    """The content of a mark; empty where it can't be read. Marks are written atomically, so no attempt wrote that one."""
     try:
         mark = read_json(file)
     except UserError:
@@ -227,7 +229,7 @@ def _read_mark(file: Path) -> dict[str, object]:
 
 
 def _identity(pid: int) -> dict[str, object]:
-    """What tells a process from another of its number: boot of the machine, start in ticks since then."""
+    """What distinguishes processes with the same number: boot of the machine, and start in ticks since then."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -242,15 +244,15 @@ def _host() -> str:
     return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
-def _outlives(mark: dict[str, object]) -> bool:
-    """Whether the process that left the mark stays at work; a killed one needs a moment to go."""
+def _is_alive(mark: dict[str, object]) -> bool:
+    """Whether the process that wrote the mark keeps running; a killed one needs a moment to exit."""
     until = time.monotonic() + KILL_SECONDS
     try:
         pid = int(str(mark["pid"]))
         theirs = {"boot": mark["boot"], "born": mark["born"]}
     except (KeyError, ValueError):
         return False
-    # A number may be another program's by now, and where nobody reaps the dead (containers) they stay as zombies.
+    # Another process may have the number by now, and in containers ended processes can stay as zombies.
     while _identity(pid) == theirs and theirs["born"] is not None and not _is_zombie(pid):
         if time.monotonic() > until:
             return True
@@ -266,7 +268,7 @@ def _is_zombie(pid: int) -> bool:
 
 
 def _ask(*command: str) -> str:
-    """Standard output, or nothing where the command is missing, fails or hangs."""
+    """Standard output of a command; "" where it is missing, fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

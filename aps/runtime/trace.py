@@ -1,6 +1,6 @@
-"""A profiler trace of a few batches of a training loop (`--profile FILE`), for ui.perfetto.dev. It changes no result.
+"""Records a profiler trace of a few batches of a training loop (`--profile FILE`), for ui.perfetto.dev.
 
-Two batches are recorded, after two that are let pass and one that the profiler itself warms up on.
+Two batches are recorded, after two that are skipped and one on which the profiler warms up. Results do not change.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Trace:
     """Records inside `with`; call `batch_done` after every batch. With no file it does nothing.
 
     Args:
-        file: where the trace goes, in Chrome's trace format; None: no trace.
-        device: of the training; a GPU's kernels are recorded too.
+        file: the trace's, in Chrome's format; None: no trace.
+        device: the training's; a GPU's kernels are recorded too.
         writes: false on all ranks but the first.
     """
 
@@ -45,7 +45,7 @@ class Trace:
             self._profile.step()
 
     def _write(self, recorded: profile) -> None:
-        """What the profiler calls after the last batch that it records, and when it is stopped before that."""
+        """The profiler calls this after the last batch that it records, and when it is stopped earlier."""
         if self._batches >= NEEDED:
             recorded.export_chrome_trace(str(self.file))
 

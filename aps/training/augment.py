@@ -34,7 +34,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from aps.runtime.ahead import send
+from aps.runtime.prefetch import send
 from aps.settings.blocks import FinetuneSettings, ViewSettings
 from aps.views import draw_boxes
 

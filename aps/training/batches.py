@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aps.data.load import ArraySplit, FileSplit
-from aps.runtime.ahead import ahead
+from aps.runtime.prefetch import prefetch
 from aps.runtime.processes import Distributed
 from aps.sampling import Geometry
 from aps.training.order import VIEWS, KeyedLoader, Order, seeded
@@ -71,7 +71,7 @@ class Batches:
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Batches `first`, `first`+1, ... of an epoch, this process's rows of each."""
         batches = self._from_memory(epoch, first) if self._array is not None else self._from_files(epoch, first)
-        return ahead(batches, self.distributed.device)
+        return prefetch(batches, self.distributed.device)
 
     def _from_memory(self, epoch: int, first: int) -> Iterator[Batch]:
         assert self._array is not None

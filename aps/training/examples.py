@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 
 from aps.data.load import ArraySplit, FileSplit
 from aps.errors import UserError
-from aps.runtime.ahead import ahead
+from aps.runtime.prefetch import prefetch
 from aps.runtime.processes import Distributed
 from aps.settings.blocks import FinetuneSettings
 from aps.training import augment
@@ -91,7 +91,7 @@ class AugmentedExamples:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Examples]:
         """Batches `first`, `first`+1, ... of an epoch, this process's rows of each."""
-        return ahead(self._epoch(epoch, first), self.distributed.device)
+        return prefetch(self._epoch(epoch, first), self.distributed.device)
 
     def _epoch(self, epoch: int, first: int) -> Iterator[Examples]:
         rows = self._order.epoch(epoch)

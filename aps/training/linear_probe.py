@@ -24,8 +24,8 @@ from aps.errors import UserError
 from aps.models.heads import synchronize_batch_norm
 from aps.models.weights import INFO_KEY, load_encoder, save_tensors
 from aps.results import StageJob, StageRun
-from aps.runtime.ahead import ahead, send
 from aps.runtime.precision import Precision
+from aps.runtime.prefetch import prefetch, send
 from aps.runtime.processes import Distributed, processes
 from aps.settings.blocks import LinearProbeSettings, ViewSettings
 from aps.training.classify import accuracy
@@ -201,7 +201,7 @@ class Crops:
 
     def epoch(self, epoch: int, rows: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches from `first` on; rows: (batches, B) -> (B, 3, S, S) in [0, 1], labels (B,)."""
-        return ahead(self._epoch(epoch, rows, first), self.device)
+        return prefetch(self._epoch(epoch, rows, first), self.device)
 
     def _epoch(self, epoch: int, rows: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         loaded = self._loader.epoch(epoch, rows[first:]) if self._loader is not None else None

@@ -153,6 +153,6 @@ def test_a_process_among_several_counts_as_if_alone(monkeypatch: pytest.MonkeyPa
         rows, first = collectives.gather(model(torch.empty(B, W)))
         assert rows[0].shape == (B, W) and first == 0
 
-    assert collectives.several()
+    assert collectives.is_distributed()
     count(lambda: Layers(1), run)
-    assert collectives.several()
+    assert collectives.is_distributed()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from aps.runtime.memory import lack, lost_worker
+from aps.runtime.memory import lost_worker, out_of_memory
 
 CODE = """
 import resource, sys, torch
@@ -54,7 +54,7 @@ def test_freed_blocks_are_used_again_without_new_pages() -> None:
     ],
 )
 def test_too_little_memory_is_one_sentence_that_names_the_setting(error: Exception, setting: str) -> None:
-    sentence = lack(error, "knn")
+    sentence = out_of_memory(error, "knn")
     assert sentence is not None and sentence.startswith("knn: ") and setting in sentence and "\n" not in sentence
 
 
@@ -62,13 +62,13 @@ def test_too_little_memory_is_one_sentence_that_names_the_setting(error: Excepti
     "error", [RuntimeError("shapes differ"), OSError(errno.ENOENT, "No such file"), ValueError("x")]
 )
 def test_another_error_is_not_taken_for_too_little_memory(error: Exception) -> None:
-    assert lack(error, "knn") is None
+    assert out_of_memory(error, "knn") is None
 
 
 @pytest.mark.parametrize("end", ["(pid 7) is killed by signal: Killed. ", "(pid(s) 7) exited unexpectedly"])
 def test_a_worker_that_was_killed_is_one_sentence(end: str) -> None:
     error = RuntimeError(f"DataLoader worker {end}")
-    assert lack(error, "knn") is None
+    assert out_of_memory(error, "knn") is None
     sentence = lost_worker(error, "knn")
     assert sentence is not None and "run it again" in sentence and "resources.knn.workers: 0" in sentence
     assert lost_worker(RuntimeError("shapes differ"), "knn") is None

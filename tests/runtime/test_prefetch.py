@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aps.runtime.ahead import ahead, send, tensors
+from aps.runtime.prefetch import prefetch, send, tensors
 
 
 class Stream:
@@ -39,7 +39,7 @@ def test_on_a_gpu_the_next_batch_is_made_before_this_one_is_used(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: main)
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: recorded.append((int(tensor), stream)))
-    for i, batch in enumerate(ahead(numbered(made), torch.device("cuda"))):
+    for i, batch in enumerate(prefetch(numbered(made), torch.device("cuda"))):
         assert int(batch[0][0]) == i and len(main.waited) == i + 1
         assert made == list(range(min(4, i + 2)))
         assert recorded[-3:] == [(i, main), (10 * i, main), (100 * i, main)]  # its memory is not given away too early
@@ -48,7 +48,7 @@ def test_on_a_gpu_the_next_batch_is_made_before_this_one_is_used(monkeypatch: py
 
 def test_on_a_cpu_nothing_is_made_ahead() -> None:
     made: list[int] = []
-    batches = ahead(numbered(made), torch.device("cpu"))
+    batches = prefetch(numbered(made), torch.device("cpu"))
     next(batches)
     assert made == [0] and len(list(batches)) == 3
 

@@ -1,4 +1,4 @@
-"""Input for a GPU without waiting: batches made one ahead on a stream of their own, small tables sent from pinned memory."""
+"""Feeds a GPU without waiting: the next batch is made on a side stream, and small tensors are sent from pinned memory."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ Batch = TypeVar("Batch")
 
 
 def send(table: Tensor, device: torch.device | str) -> Tensor:
-    """To the device without waiting for it: a copy from pageable memory would."""
+    """Copy a tensor to the device without waiting for the device; a copy from pageable memory would wait."""
     if torch.device(device).type == "cuda" and table.device.type == "cpu":
         table = table.pin_memory()
     return table.to(device, non_blocking=True)
 
 
-def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches, tuples (of tuples) of tensors; on a GPU each is made while the one before it is used.
+def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches; on a GPU each is made, on a side stream, while the one before it is used.
 
-    They are made on a side stream, so the device's main stream waits for none that is there already.
+    Args:
+        batches: tuples (of tuples) of tensors.
     """
-    return _ahead(batches, device) if device.type == "cuda" else batches
+    return _prefetch(batches, device) if device.type == "cuda" else batches
 
 
-def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def _prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     side.wait_stream(main)
 
