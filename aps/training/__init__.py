@@ -1,1 +1,1 @@
-"""The stages that train or evaluate an encoder, and what they share."""
+"""The stages that train or evaluate an encoder, except detection, and their shared parts."""

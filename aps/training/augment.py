@@ -1,23 +1,23 @@
 """Augmentation for finetuning, a batch at a time on its device: crops, flips, RandAugment, erasing, mixup, cutmix.
 
-Every image has parameters of its own and gets the pixels that timm's and torchvision's transforms make of it with the
-same parameters, on Pillow images: uint8 between any two operators, rounded where Pillow rounds and cut off where Pillow
-cuts off (tests/training/test_augmentation.py, operator by operator, and in distribution).
+Parameters are drawn for each image. The pixels are those of timm's and torchvision's transforms with the same parameters
+on Pillow images: uint8 between any two operators, rounded or truncated as in Pillow
+(tests/training/test_augmentation.py, operator by operator, and in distribution).
 
     B  images of a batch, S side of an image in pixels, L operators one after another (`n` of RandAugment), C classes
 
-Design: parameters are drawn on the CPU for the global batch, so that they do not depend on the number of processes,
-and which image gets which operator is known there: the device is never asked. Images are sorted by operator, so each
-operator is a slice, and families of them need one computation:
+Design: parameters are drawn on the CPU for the global batch, so that they do not depend on the number of processes. The
+CPU therefore knows which image gets which operator, and never waits for the device. Images are sorted by operator, so
+that each operator is a slice, and each of these families is one computation:
 - eight operators are a table of 256 values for each channel of each image (`tables`);
-- two blend a pixel with another picture of the image (`color`, `sharpness`);
-- four move rows, or columns, each along itself (`sheared_or_shifted`); only a rotation reads pixels one by one.
+- two blend the image with a filtered copy (`color`, `sharpness`);
+- four shift each row, or each column, along itself (`sheared_or_shifted`); only a rotation gathers single pixels.
 
-Mixup pairs neighbours of the batch, images 2k and 2k+1, where timm pairs the first with the last: an epoch's order is
-shuffled, so it is the same distribution, and a pair never spans two processes. One lambda holds for the whole batch, as
-in timm's default mode and the recipes that we follow.
+Mixup pairs neighbours of the batch, images 2k and 2k+1; timm pairs the first with the last. An epoch's order is shuffled,
+so the distribution is the same, and a pair never spans two processes. One lambda is used for the whole batch, as in
+timm's default mode and the recipes that we follow.
 
-What it deliberately does not know: datasets, decoding, the model and the training loop.
+It does not know datasets, decoding, the model or the training loop.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from aps.runtime.prefetch import send
 from aps.settings.blocks import FinetuneSettings, ViewSettings
 from aps.views import draw_boxes
 
-# Operators by name, sorted by family; their numbers are their places here.
+# Operators by name, sorted by family; an operator's number is its index in OPERATORS.
 TABLES = ("AutoContrast", "Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd", "Brightness", "Contrast")
 BLENDS = ("Color", "Sharpness")
 MOVES = ("Rotate", "ShearX", "TranslateX", "ShearY", "TranslateY")
@@ -48,41 +48,43 @@ NONE = len(OPERATORS)  # leaves the image as it is
 LEVELS = 10.0  # magnitudes of RandAugment run from 0 to 10
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's RandomErasing
 TRIES = 10  # boxes tried for an image (timm's RandomErasing)
-LUMA = (19595, 38470, 7471)  # of Pillow's conversion to gray, of 65,536
+LUMA = (19595, 38470, 7471)  # weights of red, green and blue in Pillow's conversion to gray, in units of 1 / 65,536
 
 
 class Program(NamedTuple):
     """Operators of each image, in the order in which they are applied. All on the CPU, (L, B)."""
 
-    operators: Tensor  # int64: places in OPERATORS, or NONE
-    values: Tensor  # float64: what timm's function takes: a factor, degrees, a threshold, bits, a share of the side
-    bicubic: Tensor  # bool: moves interpolate cubically, else linearly
+    operators: Tensor  # int64: indices in OPERATORS, or NONE
+    values: (
+        Tensor  # float64: the argument of timm's function: a factor, degrees, a threshold, bits, a share of the side
+    )
+    bicubic: Tensor  # bool: whether MOVES interpolate cubically, else linearly
 
 
 class Mix(NamedTuple):
-    """How the neighbours of a batch are mixed: one choice for all of it."""
+    """How the neighbours of a batch are mixed; the same for the whole batch."""
 
-    share: float  # lambda: what an image keeps of itself
+    share: float  # lambda: share of the image itself; the rest comes from its neighbour
     box: tuple[int, int, int, int] | None  # cutmix: top, bottom, left, right of the neighbour's part; None: mixup
 
 
 class Parameters(NamedTuple):
-    """What is done to each image of a batch. All on the CPU."""
+    """Augmentation parameters of each image of a batch. All on the CPU."""
 
-    boxes: Tensor  # (B, 4) int64: top, left, height, width of the crop; of `pad` in the padded picture
+    boxes: Tensor  # (B, 4) int64: top, left, height, width of the crop; for `crop: pad`, in the padded image
     flips: Tensor  # (B,) bool
     program: Program
     erased: Tensor | None  # (B, 4) int64: top, left, height, width; height 0: nothing is erased
     mix: Mix | None
 
     def rows(self, rows: slice) -> Parameters:
-        """Those of some images of the batch, but for `erased`: `erase` needs all of them."""
+        """The parameters of some images of the batch; `erased` stays whole, because `erase` needs all of it."""
         program = Program(*(field[:, rows] for field in self.program))
         return self._replace(boxes=self.boxes[rows], flips=self.flips[rows], program=program)
 
 
 def joined(parts: list[Parameters]) -> tuple[Tensor, Tensor, Program]:
-    """Boxes, flips and programs of several batches, one after another."""
+    """Boxes, flips and programs of several batches, concatenated."""
     program = Program(*(torch.cat(field, 1) for field in zip(*(part.program for part in parts), strict=True)))
     return torch.cat([part.boxes for part in parts]), torch.cat([part.flips for part in parts]), program
 
@@ -95,7 +97,7 @@ class Draw:
     """Draws parameters with the distributions of timm's and torchvision's transforms.
 
     Args:
-        settings: of finetuning; `rand_augment` is in timm's notation and read by timm.
+        settings: finetuning's; timm parses `rand_augment`, which is in its notation.
         size: S.
     """
 
@@ -113,7 +115,7 @@ class Draw:
             self._operators = torch.tensor([OPERATORS.index(name) for name in names])
 
     def __call__(self, batch: int, height: int, width: int, generator: torch.Generator) -> Parameters:
-        """Of a (global) batch of sources of one size in pixels; the generator is a CPU one."""
+        """Parameters of a (global) batch of images of one size in pixels, from a CPU generator."""
         return Parameters(
             boxes=self.boxes(torch.full((batch,), height), torch.full((batch,), width), generator),
             flips=torch.rand(batch, generator=generator) < self.settings.flip,
@@ -123,26 +125,26 @@ class Draw:
         )
 
     def boxes(self, heights: Tensor, widths: Tensor, generator: torch.Generator) -> Tensor:
-        """Crops of sources of these sizes, (B,) int64 -> (B, 4) int64."""
+        """Crops of images of these sizes, (B,) int64 -> (B, 4) int64."""
         if self.settings.crop == "resized":
             return draw_boxes(heights, widths, self._views, generator)
         corners = torch.randint(0, 2 * padding(self.size) + 1, (len(heights), 2), generator=generator)
         return torch.cat([corners, torch.full_like(corners, self.size)], 1)
 
     def program(self, batch: int, generator: torch.Generator) -> Program:
-        """RandAugment, or else colour jitter, or nothing."""
+        """RandAugment; without it colour jitter; without both no operators."""
         if self._layers:
             return self._rand_augment(batch, generator)
         if strength := self.settings.color_jitter:
             low, high = max(0.0, 1 - strength), 1 + strength
-            places = torch.tensor([OPERATORS.index(name) for name in ("Brightness", "Contrast", "Color")])
+            jitter = torch.tensor([OPERATORS.index(name) for name in ("Brightness", "Contrast", "Color")])
             order = torch.rand(3, batch, generator=generator).argsort(0)
             factors = low + (high - low) * torch.rand(3, batch, generator=generator, dtype=torch.float64)
-            return Program(places[order], factors, torch.zeros(3, batch, dtype=torch.bool))
+            return Program(jitter[order], factors, torch.zeros(3, batch, dtype=torch.bool))
         return Program(*(torch.zeros(0, batch, dtype=dtype) for dtype in (torch.int64, torch.float64, torch.bool)))
 
     def _rand_augment(self, batch: int, generator: torch.Generator) -> Program:
-        """arXiv 1909.13719 in timm's variants: operators drawn with replacement, noise on the magnitude."""
+        """RandAugment (arXiv 1909.13719) as in timm: operators drawn with replacement, noise on the magnitude."""
         shape = (self._layers, batch)
         chosen = torch.randint(0, len(self._scales), shape, generator=generator)
         skipped, up, linear, spread = torch.rand(4, *shape, generator=generator, dtype=torch.float64)
@@ -160,7 +162,7 @@ class Draw:
         return Program(operators, values.clamp(least, greatest), linear >= 0.5)
 
     def erased(self, batch: int, generator: torch.Generator) -> Tensor | None:
-        """(B, 4) int64; boxes of timm's RandomErasing, one for each image that it hits."""
+        """Boxes of timm's RandomErasing, (B, 4) int64, of height 0 where an image is not erased; None: erasing is off."""
         if not self.settings.erasing:
             return None
         hit = (torch.rand(batch, generator=generator) < self.settings.erasing).nonzero()[:, 0]
@@ -176,7 +178,7 @@ class Draw:
         return torch.zeros(batch, 4, dtype=torch.int64).index_copy_(0, hit, boxes * fits.any(1, keepdim=True))
 
     def mix(self, generator: torch.Generator) -> Mix | None:
-        """Of the whole batch; None: its images stay apart."""
+        """Mixup or cutmix of the batch; None: its images are not mixed."""
         mixup, cutmix = self.settings.mixup, self.settings.cutmix
         if not (mixup or cutmix):
             return None
@@ -196,12 +198,12 @@ class Draw:
 
 
 class Scale(NamedTuple):
-    """From a magnitude m in [0, 1] to what timm's function takes: clip(start + direction * most * m)."""
+    """Maps a magnitude m in [0, 1] to the argument of timm's function: clip(start + direction * most * m)."""
 
     most: float
     start: float = 0.0
-    direction: int = 0  # 0: up or down, drawn
-    whole: bool = False  # most * m is cut off to a whole number
+    direction: int = 0  # 1 or -1; 0: drawn for each image
+    whole: bool = False  # whether most * m is truncated to a whole number
     least: float = -math.inf
     greatest: float = math.inf
 
@@ -212,7 +214,7 @@ SCALES = {
     "AutoContrast": Scale(0.0),
     "Equalize": Scale(0.0),
     "Invert": Scale(0.0),
-    "Posterize": Scale(4, 0, 1, whole=True, least=1),  # of 0 bits, which Pillow refuses, nothing would be left
+    "Posterize": Scale(4, 0, 1, whole=True, least=1),  # Pillow refuses 0 bits, of which only black would be left
     "PosterizeIncreasing": Scale(4, 4, -1, whole=True, least=1),
     "Solarize": Scale(256, 0, 1, whole=True),
     "SolarizeIncreasing": Scale(256, 256, -1, whole=True),
@@ -238,23 +240,23 @@ SCALES = {
 
 
 def on_device(boxes: Tensor, flips: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Boxes (B, 4) int64 and flips (B,) bool there, in one transfer that waits for nothing."""
+    """Boxes (B, 4) int64 and flips (B,) bool on the device, by one transfer without waiting."""
     table = send(torch.cat([boxes, flips[:, None]], 1), device)
     return table[:, :4], table[:, 4] > 0
 
 
 def flip(images: Tensor, flips: Tensor) -> Tensor:
-    """Mirrored where `flips`, (B,) bool, says so."""
+    """Images, mirrored where `flips`, (B,) bool, is true."""
     return torch.where(flips[:, None, None, None], images.flip(3), images)
 
 
 def padding(size: int) -> int:
-    """Of each side before a crop: 4 pixels at 32."""
+    """Padding of each side before a crop, in pixels: 4 at size 32."""
     return max(1, size // 8)
 
 
 def pad_crop(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
-    """A shifted picture of the whole image, black where it ends, mirrored where `flips` says so.
+    """Pad each image with black, crop it, and mirror it where `flips` is true.
 
     images: (B, 3, H, W) uint8, first resized to SxS where they have another size; boxes: (B, 4) int64, in the padded
     picture; flips: (B,) bool -> (B, 3, S, S) uint8. Equals torchvision's Resize, RandomCrop with padding and
@@ -267,14 +269,14 @@ def pad_crop(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
     steps = torch.arange(size, device=images.device)
     rows = (boxes[:, 0, None] + steps) * side  # (B, S)
     columns = boxes[:, 1, None] + torch.where(flips[:, None], size - 1 - steps, steps)
-    places = (rows[:, :, None] + columns[:, None, :]).view(len(images), 1, size * size)
-    return padded.gather(2, places.expand(-1, 3, -1)).view(-1, 3, size, size)
+    indices = (rows[:, :, None] + columns[:, None, :]).view(len(images), 1, size * size)
+    return padded.gather(2, indices.expand(-1, 3, -1)).view(-1, 3, size, size)
 
 
 def resized_crop(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
-    """Each image's box, resized to SxS by Pillow's antialiased cubic filter, mirrored where `flips` says so.
+    """Each image's box, resized to SxS by Pillow's antialiased cubic filter, mirrored where `flips` is true.
 
-    Columns first, with whole numbers of [0, 255] between the passes; Pillow 13 takes rows first where that is cheaper.
+    Columns are resized first, and rounded to [0, 255] before the rows; Pillow 13 resizes rows first where that is cheaper.
     images: (B, 3, H, W) uint8; boxes: (B, 4) int64; flips: (B,) bool -> (B, 3, S, S) uint8.
     """
     batch, channels, height, width = images.shape
@@ -287,7 +289,7 @@ def resized_crop(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Ten
 
 
 def cubic_matrix(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
-    """Pillow's antialiased cubic filter (a = -0.5) along one axis, cut at the box and normalized.
+    """Weights of Pillow's antialiased cubic filter (a = -0.5) along one axis, cut at the box and normalized.
 
     start, length: (B,) float32, source pixels -> (B, S, source).
     """
@@ -304,7 +306,7 @@ def cubic_matrix(start: Tensor, length: Tensor, source: int, size: int) -> Tenso
 
 
 def rounded(x: Tensor) -> Tensor:
-    """To the nearest whole number of [0, 255], halves up; x is overwritten."""
+    """Round x to the nearest whole number in [0, 255], halves up; x is overwritten."""
     return x.add_(0.5).floor_().clamp_(0, 255)
 
 
@@ -313,9 +315,9 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def run_program(images: Tensor, program: Program, fill: Tensor) -> Tensor:
-    """Each image through its own operators.
+    """Apply to each image its operators.
 
-    images: (B, 3, S, S) uint8; fill: (3,) float32, the colour that moves let in, on the images' device
+    images: (B, 3, S, S) uint8; fill: (3,) float32, the colour of pixels that a move leaves empty, on the images' device
     -> (B, 3, S, S) uint8.
     """
     layers, batch = program.operators.shape
@@ -325,9 +327,9 @@ def run_program(images: Tensor, program: Program, fill: Tensor) -> Tensor:
     last = (program.bicubic & (operators >= len(TABLES + BLENDS))) | (operators == NONE)
     keys = operators + len(MOVES) * last
     order = keys.argsort(dim=1, stable=True)  # (L, B)
-    places = order.argsort(1)  # of each image in a layer's order
-    before = torch.cat([torch.arange(batch)[None], places[:-1]]).gather(1, order)  # from one layer's order to the next
-    table = torch.stack([before.double(), places.double(), program.values.gather(1, order)])
+    ranks = order.argsort(1)  # position of each image in a layer's order
+    before = torch.cat([torch.arange(batch)[None], ranks[:-1]]).gather(1, order)  # from one layer's order to the next
+    table = torch.stack([before.double(), ranks.double(), program.values.gather(1, order)])
     table = send(table, images.device)
     steps, back, values = table[0].long(), table[1, -1].long(), table[2]
     for layer in range(layers):
@@ -338,22 +340,22 @@ def run_program(images: Tensor, program: Program, fill: Tensor) -> Tensor:
 
 
 def _run_layer(images: Tensor, counts: list[int], values: Tensor, fill: Tensor) -> None:
-    """One operator of each image.
+    """Apply one operator to each image.
 
     images: (B, 3, S, S) uint8, sorted by operator, the cubic moves after all others, overwritten; counts: images of each
-    operator, moves twice, linear and cubic; values: (B,) float64.
+    operator, first with linear, then with cubic moves; values: (B,) float64.
     """
     ends = np.cumsum([0, *counts]).tolist()
-    own = [slice(start, end) for start, end in pairwise(ends)]
-    found = [tables(name, images[own[i]], values[own[i]]) for i, name in enumerate(TABLES) if counts[i]]
-    if found:  # these operators come first
-        looked_up = torch.cat(found)
-        images[: len(looked_up)] = look_up(images[: len(looked_up)], looked_up)
+    rows = [slice(start, end) for start, end in pairwise(ends)]  # the images of each operator
+    lookups = [tables(name, images[rows[i]], values[rows[i]]) for i, name in enumerate(TABLES) if counts[i]]
+    if lookups:  # these operators come first
+        lookup = torch.cat(lookups)
+        images[: len(lookup)] = look_up(images[: len(lookup)], lookup)
     for i, name in enumerate(BLENDS, len(TABLES)):
         if counts[i]:
-            images[own[i]] = BLENDED[name](images[own[i]], values[own[i]])
+            images[rows[i]] = BLENDED[name](images[rows[i]], values[rows[i]])
     for i, taps in ((len(TABLES + BLENDS), 2), (NONE, 4)):
-        rotate, shifts = own[i], slice(ends[i + 1], ends[i + len(MOVES)])
+        rotate, shifts = rows[i], slice(ends[i + 1], ends[i + len(MOVES)])
         if counts[i]:
             images[rotate] = rotated(images[rotate], values[rotate], taps, fill)
         if shifts.start < shifts.stop:
@@ -362,25 +364,25 @@ def _run_layer(images: Tensor, counts: list[int], values: Tensor, fill: Tensor) 
 
 
 def tables(name: str, images: Tensor, values: Tensor) -> Tensor:
-    """New values of the 256 old ones, for each channel of each image: (K, 3, S, S), (K,) float64 -> (K, 3, 256) uint8."""
+    """Lookup tables of an operator, for each channel of each image: (K, 3, S, S), (K,) float64 -> (K, 3, 256) uint8."""
     old = torch.arange(256, device=images.device)
     if name in TABLES_OF_VALUES:
         return TABLES_OF_VALUES[name](old, values[:, None]).to(torch.uint8)[:, None].expand(-1, 3, -1)
     return {"AutoContrast": _auto_contrast, "Equalize": _equalize, "Contrast": _contrast}[name](old, images, values)
 
 
-def look_up(images: Tensor, found: Tensor) -> Tensor:
-    """images: (K, 3, S, S) uint8, found: (K, 3, 256) uint8 -> (K, 3, S, S) uint8."""
-    return found.flatten(0, 1).gather(1, images.flatten(0, 1).flatten(1).long()).view_as(images)
+def look_up(images: Tensor, lookup: Tensor) -> Tensor:
+    """images: (K, 3, S, S) uint8, lookup: (K, 3, 256) uint8 -> (K, 3, S, S) uint8."""
+    return lookup.flatten(0, 1).gather(1, images.flatten(0, 1).flatten(1).long()).view_as(images)
 
 
-def blend(other: Tensor, own: Tensor, factors: Tensor) -> Tensor:
-    """other + factor (own - other) as Pillow's blend computes it: in float32, cut off to whole numbers of [0, 255].
+def blend(other: Tensor, image: Tensor, factors: Tensor) -> Tensor:
+    """other + factor (image - other) as Pillow's blend computes it: in float32, clamped to [0, 255].
 
-    factors: shaped to broadcast -> as other and own, float32.
+    factors: of a shape that broadcasts -> of the shape of `other` and `image`, float32.
     """
-    own, other = own.float(), other.float()
-    return ((own - other) * factors.float()).add_(other).clamp_(0, 255)
+    image, other = image.float(), other.float()
+    return ((image - other) * factors.float()).add_(other).clamp_(0, 255)
 
 
 def _posterize(old: Tensor, bits: Tensor) -> Tensor:
@@ -413,13 +415,14 @@ def gray(images: Tensor) -> Tensor:
 
 def _contrast(old: Tensor, images: Tensor, factors: Tensor) -> Tensor:
     pixels = images[0, 0].numel()
-    mean = (2 * gray(images).sum((1, 2)) + pixels) // (2 * pixels)  # to the nearest
+    mean = (2 * gray(images).sum((1, 2)) + pixels) // (2 * pixels)  # rounded
     return blend(mean[:, None], old, factors[:, None]).to(torch.uint8)[:, None].expand(-1, 3, -1)
 
 
 def _auto_contrast(old: Tensor, images: Tensor, unused: Tensor) -> Tensor:
     low, high = (getattr(images, name)((2, 3)).double()[:, :, None] for name in ("amin", "amax"))
-    scale = torch.full_like(high, 255) / (high - low)  # infinite where flat; 255 / x would multiply by a rounded 1 / x
+    # Infinite where high equals low. torch would compute 255 / x by multiplication with a rounded 1 / x.
+    scale = torch.full_like(high, 255) / (high - low)
     stretched = (old * scale + -low * scale).clamp(0, 255)
     return torch.where(high > low, stretched, old.double()).to(torch.uint8)
 
@@ -431,17 +434,17 @@ def _equalize(old: Tensor, images: Tensor, unused: Tensor) -> Tensor:
     step = (pixels.shape[1] - brightest) // 255  # 0 too where only one value occurs
     before = counts.cumsum(1) - counts
     spread = (step // 2 + before) // step.clamp(min=1)
-    # Pillow's table holds bytes: what exceeds 255 is clipped there
+    # Pillow's table holds bytes, so larger values are clipped
     return torch.where(step > 0, spread.clamp(max=255), old).to(torch.uint8).view(-1, 3, 256)
 
 
 def color(images: Tensor, factors: Tensor) -> Tensor:
-    """Blend with the gray picture."""
+    """Blend with the gray image."""
     return blend(gray(images)[:, None], images, factors[:, None, None, None]).to(torch.uint8)
 
 
 def sharpness(images: Tensor, factors: Tensor) -> Tensor:
-    """Blend with a 3x3 mean that weighs the middle 5 of 13; the outermost pixels stay."""
+    """Blend with a 3x3 mean in which the middle has weight 5 of 13; pixels at the border stay as they are."""
     x = images.int()
     across = x[..., :-2] + x[..., 1:-1] + x[..., 2:]
     around = across[:, :, :-2] + across[:, :, 1:-1] + across[:, :, 2:] + 4 * x[:, :, 1:-1, 1:-1]
@@ -455,25 +458,25 @@ BLENDED = {"Color": color, "Sharpness": sharpness}
 
 
 def rotated(images: Tensor, degrees: Tensor, taps: int, fill: Tensor) -> Tensor:
-    """Counter-clockwise about the centre, as Pillow does it.
+    """Rotate counter-clockwise about the centre, as Pillow does.
 
-    images: (K, 3, H, W) uint8; degrees: (K,) float64; taps: 2 interpolate linearly, 4 cubically; fill: (3,) float32
-    -> (K, 3, H, W) uint8. Positions are float64, since a rounded one could fall on the other side of a pixel's border;
-    pixels are float32.
+    images: (K, 3, H, W) uint8; degrees: (K,) float64; taps: 2 for linear interpolation, 4 for cubic; fill: (3,) float32
+    -> (K, 3, H, W) uint8. Positions are float64, because a rounded position could lie in a neighbouring pixel; pixel values
+    are float32.
     """
     count, _, height, width = images.shape
     angle, middle_x, middle_y = -torch.deg2rad(degrees)[:, None, None], width / 2, height / 2
     cos, sin = angle.cos(), angle.sin()
     y = torch.arange(height, device=images.device, dtype=torch.float64)[:, None] + 0.5
     x = torch.arange(width, device=images.device, dtype=torch.float64) + 0.5
-    across = cos * x + sin * y + (middle_x - cos * middle_x - sin * middle_y)  # where a target pixel lies: (K, H, W)
+    across = cos * x + sin * y + (middle_x - cos * middle_x - sin * middle_y)  # source position of a pixel: (K, H, W)
     down = cos * y - sin * x + (middle_y + sin * middle_x - cos * middle_y)
     left, above = (across - 0.5).floor(), (down - 0.5).floor()
     offsets = torch.arange(taps, device=images.device)[:, None, None] - (taps // 2 - 1)
     columns = (left.long()[:, None] + offsets).clamp_(0, width - 1)  # (K, taps, H, W)
     rows = (above.long()[:, None] + offsets).clamp_(0, height - 1).mul_(width)
-    places = (rows[:, :, None] + columns[:, None]).view(count, 1, -1).expand(-1, 3, -1)
-    pixels = images.flatten(2).gather(2, places).view(count, 3, taps, taps, height, width).float()
+    indices = (rows[:, :, None] + columns[:, None]).view(count, 1, -1).expand(-1, 3, -1)
+    pixels = images.flatten(2).gather(2, indices).view(count, 3, taps, taps, height, width).float()
     right, below = ((p - 0.5 - whole).float()[:, None] for p, whole in ((across, left), (down, above)))
     result = _between(_between(pixels.unbind(3), right[:, :, None]).unbind(2), below)
     outside = (across < 0) | (across >= width) | (down < 0) | (down >= height)
@@ -481,10 +484,10 @@ def rotated(images: Tensor, degrees: Tensor, taps: int, fill: Tensor) -> Tensor:
 
 
 def sheared_or_shifted(images: Tensor, counts: list[int], values: Tensor, taps: int, fill: Tensor) -> Tensor:
-    """As Pillow's affine transform does it: every row, or column, comes from a place of its own along itself.
+    """Shift every row, or every column, along itself, as Pillow's affine transform does for shears and translations.
 
-    images: (K, 3, S, S) uint8, so many of ShearX, TranslateX, ShearY and TranslateY as `counts` says; values: (K,) float64,
-    slopes or shares of the side; taps, fill: as for `rotated` -> (K, 3, S, S) uint8.
+    images: (K, 3, S, S) uint8; counts: numbers of images of ShearX, TranslateX, ShearY and TranslateY, in this order;
+    values: (K,) float64, slopes or shares of the side; taps, fill: as for `rotated` -> (K, 3, S, S) uint8.
     """
     side = images.shape[3]
     lines = torch.arange(side, device=images.device) + 0.5
@@ -498,14 +501,13 @@ def sheared_or_shifted(images: Tensor, counts: list[int], values: Tensor, taps: 
 
 
 def _shifted(images: Tensor, shifts: Tensor, taps: int, fill: Tensor) -> Tensor:
-    """images: (K, 3, H, W) uint8; shifts: (K, H) float64, from where each row's pixels come -> (K, 3, H, W) uint8."""
+    """images: (K, 3, H, W) uint8; shifts: (K, H) float64, source minus target position -> (K, 3, H, W) uint8."""
     width = images.shape[3]
     whole = shifts.floor()
     before = taps // 2 - 1
-    places = whole.long()[:, :, None] + torch.arange(-before, width + taps - 1 - before, device=images.device)
-    row = images.gather(
-        3, places.clamp_(0, width - 1)[:, None].expand(-1, 3, -1, -1)
-    ).float()  # (K, 3, H, W + taps - 1)
+    columns = whole.long()[:, :, None] + torch.arange(-before, width + taps - 1 - before, device=images.device)
+    columns = columns.clamp_(0, width - 1)[:, None].expand(-1, 3, -1, -1)
+    row = images.gather(3, columns).float()  # (K, 3, H, W + taps - 1)
     past = (shifts - whole).float()[:, None, :, None]
     result = _between([row[..., i : i + width] for i in range(taps)], past)
     first, end = ((edge - 0.5 - shifts).ceil()[:, :, None] for edge in (0, width))
@@ -514,7 +516,7 @@ def _shifted(images: Tensor, shifts: Tensor, taps: int, fill: Tensor) -> Tensor:
 
 
 def _between(pixels: Sequence[Tensor], past: Tensor) -> Tensor:
-    """Pillow's linear or cubic interpolation (a = -1) of values around a place; flat pixels stay exactly what they are."""
+    """Pillow's linear or cubic interpolation (a = -1) of values around a position; equal values are kept exactly."""
     if len(pixels) == 2:
         a, b = pixels
         return (b - a).mul_(past).add_(a)
@@ -526,7 +528,7 @@ def _between(pixels: Sequence[Tensor], past: Tensor) -> Tensor:
 
 
 def _filled(x: Tensor, outside: Tensor, fill: Tensor) -> Tensor:
-    """x: (K, 3, H, W) float32; outside: (K, H, W) bool -> (K, 3, H, W) uint8, cut off to whole numbers."""
+    """x: (K, 3, H, W) float32; outside: (K, H, W) bool -> (K, 3, H, W) uint8, truncated."""
     return torch.where(outside[:, None], fill[:, None, None], x.clamp_(0, 255)).to(torch.uint8)
 
 
@@ -534,19 +536,19 @@ def _filled(x: Tensor, outside: Tensor, fill: Tensor) -> Tensor:
 # After normalization
 
 
-def erase(x: Tensor, boxes: Tensor, own: slice, generator: torch.Generator) -> Tensor:
-    """Boxes of normal noise, another for every pixel and channel: timm's RandomErasing in mode `pixel`.
+def erase(x: Tensor, boxes: Tensor, local: slice, generator: torch.Generator) -> Tensor:
+    """Fill the boxes with normal noise, drawn for every pixel and channel: timm's RandomErasing in mode `pixel`.
 
-    x: (B, 3, S, S) float32, normalized, this process's rows `own` of the global batch, is overwritten; boxes: (B * world, 4)
-    int64 on the CPU, of the global batch; the generator is of x's device.
+    x: (B, 3, S, S) float32, normalized, overwritten; local: the rows of x in the global batch; boxes: (B * world, 4) int64
+    on the CPU, of the global batch; generator: on x's device.
     """
     hit = boxes[:, 2].nonzero()[:, 0]
-    mine = hit[(hit >= own.start) & (hit < own.stop)]
-    if not len(mine):
+    local_hit = hit[(hit >= local.start) & (hit < local.stop)]
+    if not len(local_hit):
         return x
-    values = 3 * boxes[:, 2] * boxes[:, 3]  # of noise for each image
-    noise = torch.randn(int(values.sum()), generator=generator, device=x.device)[int(values[: own.start].sum()) :]
-    table = send(torch.cat([boxes[mine], mine[:, None] - own.start], 1), x.device)
+    values = 3 * boxes[:, 2] * boxes[:, 3]  # numbers of noise for each image
+    noise = torch.randn(int(values.sum()), generator=generator, device=x.device)[int(values[: local.start].sum()) :]
+    table = send(torch.cat([boxes[local_hit], local_hit[:, None] - local.start], 1), x.device)
     top, left, height, width, rows = table.unbind(1)
     inside = _within(top, height, x.shape[2])[:, None, :, None] & _within(left, width, x.shape[3])[:, None, None, :]
     x[rows] = x[rows].masked_scatter_(inside.expand(-1, 3, -1, -1), noise)
@@ -560,7 +562,7 @@ def _within(start: Tensor, length: Tensor, side: int) -> Tensor:
 
 
 def mix_images(x: Tensor, mix: Mix | None) -> Tensor:
-    """Each image with its neighbour. x: (B, 3, S, S), B even, is overwritten."""
+    """Mix each image with its neighbour. x: (B, 3, S, S), B even, overwritten."""
     if mix is None:
         return x
     other = x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
@@ -572,7 +574,7 @@ def mix_images(x: Tensor, mix: Mix | None) -> Tensor:
 
 
 def soft_targets(labels: Tensor, classes: int, smoothing: float, mix: Mix | None) -> Tensor:
-    """Smoothed labels, mixed as their images are: (B,) int64 -> (B, C) float32."""
+    """Smoothed labels, mixed like their images: (B,) int64 -> (B, C) float32."""
     targets = torch.full((len(labels), classes), smoothing / classes, device=labels.device)
     targets.scatter_(1, labels[:, None], 1 - smoothing + smoothing / classes)
     if mix is None:

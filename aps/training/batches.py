@@ -1,11 +1,11 @@
-"""Batches of views for pretraining, the same ones however many processes share them.
+"""Makes batches of views for pretraining, the same for any number of processes.
 
-Images that fit in memory live on the training device as uint8 and nothing is done for one image at a time. Image files
-are decoded and cropped by workers; the rest is batched on the device too. On a GPU the next batch is made on a stream of
-its own while the current one trains.
+Images that fit in memory are kept on the training device as uint8, and all operations are batched. Image files are
+decoded and cropped by workers; the other operations are batched on the device too. On a GPU the next batch is made on a
+side stream while the current one trains.
 
-Everything random is a function of (seed, epoch, batch) or (seed, epoch, image), so nothing has to be saved to go on
-from the middle of an epoch.
+Every random draw is a function of (seed, epoch, batch) or (seed, epoch, image), so a run resumes in the middle of an
+epoch without saved random state.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     """V views of the same B images."""
 
     views: tuple[Tensor, ...]  # each (B, 3, S, S) float32, normalized; S is the view's
-    geometries: tuple[Geometry, ...]  # of each view
+    geometries: tuple[Geometry, ...]  # one for each view
 
 
 class Batches:
@@ -37,7 +37,7 @@ class Batches:
 
     Args:
         split: the training images.
-        views: what each image gives, in order.
+        views: the views made of each image, in order.
         batch_size: over all processes.
         normalization: mean and std, each of 3 channels in [0, 1] units.
         workers: decoding processes for image files; None: as many as cores.
@@ -69,7 +69,7 @@ class Batches:
         )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Batches `first`, `first`+1, ... of an epoch, this process's rows of each."""
+        """This process's rows of the batches `first`, `first`+1, ... of an epoch."""
         batches = self._from_memory(epoch, first) if self._array is not None else self._from_files(epoch, first)
         return prefetch(batches, self.distributed.device)
 
@@ -103,7 +103,7 @@ class Batches:
         return Batch(tuple(pixels), tuple(p.geometry(self.distributed.device) for p in parameters))
 
     def _parameters(self, epoch: int, batch: int, sides: Sequence[tuple[int, ...]]) -> list[ViewParameters]:
-        """Of this process's rows, drawn for the global batch; sides: (H, W) of each view's source."""
+        """Parameters of this process's rows, drawn for the global batch; sides: (H, W) of each view's source image."""
         generator = seeded(self.seed, VIEWS, epoch, batch)
         drawn = [
             draw_parameters(view.chances, self.batch_size, height, width, view.augmentation, generator)

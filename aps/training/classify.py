@@ -1,4 +1,4 @@
-"""What finetuning and linear probing share: accuracy of a classifier on a split, and what it takes for what."""
+"""Accuracy and confusion matrix of a classifier on a split, for finetuning and linear probing."""
 
 from __future__ import annotations
 
@@ -25,11 +25,15 @@ def accuracy(
     workers: int | None = None,
     confusion: Tensor | None = None,
 ) -> Tensor:
-    """Top-1 in percent over the whole split, the work shared among processes.
+    """Top-1 accuracy in percent over the whole split, which the processes divide among themselves.
 
-    classify: (B, 3, S, S) normalized -> logits (..., B, C); leading dimensions are several classifiers at once
-    -> (...) float64 on the CPU. confusion: int64 (C, C) on the device, for one classifier: to a class's row is added how many
-    of its images are taken for each class.
+    Args:
+        classify: (B, 3, S, S) normalized -> logits (..., B, C); leading dimensions are several classifiers at once.
+        confusion: int64 (C, C) on the device, for a single classifier; counts are added to it, rows are true classes,
+            columns predicted ones.
+
+    Returns:
+        (...) float64 on the CPU.
     """
     part = -(-len(split) // distributed.world)
     rows = range(min(len(split), distributed.rank * part), min(len(split), (distributed.rank + 1) * part))

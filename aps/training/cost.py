@@ -1,7 +1,7 @@
-"""What a run of pretraining, finetuning, linear probe and kNN costs, counted on the modules that the stages train.
+"""Counts what pretraining, finetuning, linear probe, kNN and embed cost, on the modules that the stages run.
 
-One function a stage, of the form that `aps.cost` describes. Counts are kept by the settings that they depend on, so that a
-study of many experiments counts each network once.
+There is one function a stage, of the type `aps.cost.CostFunction`. Counts are cached by the settings that they depend on,
+so that a study of many experiments counts each network once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from aps.training.networks import at_least_float32, build_method, build_networks
 # ----------------------------------------------------------------------------------------------------------------------
 # Pretraining
 
-# Settings that change no operation of a step.
+# Settings that do not change the operations of a step.
 SCHEDULE = (
     "epochs",
     "budget",
@@ -46,11 +46,12 @@ SCHEDULE = (
 
 
 def step_flops(settings: Any) -> float:
-    """Operations of one optimizer step of pretraining on the whole batch, whatever number of processes shares it.
+    """Operations of one optimizer step of pretraining on the whole batch, for any number of processes.
 
-    Where the steps of a batch differ, their mean. Neither views nor what a method samples are counted: they are inputs.
+    If the steps of a batch differ, it is their mean. Making views and sampling are not counted, because they are inputs.
 
-    settings: an experiment's, or those of a run.
+    Args:
+        settings: of an experiment or a run.
 
     Raises:
         UserError: the method's step can't be counted.
@@ -59,12 +60,16 @@ def step_flops(settings: Any) -> float:
 
 
 def batches_within(flops: float, settings: Any, steps: int) -> int:
-    """Whole batches, of `steps` optimizer steps each, that so many operations make. Raises what `step_flops` does."""
+    """Number of whole batches, of `steps` optimizer steps each, in a budget of operations. Raises as `step_flops`."""
     return int(flops / (steps * step_flops(settings)))
 
 
 def pretrain(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
-    """Raises UserError for a budget of minutes, too: the machine decides how many operations they make."""
+    """The cost of pretraining.
+
+    Raises:
+        UserError: the step can't be counted, or the budget is in minutes, so that its operations depend on the machine.
+    """
     s, train = settings.pretrain, _train_images(settings, "pretrain", counts)
     part = _pretraining_part(settings, half_precision(s.precision, gpu))
     method = build_method(settings)
@@ -96,17 +101,16 @@ def _pretraining_part(settings: Any, half: bool = False) -> Counted:
     blocks["pretrain"] = block.model_copy(update={name: fields[name].default for name in SCHEDULE})
     blocks["encoder"] = _shape(settings.encoder)
     blocks |= {"stage": "pretrain", "experiment": "", "seed": 0}
-    alike = stage_model(block.method)(**blocks)
-    return _count_pretraining(alike.to_json(), half)
+    return _count_pretraining(stage_model(block.method)(**blocks).to_json(), half)
 
 
 @cache
 def _count_pretraining(settings: str, half: bool) -> Counted:
-    """settings: as JSON, all that the method reads."""
+    """settings: all that the method reads, as JSON, so that the count can be cached."""
     chosen = StageSettings.from_json(settings)
     method, B = build_method(chosen), chosen.pretrain.batch_size // chosen.pretrain.accumulate
     sizes = [view.size for view in method.views()]
-    # What is sampled depends on values, so it is drawn in earnest for two images, and its shapes are taken.
+    # Sampling depends on values, so it is done with real tensors, for two images; only the shapes are used.
     whole = [Geometry(torch.tensor([[0.0, 0.0, S, S]] * 2), torch.zeros(2, dtype=torch.bool)) for S in sizes]
     drawn = method.sample(whole, global_noise(2, torch.device("cpu"), torch.Generator().manual_seed(0)))
     kinds = Counter(tuple((x.shape[1:], x.dtype) for x in sampled) for sampled in drawn)
@@ -181,7 +185,7 @@ def knn(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
 
 
 def embed(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
-    """The test images through the encoder, and each compared with each."""
+    """The test images pass the encoder, and every two of them are compared."""
     encoder = _shape(settings.encoder)
     frozen, width = _count_frozen(encoder, half_precision("auto", gpu)), _width(encoder)
     flops = counts.test * frozen.flops / BATCH + 2.0 * counts.test**2 * width
@@ -194,7 +198,7 @@ def embed(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cos
 
 @cache
 def _count_frozen(encoder: EncoderSettings, half: bool) -> Counted:
-    """BATCH images through the encoder, without a backward pass."""
+    """The cost of BATCH images in the encoder, without a backward pass."""
 
     @torch.no_grad()
     def run(model: nn.Module) -> None:
@@ -220,7 +224,7 @@ def _width(encoder: EncoderSettings) -> int:
 
 
 def _shape(encoder: EncoderSettings) -> EncoderSettings:
-    """The settings without the origin of the weights, which changes no count."""
+    """The settings without the origin of the weights, which does not change the cost."""
     return encoder.model_copy(update={"weights": "random"})
 
 

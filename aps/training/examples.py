@@ -1,11 +1,11 @@
-"""Batches of augmented, labelled images for finetuning, the same ones however many processes share them.
+"""Makes batches of augmented, labelled images for finetuning, the same for any number of processes.
 
-Images that fit in memory live on the training device as uint8 and nothing is done for one image at a time. Image files
-are decoded and cut to size by workers; the rest is batched on the device too. On a GPU the next batch is made on a stream
-of its own while the current one trains.
+Images that fit in memory are kept on the training device as uint8, and all operations are batched. Image files are
+decoded and cut to size by workers; the other operations are batched on the device too. On a GPU the next batch is made on
+a side stream while the current one trains.
 
-Everything random is a function of (seed, epoch, batch) or (seed, epoch, image), so nothing has to be saved to go on
-from the middle of an epoch.
+Every random draw is a function of (seed, epoch, batch) or (seed, epoch, image), so a run resumes in the middle of an
+epoch without saved random state.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from aps.training import augment
 from aps.training.features import Normalization
 from aps.training.order import IMAGE, NOISE, VIEWS, KeyedLoader, Order, seeded
 
-# Pixels of the images made at once, several batches of small ones: what is done once for all costs each less.
-TOGETHER = 2**20
+# Pixels that are augmented at once: of small images, several batches, which takes less time for each.
+PIXELS_AT_ONCE = 2**20
 
 
 class Examples(NamedTuple):
@@ -44,14 +44,14 @@ class AugmentedExamples:
 
     Args:
         split: the training images.
-        rows: (M,) int64 indices of those to use.
+        rows: (M,) int64 indices of the images to use.
         size: S, side of an image in pixels.
         classes: C.
         normalization: mean and std, each of 3 channels in [0, 1] units.
         workers: decoding processes for image files; None: as many as cores.
 
     Raises:
-        UserError: the batch exceeds the images or does not divide among the processes, or into pairs where images are mixed.
+        UserError: the batch exceeds the images, or can't be divided evenly among the processes or, for mixup, into pairs.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class AugmentedExamples:
         self._draw = augment.Draw(settings, size)
         self._pads = settings.crop == "pad"
         self._crop = augment.pad_crop if self._pads else augment.resized_crop
-        self._together = max(1, TOGETHER * distributed.world // (settings.batch_size * size**2))
+        self._batches_at_once = max(1, PIXELS_AT_ONCE * distributed.world // (settings.batch_size * size**2))
         self._mean, self._std = (torch.tensor(x, device=device).view(3, 1, 1) for x in normalization)
-        self._fill = (255 * self._mean).round().flatten()  # moves let the mean colour in, as timm's do
+        self._fill = (255 * self._mean).round().flatten()  # moves fill empty pixels with the mean colour, as in timm
         self._labels = split.labels.to(device)
         self._array = split.images.to(device) if isinstance(split, ArraySplit) else None
         self._loader = (
@@ -90,24 +90,26 @@ class AugmentedExamples:
         )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Examples]:
-        """Batches `first`, `first`+1, ... of an epoch, this process's rows of each."""
+        """This process's rows of the batches `first`, `first`+1, ... of an epoch."""
         return prefetch(self._epoch(epoch, first), self.distributed.device)
 
     def _epoch(self, epoch: int, first: int) -> Iterator[Examples]:
         rows = self._order.epoch(epoch)
         loaded = self._loader.epoch(epoch, rows[first:]) if self._loader is not None else None
         rows = rows.to(self.distributed.device)
-        for start in range(first, self.batches, self._together):
-            batches = range(start, min(start + self._together, self.batches))
-            yield from self._several(epoch, batches, rows[start : batches.stop], loaded)
+        for start in range(first, self.batches, self._batches_at_once):
+            batches = range(start, min(start + self._batches_at_once, self.batches))
+            yield from self._augmented(epoch, batches, rows[start : batches.stop], loaded)
 
-    def _several(self, epoch: int, batches: range, rows: Tensor, loaded: Iterator[Tensor] | None) -> Iterator[Examples]:
+    def _augmented(
+        self, epoch: int, batches: range, rows: Tensor, loaded: Iterator[Tensor] | None
+    ) -> Iterator[Examples]:
         """rows: (batches, B) indices of images."""
-        device, own = self.distributed.device, self.distributed.rows(self.settings.batch_size)
+        device, local = self.distributed.device, self.distributed.rows(self.settings.batch_size)
         height, width = (self.size, self.size) if self._array is None else self._array.shape[2:]
         generators = [seeded(self.seed, VIEWS, epoch, batch) for batch in batches]
         drawn = [self._draw(self.settings.batch_size, height, width, generator) for generator in generators]
-        boxes, flips, program = augment.joined([parameters.rows(own) for parameters in drawn])
+        boxes, flips, program = augment.joined([parameters.rows(local) for parameters in drawn])
         boxes, flips = augment.on_device(boxes, flips, device)
         if loaded is None:
             assert self._array is not None
@@ -120,7 +122,7 @@ class AugmentedExamples:
             x = pixels.float().div_(255).sub_(self._mean).div_(self._std)
             if parameters.erased is not None:
                 noise = seeded(self.seed, NOISE, epoch, batch, device=device)
-                x = augment.erase(x, parameters.erased, own, noise)
+                x = augment.erase(x, parameters.erased, local, noise)
             labels = self._labels[row]
             targets = augment.soft_targets(labels, self.classes, self.settings.label_smoothing, parameters.mix)
             yield Examples(augment.mix_images(x, parameters.mix), targets, labels)

@@ -1,4 +1,4 @@
-"""Class-token features of a whole split under a frozen encoder, without augmentation; and images as evaluation sees them."""
+"""Computes class-token features of a split with a frozen encoder, and prepares images for evaluation, without augmentation."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed
 
 BATCH = 256
-CENTRE = (
-    256 / 224
-)  # file images: shorter side resized to this share of the view, then the centre cut (ImageNet's custom)
+CENTRE = 256 / 224  # the shorter side of a file's image over S before the centre crop (usual for ImageNet)
 
 BROKEN_ENCODER = (
     "the encoder is broken or overflows: compute in precision fp32, or train it again with a lower learning rate"
@@ -34,22 +32,22 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def normalization(job: StageJob) -> Normalization:
-    """Mean and std by which a stage normalizes every image, as `dataset.statistics` says.
+    """Mean and std with which a stage normalizes every image, by the setting `dataset.statistics`.
 
     Raises:
         UserError: the dataset is not prepared, or has no such statistics.
     """
     which = job.settings.dataset.statistics
     if which == "encoder":
-        if (found := trained_with(job.encoder_spec)) is not None:
-            return found
+        if (known := trained_with(job.encoder_spec)) is not None:
+            return known
         which = "measured"
     return Manifest.read(job.manifest).normalization(which)
 
 
 def pixels(job: StageJob) -> dict[str, Any]:
-    """How evaluation shows an image, for whoever uses the weights later: mean, std, and whether it sees the `whole` image (a
-    dataset in memory) or its `centre` (one of files).
+    """How evaluation prepares images, stored with the weights for later use: mean, std, and the crop, which is the `whole`
+    image (of a dataset in memory) or its `centre` (of a dataset of files).
 
     Raises:
         UserError: as `normalization`.
@@ -60,7 +58,7 @@ def pixels(job: StageJob) -> dict[str, Any]:
 
 
 def normalize(images: Tensor, normalization: Normalization) -> Tensor:
-    """(B, 3, S, S) in [0, 1] -> normalized."""
+    """Normalize images, (B, 3, S, S) in [0, 1]."""
     mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in normalization)
     return (images - mean) / std
 
@@ -115,46 +113,48 @@ def features(
     workers: int | None = None,
     label: str = "features",
 ) -> Tensor:
-    """(M, D) float32 of every image, on every process; processes share the work in contiguous parts."""
+    """Features (M, D) float32 of every image, on every process. Each process computes a contiguous part of them."""
     training = encoder.training
     encoder.eval()
     size = encoder.patch_embed.img_size[0]
     part = -(-len(split) // distributed.world)
     rows = range(min(len(split), distributed.rank * part), min(len(split), (distributed.rank + 1) * part))
-    found = []
+    batches = []
     with Progress(label, len(rows), "images", shown=distributed.main) as progress:
         for images in images_of(split, size, distributed.device, rows, workers):
             with precision.autocast():
                 batch = encoder(normalize(images, normalization))
-            found.append(batch.float())
+            batches.append(batch.float())
             progress.update(len(images), len(images))
     encoder.train(training)
-    own = torch.cat(found) if found else torch.empty(0, encoder.embed_dim, device=distributed.device)
+    local = torch.cat(batches) if batches else torch.empty(0, encoder.embed_dim, device=distributed.device)
     if distributed.world == 1:
-        return own
-    padded = torch.nn.functional.pad(own, (0, 0, 0, part - len(own)))
-    everyone = [torch.empty_like(padded) for _ in range(distributed.world)]
-    dist.all_gather(everyone, padded)
-    return torch.cat(everyone)[: len(split)]
+        return local
+    padded = torch.nn.functional.pad(local, (0, 0, 0, part - len(local)))
+    gathered = [torch.empty_like(padded) for _ in range(distributed.world)]
+    dist.all_gather(gathered, padded)
+    return torch.cat(gathered)[: len(split)]
 
 
 def labelled_features(job: StageJob, distributed: Distributed, precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features and labels of a stage's images under its encoder, frozen: train (M, D), (M,), test (Q, D), (Q,).
+    """Features and labels of a stage's images with its frozen encoder: train (M, D), (M,), test (Q, D), (Q,).
 
-    precision: as in the settings of a stage.
+    Args:
+        precision: the stage's setting.
 
     Raises:
         UserError: the dataset is not prepared or has no labels, or the encoder's file is broken or does not fit.
     """
-    torch.manual_seed(job.settings.seed)  # of random weights
+    torch.manual_seed(job.settings.seed)  # for an encoder with random weights
     encoder = load_encoder(job.encoder_spec, job.settings.encoder).to(distributed.device)
-    numbers, how = normalization(job), Precision(precision, distributed.device)
+    mean_and_std, computing = normalization(job), Precision(precision, distributed.device)
     limit, found = job.settings.dataset.train_limit, []
     for name, split in (
         ("train", load_split(job.manifest, "train", limit, labelled=True)),
         ("test", load_split(job.manifest, "test")),
     ):
-        computed = features(encoder, split, numbers, distributed, how, job.workers, f"{job.label} {name} features")
+        label = f"{job.label} {name} features"
+        computed = features(encoder, split, mean_and_std, distributed, computing, job.workers, label)
         found += [computed, split.labels.to(computed.device)]
     bank, labels, queries, truth = found
     return bank, labels, queries, truth

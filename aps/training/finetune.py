@@ -1,8 +1,8 @@
-"""Finetuning: encoder and linear head on labels (method.md, Finetuning recipe; the EMA is timm's, augmentation does as timm's).
+"""Finetuning: trains encoder and linear head on labels (method.md, Finetuning recipe; EMA and augmentation as in timm).
 
-Four things the authors' release gets wrong are right here: images are normalized as in pretraining, drop path reaches the
+Four mistakes of the authors' release are corrected: images are normalized as in pretraining, drop path is applied to the
 model, the EMA model is evaluated, and the headline is the last epoch's test accuracy. A best epoch is reported only where
-`holdout` keeps part of train aside to choose it on.
+`holdout` keeps part of train aside, on which it is chosen.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ MOST_CONFUSED = 100  # classes up to which metrics.json holds the confusion matr
 
 
 def run(job: StageJob) -> None:
-    """The stage. Outputs model.safetensors (the last epoch's), history.jsonl, metrics.json.
+    """Run the stage. It writes model.safetensors (of the last epoch), history.jsonl and metrics.json.
 
     Raises:
-        UserError: settings that do not fit the data, the encoder or the processes; a loss that is no longer finite.
-        Preempted: asked to stop; the state is saved.
+        UserError: the settings do not fit the data, the encoder or the processes; the loss is not finite.
+        Preempted: the run was asked to stop; its state is saved.
     """
     with processes() as distributed, StageRun(job) as stage:
         learner = Finetuning(job, distributed)
@@ -62,7 +62,7 @@ def run(job: StageJob) -> None:
 
 
 class Finetuning:
-    """Batches of labelled images into steps, and an epoch's line."""
+    """The learner of finetuning: its batches, steps, log lines, evaluation and files."""
 
     note = ""
 
@@ -80,15 +80,16 @@ class Finetuning:
         )
         self.tuner = Finetuner(job, classes, self.normalization, distributed)
         self.watch = Watch("finetuning", "finetune", distributed, job.manifest)
-        self.sums, self.loss = torch.zeros(2, device=distributed.device), math.nan  # of this epoch, of the last one
+        self.sums = torch.zeros(2, device=distributed.device)  # this epoch's loss and share of right predictions
+        self.loss = math.nan  # the last epoch's
         self.best = {"epoch": -1, "accuracy": -1.0}
-        self.mistakes: dict[str, Any] = {}  # for metrics.json
+        self.mistakes: dict[str, Any] = {}  # the confusion matrix, for metrics.json
 
     def batches(self, epoch: int, first: int) -> Iterator[Examples]:
         return self.examples.epoch(epoch, first)
 
     def step(self, batch: Examples, done: int) -> None:
-        torch.manual_seed(seed_of(self.job.settings.seed, STEP, done, self.distributed.rank))  # of drop path
+        torch.manual_seed(seed_of(self.job.settings.seed, STEP, done, self.distributed.rank))  # for drop path
         figures = self.tuner.step(batch, finetuning_lr(self.settings, done // self.examples.batches))
         self.watch.add(figures[0], done, (batch.images,))
         self.sums += figures
@@ -111,7 +112,7 @@ class Finetuning:
         yield line
 
     def evaluate(self) -> dict[str, float]:
-        """Final figures: of the last epoch's weights, of their average, of the best epoch's on the held-out part."""
+        """Final metrics: of the last epoch's weights, of their EMA, and of the best epoch on the held-out images."""
         tuner, workers = self.tuner, self.job.workers
         test = load_split(self.job.manifest, "test")
         C = len(test.classes)
@@ -127,7 +128,7 @@ class Finetuning:
         return metrics
 
     def save(self, stage: StageRun) -> None:
-        """Stage the last epoch's model."""
+        """Write the last epoch's model."""
         settings = self.job.settings
         info = {"experiment": settings.experiment, "stage": "finetune", "digest": settings.digest,
                 "classes": list(self.manifest.classes), **pixels(self.job)}  # fmt: skip
@@ -143,7 +144,7 @@ class Finetuning:
 
 
 class Finetuner:
-    """Model, its EMA, optimizer: everything that one optimizer step touches."""
+    """Model, EMA and optimizer: everything that an optimizer step changes."""
 
     def __init__(self, job: StageJob, classes: int, normalization: Normalization, distributed: Distributed) -> None:
         self.settings: FinetuneSettings = job.settings.finetune
@@ -175,7 +176,7 @@ class Finetuner:
         self._best: dict[str, Tensor] = {}
 
     def step(self, batch: Examples, lr: float) -> Tensor:
-        """-> (2,) loss and share of right guesses, on the device."""
+        """One optimizer step -> (2,) loss and share of right predictions, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         with self.precision.autocast():
@@ -195,7 +196,7 @@ class Finetuner:
     def accuracy(
         self, model: nn.Module, split: ArraySplit | FileSplit, workers: int | None, confusion: Tensor | None = None
     ) -> float:
-        """Top-1 in percent, in eval mode. confusion: (C, C), to be counted into."""
+        """Top-1 accuracy in percent, in eval mode. confusion: (C, C), to which counts are added."""
         training = model.training
         model.eval()
         result = accuracy(
@@ -205,11 +206,11 @@ class Finetuner:
         return float(result)
 
     def remember(self) -> None:
-        """Keep the present weights as those of the best epoch on the held-out part."""
+        """Keep the current weights as those of the best epoch on the held-out images."""
         self._best = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
 
     def remembered(self) -> nn.Module:
-        """A model of its own with the remembered weights."""
+        """A copy of the model with the remembered weights."""
         model = copy.deepcopy(self.model)
         model.load_state_dict(self._best)
         return model

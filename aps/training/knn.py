@@ -1,7 +1,7 @@
-"""kNN: classify test images by the labels of their nearest train images in feature space.
+"""kNN: classifies test images by the labels of their nearest train images in feature space.
 
-Cosine similarity, votes weighted by exp(similarity / temperature) (arXiv 1805.01978). All k are reported; k and the
-temperature stand with the numbers because they move them.
+Neighbours are found by cosine similarity, and votes are weighted by exp(similarity / temperature) (arXiv 1805.01978).
+Every k is reported, and the temperature, because accuracies depend on both.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from aps.training.features import BROKEN_ENCODER, Normalization, features, label
 from aps.training.order import HOLDOUT, seeded
 from aps.training.watch import spread
 
-CHUNK = 1024  # test images compared at once,
-BLOCK = 65_536  # with so many train images at once: memory does not grow with either
+CHUNK = 1024  # test images compared at once with
+BLOCK = 65_536  # train images, so that memory does not grow with the dataset
 MONITOR_K, MONITOR_TEMPERATURE, MONITOR_IMAGES = 20, 0.07, 10_000
 
 
 def run(job: StageJob) -> None:
-    """The stage. Outputs metrics.json (top-1 for every k) and history.jsonl (a line a k, step = k)."""
+    """Run the stage. It writes metrics.json (top-1 for every k) and history.jsonl (one line for each k, step = k)."""
     with processes() as distributed, StageRun(job) as stage:
         settings = job.settings.knn
         bank, labels, queries, truth = labelled_features(job, distributed, settings.precision)
         accuracies = knn_accuracy(bank, labels, queries, truth, settings.k, settings.temperature)
         for k, accuracy in accuracies.items():
             stage.log(k, knn_top1=accuracy)
-        best_reported = {f"knn_top1_k{k}": accuracy for k, accuracy in accuracies.items()}
+        by_k = {f"knn_top1_k{k}": accuracy for k, accuracy in accuracies.items()}
         stage.finish(
             {
-                **best_reported,
+                **by_k,
                 "temperature": settings.temperature,
                 "train_images": len(bank),
                 "test_images": len(queries),
@@ -65,14 +65,14 @@ def knn_accuracy(
     right = dict.fromkeys(ks, 0)
     for start in range(0, len(queries), CHUNK):
         similarity, nearest = neighbours(queries[start : start + CHUNK], bank, min(max(ks), len(bank)))  # (q, most)
-        # Of the nearest 1: exp(1 / temperature) itself is beyond float32 from 0.0113 down. Float64, in which an order of
-        # addition that differs between runs (on GPUs) decides no vote.
+        # Weights are relative to the nearest neighbour's, because exp(1 / temperature) overflows float32 for temperatures
+        # up to 0.0113. In float64 the order of addition, which differs between runs on GPUs, does not change a vote.
         weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
         votes = weights.new_zeros(len(weights), classes)
         counted = 0
         for k in sorted(set(ks)):
-            few = slice(counted, k)
-            votes.scatter_add_(1, bank_labels[nearest[:, few]], weights[:, few])
+            added = slice(counted, k)
+            votes.scatter_add_(1, bank_labels[nearest[:, added]], weights[:, added])
             counted = k
             right[k] += int((votes.argmax(1) == labels[start : start + CHUNK]).sum())
     return {k: 100 * n / len(queries) for k, n in right.items()}
@@ -84,8 +84,8 @@ def neighbours(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     nearest = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(bank), BLOCK):
         block = queries @ bank[start : start + BLOCK].T
-        found, rows = block.topk(min(k, block.shape[1]), dim=1)
-        similarity, nearest = torch.cat([similarity, found], 1), torch.cat([nearest, rows + start], 1)
+        highest, rows = block.topk(min(k, block.shape[1]), dim=1)
+        similarity, nearest = torch.cat([similarity, highest], 1), torch.cat([nearest, rows + start], 1)
         if start:
             similarity, best = similarity.topk(min(k, similarity.shape[1]), dim=1)
             nearest = nearest.gather(1, best)
@@ -95,13 +95,17 @@ def neighbours(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def monitor(
     encoder: Encoder, split: ArraySplit | FileSplit, normalization: Normalization, distributed: Distributed
 ) -> dict[str, float]:
-    """During pretraining, on at most 10,000 train images, never the test set: how far the features spread, and kNN, a tenth of
-    the images classified by the others, where they have labels."""
+    """Figures during pretraining on at most 10,000 train images, never the test set: the spread of the features and, where
+    images have labels, kNN accuracy on a tenth of the images, with the others as neighbours.
+
+    Raises:
+        UserError: a feature is not finite, or there are fewer than 10 images.
+    """
     order = torch.randperm(len(split), generator=seeded(0, HOLDOUT))[:MONITOR_IMAGES]
-    few = split.select(order)
-    found = features(encoder, few, normalization, distributed, Precision("auto", distributed.device), label="kNN")
-    check_finite(found, "features of the train images", BROKEN_ENCODER)
-    figures = spread(found)
+    chosen = split.select(order)
+    bank = features(encoder, chosen, normalization, distributed, Precision("auto", distributed.device), label="kNN")
+    check_finite(bank, "features of the train images", BROKEN_ENCODER)
+    figures = spread(bank)
     if not split.classes:
         return figures
     held = len(order) // 10
@@ -110,6 +114,6 @@ def monitor(
             f"pretrain.knn_every holds out a tenth of {len(order)} train images, which is none; set pretrain.knn_every: 0"
         )
     accuracy = knn_accuracy(
-        found[held:], few.labels[held:], found[:held], few.labels[:held], (MONITOR_K,), MONITOR_TEMPERATURE
+        bank[held:], chosen.labels[held:], bank[:held], chosen.labels[:held], (MONITOR_K,), MONITOR_TEMPERATURE
     )
     return {"knn_train_top1": accuracy[MONITOR_K], **figures}

@@ -1,7 +1,7 @@
 """Linear probe: linear classifiers on a frozen encoder, one for each learning rate, all trained in one pass.
 
-The encoder runs in eval mode and takes nearly all of the time; every head reads the same features, so a sweep costs
-little more than one run. All learning rates are reported; the one in the headline is picked on a held-out part of train.
+The encoder runs in eval mode and takes nearly all of the time. All heads read the same features, so a sweep costs little
+more than one run. All learning rates are reported; the one in the headline is chosen on a held-out part of train.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from aps.views import crop_resize, draw_boxes
 
 
 def run(job: StageJob) -> None:
-    """The stage. Outputs heads.safetensors, history.jsonl, metrics.json.
+    """Run the stage. It writes heads.safetensors, history.jsonl and metrics.json.
 
     Raises:
-        UserError: settings that do not fit the data, the encoder or the processes.
-        Preempted: asked to stop; the state is saved.
+        UserError: the settings do not fit the data, the encoder or the processes.
+        Preempted: the run was asked to stop; its state is saved.
     """
     with processes() as distributed, StageRun(job) as stage:
         learner, settings = Probing(job, distributed), job.settings.linear_probe
         loop = Loop(
             job, stage, distributed, learner.state_dict, learner.load_state_dict,
             total=learner.total, images=settings.batch_size,
-            may_diverge=True,  # the head of a learning rate that is too large; another one is picked
+            may_diverge=True,  # a head whose learning rate is too large; another head is chosen then
         )  # fmt: skip
         loop.train(learner, learner.order.batches)
         metrics = learner.evaluate() | {"epochs": settings.epochs, "images_per_second": loop.rate}
@@ -58,7 +58,7 @@ def run(job: StageJob) -> None:
 
 
 class Probing:
-    """Batches of features into steps of all heads, and an epoch's line."""
+    """The learner of the linear probe: its batches, steps, log lines, evaluation and files."""
 
     note = ""
 
@@ -83,12 +83,12 @@ class Probing:
         peaks = [scaled_lr(lr, settings.batch_size, 256) for lr in settings.lrs]
         self.optimizer = torch.optim.SGD(
             [
-                {"params": own.parameters(), "lr": lr, "peak": lr}
-                for own, lr in zip(self.heads.heads, peaks, strict=True)
+                {"params": head.parameters(), "lr": lr, "peak": lr}
+                for head, lr in zip(self.heads.heads, peaks, strict=True)
             ],
             momentum=settings.momentum,
         )
-        self.losses = torch.zeros(count, device=device)  # of this epoch, summed over its batches
+        self.losses = torch.zeros(count, device=device)  # one for each head, summed over this epoch's batches
         self.total = settings.epochs * self.order.batches
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -101,12 +101,12 @@ class Probing:
         with torch.no_grad(), self.precision.autocast():
             features = self.encoder(normalize(images, self.normalization)).float()
         logits = self._forward(features)  # (heads, B, classes)
-        each = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
-        each = each.view(len(logits), -1).mean(1)
-        each.sum().backward()  # the heads share nothing, so each gets its own gradient
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
+        losses = losses.view(len(logits), -1).mean(1)  # (heads,)
+        losses.sum().backward()  # heads share no parameters, so each gets the gradient of its loss alone
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.losses += each.detach()
+        self.losses += losses.detach()
 
     def lines(self, done: int) -> Iterator[Line]:
         if done % self.order.batches:
@@ -118,7 +118,7 @@ class Probing:
         yield {"epoch": done // self.order.batches, **finite}
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracies of every head on test and on the held-out part of train, on which the headline's is picked."""
+        """Accuracies of every head on test and on the held-out part of train, on which the headline's head is chosen."""
         self.heads.eval()
         finite = torch.ones((), dtype=torch.bool, device=self.distributed.device)
 
@@ -151,7 +151,7 @@ class Probing:
         self.losses.copy_(state["losses"])
 
     def save(self, stage: StageRun, lr: float) -> None:
-        """Stage the heads, with what using the one of learning rate `lr` needs."""
+        """Write the heads, with what a later user of the head of learning rate `lr` needs."""
         settings = self.job.settings
         info = {"experiment": settings.experiment, "stage": "linear_probe", "digest": settings.digest,
                 "classes": list(self.manifest.classes), "lrs": self.settings.lrs, "lr": lr,
@@ -160,7 +160,7 @@ class Probing:
 
 
 class Heads(nn.Module):
-    """Linear classifiers side by side, behind one optional BatchNorm without affine (MAE, appendix A.1)."""
+    """Parallel linear classifiers, after one optional BatchNorm without affine (MAE, appendix A.1)."""
 
     def __init__(self, dim: int, classes: int, count: int, batch_norm: bool) -> None:
         super().__init__()
@@ -182,14 +182,14 @@ class Heads(nn.Module):
 
 
 class Crops:
-    """Random resized crops with flips, in [0, 1], on the device: batched for arrays, by workers for files."""
+    """Random resized crops with flips, in [0, 1], on the device; cut in batches for arrays, by workers for files."""
 
     def __init__(
         self, split: ArraySplit | FileSplit, settings: LinearProbeSettings, size: int, seed: int, workers: int | None,
         distributed: Distributed,
     ) -> None:  # fmt: skip
         self.size, self.seed, self.device, self.flip = size, seed, distributed.device, settings.flip
-        self.batch_size, self.own = settings.batch_size, distributed.rows(settings.batch_size)
+        self.batch_size, self.local_rows = settings.batch_size, distributed.rows(settings.batch_size)
         self.views = ViewSettings(crop_scale=settings.crop_scale)
         self.labels = split.labels.to(self.device)
         self._images = split.images.to(self.device) if isinstance(split, ArraySplit) else None
@@ -200,26 +200,27 @@ class Crops:
         )
 
     def epoch(self, epoch: int, rows: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches from `first` on; rows: (batches, B) -> (B, 3, S, S) in [0, 1], labels (B,)."""
+        """Batches from `first` on: images (B, 3, S, S) in [0, 1], labels (B,); rows: (batches, B) indices of images."""
         return prefetch(self._epoch(epoch, rows, first), self.device)
 
     def _epoch(self, epoch: int, rows: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         loaded = self._loader.epoch(epoch, rows[first:]) if self._loader is not None else None
         rows = rows.to(self.device)
         for batch in range(first, len(rows)):
-            own = rows[batch]
+            indices = rows[batch]
             generator = seeded(self.seed, VIEWS, epoch, batch)  # drawn for the global batch
             flips = torch.rand(self.batch_size, generator=generator) < self.flip
             if loaded is not None:
                 crops = next(loaded).to(self.device, non_blocking=True).float() / 255
-                mirrored = send(flips[self.own], self.device)[:, None, None, None]
-                yield torch.where(mirrored, crops.flip(3), crops), self.labels[own]
+                mirrored = send(flips[self.local_rows], self.device)[:, None, None, None]
+                yield torch.where(mirrored, crops.flip(3), crops), self.labels[indices]
                 continue
             assert self._images is not None
             heights, widths = (torch.full((self.batch_size,), side) for side in self._images.shape[2:])
             boxes = draw_boxes(heights, widths, self.views, generator)
-            table = send(torch.cat([boxes, flips[:, None]], 1)[self.own].float(), self.device)
-            yield crop_resize(self._images[own], table[:, :4], table[:, 4] > 0, self.size), self.labels[own]
+            table = send(torch.cat([boxes, flips[:, None]], 1)[self.local_rows].float(), self.device)
+            crops = crop_resize(self._images[indices], table[:, :4], table[:, 4] > 0, self.size)
+            yield crops, self.labels[indices]
 
 
 class _FileCrops(Dataset):

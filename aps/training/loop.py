@@ -1,11 +1,11 @@
-"""The loop around every stage that trains: restore, step, log, trace, stop, save, in one order, written once.
+"""The loop of every stage that trains: restore, step, log, trace, stop, save.
 
-A run can be killed anywhere: it goes on from its last checkpoint as if nothing had happened, and its journal holds each
-line once. After every batch comes, in this order: what there is to log (an epoch's line, an evaluation), so that a
-checkpoint of this moment has it behind it; then a request to stop; then a checkpoint, if one is due or this was the last
-batch. What follows the loop is computed again after a kill.
+A run can be killed at any point: it resumes from its last checkpoint with the same results, and its journal holds each
+line once. After every batch, in this order: log lines are written (an epoch's line, an evaluation), so that a checkpoint
+comes after them; a request to stop is handled; a checkpoint is saved, if one is due or this was the last batch. Whatever
+a stage does after the loop is done again after a kill.
 
-It knows no model, data or loss: a stage brings a `Learner`, or drives `Loop.advance` from a library's own loop.
+It knows no model, data or loss: a stage gives it a `Learner`, or calls `Loop.advance` from a library's loop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from aps.runtime.processes import Distributed
 from aps.runtime.signals import stop_requested
 from aps.runtime.trace import Trace
 
-Line = dict[str, float]  # of the journal, without its step
+Line = dict[str, float]  # a line of the journal, without its step
 
 
 class Learner(Protocol):
@@ -34,16 +34,16 @@ class Learner(Protocol):
 
     @property
     def note(self) -> str:
-        """What stands beside the progress bar."""
+        """Text beside the progress bar."""
 
     def batches(self, epoch: int, first: int) -> Iterator[Any]:
         """Batches `first`, `first`+1, ... of an epoch."""
 
     def step(self, batch: Any, done: int) -> None:
-        """Train on a batch, the one after `done` others."""
+        """Train on a batch; `done` is the number of batches before it."""
 
     def lines(self, done: int) -> Iterable[Line]:
-        """What there is to log after `done` batches, each line written before the next one is computed."""
+        """Lines to log after `done` batches; each is written before the next one is computed."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -51,15 +51,15 @@ class Learner(Protocol):
 
 
 class Loop:
-    """A run from where its last checkpoint left it to its end.
+    """A run, from its last checkpoint to its end.
 
     Args:
-        state: gives what `restore` needs, plain data and tensors.
-        total: batches of the whole run; a function where a clock ends it, which may say otherwise after every batch.
-        images: of a batch, over all processes.
-        unit: what a batch is called.
-        steps: of the journal for each batch.
-        may_diverge: whether numbers of the state need not be finite.
+        state: returns the argument of `restore`, plain data and tensors.
+        total: batches of the whole run; a function where a clock ends the run, so that the number can change.
+        images: images of a batch, over all processes.
+        unit: what a batch is called in messages.
+        steps: steps of the journal for each batch.
+        may_diverge: whether the state may hold numbers that are not finite.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Loop:
         return self._total if isinstance(self._total, int) else self._total()
 
     def train(self, learner: Learner, batches: int) -> None:
-        """Epochs of `batches` batches until all are done; the last one may be cut short."""
+        """Train for epochs of `batches` batches until the run is done; the last epoch may be shorter."""
         with self.running():
             while self.done < self.total:
                 epoch, first = divmod(self.done, batches)
@@ -105,7 +105,7 @@ class Loop:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around all calls of `advance`."""
+        """A context for all calls of `advance`."""
         with (
             Progress(self.job.label, self.total, self.unit, self.done, shown=self.distributed.main) as self._progress,
             Trace(self.job.profile, self.distributed.device, self.distributed.main) as self._trace,
@@ -113,10 +113,10 @@ class Loop:
             yield
 
     def advance(self, lines: Callable[[int], Iterable[Line]], note: str = "") -> None:
-        """A batch is done.
+        """Log, trace, stop or save after a batch.
 
         Raises:
-            Preempted: asked to stop; the state is saved.
+            Preempted: the run was asked to stop; its state is saved.
             UserError: the state to save is not finite.
         """
         self.done += 1
@@ -131,7 +131,7 @@ class Loop:
             self._save()
 
     def log_end(self, **values: float) -> None:
-        """A line of the finished run; once, though a run that was killed after it comes here again."""
+        """Log a line of the finished run, once, even if the run is killed after it and comes here again."""
         step = self.total * self.steps
         written = read_history(self.stage.journal) if self.stage.writes else []
         if not any(line["step"] == step and values.keys() <= line.keys() for line in written):
@@ -139,7 +139,7 @@ class Loop:
 
     @property
     def rate(self) -> float:
-        """Images a second of this attempt."""
+        """Images per second of this attempt."""
         return self._progress.rate
 
     def _save(self) -> None:
@@ -155,20 +155,26 @@ class Loop:
 
 
 def not_finite(loss: float, name: str, block: str, where: str = "") -> str:
-    """One sentence. name: of the training; block: of its settings; where: the step, and what was there before."""
+    """The sentence for a loss that is not finite.
+
+    Args:
+        name: the training's.
+        block: the name of its settings.
+        where: the step, and the last finite loss.
+    """
     more = f" ({where})" if where else ""
     return f"the {name} loss became {loss}; lower {block}.lr, or set {block}.precision: fp32{more}"
 
 
 def finite(loss: float, name: str, block: str) -> float:
-    """`loss`. Raises UserError where it is not a finite number; the rest as `not_finite`."""
+    """Return `loss`. Raises UserError where it is not finite; `name` and `block` are as in `not_finite`."""
     if not math.isfinite(loss):
         raise UserError(not_finite(loss, name, block))
     return loss
 
 
 def all_finite(tree: object) -> bool:
-    """Whether every floating-point tensor in nested dictionaries, lists and tuples is."""
+    """Whether every floating-point tensor in nested dictionaries, lists and tuples is finite."""
     if isinstance(tree, Tensor):
         return not tree.is_floating_point() or bool(tree.isfinite().all())
     if isinstance(tree, dict):

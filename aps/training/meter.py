@@ -1,4 +1,4 @@
-"""Pretraining's figures between two log lines: their means, the speed, and how long training waited for its input."""
+"""Collects pretraining's figures between two log lines: means, speed, and the time that training waited for its input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aps.training.loop import finite
 
 
 class Meter:
-    """Sums on the device, read (and synchronized) only to log: loss and figures, speed, share of waiting for input."""
+    """Sums figures on the device, and reads them (which synchronizes) only to log."""
 
     def __init__(self, distributed: Distributed) -> None:
         self.distributed = distributed
@@ -29,9 +29,9 @@ class Meter:
         self.last: dict[str, float] = {}
 
     def fetch(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch, or None at the end of the epoch, counting the time that training waits for it."""
+        """The next batch, or None at the end of the epoch; measures the time that training waits for it."""
         if self.distributed.device.type == "cuda":
-            # On the device's clock: from the last step's end to the batch being there.
+            # On the device's clock: from the end of the last step until the batch is ready.
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before.record()
             batch = next(batches, None)
@@ -44,7 +44,7 @@ class Meter:
         return batch
 
     def add(self, figures: dict[str, Tensor]) -> None:
-        """figures: the same names every time, scalars on the device."""
+        """Add a step's figures: the same names every time, scalars on the device."""
         if not self.steps:
             self.names = list(figures)
             self.sums = torch.zeros(len(figures), device=self.distributed.device)
@@ -52,7 +52,9 @@ class Meter:
         self.steps += 1
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading; the only host synchronization of the loop.
+        """Means since the last reading, milliseconds a step, and the share of time that training waited for input.
+
+        This is the only host synchronization of the loop.
 
         Raises:
             UserError: the loss is not finite.

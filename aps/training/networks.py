@@ -1,4 +1,4 @@
-"""From settings to a pretraining method and its networks: what training and counting (`aps.training.cost`) share."""
+"""Builds a pretraining method and its networks from settings, for training and for counting (`aps.training.cost`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def build_method(settings: ExperimentSettings | StageSettings) -> Method:
 
 
 def build_networks(method: Method) -> nn.ModuleDict:
-    """The method's networks around a fresh encoder, in training mode."""
+    """The method's networks with a new encoder, in training mode."""
     settings = method.experiment
     encoder = build_encoder(settings.encoder, method.drop_path)
     encoder.any_size = any(view.size != settings.encoder.image_size for view in method.views())
@@ -31,5 +31,5 @@ def build_networks(method: Method) -> nn.ModuleDict:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """What losses are computed in, whatever the networks' precision; whole numbers stay."""
+    """x in at least float32, in which losses are computed; tensors of whole numbers stay as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x

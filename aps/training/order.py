@@ -1,6 +1,6 @@
-"""Which image comes when: shuffling, shares of processes and random streams as pure functions of the position in a run.
+"""The order of images: shuffling, shares of processes and random seeds as pure functions of the position in a run.
 
-Nothing random has state that outlives a batch, so a run resumes anywhere, on any number of processes.
+No random state outlives a batch, so a run resumes at any point, on any number of processes.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from aps.errors import UserError
 from aps.runtime.cores import decoding_workers
 from aps.runtime.processes import Distributed
 
-# Independent streams of random numbers of one seed.
+# Independent streams of random numbers from one seed.
 ORDER, VIEWS, SAMPLING, STEP, IMAGE, HOLDOUT, NOISE = range(7)
 
 
 def seed_of(seed: int, stream: int, *position: int) -> int:
-    """A 63-bit seed for one place of a run."""
+    """A 63-bit seed for one position in a run."""
     return int(np.random.SeedSequence((seed, stream, *position)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def seeded(seed: int, stream: int, *position: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator for one place of a run."""
+    """A generator for one position in a run."""
     return torch.Generator(device).manual_seed(seed_of(seed, stream, *position))
 
 
@@ -37,7 +37,7 @@ class Order:
     Args:
         rows: (M,) int64 indices of the images to use.
         batch_size: over all processes.
-        where: the setting's name, for messages.
+        where: the name of the block of settings, for error messages.
 
     Raises:
         UserError: the batch exceeds the images or does not divide among the processes.
@@ -54,17 +54,17 @@ class Order:
         self._rows, self._batch_size, self._seed, self._distributed = rows, batch_size, seed, distributed
 
     def epoch(self, epoch: int) -> Tensor:
-        """(batches, B of this process) indices of images."""
+        """Indices of images, (batches, B), B of this process."""
         shuffled = self._rows[torch.randperm(len(self._rows), generator=seeded(self._seed, ORDER, epoch))]
         batches = shuffled[: self.batches * self._batch_size].view(self.batches, self._batch_size)
         return batches[:, self._distributed.rows(self._batch_size)]
 
 
 def held_out(images: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the images to train on and of those held out, both int64, ascending, disjoint, together all.
+    """Indices of the images to train on, and of those held out: int64, ascending, disjoint, together all images.
 
     Raises:
-        UserError: a share that keeps no image aside.
+        UserError: the share is positive but too small to hold out an image.
     """
     shuffled = torch.randperm(images, generator=seeded(seed, HOLDOUT))
     held = round(images * share)
@@ -74,7 +74,7 @@ def held_out(images: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 class KeyedLoader:
-    """A DataLoader whose dataset is asked for (epoch, image), with workers that live through all epochs."""
+    """A DataLoader whose dataset takes keys (epoch, image), with workers that are kept for all epochs."""
 
     def __init__(self, dataset: Dataset, workers: int | None, device: torch.device) -> None:
         workers = decoding_workers(workers)
@@ -95,7 +95,7 @@ class KeyedLoader:
 
 
 class _Keys:
-    """The batch sampler: what an epoch asks for, made batch by batch, since a list of a million keys is 100 MB."""
+    """The batch sampler. It makes the keys batch by batch, because a list of a million keys takes 100 MB."""
 
     def __init__(self) -> None:
         self.epoch, self.rows = 0, torch.empty(0, 0, dtype=torch.int64)

@@ -1,12 +1,12 @@
-"""How long pretraining runs, and where on its way it is: so many epochs, operations or minutes.
+"""The length of pretraining, in epochs, operations or minutes, and the progress of a run.
 
 Design: a run with a budget is a run of `epochs` that is stretched or shrunk to another length. Learning rate, weight decay,
-momenta and temperatures go the same way from start to end, warmup included. Operations are counted on the method's step
-(`aps.training.cost`), so the number of steps is known beforehand, and such a run repeats bit for bit as any other.
+momenta and temperatures follow the same schedule from start to end, warmup included. Operations are counted on the method's
+step (`aps.training.cost`), so the number of steps is known beforehand, and such a run repeats bit for bit.
 
-Minutes end by the clock, and the schedule follows the time that has passed: how many steps that makes depends on the
-machine and on what else it does, so such a run does not repeat. Its clock stands still between two attempts and during kNN
-readings; compiling, waiting for data and checkpoints count.
+A run of minutes ends by the clock, and its schedule follows the time that has passed. The number of steps depends on the
+machine and its load, so such a run does not repeat. The clock stops between two attempts and during kNN readings; it runs
+during compiling, waiting for data and saving checkpoints.
 
 It does not know what a step is.
 """
@@ -28,28 +28,28 @@ from aps.training.cost import batches_within, step_flops
 
 
 class Pace:
-    """The way of one run.
+    """Length and progress of one run.
 
     Args:
         settings: of the run.
-        batches: of an epoch.
+        batches: batches of an epoch.
         steps: optimizer steps of a batch.
 
     Raises:
-        UserError: a budget of operations that is less than a batch's, or for a step that can't be counted.
+        UserError: the budget of operations is less than one batch, or the method's step can't be counted.
 
     Attributes:
-        total: batches of the whole run; of minutes, as many as it looks by now.
+        total: batches of the whole run; for a budget of minutes, the current estimate.
     """
 
     def __init__(self, settings: Any, batches: int, steps: int, distributed: Distributed) -> None:
         self.batches, self.steps, self.distributed = batches, steps, distributed
         self._epochs, self._budget = settings.pretrain.epochs, settings.pretrain.budget
-        self._seconds = 0.0  # until the clock was last started
-        self._since: float | None = None  # when that was
-        # Exchanged on the CPU, so that nobody waits for a device
+        self._seconds = 0.0  # seconds of training before the clock was last started
+        self._since: float | None = None  # when the clock was last started; None: it is stopped
+        # Processes exchange the time on the CPU, so that no device is waited for
         self._group: Any = dist.new_group(backend="gloo") if distributed.world > 1 and self._minutes else None
-        self._share = 0.0  # of the minutes, when the last batch was done
+        self._share = 0.0  # share of the minutes that had passed when the last batch was done
         self.step_flops = self._count(settings)
         self.total = self._epochs * batches
         if self._budget is not None and self._budget.flops is not None:
@@ -66,10 +66,10 @@ class Pace:
         return self._budget.minutes if self._budget is not None else None
 
     def _count(self, settings: Any) -> float | None:
-        """Operations of an optimizer step; None where they can't be counted and nothing depends on it."""
+        """Operations of an optimizer step; None where they can't be counted and the budget does not need them."""
         try:
             return step_flops(settings)
-        except Exception as error:  # whatever a method does that tensors without data can't: training goes on
+        except Exception as error:  # a method may do anything that tensors without data do not support
             if self._budget is not None and self._budget.flops is not None:
                 raise
             if self.distributed.main:
@@ -81,7 +81,7 @@ class Pace:
         return self._share if self._minutes else step / (self.total * self.steps)
 
     def epoch(self, step: int) -> float:
-        """Where the schedule of `epochs` is at that step."""
+        """The position in the schedule of `epochs` at an optimizer step, in epochs."""
         if self._budget is None:
             return step / (self.batches * self.steps)
         return self.progress(step) * self._epochs
@@ -95,17 +95,17 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """Of training, over all attempts."""
+        """Seconds of training, over all attempts."""
         return self._seconds + (time.monotonic() - self._since if self._since is not None else 0.0)
 
     def start(self) -> None:
-        """The clock runs from here on."""
+        """Start the clock."""
         if self._since is None:
             self._since = time.monotonic()
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """The clock stands still within, and runs afterwards."""
+        """A context in which the clock is stopped; it runs afterwards."""
         self._wait()
         self._seconds, self._since = self.seconds, None
         yield
@@ -113,18 +113,18 @@ class Pace:
         self.start()
 
     def batch_done(self, done: int) -> None:
-        """After each batch, the `done`-th: a run of minutes sees how much of them is left."""
+        """Call it after each batch; `done` batches are done. A run of minutes then estimates its number of batches."""
         if not self._minutes:
             return
         self._wait()
         seconds = torch.tensor(self.seconds, dtype=torch.float64)
-        if self._group is not None:  # all processes by the clock of the first
+        if self._group is not None:  # all processes use the clock of the first
             dist.broadcast(seconds, 0, self._group)
         self._share = float(seconds) / (60 * self._minutes)
         self.total = done if self._share >= 1 else max(done + 1, round(done / self._share))
 
     def _wait(self) -> None:
-        """For the device: work that it has yet to do is not done."""
+        """Wait for the device, because its queued work is not done yet."""
         if self.distributed.device.type == "cuda":
             torch.cuda.synchronize(self.distributed.device)
 

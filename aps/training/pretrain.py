@@ -1,7 +1,7 @@
-"""Pretraining by any method of `aps.methods`: what all of them share, from the views to the files.
+"""Pretraining by any method of `aps.methods`: the parts that all methods share, from the views to the files.
 
-The method says what is its own; its file reads from top to bottom. A run can be killed anywhere: it goes on from its
-last checkpoint with the same batches, views, draws and learning rates, on any number of processes that divides the batch.
+A run can be killed at any point: it resumes from its last checkpoint with the same batches, views, draws and learning
+rates, on any number of processes that divides the batch.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ LOG_BATCHES = 50  # batches between two log lines, within an epoch
 
 
 def run(job: StageJob) -> None:
-    """The stage. Outputs encoder.safetensors, heads.safetensors, history.jsonl, metrics.json.
+    """Run the stage. It writes encoder.safetensors, heads.safetensors, history.jsonl and metrics.json.
 
     Raises:
-        UserError: settings that do not fit the data or the processes; a loss that is no longer finite.
-        Preempted: asked to stop; the state is saved.
+        UserError: the settings do not fit the data or the processes; the loss is not finite.
+        Preempted: the run was asked to stop; its state is saved.
     """
     with processes() as distributed, StageRun(job) as stage:
         learner = Pretraining(job, distributed)
@@ -68,7 +68,7 @@ def run(job: StageJob) -> None:
 
 
 class Pretraining:
-    """Batches of views into steps, and what is logged of them."""
+    """The learner of pretraining: its batches, steps, log lines and files."""
 
     def __init__(self, job: StageJob, distributed: Distributed) -> None:
         self.job, self.distributed, self.settings = job, distributed, job.settings.pretrain
@@ -102,7 +102,7 @@ class Pretraining:
         noise = global_noise(len(batch.views[0]), distributed.device, generator, distributed.rank, distributed.world)
         sampled = self.trainer.method.sample(batch.geometries, noise)
         for step, drawn in zip(range(done * steps, (done + 1) * steps), sampled, strict=True):
-            torch.manual_seed(seed_of(seed, STEP, step, distributed.rank))  # of drop path and its like
+            torch.manual_seed(seed_of(seed, STEP, step, distributed.rank))  # for drop path and other global draws
             self.lr = pretraining_lr(self.settings, self.pace.epoch(step), 1)
             figures = self.trainer.step(batch.views, drawn, self.lr, self.pace.progress(step))
             self.watch.add(figures["loss"], step, batch.views)
@@ -121,7 +121,7 @@ class Pretraining:
             yield {**found, **self.so_far(done)}
 
     def _warn(self, found: dict[str, float], done: int) -> None:
-        """Of a representation in which images are all alike."""
+        """Warn of a collapsed representation, in which all images have nearly the same features."""
         clause = collapsed(found, self.meter.last.get("positive_cosine"))
         if clause is not None and self.distributed.main:
             print(
@@ -148,7 +148,7 @@ class Pretraining:
         self.pace.load_state_dict(state["pace"])
 
     def save(self, stage: StageRun) -> None:
-        """Stage the files: the encoder that is evaluated, and all that is left of the networks beside it."""
+        """Write the encoder that is evaluated, and the other networks as a second file."""
         settings = self.job.settings
         info = {"experiment": settings.experiment, "stage": "pretrain", "digest": settings.digest, **pixels(self.job)}
         save_encoder(self.trainer.encoder, settings.encoder, stage.staging("encoder.safetensors"), info)
@@ -158,15 +158,15 @@ class Pretraining:
 
 
 class Trainer:
-    """Networks, optimizer and precision: everything that one optimizer step touches."""
+    """Networks, optimizer and precision: everything that an optimizer step changes."""
 
     def __init__(self, job: StageJob, distributed: Distributed, method: Method | None = None) -> None:
         self.method = method or build_method(job.settings)
         self.settings, self.device = job.settings.pretrain, distributed.device
-        own = self.settings.batch_size // distributed.world
-        if own % self.settings.accumulate:
+        local_batch = self.settings.batch_size // distributed.world
+        if local_batch % self.settings.accumulate:
             raise UserError(
-                f"pretrain.accumulate {self.settings.accumulate} does not divide the {own} images of a process "
+                f"pretrain.accumulate {self.settings.accumulate} does not divide the {local_batch} images of a process "
                 "(pretrain.batch_size over the processes); change either"
             )
         if self.device.type == "cpu":
@@ -189,14 +189,18 @@ class Trainer:
 
     @property
     def encoder(self) -> Encoder:
-        """The one that is evaluated and saved."""
+        """The encoder that is evaluated and saved."""
         return self.networks[self.method.evaluated]  # type: ignore[return-value]
 
     def step(self, views: tuple[Tensor, ...], sampled: Sampled, lr: float, progress: float = 0.0) -> dict[str, Tensor]:
-        """One optimizer step. Views (B, 3, S, S), what was sampled (B, ...) -> the loss and the method's figures.
+        """One optimizer step -> the loss and the method's figures, on the device, without gradient.
 
-        They are on the device and have no gradient. With `accumulate` the batch is cut into that many parts, each with
-        its own negatives and BatchNorm statistics.
+        With `accumulate` the batch is cut into parts, and each part has separate negatives and BatchNorm statistics.
+
+        Args:
+            views: V of (B, 3, S, S).
+            sampled: the method's draws, each (B, ...).
+            progress: share of the run's steps that are done.
         """
         decay = self.method.weight_decay(progress)
         for group, scheduled in zip(self.optimizer.param_groups, self._scheduled, strict=True):
@@ -228,7 +232,7 @@ class Trainer:
         self.method.after_step(self.networks, progress)
 
     def _sync_gradients(self, last: bool) -> AbstractContextManager[Any]:
-        """Processes exchange gradients with the last part only."""
+        """A context in which processes exchange gradients for the last part of the batch only."""
         forward = getattr(self._forward, "_orig_mod", self._forward)
         return forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else nullcontext()
 
@@ -248,7 +252,7 @@ class Trainer:
 
 
 class Forward(nn.Module):
-    """A method's forward as the module that is compiled and wrapped by DistributedDataParallel."""
+    """A method's forward pass as a module, which can be compiled and wrapped by DistributedDataParallel."""
 
     def __init__(self, method: Method, networks: nn.ModuleDict) -> None:
         super().__init__()
@@ -259,7 +263,7 @@ class Forward(nn.Module):
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """`tree` with `function` of every tensor in it: tuples, lists and dictionaries; anything else as it is."""
+    """`function` applied to every tensor in nested tuples, lists and dictionaries; other values stay as they are."""
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, dict):

@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the step: nothing to save, so a resumed run cannot get them wrong."""
+"""Learning rates as pure functions of the step, so that a resumed run has the same ones without saved state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from aps.settings.blocks import FinetuneSettings, PretrainSettings
 
 
 def scaled_lr(lr: float, batch_size: int, per: int) -> float:
-    """Linear scaling (arXiv 1706.02677): `lr` is that of a batch of `per`; batch_size counts all processes."""
+    """Linear scaling (arXiv 1706.02677) of `lr`, the learning rate of a batch of `per`; batch_size counts all processes."""
     return lr * batch_size / per
 
 

@@ -111,7 +111,7 @@ def test_how_many_batches_are_made_at_once_changes_none(monkeypatch: pytest.Monk
     for split in (arrays(), files(tmp_path)):
         at_once = list(examples(split).epoch(0))
         for pixels in (2 * 8 * 16**2, 1):
-            monkeypatch.setattr(module, "TOGETHER", pixels)
+            monkeypatch.setattr(module, "PIXELS_AT_ONCE", pixels)
             assert all(same(a, b) for a, b in zip(at_once, examples(split).epoch(0), strict=True))
         monkeypatch.undo()
 
