@@ -1,17 +1,17 @@
-"""Which patches of each view the encoder sees: sparse sampling of view 1, selective sampling of view 2.
+"""Chooses the patches of each view that the encoder sees: sparse sampling of view 1, selective sampling of view 2.
 
-The method of the paper (arXiv 2306.02854) as pure functions on tensors. A view is a crop of the source image cut into
-a grid of cells; a cell covers a box of source pixels. View 1 keeps random cells; view 2 prefers the cells whose source
-pixels view 1 did not keep, so that the pair shares little appearance and only semantics can match it.
+This is the method of the paper (arXiv 2306.02854) as pure functions on tensors. A view is a crop of the source image,
+divided into a grid of cells; a cell covers a box of source pixels. View 1 keeps random cells. View 2 prefers cells whose
+source pixels view 1 did not keep, so that the two share little appearance, and only semantics can match them.
 
     G  cells along a side, N = G*G cells of a view, numbered row-major as seen in the (flipped) view
     r  sampling ratio, n = int(N*r) kept cells
     T  samplings drawn for one pair of views; B images; gamma the power that sharpens the preference
 
-Design: nothing loops over images, cells or samplings. Cells are axis-aligned, so coverage separates into one small
+Design: there are no loops over images, cells or samplings. Cells are axis-aligned, so coverage separates into one small
 matrix for rows and one for columns, and weighted sampling without replacement is the top n of perturbed log weights.
 
-What it deliberately does not know: pixels, models, files, and how the boxes came about.
+It does not know pixels, models, files, or where the boxes come from.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from aps.errors import UserError
 from aps.registry import STRATEGIES
 from aps.settings.blocks import SamplingSettings
 
-# A cell less uncovered than this share of its area is covered: above the rounding of float32, below what gamma can see.
+# A cell counts as covered if its uncovered share is below this, which is above float32's rounding and too small for gamma.
 ROUNDING = 1e-5
 
 
 class Geometry(NamedTuple):
-    """Where the views of a batch lie in their sources."""
+    """Positions of a batch's views in their source images."""
 
     boxes: Tensor  # (B, 4) float: top, left, height, width in source pixels
     flips: Tensor  # (B,) bool: mirrored left to right after the crop
@@ -99,18 +99,18 @@ class Noise(Protocol):
 
 
 def sparse(grid: int, kept: int, samplings: int, noise: Noise) -> Tensor:
-    """Chunks of one random permutation of the cells for each image -> (B, T, n), disjoint over T."""
+    """Sparse sampling: chunks of one random permutation of each image's cells -> (B, T, n), disjoint over T."""
     permutation = least(noise(grid * grid), samplings * kept)
     return permutation.unflatten(1, (samplings, kept))
 
 
 def selective(covered: Tensor, kept: int, gamma: float, noise: Noise) -> Tensor:
-    """Cells drawn without replacement with weights w = (1 - cov)^gamma -> (B, T, n).
+    """Selective sampling: cells drawn without replacement with weights w = (1 - cov)^gamma -> (B, T, n).
 
-    covered: (B, T, N). A cell finishes a race after an exponential time of rate w, and the n first are the draw: the
-    order of finish is that of successive draws in proportion to w (Efraimidis & Spirakis 2006), and -log of the time is
-    log w + Gumbel noise. Cells of no weight finish after all others, in uniformly random order, and so fill up where
-    fewer than n cells have weight. 0^0 is 1: gamma 0 draws uniformly.
+    covered: (B, T, N). Every cell draws an exponential time of rate w, and the n cells with the shortest times are taken.
+    Their order is that of successive draws in proportion to w (Efraimidis & Spirakis 2006), and -log of the time is
+    log w + Gumbel noise. Cells of weight 0 come after all others, in uniformly random order, so they are taken where fewer
+    than n cells have weight. 0^0 is 1: gamma 0 draws uniformly.
     """
     exponential = noise(*covered.shape[1:]).log_().neg_()
     finish = exponential.log().add_(17)  # > 0: exponential noise from float32 is at least 6e-8
@@ -122,16 +122,16 @@ def selective(covered: Tensor, kept: int, gamma: float, noise: Noise) -> Tensor:
 
 
 def least(values: Tensor, kept: int) -> Tensor:
-    """Places of the `kept` least values along the last axis, ascending, the earlier of equals first.
+    """Indices of the `kept` least values along the last axis, in ascending order of values, then of indices.
 
-    values: (..., N) float32, positive, so that their bits are whole numbers in the same order -> (..., kept) int64.
-    On a CPU, bits and place go into one whole number each, which NumPy sorts several times faster than torch does.
+    values: (..., N) float32, positive, so that their bits as integers have the same order -> (..., kept) int64.
+    On a CPU, the bits and the index are packed into one integer, which NumPy sorts several times faster than torch.
     """
     bits = values.view(torch.int32)
     if bits.device.type != "cpu":
         return bits.sort(dim=-1, stable=True).indices[..., :kept]
     keys = bits.long().bitwise_left_shift_(32).bitwise_or_(torch.arange(bits.shape[-1])).numpy()
-    if 2 * kept <= keys.shape[-1]:  # then it pays to set the least apart before they are sorted
+    if 2 * kept <= keys.shape[-1]:  # then partitioning before sorting is faster
         keys.partition(kept - 1, axis=-1)
         keys = keys[..., :kept]
     keys.sort(axis=-1)
@@ -146,7 +146,7 @@ Strategy = Callable[[SamplingSettings, int, Geometry, Geometry, Noise], Cells]
 
 
 def asymmetric(settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise) -> Cells:
-    """The method: view 1 sparse, view 2 selective."""
+    """The paper's method: view 1 sparse, view 2 selective."""
     kept = kept_cells(grid, settings.ratio)
     cells1 = sparse(grid, kept, settings.samplings, noise)
     mask1 = torch.zeros(*cells1.shape[:2], grid * grid, device=cells1.device).scatter_(2, cells1, 1)
@@ -192,24 +192,24 @@ def sample(
     rank: int = 0,
     world: int = 1,
 ) -> Kept:
-    """`draw` with the noise of a generator. The geometries are this process's rows."""
+    """`draw` with noise from a generator; the geometries are those of this process's rows."""
     return draw(
         settings, grid, view1, view2, global_noise(len(view1.boxes), view1.boxes.device, generator, rank, world)
     )
 
 
 def global_noise(batch: int, device: torch.device, generator: torch.Generator, rank: int = 0, world: int = 1) -> Noise:
-    """Noise for this process's `batch` rows of the batch*world rows of the global batch, on `device`.
+    """Noise for this process's `batch` rows of the global batch of batch*world rows, on `device`.
 
-    It is drawn for all of them on the generator's device (the CPU or the batch's), so what is drawn doesn't depend on the
-    number of processes.
+    It is drawn for the global batch on the generator's device (the CPU or the batch's), so it doesn't depend on the number
+    of processes.
     """
 
     def noise(*shape: int) -> Tensor:
         drawn = torch.rand(batch * world, *shape, generator=generator, device=generator.device).clamp_(min=2.0**-25)
-        own = drawn[rank * batch : (rank + 1) * batch]
-        if device.type == "cuda" and own.device.type == "cpu":
-            own = own.pin_memory()  # from pageable memory the copy would wait for the device
-        return own.to(device, non_blocking=True)
+        local = drawn[rank * batch : (rank + 1) * batch]
+        if device.type == "cuda" and local.device.type == "cpu":
+            local = local.pin_memory()  # a copy from pageable memory would wait for the device
+        return local.to(device, non_blocking=True)
 
     return noise

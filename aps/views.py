@@ -1,28 +1,29 @@
-"""Augmented views of a batch of images, made on tensors, that remember their boxes and flips.
+"""Makes augmented views of a batch of images on tensors, and keeps their boxes and flips.
 
-Each image has its own crop, flip, colour jitter (with its own order of the four operations), grayscale, blur and
-solarize, and equals what torchvision's functional operators make of it with the same parameters.
+Crop, flip, colour jitter (and the order of its four operations), grayscale, blur and solarize are drawn for each image.
+The result equals that of torchvision's functional operators with the same parameters.
 
 Design: parameters are drawn on the CPU, always for the global batch, so that crops are the same on every device and
-with any number of processes; which image takes which branch is known there, so the device is never asked. Everything
-then runs on whole batches:
+with any number of processes. The CPU therefore knows which image takes which branch, and never waits for the device. All
+operations run on whole batches:
 - crop, resize and flip are one small matrix for rows and one for columns of each image;
 - brightness, contrast and saturation are the same blend, clamp(a x + b gray(x) + c mean(gray(x))), with other
   coefficients, so one operation serves all images in every step;
-- images are sorted by when their hue turns, so each of those branches is a slice.
+- images are sorted by the step in which their hue turns, so each of those branches is a slice.
 
 How pretraining uses it, with a generator of the batch and a `View` for each view of an image:
 
-    array datasets   parameters = draw_parameters(view.chances, B * world, H, W, view.augmentation, generator).rows(own)
+    array datasets   parameters = draw_parameters(view.chances, B * world, H, W, view.augmentation, generator).rows(local)
                      pixels = apply_view(images, parameters, view.size, mean, std)
     file datasets    a worker, for each image: crops, boxes = cut_crops(image, views, (seed, epoch, index))
                      after collating, crops[v] (B, 3, S, S) uint8 and boxes (B, V, 4), for view v:
-                     parameters = draw_parameters(view.chances, B * world, S, S, view.augmentation, generator).rows(own)
+                     parameters = draw_parameters(view.chances, B * world, S, S, view.augmentation, generator).rows(local)
                      parameters = parameters._replace(boxes=boxes[:, v])
                      pixels = apply_crops(crops[v].to(device), parameters, mean, std)
     both             a method's `sample` gets parameters.geometry(device) of every view
 
-What it deliberately does not know: datasets, decoding, sampling of patches, and the training loop.
+There, `local` is the slice of this process's rows. It does not know datasets, decoding, sampling of patches, or the
+training loop.
 """
 
 from __future__ import annotations
@@ -41,27 +42,27 @@ from aps.runtime.prefetch import send
 from aps.sampling import Geometry
 from aps.settings.blocks import ViewSettings
 
-TRIES = 10  # random boxes tried for an image before the centred one (torchvision's RandomResizedCrop)
-SIGMA = (0.1, 2.0)  # of the blur, in pixels of the view (SimCLR, MoCo v3)
+TRIES = 10  # random boxes tried for an image before a centred one is used (torchvision's RandomResizedCrop)
+SIGMA = (0.1, 2.0)  # range of the blur's sigma, in pixels of the view (SimCLR, MoCo v3)
 SOLARIZE = 128 / 255  # threshold of PIL's ImageOps.solarize, of [0, 1]
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, torchvision's rounding
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 class View(NamedTuple):
-    """One of the views that a method wants of each image."""
+    """One of the views that a method makes of each image."""
 
     size: int  # S, side in pixels
     augmentation: ViewSettings
-    chances: int = 1  # 1 or 2: which of the augmentation's two probabilities of blur and of solarize are its own
+    chances: int = 1  # 1 or 2: which of the augmentation's two probabilities of blur and of solarize it uses
 
 
 class ViewParameters(NamedTuple):
-    """What is done to each image of a batch to make one view. All on the CPU."""
+    """Augmentation parameters of one view, for each image of a batch. All on the CPU."""
 
     boxes: Tensor  # (B, 4) int64: top, left, height, width in source pixels
     flips: Tensor  # (B,) bool
-    jitter: Tensor  # (B,) bool: colours change at all
+    jitter: Tensor  # (B,) bool: whether colours change
     factors: Tensor  # (B, 4) float32: brightness, contrast, saturation, hue, as torchvision's adjust_* take them
     order: Tensor  # (B, 4) int64: the four operations in the order in which they are applied
     gray: Tensor  # (B,) bool
@@ -112,9 +113,9 @@ def _centred_boxes(heights: Tensor, widths: Tensor, narrow: float, wide: float) 
 def draw_parameters(
     view: int, batch: int, height: int, width: int, settings: ViewSettings, generator: torch.Generator
 ) -> ViewParameters:
-    """Parameters of a view for a batch of sources of one size; the generator is a CPU one.
+    """Parameters of a view for a batch of images of one size, from a CPU generator.
 
-    Draw for the global batch and take this process's `.rows`. `view`, 1 or 2, picks its probabilities of blur and solarize.
+    Draw for the global batch and take this process's `.rows`. `view`, 1 or 2, chooses the probabilities of blur and solarize.
     """
     boxes = draw_boxes(torch.full((batch,), height), torch.full((batch,), width), settings, generator)
     flips, jitter, gray, blurred, sigma, solarize = torch.rand(6, batch, generator=generator)
@@ -138,23 +139,23 @@ def draw_parameters(
 
 
 def cut_crops(image: Tensor, views: Sequence[View], seed: tuple[int, int, int]) -> tuple[list[Tensor], Tensor]:
-    """The crops of one decoded image, in a loading worker; colours are left to `apply_crops`.
+    """Cut the crops of one decoded image, in a loading worker; `apply_crops` does the other operations.
 
-    image: (3, H, W) uint8; seed: (seed, epoch, index of the image), so that a crop depends on nothing else
+    image: (3, H, W) uint8; seed: (seed, epoch, index of the image), which alone determines the crops
     -> crops, V of (3, S, S) uint8; boxes (V, 4) int64.
     """
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
     height, width = image.shape[1:]
     boxes = []
-    for augmentation, alike in groupby(view.augmentation for view in views):  # neighbours of one kind in one draw
-        count = len(list(alike))
+    for augmentation, group in groupby(view.augmentation for view in views):  # one draw for views with one augmentation
+        count = len(list(group))
         boxes.append(draw_boxes(torch.full((count,), height), torch.full((count,), width), augmentation, generator))
-    found = torch.cat(boxes)
+    table = torch.cat(boxes)
     crops = [
         functional.resized_crop(image, *box, [view.size, view.size], antialias=True)
-        for view, box in zip(views, found.tolist(), strict=True)
+        for view, box in zip(views, table.tolist(), strict=True)
     ]
-    return crops, found
+    return crops, table
 
 
 # --------------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def apply_view(
 
 
 def apply_crops(crops: Tensor, parameters: ViewParameters, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """The same for crops cut by `cut_crops`. crops: (B, 3, S, S) uint8 -> (B, 3, S, S) float32, normalized."""
+    """As `apply_view`, for crops of `cut_crops`. crops: (B, 3, S, S) uint8 -> (B, 3, S, S) float32, normalized."""
     plan = _Branches(parameters, mean, std, crops.device)
     crops = crops.index_select(0, plan.sorting)
     crops = torch.where(plan.flips[:, None, None, None], crops.flip(3), crops)
@@ -179,7 +180,7 @@ def apply_crops(crops: Tensor, parameters: ViewParameters, mean: tuple[float, ..
 
 
 def crop_resize(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
-    """Crop, resize with antialiasing and flip, each image with its own box.
+    """Crop, resize with antialiasing and flip; every image has a box and a flip.
 
     images: (B, 3, H, W) uint8; boxes: (B, 4) float; flips: (B,) bool -> (B, 3, S, S) float32 in [0, 1].
     """
@@ -191,10 +192,10 @@ def crop_resize(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tens
 
 
 def resize_matrix(start: Tensor, length: Tensor, source: int, size: int, flips: Tensor | None = None) -> Tensor:
-    """Antialiased bilinear interpolation along one axis: start, length (B,) in source pixels -> (B, S, source).
+    """Weights of antialiased bilinear interpolation along one axis: start, length (B,), source pixels -> (B, S, source).
 
-    A triangle around each target's centre, as wide as a target pixel but at least a source pixel, cut at the box and
-    normalized: what torchvision's resize with antialias=True computes. flips: (B,) bool, targets in reverse.
+    The weights are a triangle around each target pixel's centre, as wide as a target pixel but at least a source pixel, cut
+    at the box and normalized, as in torchvision's resize with antialias=True. flips: (B,) bool: targets in reverse order.
     """
     target = torch.arange(size, device=start.device, dtype=torch.float32).expand(len(start), size) + 0.5
     if flips is not None:
@@ -209,9 +210,9 @@ def resize_matrix(start: Tensor, length: Tensor, source: int, size: int, flips: 
 
 
 def blur_matrix(sigma: Tensor, size: int) -> Tensor:
-    """Gaussian blur along one axis with reflected borders, as torchvision's gaussian_blur: (B,) -> (B, S, S).
+    """Weights of a Gaussian blur along one axis with reflected borders, as in torchvision's gaussian_blur.
 
-    The kernel spans a tenth of the view (SimCLR): 23 pixels at 224.
+    sigma: (B,), pixels -> (B, S, S). The kernel spans a tenth of the view (SimCLR): 23 pixels at 224.
     """
     reach = size // 20
     position = torch.arange(size, device=sigma.device)
@@ -231,9 +232,9 @@ def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class _Branches:
-    """Parameters as the device needs them: images sorted by branch, all numbers in one transfer.
+    """Parameters on the device, with images sorted by branch, sent in one transfer.
 
-    Sorted, the images whose hue turns before blend k are `hue_slots[k]`, and all that change colour come first.
+    In sorted order, images with colour jitter come first, and `hue_slots[k]` are those whose hue turns before blend k.
     """
 
     def __init__(
@@ -249,34 +250,37 @@ class _Branches:
         self.hue_slots = [slice(bounds[k], bounds[k + 1] if turns else bounds[k]) for k in range(4)]
 
         blends = p.order[p.order != HUE].view(batch, 3)
-        own = p.factors.gather(1, blends)
-        to_gray = torch.where(blends == SATURATION, 1 - own, 0)
-        to_mean = torch.where(blends == CONTRAST, 1 - own, 0)
+        scale = p.factors.gather(1, blends)
+        to_gray = torch.where(blends == SATURATION, 1 - scale, 0)
+        to_mean = torch.where(blends == CONTRAST, 1 - scale, 0)
 
         identity, gray = torch.eye(3), torch.tensor([GRAY]).expand(3, 3)
         mix = torch.where(p.gray[:, None, None], gray, identity)
         self.solarize = bool(p.solarize.any())
         self.blur = bool(p.sigma.any())
-        columns = [p.boxes, p.flips[:, None], p.factors[:, HUE:], own, to_gray, to_mean, mix.flatten(1),
+        columns = [p.boxes, p.flips[:, None], p.factors[:, HUE:], scale, to_gray, to_mean, mix.flatten(1),
                    p.sigma[:, None], p.solarize[:, None]]  # fmt: skip
         table = torch.cat([c.float() for c in columns], 1)[sorting]
         table = torch.cat([table, sorting[:, None].float(), sorting.argsort()[:, None].float()], 1)
         table = send(table, device)
         widths = [c.shape[1] for c in columns] + [1, 1]
-        boxes, flips, hue, own, to_gray, to_mean, mix, sigma, solarize, sorting, inverse = table.split(widths, 1)
+        boxes, flips, hue, scale, to_gray, to_mean, mix, sigma, solarize, sorting, inverse = table.split(widths, 1)
         self.boxes, self.flips, self.hue = boxes, flips[:, 0] > 0, hue[:, 0]
-        self.blends = [(own[:, k], to_gray[:, k], to_mean[:, k]) for k in range(3)]
+        self.blends = [(scale[:, k], to_gray[:, k], to_mean[:, k]) for k in range(3)]
         self.mix, self.sigma, self.solarized = mix.reshape(-1, 3, 3), sigma[:, 0], solarize[:, 0]
         self.sorting, self.inverse = sorting[:, 0].long(), inverse[:, 0].long()
         self.mean, self.std = mean, std
 
 
 def _finish(x: Tensor, plan: _Branches) -> Tensor:
-    """Colours, blur, solarize and normalization of sorted crops. x: (B, 3, S, S) float32 in [0, 1], is overwritten."""
+    """Apply colours, blur, solarize and normalization to sorted crops, and undo the sorting.
+
+    x: (B, 3, S, S) float32 in [0, 1], overwritten.
+    """
     channels, size = x.shape[1:3]
     for k in range(4):
-        if (own := plan.hue_slots[k]).stop > own.start:
-            turn_hue(x[own], plan.hue[own], out=x[own])
+        if (rows := plan.hue_slots[k]).stop > rows.start:
+            turn_hue(x[rows], plan.hue[rows], out=x[rows])
         if k < 3 and plan.colored:
             _blend(x[: plan.colored], *(c[: plan.colored] for c in plan.blends[k]))
     x = torch.bmm(plan.mix, x.flatten(2)).view_as(x)
@@ -290,15 +294,15 @@ def _finish(x: Tensor, plan: _Branches) -> Tensor:
     return x.index_select(0, plan.inverse)
 
 
-def _blend(x: Tensor, own: Tensor, to_gray: Tensor, to_mean: Tensor) -> None:
-    """x <- clamp(own x + to_gray gray(x) + to_mean mean(gray(x))): brightness, contrast or saturation of each image.
+def _blend(x: Tensor, scale: Tensor, to_gray: Tensor, to_mean: Tensor) -> None:
+    """x <- clamp(scale x + to_gray gray(x) + to_mean mean(gray(x))): brightness, contrast or saturation of each image.
 
     x: (B, 3, S, S); coefficients: (B,).
     """
     gray = (GRAY[0] * x[:, 0]).add_(x[:, 1], alpha=GRAY[1]).add_(x[:, 2], alpha=GRAY[2])  # (B, S, S)
     mean = gray.mean((1, 2))
     rest = gray.mul_(to_gray[:, None, None]).add_((to_mean * mean)[:, None, None])
-    x.mul_(own[:, None, None, None]).add_(rest[:, None]).clamp_(0, 1)
+    x.mul_(scale[:, None, None, None]).add_(rest[:, None]).clamp_(0, 1)
 
 
 def turn_hue(x: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
@@ -306,7 +310,7 @@ def turn_hue(x: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
 
     x: (B, 3, S, S) in [0, 1]; shift: (B,) in [-0.5, 0.5] -> (B, 3, S, S). Equal to torchvision's adjust_hue. With chroma
     C = max - min, a channel that vanishes at angle a is max - C * clamp(2 - 6 |h - a|, 0, 1), |.| around the circle.
-    Channels are sorted by max and min rather than branched on: `where` is ten times slower than they are on CPU.
+    Channels are sorted by max and min, because on CPUs `where` is ten times slower than these two.
     """
     red, green, blue = x.unbind(1)
     low, middle = torch.minimum(green, blue), torch.maximum(green, blue)

@@ -1,7 +1,7 @@
-"""Modules that a method's file names without importing them: planning reads its settings, and imports no torch.
+"""Stand-ins for modules that a method's file uses, because planning reads its settings and imports no torch.
 
 Design: `lazy("torch")` is a stand-in that imports torch at the first use of an attribute. Before a method is used, `settle`
-puts the real modules in the place of the stand-ins of its file, so that torch.compile meets none.
+replaces the stand-ins in its file by the real modules, so that torch.compile sees no stand-in.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def lazy(name: str) -> Any:
 
 
 def settle(module: ModuleType) -> None:
-    """Put real modules in the place of the stand-ins among a module's names."""
+    """Replace the stand-ins among a module's names by the real modules."""
     for name, value in list(vars(module).items()):
         if isinstance(value, _StandIn):
             setattr(module, name, import_module(value._name))

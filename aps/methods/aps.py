@@ -4,8 +4,8 @@ The encoder sees a few patches of each view, chosen so that the two share little
 steps: the same two views, another subset of patches each time. There is no momentum encoder and no queue: the keys are
 the other view's projections without gradient, gathered from all processes.
 
-Both views pass the encoder in one batch (it has no statistics over the batch) and the heads one after the other (their
-BatchNorm has).
+Both views pass the encoder in one batch, because it has no batch statistics, and the heads one after the other, because
+their BatchNorm has.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ class APS(Method):
 
 
 def contrastive_loss(p1: Tensor, z1: Tensor, p2: Tensor, z2: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of `p_a @ sg(z_b)^T / tau` against the own pair, summed over both directions.
+    """Cross-entropy of `p_a @ sg(z_b)^T / tau` with the other view of the same image as target, over both directions.
 
-    In float32 at least: at tau = 0.1 a bfloat16 logit is off by several hundredths.
+    Compute it in at least float32: at tau = 0.1 a bfloat16 logit is wrong by several hundredths.
 
     Args:
         p1, z1, p2, z2: (B, d) predictions and projections of this process's rows, not normalized.

@@ -1,10 +1,10 @@
 """BYOL: Bootstrap Your Own Latent, arXiv 2006.07733 (section 3.1, algorithm 1).
 
-The online network's prediction of one view is drawn to the target network's projection of the other, and nothing is
-pushed apart: there are no negatives. The target follows the online network as a moving average.
+The loss pulls the online network's prediction of one view towards the target network's projection of the other view. There
+are no negatives. The target is a moving average of the online network.
 
-The paper trains ResNets. What a Vision Transformer needs beside is MoCo v3's benchmark of BYOL (arXiv 2104.02057, sections
-4 and 5): AdamW, its schedule, a patch projection that stays as it was drawn.
+The paper trains ResNets. For a Vision Transformer the settings are those of MoCo v3's benchmark of BYOL (arXiv 2104.02057,
+sections 4 and 5): AdamW, its schedule, a patch projection that is not trained.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class BYOL(Method):
         encoder.patch_embed.requires_grad_(not self.settings.frozen_projection)
         projector = mlp(encoder.embed_dim, *self.settings.projector)
         predictor = mlp(self.settings.projector[-1], *self.settings.predictor)
-        followed = nn.ModuleDict({"encoder": encoder, "projector": projector})
-        target = copy.deepcopy(followed).requires_grad_(False)
-        return nn.ModuleDict({**followed, "predictor": predictor, "target": target})
+        online = nn.ModuleDict({"encoder": encoder, "projector": projector})
+        target = copy.deepcopy(online).requires_grad_(False)
+        return nn.ModuleDict({**online, "predictor": predictor, "target": target})
 
     def forward(self, networks: nn.ModuleDict, views: tuple[Tensor, ...], sampled: Sampled) -> tuple[Tensor, ...]:
         """-> p1, z1, p2, z2: (B, d), the online network's predictions and the target's projections."""
@@ -71,7 +71,7 @@ class BYOL(Method):
         return p1, z1, p2, z2
 
     def loss(self, outputs: tuple[Tensor, ...], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Equation 2, once with the views exchanged: squared distances of unit vectors, 2 - 2 cos each."""
+        """Equation 2 in both directions: squared distances of unit vectors, 2 - 2 cos each."""
         p1, z1, p2, z2 = outputs
         cosines = F.cosine_similarity(p1, z2) + F.cosine_similarity(p2, z1)
         return (4 - 2 * cosines).mean(), {"positive_cosine": cosines.mean().detach() / 2}
@@ -79,12 +79,12 @@ class BYOL(Method):
     def after_step(self, networks: nn.ModuleDict, progress: float) -> None:
         momentum = 1 - (1 - self.settings.momentum) * (1 + math.cos(math.pi * progress)) / 2
         target: Any = networks["target"]
-        for name, follower in target.items():
-            torch._foreach_lerp_(list(follower.parameters()), list(networks[name].parameters()), 1 - momentum)
+        for name, module in target.items():
+            torch._foreach_lerp_(list(module.parameters()), list(networks[name].parameters()), 1 - momentum)
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Linear, BatchNorm, ReLU, linear: (B, inputs) -> (B, outputs). No biases: the norm takes the first one's away."""
+    """Linear, BatchNorm, ReLU, linear: (B, inputs) -> (B, outputs). BatchNorm would cancel a bias of the first layer."""
     return nn.Sequential(
         nn.Linear(inputs, hidden, bias=False),
         nn.BatchNorm1d(hidden),

@@ -1,11 +1,11 @@
 """DINO: Emerging Properties in Self-Supervised Vision Transformers, arXiv 2104.14294 (section 3, algorithm 1).
 
-The student has to give, for any crop of an image, the distribution over K prototypes that the teacher gives for another,
-large one. The teacher follows the student as a moving average. That it doesn't give every image the same is owed to two
-things which balance each other: its outputs are centred by their running mean, and sharpened by a low temperature.
+The student learns to give, for any crop of an image, the distribution over K prototypes that the teacher gives for another,
+large crop. The teacher is a moving average of the student. Two operations that balance each other keep the outputs from
+collapsing: the teacher's outputs are centred by their running mean, and sharpened by a low temperature.
 
-Two large crops are seen by both networks, several small ones by the student alone; its position embedding is stretched
-over them. The teacher is what is evaluated, as in the paper.
+Two large crops pass both networks, several small ones the student alone, with an interpolated position embedding. The
+teacher is evaluated, as in the paper.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class DINO(Method):
         views: Any = self.experiment.views
         patch = self.experiment.encoder.patch_size
         size = views.local_size or max(1, round(self.experiment.encoder.image_size * 3 / 7 / patch)) * patch
-        own = {"crop_scale": views.local_scale, "blur": 2 * (views.local_blur,), "solarize": (0.0, 0.0)}
-        small = large[0]._replace(size=size, augmentation=views.model_copy(update=own))
+        local = {"crop_scale": views.local_scale, "blur": 2 * (views.local_blur,), "solarize": (0.0, 0.0)}
+        small = large[0]._replace(size=size, augmentation=views.model_copy(update=local))
         return large + views.local_crops * [small]
 
     def networks(self, encoder: Encoder) -> nn.ModuleDict:
@@ -132,15 +132,15 @@ class DINO(Method):
         for module in teacher["encoder"].modules():
             if isinstance(module, layers.DropPath):
                 module.drop_prob = 0.0
-        own = {
+        teacher_networks = {
             "teacher": teacher["encoder"],
             "teacher_head": teacher["head"],
             "teacher_prototypes": teacher["prototypes"],
         }
-        return nn.ModuleDict({**student, **own})
+        return nn.ModuleDict({**student, **teacher_networks})
 
     def forward(self, networks: nn.ModuleDict, views: tuple[Tensor, ...], sampled: Sampled) -> tuple[Tensor, Tensor]:
-        """-> outputs before the softmax: the student's (V, B, K) of every crop, the teacher's (2, B, K) of the large ones."""
+        """-> outputs before the softmax: of the student (V, B, K) for every crop, of the teacher (2, B, K) for large ones."""
         large, small, V, B = torch.cat(views[:2]), views[2:], len(views), len(views[0])
         features = networks["encoder"](large)
         if small:
@@ -160,13 +160,13 @@ class DINO(Method):
         loss = cross_entropy_of_crops(student / s.temperature, targets)
         with torch.no_grad():
             self.center = self.center.lerp(collectives.mean(teacher.mean((0, 1))), 1 - s.center_momentum)
-            entropy = -(targets * targets.clamp(min=1e-12).log()).sum(-1).mean()  # 0 or log K: it has collapsed
+            entropy = -(targets * targets.clamp(min=1e-12).log()).sum(-1).mean()  # 0 or log K means a collapse
         return loss, {"teacher_entropy": entropy}
 
     def parameters(self, networks: nn.ModuleDict) -> Iterable[dict[str, Any]]:
         trained = [p for p in networks.parameters() if p.requires_grad]
-        alike = [p for p in trained if p.ndim > 1]  # the release: no decay of biases and norms
-        return [{"params": alike}, {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+        decayed = [p for p in trained if p.ndim > 1]  # as in the release: no decay of biases and norms
+        return [{"params": decayed}, {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
 
     def weight_decay(self, progress: float) -> float:
         first, last = self.settings.weight_decay, self.settings.final_weight_decay
@@ -183,9 +183,9 @@ class DINO(Method):
     def after_step(self, networks: nn.ModuleDict, progress: float) -> None:
         momentum = 1 - (1 - self.settings.momentum) * (1 + math.cos(math.pi * progress)) / 2
         pairs = {"teacher": "encoder", "teacher_head": "head", "teacher_prototypes": "prototypes"}
-        for follower, followed in pairs.items():
-            mean: list[Tensor] = list(networks[follower].parameters())
-            new: list[Tensor] = list(networks[followed].parameters())
+        for teacher, student in pairs.items():
+            mean: list[Tensor] = list(networks[teacher].parameters())
+            new: list[Tensor] = list(networks[student].parameters())
             torch._foreach_lerp_(mean, new, 1 - momentum)
 
     def state_dict(self) -> dict[str, Any]:
@@ -196,7 +196,7 @@ class DINO(Method):
 
 
 def scores(x: Tensor, prototypes: nn.Module) -> Tensor:
-    """x: (B, d) -> (B, K), its cosines with the prototypes: weight normalization whose lengths stay at 1."""
+    """x: (B, d) -> (B, K), its cosines with the prototypes, as by weight normalization with lengths fixed at 1."""
     weight: Any = prototypes.weight
     return F.linear(F.normalize(x, dim=-1), F.normalize(weight, dim=-1))
 
@@ -204,9 +204,10 @@ def scores(x: Tensor, prototypes: nn.Module) -> Tensor:
 def cross_entropy_of_crops(student: Tensor, targets: Tensor) -> Tensor:
     """Equation 3: the mean, over images and all pairs of different crops, of -sum of target log softmax(student).
 
-    student: (V, B, K) over its temperature, targets: (2, B, K), distributions -> scalar. Crops 0 and 1 are the large ones.
+    student: (V, B, K), divided by its temperature; targets: (2, B, K), distributions -> scalar. Crops 0 and 1 are the large
+    ones.
     """
     (V, B, _), teachers = student.shape, len(targets)
-    each = -torch.einsum("tbk,vbk->tv", targets, student.log_softmax(-1)) / B
-    same = torch.eye(teachers, V, dtype=torch.bool, device=each.device)
-    return each.masked_fill(same, 0).sum() / (teachers * (V - 1))
+    losses = -torch.einsum("tbk,vbk->tv", targets, student.log_softmax(-1)) / B
+    same = torch.eye(teachers, V, dtype=torch.bool, device=losses.device)
+    return losses.masked_fill(same, 0).sum() / (teachers * (V - 1))

@@ -1,9 +1,10 @@
 """MAE: Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377 (section 3).
 
-The encoder sees a quarter of an image's patches. A small decoder gets what it made of them, and a mask token in the place
-of every other patch, and has to paint those: the mean squared error on the masked patches alone.
+The encoder sees a quarter of an image's patches. A small decoder gets the encoded patches, and a mask token for every other
+patch, and predicts the pixels. The loss is the mean squared error on the masked patches alone.
 
-The encoder is that of all methods here, so its position embedding is learned; the paper's is fixed, as the decoder's is.
+The encoder is the same as for all methods here, so its position embedding is learned; in the paper it is fixed. The
+decoder's is fixed.
 """
 
 from __future__ import annotations
@@ -86,11 +87,11 @@ class MAE(Method):
         )
 
     def sample(self, geometries: Sequence[Geometry], noise: Noise) -> Sequence[Sampled]:
-        """A random order of each image's cells, (B, N): those before n are kept, the others masked."""
+        """A random order of each image's cells, (B, N): the first n are kept, the others masked."""
         return [(noise(self.experiment.encoder.grid**2).argsort(dim=1),)]
 
     def forward(self, networks: nn.ModuleDict, views: tuple[Tensor, ...], sampled: Sampled) -> tuple[Tensor, ...]:
-        """-> painted, target: (B, N - n, 3*P*P), the masked patches."""
+        """-> predictions, targets: (B, N - n, 3*P*P), of the masked patches."""
         (images,), (order,) = views, sampled
         encoder: Any = networks["encoder"]
         tokens: Any = networks["tokens"]
@@ -101,23 +102,23 @@ class MAE(Method):
         encoded = networks["embed"](encoder.tokens(images, kept))  # (B, 1+n, W)
         mask = tokens["mask"].to(encoded.dtype).expand(B, N - n, -1)
         cells = torch.cat([encoded[:, 1:], mask], dim=1)
-        cells = encoders.gather_cells(cells, order.argsort(dim=1)) + tokens["positions"]  # each in its place again
+        cells = encoders.gather_cells(cells, order.argsort(dim=1)) + tokens["positions"]  # in the image's order again
         decoded = networks["decoder"](torch.cat([encoded[:, :1], cells], dim=1))[:, 1:]  # (B, N, 3*P*P)
 
         patches = encoders.patchify(images, self.experiment.encoder.patch_size)
         return encoders.gather_cells(decoded, masked), encoders.gather_cells(patches, masked)
 
     def loss(self, outputs: tuple[Tensor, ...], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        painted, target = outputs
+        predicted, target = outputs
         if self.settings.normalized_target:
             variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
             target = (target - mean) / (variance + 1e-6).sqrt()
-        return F.mse_loss(painted, target), {}
+        return F.mse_loss(predicted, target), {}
 
     def parameters(self, networks: nn.ModuleDict) -> Iterable[dict[str, Any]]:
         trained = [p for p in networks.parameters() if p.requires_grad]
-        alike = [p for p in trained if p.ndim > 1]  # the release: no decay of biases, norms and mask token
-        return [{"params": alike}, {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+        decayed = [p for p in trained if p.ndim > 1]  # as in the release: no decay of biases, norms and mask token
+        return [{"params": decayed}, {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
 
 
 def kept_cells(cells: int, mask_ratio: float) -> int:

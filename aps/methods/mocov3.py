@@ -1,7 +1,7 @@
 """MoCo v3: An Empirical Study of Training Self-Supervised Vision Transformers, arXiv 2104.02057 (algorithm 1).
 
-Queries of one view look for the keys of the other, among the keys of the whole batch. Queries come from encoder, projector
-and predictor; keys from copies of encoder and projector that follow them as a moving average. There is no queue.
+A query of one view has to match the key of the other view of its image, among the keys of the whole batch. Queries come
+from encoder, projector and predictor; keys come from moving averages of encoder and projector. There is no queue.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class MoCoV3(Method):
         encoder.patch_embed.requires_grad_(not self.settings.frozen_projection)
         projector = heads.projection_head((encoder.embed_dim, *self.settings.projector))
         predictor = heads.projection_head((self.settings.projector[-1], *self.settings.predictor))
-        followed = nn.ModuleDict({"encoder": encoder, "projector": projector})
-        followers = copy.deepcopy(followed).requires_grad_(False)
-        return nn.ModuleDict({**followed, "predictor": predictor, "followers": followers})
+        base = nn.ModuleDict({"encoder": encoder, "projector": projector})
+        followers = copy.deepcopy(base).requires_grad_(False)
+        return nn.ModuleDict({**base, "predictor": predictor, "followers": followers})
 
     def forward(self, networks: nn.ModuleDict, views: tuple[Tensor, ...], sampled: Sampled) -> tuple[Tensor, ...]:
         """-> q1, k1, q2, k2: (B, d), not normalized."""
@@ -81,10 +81,10 @@ class MoCoV3(Method):
 
 
 def contrast(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """Algorithm 1, `ctr`: cross-entropy of `q k^T / tau` against the own pair, times 2 tau.
+    """Algorithm 1, `ctr`: cross-entropy of `q k^T / tau` with the key of the same image as target, times 2 tau.
 
     queries, keys: (B, d) of this process, of unit length; keys have no gradient -> scalar.
     """
-    (everyone,), first = collectives.gather(keys)
-    own = first + torch.arange(len(queries), device=queries.device)
-    return 2 * temperature * F.cross_entropy(queries @ everyone.T / temperature, own)
+    (all_keys,), first = collectives.gather(keys)
+    targets = first + torch.arange(len(queries), device=queries.device)
+    return 2 * temperature * F.cross_entropy(queries @ all_keys.T / temperature, targets)

@@ -1,11 +1,11 @@
 """SimCLR: A Simple Framework for Contrastive Learning of Visual Representations, arXiv 2002.05709.
 
-Both views of an image pass encoder and projector. Each of the 2B projections of the batch, of all processes together, has
-to tell its image's other view from the 2B - 2 of other images: the loss NT-Xent (section 2.1, algorithm 1). Every
-projection is query and key, and gradients pass through both.
+Both views of an image pass encoder and projector. The loss NT-Xent (section 2.1, algorithm 1) compares each of the 2B
+projections of the batch, of all processes together, with the others: the other view of its image has to be closer than the
+2B - 2 views of other images. Every projection is both query and key, and gradients pass through both.
 
-The paper trains ResNets. What a Vision Transformer needs beside is MoCo v3's benchmark of SimCLR (arXiv 2104.02057,
-sections 4 and 5): AdamW, its schedule, a patch projection that stays as it was drawn.
+The paper trains ResNets. For a Vision Transformer the settings are those of MoCo v3's benchmark of SimCLR (arXiv
+2104.02057, sections 4 and 5): AdamW, its schedule, a patch projection that is not trained.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class SimCLR(Method):
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """Mean over both views' rows of -log of the softmax of cosine / tau at the other view, among all rows but the own.
+    """Mean, over the rows of both views, of -log softmax(cosine / tau) at the image's other view, among all other rows.
 
     z1, z2: (B, d) of this process -> scalar; the mean over processes is the whole batch's.
     """
     pairs = F.normalize(torch.stack([z1, z2], dim=1), dim=-1)  # (B, 2, d): views of an image are neighbours
-    everyone, first = collectives.gather_with_gradient(pairs)
-    logits = pairs.flatten(0, 1) @ everyone.flatten(0, 1).T / temperature  # (2B, 2B of all processes)
-    own = 2 * first + torch.arange(len(logits), device=logits.device)
-    logits = logits.scatter(1, own[:, None], float("-inf"))
-    return F.cross_entropy(logits, own ^ 1)
+    all_pairs, first = collectives.gather_with_gradient(pairs)
+    logits = pairs.flatten(0, 1) @ all_pairs.flatten(0, 1).T / temperature  # (2B, 2B of all processes)
+    positions = 2 * first + torch.arange(len(logits), device=logits.device)  # of this process's rows among all
+    logits = logits.scatter(1, positions[:, None], float("-inf"))  # a row is not compared with itself
+    return F.cross_entropy(logits, positions ^ 1)  # position p ^ 1 is the image's other view

@@ -1,4 +1,4 @@
-"""Widths, depths and heads by name. A new architecture is a constant here and a row of `aps.registry.ARCHS`."""
+"""Architectures by name: width, depth and heads. A new one is a constant here and a row of `aps.registry.ARCHS`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BASE = Arch(768, 12, 12)
 
 
 def dimensions(settings: EncoderSettings) -> Arch:
-    """Width, depth and heads of an encoder: those of its arch with the settings' own values laid over them."""
+    """Width, depth and heads of an encoder: those of its arch, unless the settings set other values."""
     row: Arch = ARCHS.load(settings.arch)
     return Arch(settings.dim or row.dim, settings.depth or row.depth, settings.heads or row.heads)
 

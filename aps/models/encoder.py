@@ -1,8 +1,8 @@
 """The encoder: timm's Vision Transformer, reading any subset of an image's patches.
 
-Design: the kept cells are gathered from the pixels, before the patch projection, so a sampling costs nothing for the
-cells it drops. Parameter names are timm's, hence weights go both ways by name. It is timm's own forward when every
-cell is kept (tests/models/test_encoder.py).
+Design: the kept cells are gathered from the pixels, before the patch projection, so dropped cells cost nothing. Parameter
+names are timm's, so weights load by name in both directions. If every cell is kept, the output equals timm's
+(tests/models/test_encoder.py).
 
 It does not know how cells are chosen (`aps.sampling`) nor where weights come from (`aps.models.weights`).
 
@@ -31,7 +31,7 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 
 def gather_cells(x: Tensor, kept: Tensor) -> Tensor:
-    """x: (B, N, D), kept: (B, n) -> (B, n, D); whole rows by index_select, several times faster than gather."""
+    """x: (B, N, D), kept: (B, n) -> (B, n, D). index_select of whole rows is several times faster than gather."""
     B, N, D = x.shape
     rows = kept + N * torch.arange(B, device=kept.device).unsqueeze(1)
     return x.flatten(0, 1).index_select(0, rows.flatten()).view(B, -1, D)
@@ -41,8 +41,8 @@ class Encoder(VisionTransformer):
     """Vision Transformer (arXiv 2010.11929) on a subset of patches; pre-norm, class token as feature.
 
     The position embedding has a row for each of the N cells and none for the class token (`no_embed_class`).
-    With `any_size` it takes images of other sizes too, as `positions` says.
-    With `reset_classifier(classes)` it becomes a classifier, as any timm model.
+    With `any_size` it accepts images of other sizes too (see `positions`).
+    With `reset_classifier(classes)` it becomes a classifier, like any timm model.
     """
 
     cls_token: nn.Parameter  # (1, 1, D)
@@ -82,10 +82,10 @@ class Encoder(VisionTransformer):
         return torch.cat([self.cls_token.to(x.dtype).expand(B, -1, -1), x], dim=1)
 
     def positions(self, height: int, width: int) -> Tensor:
-        """Position embeddings (1, N, D) of images of any whole number of patches: ours, stretched bicubically over them.
+        """Position embeddings (1, N, D) for images of another size: `pos_embed`, interpolated bicubically.
 
-        Gradients pass to `pos_embed`, through products, which add up in the same order every time. DINO reads its smaller
-        crops so (arXiv 2104.14294).
+        height, width: pixels, multiples of the patch side. Interpolation is a matrix product, whose gradient sums in the
+        same order every time. DINO uses it for its small crops (arXiv 2104.14294).
         """
         (G, _), P = self.patch_embed.grid_size, self.patch_embed.patch_size[0]
         identity = torch.eye(G, device=self.pos_embed.device)[None, None]
@@ -100,11 +100,12 @@ class Encoder(VisionTransformer):
 
 
 def build_encoder(settings: EncoderSettings, drop_path: float = 0.0) -> Encoder:
-    """A freshly initialized encoder (method.md, Model).
+    """A newly initialized encoder (method.md, Model).
 
-    Class token and position embedding: truncated normal of standard deviation 0.02. Linear layers and patch projection, by
-    `settings.init`: `torch` leaves them to PyTorch, weights and biases uniform within 1/sqrt(inputs), as the authors' release
-    does; `timm` draws the linear layers' weights from a truncated normal of 0.02 and sets their biases to zero.
+    Class token and position embedding are drawn from a truncated normal of standard deviation 0.02. Linear layers and patch
+    projection depend on `settings.init`: `torch` uses PyTorch's defaults, weights and biases uniform within 1/sqrt(inputs),
+    as the authors' release does; `timm` draws the weights of linear layers from a truncated normal of 0.02, and sets their
+    biases to zero.
 
     Args:
         settings: architecture, image and patch size, initialization.
@@ -125,8 +126,8 @@ def build_encoder(settings: EncoderSettings, drop_path: float = 0.0) -> Encoder:
         drop_path_rate=drop_path,
         norm_layer=partial(nn.LayerNorm, eps=settings.layer_norm_eps),  # type: ignore[arg-type]
     )
-    nn.init.trunc_normal_(encoder.cls_token, std=0.02)  # timm's own is a normal of std 1e-6
-    if settings.init == "torch":  # class token and position embedding stay
+    nn.init.trunc_normal_(encoder.cls_token, std=0.02)  # timm uses a normal of std 1e-6
+    if settings.init == "torch":  # class token and position embedding are not changed
         for module in encoder.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.reset_parameters()

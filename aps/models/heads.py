@@ -1,8 +1,8 @@
-"""Projector and predictor: linear layers without bias, BatchNorm between, BatchNorm without affine at the end.
+"""Projector and predictor: linear layers without bias, BatchNorm after each, the last BatchNorm without affine.
 
-Design: a batch's statistics belong to one view (the caller passes the views one after the other) and to all
-processes (`synchronize_batch_norm`). torch's SyncBatchNorm refuses CPU tensors, so `CrossProcessBatchNorm` does the
-same for gloo; it is slower, with two small all-reduces a layer, and exact enough for float64 comparisons.
+Design: BatchNorm statistics are of one view (the caller passes the views one after the other) and of all processes
+(`synchronize_batch_norm`). torch's SyncBatchNorm refuses CPU tensors, so `CrossProcessBatchNorm` does the same with gloo.
+It is slower, with two small all-reduces a layer, and exact enough for float64 comparisons.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from aps.runtime.collectives import is_distributed, sum_with_gradient
 
 
 def projection_head(dims: Sequence[int]) -> nn.Sequential:
-    """dims: (in, hidden, ..., out) -> a module (B, in) -> (B, out). Method.md, Model.
+    """A head (B, in) -> (B, out) with widths `dims` = (in, hidden, ..., out) (method.md, Model).
 
-    Indices 0, 1, 3, 4, 6, 7 of the three-layer head are linear, norm, linear, norm, linear, norm.
+    In a head of three layers, indices 0, 3, 6 are linear layers and 1, 4, 7 their norms.
     """
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(pairwise(dims)):
@@ -31,7 +31,7 @@ def projection_head(dims: Sequence[int]) -> nn.Sequential:
 
 
 def synchronize_batch_norm(module: nn.Module) -> nn.Module:
-    """Replaces every BatchNorm1d within by one whose statistics span all processes; names, parameters and values stay."""
+    """Replace every BatchNorm1d in `module` by one with statistics over all processes; names and parameters stay."""
     if next(module.parameters()).device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     if type(module) is nn.BatchNorm1d:
@@ -44,17 +44,19 @@ def synchronize_batch_norm(module: nn.Module) -> nn.Module:
 
 
 class CrossProcessBatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d over the rows of all processes, which may differ in number; on any device and backend."""
+    """BatchNorm1d over the rows of all processes, on any device and backend; processes may have different numbers."""
 
     @classmethod
     def of(cls, norm: nn.BatchNorm1d) -> CrossProcessBatchNorm:
-        """In the place of `norm`, with its parameters and statistics themselves."""
-        made = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta")
+        """A replacement for `norm` that shares its parameters and running statistics."""
+        replacement = cls(
+            norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta"
+        )
         for name, parameter in norm.named_parameters(recurse=False):
-            made.register_parameter(name, parameter)
+            replacement.register_parameter(name, parameter)
         for name, value in norm.named_buffers(recurse=False):
-            made.register_buffer(name, value)
-        return made.train(norm.training)
+            replacement.register_buffer(name, value)
+        return replacement.train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, D) -> (B, D)"""

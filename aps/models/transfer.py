@@ -1,7 +1,7 @@
-"""Weights from the authors' released checkpoints. What goes out to other software is `aps.inference.export`.
+"""Imports weights from the authors' released checkpoints. Export to other software is in `aps.inference.export`.
 
-Design: checkpoints of the release are read as tensors only. Those saved as whole pickled modules are refused, because
-opening them runs whatever code they name; the message says how to get the tensors out.
+Design: checkpoints of the release are read as tensors only. Pickled modules are refused, because opening them runs the
+code that they name; the message says how to extract the tensors.
 
 The names of the release are those of method.md ("The release's checkpoints"). Nothing else of the release is used.
 """
@@ -24,7 +24,7 @@ from aps.models.heads import projection_head
 from aps.models.weights import check_finite, load_state, save_encoder, save_tensors
 from aps.settings.blocks import EncoderSettings
 
-# What the release normalizes 32-pixel images with: CIFAR's statistics in pretraining, but ImageNet's in finetuning
+# Normalization of 32-pixel images in the release: CIFAR's statistics in pretraining, but ImageNet's in finetuning
 # (method.md, Views and Traps).
 PRETRAINING_PIXELS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 FINETUNING_PIXELS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -34,21 +34,21 @@ ENCODER_PREFIXES = {"patchify.": "patch_embed.proj.", "transformer.": "blocks.",
 
 
 def import_weights(checkpoint: Path, out: Path, heads: int | None = None) -> list[Path]:
-    """Turns a checkpoint of the authors' release into this project's files.
+    """Convert a checkpoint of the authors' release into this project's files.
 
     A pretraining checkpoint becomes `out`/encoder.safetensors and `out`/heads.safetensors, a finetuned one
-    `out`/model.safetensors (the encoder and its classifier). Sizes are read off the shapes.
+    `out`/model.safetensors (the encoder and its classifier). Sizes are inferred from shapes.
 
     Args:
         checkpoint: a state dict, bare or under 'state_dict' or 'model', with or without a 'module.' prefix.
         out: folder.
-        heads: attention heads, which no shape tells; default: of width 64, as all of the release's.
+        heads: number of attention heads, which shapes do not show; default: width / 64, as in the whole release.
 
     Returns:
         The files written.
 
     Raises:
-        UserError: not a state dict, or a name or shape is not the release's.
+        UserError: the file is not a state dict, or a name or shape is not the release's.
     """
     state = read_checkpoint(checkpoint)
     pretrained = any(name.startswith("base_encoder.") for name in state)
@@ -72,7 +72,7 @@ def import_weights(checkpoint: Path, out: Path, heads: int | None = None) -> lis
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict of a .pt/.pth file, unwrapped, read without executing any of its code.
+    """The state dict in a .pt/.pth file, read without executing any of its code.
 
     Raises:
         UserError: the file is missing or broken, or holds more than tensors and plain data.
@@ -107,7 +107,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def infer_settings(state: Mapping[str, Tensor], heads: int | None, source: str) -> EncoderSettings:
-    """Settings of an encoder from the shapes of its state dict (timm's names)."""
+    """Settings of an encoder from the shapes of its state dict (timm's names). Raises UserError for other shapes."""
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
         if name not in state:
             raise UserError(
@@ -135,19 +135,21 @@ def infer_settings(state: Mapping[str, Tensor], heads: int | None, source: str) 
 
 
 def _split(state: Mapping[str, Tensor], prefix: str, source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The release's names -> timm's names of the encoder, and ours of its heads. Every name goes one way or is refused."""
+    """Split a state dict with the release's names into the encoder's, with timm's names, and the heads', with ours.
+
+    Raises UserError for a name that belongs to neither."""
     encoder: dict[str, Tensor] = {}
     heads: dict[str, Tensor] = {}
     for name, value in state.items():
-        own = name.removeprefix(prefix) if name.startswith(prefix) else ""
-        start = next((s for s in ENCODER_PREFIXES if own.startswith(s)), None)
-        if own in ENCODER_NAMES:
+        short = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        start = next((s for s in ENCODER_PREFIXES if short.startswith(s)), None)
+        if short in ENCODER_NAMES:
             # (N, 1, d) in the release, (1, N, d) in timm
-            encoder[ENCODER_NAMES[own]] = value.transpose(0, 1) if own == "pos_embedding" else value
+            encoder[ENCODER_NAMES[short]] = value.transpose(0, 1) if short == "pos_embedding" else value
         elif start is not None:
-            encoder[ENCODER_PREFIXES[start] + own.removeprefix(start)] = value
-        elif own.startswith("fc."):
-            heads[("projector." if prefix else "head.") + own.removeprefix("fc.")] = value
+            encoder[ENCODER_PREFIXES[start] + short.removeprefix(start)] = value
+        elif short.startswith("fc."):
+            heads[("projector." if prefix else "head.") + short.removeprefix("fc.")] = value
         elif prefix and name.startswith("predictor."):
             heads[name] = value
         else:
@@ -160,15 +162,15 @@ def _split(state: Mapping[str, Tensor], prefix: str, source: str) -> tuple[dict[
 
 
 def _check_heads(state: Mapping[str, Tensor], dim: int, source: str) -> None:
-    """Projector and predictor must be whole heads of the method's form, of whatever widths."""
+    """Raises UserError where projector or predictor is not a complete head of the method, of any widths."""
     fan_in = dim
     for name in ("projector", "predictor"):
         try:
             widths = [len(state[f"{name}.{i}.weight"]) for i in (0, 3, 6)]
         except KeyError as missing:
             raise UserError(f"{source}: the {name}'s {missing} is missing; the checkpoint is not whole") from None
-        own = {key: x for key, x in state.items() if key.startswith(f"{name}.")}
-        _load(projection_head((fan_in, *widths)), own, f"{name}.", source)
+        head_state = {key: x for key, x in state.items() if key.startswith(f"{name}.")}
+        _load(projection_head((fan_in, *widths)), head_state, f"{name}.", source)
         fan_in = widths[-1]
 
 
@@ -179,7 +181,7 @@ def _load(module: nn.Module, state: Mapping[str, Tensor], prefix: str, source: s
         reason = str(error).splitlines()[1].strip()
         raise UserError(f"{source}: its {prefix.rstrip('.')} is not the release's: {reason}") from None
     for name, x in state.items():
-        if not name.endswith(".num_batches_tracked"):  # a whole number
+        if not name.endswith(".num_batches_tracked"):  # an integer
             check_finite(x, f"{source}: '{name}'")
 
 

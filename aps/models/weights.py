@@ -1,10 +1,10 @@
-"""Reading and writing encoders: safetensors with timm's names and the settings beside them.
+"""Reads and writes encoders as safetensors files with timm's names, and with the settings as metadata.
 
-Design: nothing is ever loaded in part. Every name of the file must meet a parameter of the model and the other way
-round, and a disagreement in shape is one sentence naming the setting and both values. Only a classifier head may be
-left behind, and the log says so.
+Design: weights are loaded completely or not at all. Every name in the file must be a parameter of the model, and the other
+way round; a difference in shape is an error that names the setting and both values. Only a classifier head may be left
+out, and the log says so.
 
-It does not read the authors' release; `aps.models.transfer` turns that into a file of this kind.
+It does not read the authors' release; `aps.models.transfer` converts that into a file of this kind.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SEAL_KEY = "aps_sha256"
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically: a reader sees the old file or the whole new one.
+    """Write a safetensors file atomically: a reader sees the old file or the whole new one.
 
     Raises:
         UserError: the folder can't be written or the disk is full.
@@ -59,19 +59,22 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 def save_encoder(
     encoder: nn.Module, settings: EncoderSettings, path: Path, info: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes an encoder, with its classifier head if it has one.
+    """Write an encoder, with its classifier head if it has one.
 
     Args:
         encoder: an `Encoder`; its state dict is stored under timm's names.
         settings: what it was built from; `load_encoder` compares them.
-        info: what else a later reader needs, plain data: {"mean": ..., "std": ..., "classes": ..., "experiment": ...,
+        info: other plain data for later readers: {"mean": ..., "std": ..., "classes": ..., "experiment": ...,
             "stage": ..., "digest": ...}. `export` prints the normalization from it.
+
+    Raises:
+        UserError: the folder can't be written or the disk is full.
     """
     save_tensors(encoder.state_dict(), path, encoder_metadata(settings, info or {}))
 
 
 def encoder_metadata(settings: EncoderSettings, info: Mapping[str, Any]) -> dict[str, str]:
-    """What stands beside an encoder's tensors in its file."""
+    """The metadata of an encoder's file."""
     return {SETTINGS_KEY: json.dumps(_as_built(settings)), INFO_KEY: json.dumps(dict(info))}
 
 
@@ -79,7 +82,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
     Raises:
-        UserError: the file is missing, not a safetensors file, or one of ours that was changed or damaged.
+        UserError: the file is missing or not a safetensors file, or it was written here and changed or damaged since.
     """
     path = Path(path).expanduser()
     check_weights(path)
@@ -102,7 +105,7 @@ def _short(error: Exception) -> str:
 
 
 def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over names, types, shapes and values of all tensors, and the rest of the metadata."""
+    """SHA-256 over names, types, shapes and values of all tensors, and over the other metadata."""
     digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name in sorted(tensors):
         x = tensors[name]
@@ -112,7 +115,7 @@ def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def check_finite(x: Tensor, what: str, advice: str = "make it again") -> None:
-    """Raises UserError where `x`, called `what`, holds anything but finite floating-point numbers."""
+    """Raises UserError where `x`, called `what` in the message, holds other values than finite floating-point numbers."""
     kind = str(x.dtype).removeprefix("torch.")
     if not x.is_floating_point():
         raise UserError(f"{what} holds {kind} instead of floating-point numbers; {advice}")
@@ -126,7 +129,7 @@ def check_finite(x: Tensor, what: str, advice: str = "make it again") -> None:
 
 
 def read_settings(metadata: Mapping[str, str], path: Path) -> EncoderSettings | None:
-    """The settings stored by `save_encoder`; None where the file was written by other software."""
+    """The settings stored by `save_encoder`; None in a file of other software. Raises UserError for invalid ones."""
     if SETTINGS_KEY not in metadata:
         return None
     try:
@@ -139,7 +142,11 @@ def read_settings(metadata: Mapping[str, str], path: Path) -> EncoderSettings | 
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """What the producing stage stored beside the weights: normalization, experiment, stage, digest."""
+    """What the stage that wrote the file stored with the weights: normalization, experiment, stage, digest.
+
+    Raises:
+        UserError: the file is broken, or what it stores is damaged.
+    """
     _, metadata = read_tensors(path)
     try:
         info = json.loads(metadata.get(INFO_KEY, "{}"))
@@ -154,10 +161,10 @@ def read_info(path: Path) -> dict[str, Any]:
 
 
 def trained_with(spec: str | Path) -> tuple[RGB, RGB] | None:
-    """(mean, std) in [0, 1] units of the pixels that an encoder was trained on; None where its weights don't say.
+    """(mean, std), in [0, 1] units, of the normalization that an encoder was trained with; None where it is not stored.
 
     Args:
-        spec: as of `load_encoder`.
+        spec: as in `load_encoder`.
     """
     if str(spec).startswith("timm:"):
         config = timm.get_pretrained_cfg(str(spec).removeprefix("timm:"))
@@ -173,9 +180,9 @@ def load_encoder(
 
     Args:
         spec: a .safetensors file (ours, or of a timm model), `random`, or `timm:NAME` for timm's pretrained weights.
-        settings: the encoder wanted; image_size may differ from that of the weights only with `interpolate`.
+        settings: of the encoder; image_size may differ from that of the weights only with `interpolate`.
         drop_path: stochastic depth rate, for finetuning.
-        interpolate: resample the position embedding to another grid (bicubic) instead of refusing it.
+        interpolate: whether to resample the position embedding to another grid (bicubic) instead of refusing it.
 
     Raises:
         UserError: the file is missing or broken, or the weights differ from `settings`; names key and both values.
@@ -202,21 +209,21 @@ def load_state(
     stored: Mapping[str, Any] | None = None,
     interpolate: bool = False,
 ) -> None:
-    """Puts a state dict with timm's names into a headless encoder, all of it or none.
+    """Load a state dict with timm's names into an encoder without head, completely or not at all.
 
     Args:
         encoder: built from `settings`.
-        state: timm's names; a class-token row in pos_embed is moved into cls_token, a classifier head is left behind.
-        source: what to call the weights in messages.
-        stored: settings known from elsewhere than the shapes (number of heads, LayerNorm eps).
+        state: by timm's names; a row of pos_embed for the class token is added to cls_token, a classifier head is dropped.
+        source: what to call the weights in error messages.
+        stored: settings that shapes do not show (number of heads, LayerNorm eps).
 
     Raises:
-        UserError: a setting, a name or a shape differs, or a tensor holds something else than finite numbers.
+        UserError: a setting, a name or a shape differs, or a tensor holds other values than finite numbers.
     """
     state = dict(state)
-    found = {**(stored or {}), **_read_off(state, source)}
+    found = {**(stored or {}), **_infer(state, source)}
     wanted = _as_built(settings)
-    wanted["mlp_ratio"] = int(wanted["dim"] * settings.mlp_ratio) / wanted["dim"]  # a whole number of hidden units
+    wanted["mlp_ratio"] = int(wanted["dim"] * settings.mlp_ratio) / wanted["dim"]  # the ratio after rounding
     for key in wanted:
         if key != "image_size" and key in found and wanted[key] != found[key]:
             raise UserError(
@@ -230,7 +237,7 @@ def load_state(
         del state[name]
     rows = state["pos_embed"]
     side = math.isqrt(rows.shape[1])
-    if rows.shape[1] == side * side + 1:  # one for the class token, as in most timm models: the same sum without it
+    if rows.shape[1] == side * side + 1:  # most timm models have a row for the class token; adding it there is the same
         state["cls_token"] = state["cls_token"] + rows[:, :1]
         state["pos_embed"] = rows = rows[:, 1:]
     resampled = side * side == rows.shape[1] and side != settings.grid
@@ -243,16 +250,16 @@ def load_state(
         size, old = [settings.grid] * 2, [side] * 2
         state["pos_embed"] = resample_abs_pos_embed(rows, new_size=size, old_size=old, num_prefix_tokens=0)
 
-    own = encoder.state_dict()
-    if strange := sorted(set(state) - set(own)):
+    parameters = encoder.state_dict()
+    if unknown := sorted(set(state) - set(parameters)):
         raise UserError(
-            f"{source}: '{strange[0]}' has no place in this encoder ({len(strange)} such names); it is another architecture; give the weights of a plain Vision Transformer"
+            f"{source}: '{unknown[0]}' has no place in this encoder ({len(unknown)} such names); it is another architecture; give the weights of a plain Vision Transformer"
         )
-    if missing := sorted(set(own) - set(state)):
+    if missing := sorted(set(parameters) - set(state)):
         raise UserError(
             f"{source}: '{missing[0]}' is missing ({len(missing)} such names); the file is not a whole encoder; give one that is"
         )
-    for name, value in own.items():
+    for name, value in parameters.items():
         if state[name].shape != value.shape:
             raise UserError(
                 f"{source}: '{name}' has shape {tuple(state[name].shape)}, the encoder's is {tuple(value.shape)}; give a file that fits, or "
@@ -261,7 +268,7 @@ def load_state(
     encoder.load_state_dict(state, strict=True)
     log.info(
         "encoder: %d tensors loaded from %s, %s, new: none%s",
-        len(own),
+        len(parameters),
         source,
         f"pos_embed interpolated {side}x{side} -> {settings.grid}x{settings.grid}"
         if resampled
@@ -271,19 +278,15 @@ def load_state(
 
 
 def _as_built(settings: EncoderSettings) -> dict[str, Any]:
-    """Settings as plain data with width, depth and heads filled in; neither `arch` nor how the weights came about."""
+    """Settings as plain data with width, depth and heads filled in, without `arch` and the origin of the weights."""
     dims = dimensions(settings)._asdict()
     return {**settings.model_dump(mode="json", exclude={"arch", "weights", "init"}), **dims}
 
 
-def _read_off(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """What the shapes of a ViT's state dict say about its settings."""
-    needed = {
-        "cls_token": 3,
-        "pos_embed": 3,
-        "patch_embed.proj.weight": 4,
-        "blocks.0.mlp.fc1.weight": 2,
-    }  # and dimensions
+def _infer(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """The settings that the shapes of a ViT's state dict show. Raises UserError for a state dict of another model."""
+    # name -> number of dimensions
+    needed = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
     for name in needed:
         if name not in state:
             raise UserError(
@@ -305,7 +308,7 @@ def _read_off(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
 
 
 def _timm_state(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Pretrained weights of a timm model, and what their shapes don't say."""
+    """Pretrained weights of a timm model, and the settings that their shapes do not show."""
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:
