@@ -1,5 +1,5 @@
-"""Using an encoder after training: load it from anywhere, embed, predict, detect, look at it, give it away.
+"""Uses a trained encoder: load it from anywhere, embed, predict, detect, inspect and export.
 
-Door: `aps.load` (`aps.inference.load`). Planning never imports this package. It knows no stage's training and no rule;
-of MLflow only `serving` knows.
+Start at `aps.load` (`aps.inference.load`). Planning never imports this package. It does not know how stages train, nor
+rules; only `serving` knows MLflow.
 """

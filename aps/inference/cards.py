@@ -1,6 +1,6 @@
-"""The model card: what weights were made of, what they reach, and how to load them; Markdown with the Hub's header.
+"""Writes model cards: how weights were made, their scores, and how to load them; Markdown with the Hub's header.
 
-Only what is known is said. Scores are those of the stage itself and of stages beside it that evaluated this very encoder.
+A card says only what is known. Scores are those of the stage, and of neighbouring stages that evaluated the same encoder.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ PAPER = "https://arxiv.org/abs/2306.02854"
 
 
 def model_card(model: Loaded, loading: str, licence: str | None, name: str) -> str:
-    """Markdown.
+    """The card as Markdown.
 
     Args:
         loading: Python that loads the weights, as `export` prints it.
-        licence: of the weights, as the Hub names it; None: not stated.
+        licence: the weights' licence by the Hub's name; None: not stated.
         name: the card's title.
     """
     made, stage = model.provenance, model.source.stage
@@ -75,16 +75,16 @@ def _what(model: Loaded) -> str:
 
 
 def _scores(model: Loaded) -> list[tuple[str, str, str]]:
-    """(stage, metric, value) of the stage and of those beside it that name it as their encoder."""
+    """(stage, metric, value) of the stage, and of neighbouring stages that used its encoder."""
     found = [(str(model.source.stage), model.provenance.get("metrics", {}))]
-    folder, own = model.source.folder, model.provenance.get("sha256")
-    if model.source.stage == "pretrain" and folder is not None and own is not None:
+    folder, digest = model.source.folder, model.provenance.get("sha256")
+    if model.source.stage == "pretrain" and folder is not None and digest is not None:
         for file in sorted(folder.parent.glob("*/metrics.json")):
             try:
                 other = read_metrics(file)
             except UserError:
                 continue
-            if other["encoder"]["sha256"] == own:
+            if other["encoder"]["sha256"] == digest:
                 found.append((other["stage"], other["metrics"]))
     return [
         (stage, key, f"{value:.4g}")

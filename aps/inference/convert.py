@@ -1,7 +1,7 @@
-"""From a network to what others run: its features, its attention, a plain timm twin, an ONNX file.
+"""Takes features and attention from a network, and converts it to a timm model or an ONNX file.
 
-Design: a plain timm name cannot ask for LayerNorm's eps, which is 1e-5 here and 1e-6 in most of timm, so two families
-stand below. It does not know images, classes or addresses.
+Design: the name of a timm model cannot set LayerNorm's eps, which is 1e-5 here and 1e-6 in most of timm, so there is one
+family for each. It does not know images, classes or addresses.
 
 Letters: B images, S image side, D width, G cells along a side.
 """
@@ -31,8 +31,8 @@ from aps.models.archs import dimensions
 from aps.models.encoder import Encoder
 from aps.settings.blocks import EncoderSettings
 
-FAMILY = "vit_base_patch16_224"  # of timm; every size is given beside it
-# eps of the LayerNorms -> a family that has it, and what to switch off there (the norm before a CLIP tower's blocks).
+FAMILY = "vit_base_patch16_224"  # a family of timm; all sizes are passed as arguments
+# eps of the LayerNorms -> a family with it, and arguments that switch off extras (the norm before a CLIP tower's blocks).
 EPS_FAMILIES: dict[float, tuple[str, dict[str, Any]]] = {
     1e-6: (FAMILY, {}),
     1e-5: ("vit_base_patch16_clip_224", {"pre_norm": False}),
@@ -40,15 +40,15 @@ EPS_FAMILIES: dict[float, tuple[str, dict[str, Any]]] = {
 
 
 def features(network: nn.Module, x: Tensor) -> Tensor:
-    """(B, 3, S, S) normalized -> (B, D), before any classifier."""
+    """x: (B, 3, S, S), normalized -> (B, D), before any classifier."""
     tokens = network.tokens(x) if isinstance(network, Encoder) else network.forward_features(x)  # type: ignore[operator]
     return network.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
 
 
 def class_attention(layer: Attention, x: Tensor, prefix: int) -> Tensor:
-    """Attention of token 0 to the patches, from what goes into an attention layer.
+    """Attention of token 0 to the patches, from the input of an attention layer.
 
-    x: (B, prefix + G*G, D) -> (B, heads, G, G); `prefix` counts the class token and its like.
+    x: (B, prefix + G*G, D) -> (B, heads, G, G); prefix: number of tokens before the patches, such as the class token.
     """
     B, N, _ = x.shape
     q, k, _ = layer.qkv(x).view(B, N, 3, layer.num_heads, layer.head_dim).permute(2, 0, 3, 1, 4)
@@ -59,7 +59,7 @@ def class_attention(layer: Attention, x: Tensor, prefix: int) -> Tensor:
 
 
 def timm_arguments(settings: EncoderSettings, classes: int) -> dict[str, Any]:
-    """Of `timm.create_model`, for an encoder of ours; without the norm."""
+    """Arguments of `timm.create_model` for an encoder of this project, without the norm."""
     dim, depth, heads = dimensions(settings)
     return {
         "img_size": settings.image_size,
@@ -75,7 +75,7 @@ def timm_arguments(settings: EncoderSettings, classes: int) -> dict[str, Any]:
 
 
 def timm_twin(state: Mapping[str, Tensor], settings: EncoderSettings, classes: int) -> nn.Module:
-    """A plain timm model on the CPU with the weights of an encoder of ours, in evaluation mode."""
+    """A plain timm model with the weights of an encoder of this project, on the CPU, in evaluation mode."""
     norm = partial(nn.LayerNorm, eps=settings.layer_norm_eps)
     network = timm.create_model(FAMILY, **timm_arguments(settings, classes), norm_layer=norm)
     network.load_state_dict(dict(state), strict=True)
@@ -83,7 +83,7 @@ def timm_twin(state: Mapping[str, Tensor], settings: EncoderSettings, classes: i
 
 
 class _Outputs(nn.Module):
-    """What an ONNX file computes."""
+    """The module that is exported as an ONNX file."""
 
     def __init__(self, network: nn.Module, classifies: bool) -> None:
         super().__init__()
@@ -96,11 +96,12 @@ class _Outputs(nn.Module):
 
 
 def write_onnx(network: nn.Module, classifies: bool, size: int, about: dict[str, Any], out: Path) -> None:
-    """An ONNX file for any batch size; inputs and outputs as `aps.inference.model.Model.to_onnx` says.
+    """Write an ONNX file for any batch size, with the inputs and outputs of `aps.inference.model.Model.to_onnx`.
 
     Args:
+        classifies: whether the network has a classifier.
         size: S.
-        about: plain data for the file's own metadata.
+        about: plain data for the file's metadata.
 
     Raises:
         UserError: the packages for it are not installed, or the file can't be written.
@@ -131,7 +132,7 @@ def write_onnx(network: nn.Module, classifies: bool, size: int, about: dict[str,
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter talks about its own future."""
+    """Silence the exporter, which prints warnings about its future versions."""
     old = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,12 +1,12 @@
-"""What a folder holds twice, and what does not belong in it, by embedding.
+"""Finds near duplicates and outliers in a folder of images by their embeddings.
 
-Near duplicates are images whose similarity exceeds a threshold; chains of them are one group, of which the largest file is
-worth keeping. An outlier is an image far from its nearest others: its score is 1 minus the mean similarity to ten of them.
+Near duplicates are images whose similarity exceeds a threshold; connected pairs form a group, of which the largest file is
+kept. An outlier is an image far from its nearest neighbours: its score is 1 minus the mean similarity to the ten nearest.
 
-Similarity is the cosine after whitening: an encoder's features share a direction and vary along few, so that the plain
-cosine of two different photographs may be 0.99. Whitened, directions count alike (the faint ones less), and a saved
-again or resized image stands out from a similar one (docs/log.md has the figures). Every image is compared with every
-other, so the time grows with the square of their number; memory does not.
+Similarity is the cosine after whitening. Features of an encoder share one direction and vary along few, so the plain cosine
+of two different photographs can be 0.99. After whitening, directions have equal weight (weak ones less), and a copy that
+was saved again or resized can be told from a similar image (docs/log.md has the figures). Every two images are compared,
+so the time grows with the square of their number; memory does not.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from aps.files import atomic_path
 from aps.inference.neighbours import Index
 from aps.progress import Progress
 
-SIMILAR = 0.95  # from which two images are near duplicates
-# Added to each direction's variance, as shares of the mean one: below it a direction is noise, and the more directions there
-# are for an image, the less is known of each.
+SIMILAR = 0.95  # similarity from which two images are near duplicates
+# Shares of the mean variance that are added to the variance of each direction: FLOOR, because a weaker direction is noise;
+# FEW per direction and image, because variances estimated from few images are uncertain.
 FLOOR, FEW = 0.01, 0.05
-NEAREST = 10  # of whom an outlier is far
+NEAREST = 10  # neighbours in the score of an outlier
 SHOWN = 8  # images of a group on the terminal
 AT_ONCE = 8192  # rows compared with the whole file in one pass
 
 
 @dataclass(frozen=True)
 class Curated:
-    """A row a image of the file, in its order (M)."""
+    """One value for each of the M images of the file, in its order."""
 
-    group: np.ndarray  # int64: near duplicates share a number; -1: none
-    keep: np.ndarray  # bool: all that is in no group, and one of each
-    nearest: np.ndarray  # int64: the row most similar, -1 where there is but one image
-    similarity: np.ndarray  # float32: to it
-    outlier: np.ndarray  # float32: score
+    group: np.ndarray  # int64: near duplicates have the same number; -1: no duplicates
+    keep: np.ndarray  # bool: true for images in no group, and for one of each group
+    nearest: np.ndarray  # int64: the most similar row; -1 where there is only one image
+    similarity: np.ndarray  # float32: similarity to it
+    outlier: np.ndarray  # float32: outlier score
 
     @property
     def groups(self) -> list[list[int]]:
-        """Rows of each group, the one to keep first."""
+        """The rows of each group; the first is to be kept."""
         members: dict[int, list[int]] = {}
         for row in np.flatnonzero(self.group >= 0).tolist():
             members.setdefault(int(self.group[row]), []).append(row)
         return [sorted(rows, key=lambda row: (not self.keep[row], row)) for _, rows in sorted(members.items())]
 
     def outliers(self, count: int) -> list[int]:
-        """The rows of the highest scores, duplicates that need not be kept left out."""
+        """The `count` rows with the highest scores, without duplicates that are not kept."""
         order = np.argsort(-self.outlier, kind="stable")
         return [int(row) for row in order if self.keep[row]][:count]
 
@@ -70,18 +70,18 @@ def curate(index: Index, similar: float = SIMILAR) -> Curated:
     with Progress("curate", count, "images") as progress:
         for start, vectors in index.batches(AT_ONCE):
             rows = slice(start, start + len(vectors))
-            own = space.place(vectors)
-            best, at = _compare(index, own, start, space, similar, groups, k)
+            whitened = space.whiten(vectors)
+            best, best_rows = _compare(index, whitened, start, space, similar, groups, k)
             if k:
-                nearest[rows], similarity[rows] = at[:, 0].numpy(), best[:, 0].numpy()
+                nearest[rows], similarity[rows] = best_rows[:, 0].numpy(), best[:, 0].numpy()
                 outlier[rows] = 1 - best.mean(1).numpy()
-            progress.update(len(own), len(own))
+            progress.update(len(whitened), len(whitened))
     group = groups.numbers()
     return Curated(group, _kept(group, index), nearest, similarity, outlier)
 
 
 class _Space:
-    """Features whitened by the mean and covariance of them all."""
+    """Whitens features by the mean and covariance of all of them."""
 
     def __init__(self, index: Index) -> None:
         D = int(index.metadata["dim"])
@@ -97,55 +97,59 @@ class _Space:
         scale = (variances + floor * variances.mean()).clamp(min=1e-30).rsqrt()
         self._mean, self._map = mean.float(), (directions * scale).float()
 
-    def place(self, vectors: Tensor) -> Tensor:
-        """(m, D) -> (m, D), each of length 1."""
+    def whiten(self, vectors: Tensor) -> Tensor:
+        """vectors: (m, D) -> (m, D), of length 1."""
         return F.normalize((vectors - self._mean) @ self._map, dim=1)
 
 
 def _compare(
-    index: Index, own: Tensor, first: int, space: _Space, similar: float, groups: _Groups, k: int
+    index: Index, whitened: Tensor, first: int, space: _Space, similar: float, groups: _Groups, k: int
 ) -> tuple[Tensor, Tensor]:
-    """own: (m, D), rows from `first` on -> the k most similar others: similarities and rows, (m, k)."""
-    best, at = torch.full((len(own), 0), -2.0), torch.zeros((len(own), 0), dtype=torch.int64)
-    numbers = torch.arange(first, first + len(own))
+    """Compare some rows with the whole file, and join near duplicates in `groups`.
+
+    whitened: (m, D), the rows from `first` on -> the k most similar others: similarities and rows, (m, k).
+    """
+    m = len(whitened)
+    best, best_rows = torch.full((m, 0), -2.0), torch.zeros((m, 0), dtype=torch.int64)
+    numbers = torch.arange(first, first + m)
     for start, vectors in index.batches():
-        found = own @ space.place(vectors).T
+        similarities = whitened @ space.whiten(vectors).T
         columns = torch.arange(start, start + len(vectors))
-        found[numbers[:, None] == columns] = -2.0  # itself
-        groups.join_pairs(*((found >= similar).nonzero() + torch.tensor([first, start])).T.numpy())
-        found = torch.cat([best, found], dim=1)
-        best, order = found.topk(min(k, found.shape[1]), dim=1)
-        at = torch.cat([at, columns.expand(len(own), -1)], dim=1).gather(1, order)
-    return best, at
+        similarities[numbers[:, None] == columns] = -2.0  # an image is not compared with itself
+        groups.join_pairs(*((similarities >= similar).nonzero() + torch.tensor([first, start])).T.numpy())
+        similarities = torch.cat([best, similarities], dim=1)
+        best, order = similarities.topk(min(k, similarities.shape[1]), dim=1)
+        best_rows = torch.cat([best_rows, columns.expand(m, -1)], dim=1).gather(1, order)
+    return best, best_rows
 
 
 class _Groups:
-    """Union of rows that are duplicates of each other."""
+    """Groups of rows that are duplicates of each other (union-find)."""
 
     def __init__(self, count: int) -> None:
-        self._above = np.arange(count)
+        self._parent = np.arange(count)
 
     def _root(self, row: int) -> int:
-        while (above := int(self._above[row])) != row:
-            self._above[row] = self._above[above]
-            row = above
+        while (parent := int(self._parent[row])) != row:
+            self._parent[row] = self._parent[parent]
+            row = parent
         return row
 
     def join_pairs(self, a: np.ndarray, b: np.ndarray) -> None:
-        """a, b: (pairs). However many they are, at most as many joins as there are rows among them."""
-        rows, at = np.unique(np.concatenate([a, b]), return_inverse=True)
-        edges = coo_array((np.ones(len(a)), (at[: len(a)], at[len(a) :])), shape=(len(rows), len(rows)))
-        _, component = connected_components(edges, directed=False)
-        first = np.full(len(rows), -1)
-        for row, own in zip(rows.tolist(), component.tolist(), strict=True):
-            if first[own] < 0:
-                first[own] = row
-            low, high = sorted((self._root(row), self._root(int(first[own]))))
-            self._above[high] = low
+        """Join rows a[i] and b[i]; a, b: (pairs,). Components are found first, so each row is joined at most once."""
+        rows, inverse = np.unique(np.concatenate([a, b]), return_inverse=True)
+        edges = coo_array((np.ones(len(a)), (inverse[: len(a)], inverse[len(a) :])), shape=(len(rows), len(rows)))
+        _, components = connected_components(edges, directed=False)
+        first = np.full(len(rows), -1)  # the first row of each component
+        for row, component in zip(rows.tolist(), components.tolist(), strict=True):
+            if first[component] < 0:
+                first[component] = row
+            low, high = sorted((self._root(row), self._root(int(first[component]))))
+            self._parent[high] = low
 
     def numbers(self) -> np.ndarray:
-        """int64 (M): a number of its group for each row, by first member; -1 for what is alone."""
-        roots = np.array([self._root(row) for row in range(len(self._above))], dtype=np.int64)
+        """int64 (M): the number of each row's group, in the order of their first rows; -1 for a row in no group."""
+        roots = np.array([self._root(row) for row in range(len(self._parent))], dtype=np.int64)
         shared = np.bincount(roots, minlength=len(roots))[roots] > 1 if len(roots) else np.zeros(0, dtype=bool)
         number = np.full(len(roots), -1, dtype=np.int64)
         number[shared] = np.unique(roots[shared], return_inverse=True)[1]
@@ -153,20 +157,19 @@ class _Groups:
 
 
 def _kept(group: np.ndarray, index: Index) -> np.ndarray:
-    """bool (M): of each group the largest file, the first of equals."""
+    """bool (M): rows in no group, and the largest file of each group, the first of equals."""
     sizes = index.sizes()
     keep = group < 0
-    best: dict[int, int] = {}
+    largest: dict[int, int] = {}
     for row in np.flatnonzero(group >= 0).tolist():
-        held = best.setdefault(int(group[row]), row)
-        if sizes[row] > sizes[held]:
-            best[int(group[row])] = row
-    keep[list(best.values())] = True
+        if sizes[row] > sizes[largest.setdefault(int(group[row]), row)]:
+            largest[int(group[row])] = row
+    keep[list(largest.values())] = True
     return keep
 
 
 def write_table(path: Path, index: Index, found: Curated) -> None:
-    """CSV: path, keep, group, nearest, similarity, outlier; a row an image, in the file's order."""
+    """Write a CSV file with columns path, keep, group, nearest, similarity, outlier; one row for each image."""
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "keep", "group", "nearest", "similarity", "outlier"])
@@ -190,7 +193,7 @@ def write_table(path: Path, index: Index, found: Curated) -> None:
 
 
 def summary(index: Index, found: Curated, outliers: int) -> str:
-    """For the terminal."""
+    """The result as text for the terminal."""
     groups, count = found.groups, len(index)
     spare = int((~found.keep).sum())
     lines = [f"{count} images: {len(groups)} groups of near duplicates, {spare} images could go"]

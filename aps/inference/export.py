@@ -1,11 +1,11 @@
-"""Weights that travel: to timm, to ONNX, to a folder for the Hub, to ViTDet; each with a model card.
+"""Exports weights to timm, to ONNX, to a folder for the Hub, and to ViTDet, each with a model card.
 
-Every export returns the Python that loads it, transform and class names included; it needs nothing of this project, runs
-as it is printed (tests/inference/test_export.py) and gives what this project gives.
+Every export returns the Python that loads it, with transform and class names. That Python needs nothing of this project,
+runs as printed (tests/inference/test_export.py), and computes the same as this project.
 
-Design: a plain timm name cannot ask for LayerNorm's eps, which is 1e-5 here and 1e-6 in most of timm. A folder for the
-Hub therefore names the family whose eps is 1e-5 (timm's CLIP towers) with its extra norm switched off; the Python of a
-single file gives the norm itself.
+Design: the name of a timm model cannot set LayerNorm's eps, which is 1e-5 here and 1e-6 in most of timm. So a folder for
+the Hub names the family whose eps is 1e-5 (timm's CLIP towers), with its extra norm switched off; the Python for a single
+file passes the norm as an argument.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def export(model: Loaded, to: str, out: Path, licence: str | None = None) -> str
 
     Args:
         out: a file, or a folder for `hub-folder`.
-        licence: of the weights, for the card, as the Hub names it (`apache-2.0`, `cc-by-nc-4.0`, ...).
+        licence: the weights' licence for the card, by the Hub's name (`apache-2.0`, `cc-by-nc-4.0`, ...).
 
     Raises:
-        UserError: the network has no such form, a package for it is missing, or `out` can't be written.
+        UserError: the network can't be exported in this form, a package is missing, or `out` can't be written.
     """
     if to not in TARGETS:
         raise UserError(f"--to {to}: choose {', '.join(TARGETS)}")
@@ -77,7 +77,7 @@ def _export_timm(model: Model, out: Path) -> str:
 
 
 def _export_hub(model: Model, out: Path) -> str:
-    """timm's own layout: config.json and model.safetensors."""
+    """timm's layout: config.json and model.safetensors."""
     if out.is_file():
         raise UserError(f"--out {out} is a file; name a folder")
     settings, classes = model.source.settings, len(model.classes)
@@ -91,7 +91,7 @@ def _export_hub(model: Model, out: Path) -> str:
     elif settings.layer_norm_eps in EPS_FAMILIES:
         architecture, extra = EPS_FAMILIES[settings.layer_norm_eps]
         arguments = timm_arguments(settings, classes) | extra
-        del arguments["num_classes"]  # said once, below
+        del arguments["num_classes"]  # the key stands below
     else:
         known = " or ".join(f"{eps:g}" for eps in EPS_FAMILIES)
         raise UserError(
@@ -122,7 +122,7 @@ def _state(model: Model) -> dict[str, Tensor]:
 
 
 def _metadata(model: Model) -> dict[str, str]:
-    """So that `aps.load` takes the export back, where the network is one of ours."""
+    """Metadata from which `aps.load` can load the export, if the network is one of this project."""
     settings = model.source.settings
     if settings is None:
         return {"format": "pt"}
@@ -181,14 +181,14 @@ def _export_onnx(model: Model, out: Path) -> str:
 
 
 def _export_vitdet(model: Model, out: Path) -> str:
-    """A checkpoint that detectron2 reads, with the names its ViTDet gives the backbone."""
+    """A checkpoint for detectron2, with the backbone's names in its ViTDet."""
     if out.suffix not in (".pth", ".pt"):
         raise UserError(f"--out {out}: detectron2 reads .pth files; name one")
     settings = model.source.settings
     if settings is None or not isinstance(model.network, Encoder):
         raise UserError(f"{model.source.address} is no encoder of this project; only those go to ViTDet")
-    found = backbone_tensors(model.network)
-    state = {f"backbone.net.{name}": x.detach().cpu().clone() for name, x in found.tensors.items()}
+    backbone = backbone_tensors(model.network)
+    state = {f"backbone.net.{name}": x.detach().cpu().clone() for name, x in backbone.tensors.items()}
     with atomic_path(out) as temporary:
         torch.save({"model": state, "__author__": "aps", "matching_heuristics": False}, temporary)
     dim, depth, heads = dimensions(settings)
@@ -223,7 +223,7 @@ def _export_vitdet(model: Model, out: Path) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# What is printed
+# The Python that is printed
 
 
 def _script(model: Model, imports: list[str], creation: list[str], partial_: bool = False) -> str:
@@ -250,13 +250,14 @@ def _script(model: Model, imports: list[str], creation: list[str], partial_: boo
     return "\n".join(lines)
 
 
-def _imports(own: list[str]) -> list[str]:
-    third = ["from PIL import Image, ImageOps", "from torchvision.transforms import v2"]
-    return [*sorted([*own, "import torch"]), *third]
+def _imports(lines: list[str]) -> list[str]:
+    """Import statements: `lines`, and those that every script needs."""
+    from_imports = ["from PIL import Image, ImageOps", "from torchvision.transforms import v2"]
+    return [*sorted([*lines, "import torch"]), *from_imports]
 
 
 def _pre(model: Model) -> list[str]:
-    """Transform and class names."""
+    """Lines that define the transform and the class names."""
     return [*model.preprocessing.code().split("\n"), *_classes(model), "", ""]
 
 

@@ -1,14 +1,14 @@
-"""Features of any number of images in one Parquet file: path, embedding, and a place on a plane.
+"""Writes the features of any number of images into one Parquet file: path, embedding, and a point on a plane.
 
-Design: memory does not grow with the number of images. Parts of a thousand rows are written as they are computed, each
-whole or not at all, so a killed run goes on behind the last one; at the end an incremental PCA reads the parts, gives
-every row its place, and the file appears whole. Run again, it computes what is new or changed and takes the rest from the
-file that is there. An unreadable image costs a line in a list, never the run.
+Design: memory does not grow with the number of images. Parts of a thousand rows are written atomically as they are
+computed, so a killed run continues after the last part. At the end an incremental PCA reads the parts and gives every row
+its point, and the file is written atomically. A second run computes new or changed images, and takes the other rows from
+the existing file. An unreadable image is listed, and does not end the run.
 
 Columns: `path` (text), `embedding` (D float32), `xy` (2 float32: the first two principal components), `label` (text or
-null), `bytes` and `modified` (of the file, null where there is none). The file's metadata say which weights made it.
+null), `bytes` and `modified` (of the image file; null where there is none). The file's metadata name the weights.
 
-It does not know what features are for (`neighbours`, `curate`).
+It does not know the uses of features (`neighbours`, `curate`).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from aps.inference.images import ImageLike, walk
 from aps.inference.model import BATCH, Model
 from aps.progress import Progress
 
-PART = 1024  # rows computed between two writings
-KEY = b"aps"  # of the file's metadata
+PART = 1024  # rows of a part
+KEY = b"aps"  # key of our metadata in the file
 SHOWN = 3  # unreadable images named on the terminal
 
 
@@ -57,13 +57,13 @@ class Item(NamedTuple):
         return self.path, self.bytes, self.modified
 
 
-def files(places: Iterable[str | Path]) -> Iterator[Item]:
+def files(paths: Iterable[str | Path]) -> Iterator[Item]:
     """Items of image files and of folders of them; see `aps.inference.images.walk`."""
-    for path in walk(places):
+    for path in walk(paths):
         name = os.fsencode(path).decode("utf-8", errors="backslashreplace")  # Parquet's text is UTF-8
         try:
             status = path.stat()
-        except OSError:  # a link that leads nowhere: reading says so
+        except OSError:  # a broken link; reading it will give the error
             yield Item(name, path)
             continue
         yield Item(name, path, None, status.st_size, status.st_mtime_ns)
@@ -71,7 +71,7 @@ def files(places: Iterable[str | Path]) -> Iterator[Item]:
 
 @dataclass(frozen=True)
 class Written:
-    """What became of the images."""
+    """Numbers of images by what was done with them."""
 
     images: int  # rows of the file
     computed: int
@@ -91,13 +91,13 @@ def write_features(
     """Embed `items` into `out`.
 
     Args:
-        items: in an order that is the same at every call, such as that of `files`.
-        total: how many they are, for the progress alone.
-        stop: asked after each batch; where it says yes, what is computed is kept and the run ends.
+        items: the images, in an order that is the same at every call, such as that of `files`.
+        total: the number of items, for the progress bar.
+        stop: called after each batch; if it returns true, the run ends, and computed rows are kept.
 
     Raises:
         UserError: no image is readable, `out` can't be written, or another process is writing it.
-        Preempted: asked to stop; the same call goes on from there.
+        Preempted: the run was asked to stop; the same call continues it.
     """
     parts = out.with_name(f"{out.name}.parts")
     made_by = {"weights": model.digest, "transform": asdict(model.preprocessing)}
@@ -107,7 +107,7 @@ def write_features(
                 file.unlink()
             write_json(parts / "state.json", made_by)
         run = _Run(model, out, parts, total, batch_size, stop, label)
-        old = _rows(out) if out.exists() and _of(out, made_by) else None
+        old = _rows(out) if out.exists() and _made_by(out, made_by) else None
         stream = run.skip_finished(iter(items))
         run.embed(stream, _Known(old))
         written = run.assemble({**made_by, "source": model.source.address, "dim": model.dim})
@@ -116,7 +116,7 @@ def write_features(
 
 
 class _Run:
-    """One writing of one file."""
+    """One run that writes a file."""
 
     def __init__(
         self, model: Model, out: Path, parts: Path, total: int, batch_size: int, stop: Callable[[], bool], label: str
@@ -125,25 +125,26 @@ class _Run:
         self.total, self.batch_size, self.stop, self.label = total, batch_size, stop, label
         self.finished = self.computed = self.known = 0
         self.stopped = False
-        self.rows: list[dict[str, Any]] = []  # of the part that is growing
+        self.rows: list[dict[str, Any]] = []  # rows of the part that is being computed
 
     def skip_finished(self, items: Iterator[Item]) -> Iterator[Item]:
-        """Count the parts whose images are still the first ones; drop the others. Returns the items behind them."""
+        """Keep the finished parts that hold the first images, delete the others, and return the remaining items."""
         for number, file in enumerate(sorted(self.parts.glob("*.parquet"))):
             done = [
                 (row["path"], row["bytes"], row["modified"])
                 for row in pq.read_table(file, columns=["path", "bytes", "modified"]).to_pylist()
             ]
-            own = list(islice(items, len(done)))
-            if [item.identity for item in own] != done or file.name != _part_name(number):
+            expected = list(islice(items, len(done)))
+            if [item.identity for item in expected] != done or file.name != _part_name(number):
                 for stale in sorted(self.parts.glob("*.parquet"))[number:]:
                     stale.unlink()
-                return chain(own, items)
+                return chain(expected, items)
             self.finished += 1
             self.known += len(done)
         return items
 
     def embed(self, items: Iterator[Item], known: _Known) -> None:
+        """Write parts with the features of all items; those that are `known` are not computed again."""
         with Progress(self.label, self.total, "images", self.known) as progress:
             while chunk := list(islice(items, PART)):
                 found = [known.find(item) for item in chunk]
@@ -153,7 +154,7 @@ class _Run:
                     if row is not None:
                         self.known += 1
                         progress.update(1)
-                    elif (row := next(computed, None)) is None:  # asked to stop
+                    elif (row := next(computed, None)) is None:  # the run was asked to stop
                         break
                     else:
                         self.computed += 1
@@ -163,7 +164,9 @@ class _Run:
                     raise Preempted(f"{self.label}: {progress.done} images are done; run it again to go on")
 
     def _compute(self, items: list[Item], progress: Progress) -> Iterator[dict[str, Any]]:
-        """`embedding`, zeros where `error` says why there is none, of each item; ends early where it is to stop."""
+        """`embedding` and `error` of each item: zeros and a message where it is unreadable, else the features and None.
+
+        It ends early if the run is asked to stop."""
         nothing = np.zeros(self.model.dim, dtype=np.float32)  # Parquet's lists of fixed length can't be null
         for batch in self.model.prepared((item.image for item in items), self.batch_size):
             readable = [x for x in batch if not isinstance(x, UserError)]
@@ -187,7 +190,7 @@ class _Run:
             self.rows = []
 
     def assemble(self, metadata: dict[str, Any]) -> Written:
-        """The parts as one file, each row with its place on the plane."""
+        """Write the parts as one file, each row with its point on the plane."""
         pca = _Plane()
         unreadable = images = 0
         problems = self.out.with_name(f"{self.out.name}.unreadable.txt")
@@ -215,7 +218,7 @@ class _Run:
                 readable = table.filter(pa.compute.is_null(table["error"]))
                 if not len(readable):
                     continue
-                xy = pa.FixedSizeListArray.from_arrays(pa.array(pca.places(_vectors(readable)).ravel()), 2)
+                xy = pa.FixedSizeListArray.from_arrays(pa.array(pca.points(_vectors(readable)).ravel()), 2)
                 columns = {name: readable[name] for name in readable.column_names} | {"xy": xy}
                 writer.write_table(pa.table([columns[name] for name in schema.names], schema=schema))
         return Written(images, self.computed, self.known, unreadable)
@@ -226,14 +229,14 @@ class _Run:
 
 
 class _Plane:
-    """The first two principal components of vectors that come a few at a time."""
+    """The first two principal components of vectors that are given in batches."""
 
     def __init__(self) -> None:
         self._pca: IncrementalPCA | None = None
         self._waiting = np.empty((0, 0), dtype=np.float32)
 
     def learn(self, vectors: np.ndarray) -> None:
-        """vectors: (m, D). It learns from two at least: a single one waits for the next."""
+        """Add vectors, (m, D). The PCA needs two at least, so a single vector is kept until the next call."""
         if len(self._waiting):
             vectors = np.concatenate([self._waiting, vectors])
         if len(vectors) < 2:
@@ -243,21 +246,22 @@ class _Plane:
         self._pca = self._pca or IncrementalPCA(min(2, vectors.shape[1]))
         self._pca.partial_fit(vectors)
 
-    def places(self, vectors: np.ndarray) -> np.ndarray:
-        """(m, D) -> float32 (m, 2)."""
-        if self._pca is None:  # of a single image
+    def points(self, vectors: np.ndarray) -> np.ndarray:
+        """vectors: (m, D) -> float32 (m, 2)."""
+        if self._pca is None:  # there was only one image
             return np.zeros((len(vectors), 2), dtype=np.float32)
         return self._pca.transform(vectors).astype(np.float32)
 
 
 class _Known:
-    """Embeddings of the file that is there, found by walking both in the same order."""
+    """Embeddings of the existing file. It has the order of the items, so both are read once, in parallel."""
 
     def __init__(self, rows: Iterator[dict[str, Any]] | None) -> None:
         self._rows = rows or iter(())
         self._next = next(self._rows, None)
 
     def find(self, item: Item) -> dict[str, Any] | None:
+        """The embedding of an unchanged image; None for a new or changed one."""
         key = Path(item.path).parts
         while self._next is not None and Path(self._next["path"]).parts < key:
             self._next = next(self._rows, None)
@@ -308,10 +312,10 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """Which weights made a file of features, how wide they are, how many rows there are.
+    """Our metadata of a file of features: the weights that made it, its width, its number of rows.
 
     Raises:
-        UserError: it is missing, broken or none of ours.
+        UserError: it is missing, broken or not a file of features.
     """
     try:
         stored = pq.read_schema(file).metadata or {}
@@ -322,8 +326,8 @@ def read_metadata(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is no file of features; make one by `aps embed WEIGHTS IMAGES --out FILE`") from None
 
 
-def _of(file: Path, made_by: dict[str, Any]) -> bool:
-    """Whether a file that is there was made by the same weights and transform; False for anything else."""
+def _made_by(file: Path, made_by: dict[str, Any]) -> bool:
+    """Whether an existing file was made by the same weights and transform; False for any other file."""
     try:
         stored = read_metadata(file)
     except UserError:
@@ -337,7 +341,7 @@ def _same(file: Path, made_by: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _claim(parts: Path, out: Path) -> Iterator[None]:
-    """The only process that writes `out`."""
+    """Lock `out` against other processes that write it. Raises UserError where one does."""
     try:
         parts.mkdir(parents=True, exist_ok=True)
         lock = (parts / "lock").open("w")

@@ -1,6 +1,6 @@
-"""Pictures of what an encoder does: neighbours, attention, detections, duplicates and outliers, a map of features.
+"""Draws neighbours, attention, detections, duplicates and outliers, and a map of features.
 
-Everything is drawn from plain data, without a display. It does not know models.
+Pictures are drawn from plain data, without a display. It does not know models.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from aps.files import atomic_path
 from aps.inference.images import ImageLike, read
 
 SIDE = 1.5  # inches of a thumbnail
-PIXELS = 320  # longest side of one, as drawn
+PIXELS = 320  # longest side of a thumbnail, before it is drawn
 DPI = 120
 ALPHA = 0.45  # of a mask's or a heat map's colour
-LETTERS = 22  # of a caption
+LETTERS = 22  # longest caption
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A thumbnail: an image, or None where it is gone, and what stands over it."""
+    """A thumbnail: an image, or None where its file is gone, with a caption above."""
 
     image: ImageLike | None
     caption: str = ""
@@ -41,17 +41,17 @@ class Cell:
 
 
 def grid(path: Path, rows: Sequence[tuple[str, Sequence[Cell]]], title: str = "") -> None:
-    """Writes a PNG: a row of thumbnails under each name, as wide as the longest."""
+    """Write a PNG with rows of thumbnails, (name, thumbnails) each; the longest row determines the width."""
     columns = max(len(cells) for _, cells in rows)
     figure = Figure(figsize=(SIDE * columns, (SIDE + 0.25) * len(rows) + 0.35 * bool(title)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for (name, cells), line in zip(rows, axes, strict=True):
-        for number, spot in enumerate(line):
-            _bare(spot)
+        for number, cell_axes in enumerate(line):
+            _remove_ticks(cell_axes)
             if number >= len(cells):
-                spot.axis("off")
+                cell_axes.axis("off")
                 continue
-            _thumbnail(spot, cells[number])
+            _thumbnail(cell_axes, cells[number])
         if name:
             line[0].set_ylabel(_short(name), fontsize=7)
     if title:
@@ -76,39 +76,39 @@ def _thumbnail(axes: Axes, cell: Cell) -> None:
 
 
 def attention(path: Path, images: Sequence[tuple[str, np.ndarray, Tensor]]) -> None:
-    """Writes a PNG: for each (name, pixels (S, S, 3), maps (heads, G, G)) the image, then a heat map for each head over it.
+    """Write a PNG: for each (name, pixels (S, S, 3), maps (heads, G, G)) the image, then the image with each head's heat map.
 
-    A map's colours run from its least to its greatest attention; the greatest is written above, in shares of all.
+    The colours of a map span its lowest to its highest attention; the highest is written above it, in percent.
     """
     heads = max(len(maps) for _, _, maps in images)
     figure = Figure(figsize=(SIDE * (heads + 1), (SIDE + 0.22) * len(images)), layout="constrained")
     axes = figure.subplots(len(images), heads + 1, squeeze=False)
     for (name, pixels, maps), line in zip(images, axes, strict=True):
-        for spot in line:
-            _bare(spot)
-            spot.axis("off")
+        for cell_axes in line:
+            _remove_ticks(cell_axes)
+            cell_axes.axis("off")
         line[0].imshow(pixels)
         line[0].set_title(_short(name), fontsize=7, pad=2)
-        for head, (spot, weights) in enumerate(zip(line[1:], maps, strict=False)):
-            spot.imshow(pixels.mean(-1), cmap="gray")
+        for head, (cell_axes, weights) in enumerate(zip(line[1:], maps, strict=False)):
+            cell_axes.imshow(pixels.mean(-1), cmap="gray")
             side = pixels.shape[0]
             smooth = functional.resize(weights[None].float(), [side, side]).squeeze(0).clamp(min=0)
-            spot.imshow(smooth.numpy(), cmap="inferno", alpha=0.65)
-            spot.set_title(f"head {head}, max {100 * float(weights.max()):.1f} %", fontsize=7, pad=2)
+            cell_axes.imshow(smooth.numpy(), cmap="inferno", alpha=0.65)
+            cell_axes.set_title(f"head {head}, max {100 * float(weights.max()):.1f} %", fontsize=7, pad=2)
     _save(figure, path)
 
 
 def detections(path: Path, image: ImageLike, found: Any, classes: Sequence[str], title: str = "") -> None:
-    """Writes a PNG: an image with its boxes, masks, labels and scores; `found` is an `aps.inference.model.Detections`."""
+    """Write a PNG of an image with boxes, masks, labels and scores; `found` is an `aps.inference.model.Detections`."""
     pixels = _hwc(read(image))
     H, W = pixels.shape[:2]
     width = 6.0 if W >= H else 6.0 * W / H
     figure = Figure(figsize=(max(2.5, width), max(2.5, width * H / W) + 0.3), layout="constrained")
     axes = figure.subplots()
-    _bare(axes)
+    _remove_ticks(axes)
     palette = matplotlib.colormaps["tab10" if len(classes) <= 10 else "hsv"].resampled(max(10, len(classes)))
     shown = pixels.astype(float) / 255 if pixels.dtype == np.uint8 else pixels.astype(float)
-    order = list(range(len(found)))[::-1]  # the best on top
+    order = list(range(len(found)))[::-1]  # the best is drawn last, on top
     for i in order if found.masks is not None else ():
         mask = found.masks[i].numpy()
         shown[mask] = (1 - ALPHA) * shown[mask] + ALPHA * np.array(palette(classes.index(found.labels[i]))[:3])
@@ -120,28 +120,25 @@ def detections(path: Path, image: ImageLike, found: Any, classes: Sequence[str],
             Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor=colour, lw=1.5)
         )
         text = f"{found.labels[i]} {float(found.scores[i]):.2f}"
-        place: dict[str, Any] = (
-            {"va": "bottom"} if top > 0.08 * H else {"va": "top"}
-        )  # inside, where there is no room above
-        axes.text(
-            left - 0.5, top - 0.5, text, color="white", fontsize=9, bbox={"color": colour, "pad": 0.8, "lw": 0}, **place
-        )  # fmt: skip
+        align: Any = "bottom" if top > 0.08 * H else "top"  # inside the box, where there is no space above it
+        style = {"color": colour, "pad": 0.8, "lw": 0}
+        axes.text(left - 0.5, top - 0.5, text, color="white", fontsize=9, bbox=style, va=align)
     axes.set_title(title or f"{len(found)} found", fontsize=9)
     _save(figure, path)
 
 
 def feature_map(path: Path, xy: np.ndarray, labels: Sequence[str | None], title: str) -> None:
-    """Writes a PNG: every image a dot at its place on the plane, (M, 2), in the colour of its label."""
+    """Write a PNG with a dot for every image at its point xy, (M, 2), in the colour of its label."""
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
     names = sorted({label for label in labels if label is not None})
     colours = matplotlib.colormaps["tab10" if len(names) <= 10 else "hsv"].resampled(max(10, len(names)))
     size = float(np.clip(4000 / max(1, len(xy)), 2, 25))
-    own = np.array([label or "" for label in labels])
+    label_of_row = np.array([label or "" for label in labels])
     if not names:
         axes.scatter(xy[:, 0], xy[:, 1], s=size, alpha=0.7, linewidths=0)
     for number, name in enumerate(names):
-        rows = own == name
+        rows = label_of_row == name
         axes.scatter(
             xy[rows, 0], xy[rows, 1], s=size, alpha=0.7, linewidths=0, color=colours(number), label=_short(name)
         )
@@ -159,7 +156,7 @@ def feature_map(path: Path, xy: np.ndarray, labels: Sequence[str | None], title:
 
 
 def small(image: ImageLike) -> np.ndarray:
-    """(H, W, 3), no longer than PIXELS."""
+    """The image as (H, W, 3), reduced so that no side exceeds PIXELS."""
     x = read_image(Path(image), at_least=PIXELS) if isinstance(image, str | os.PathLike) else read(image)
     longest = max(x.shape[1:])
     if longest > PIXELS:
@@ -173,12 +170,12 @@ def _hwc(x: Tensor) -> np.ndarray:
 
 
 def _short(text: str) -> str:
-    """The end of a long name, which tells files of a folder apart; dollars would start a formula."""
+    """A long name's end, which distinguishes files of a folder; dollar signs are escaped, because they start a formula."""
     text = text if len(text) <= LETTERS else f"…{text[1 - LETTERS :]}"
     return text.replace("$", r"\$")
 
 
-def _bare(axes: Axes) -> None:
+def _remove_ticks(axes: Axes) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
 

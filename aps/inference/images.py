@@ -1,8 +1,8 @@
-"""Images of any kind in, pixels as a model sees them out.
+"""Turns images of any kind into the pixels that a model reads.
 
-Design: a file, the same image opened by Pillow and the same pixels as an array give the same tensor, and a photograph
-goes through the very operations by which the model's accuracy was measured (`aps.training.features`). Decoding runs in
-threads a few batches ahead, so any number of images needs the memory of a few batches.
+Design: a file, the same image opened by Pillow, and the same pixels as an array give the same tensor. An image passes the
+same operations as in the evaluation of the model's accuracy (`aps.training.features`). Threads decode a few batches ahead,
+so any number of images needs the memory of a few batches.
 
 Letters: H, W rows and columns of an image, S side of the model's view.
 """
@@ -35,20 +35,20 @@ ImageLike: TypeAlias = str | os.PathLike | PIL.Image.Image | np.ndarray | Tensor
 Images: TypeAlias = ImageLike | Iterable[ImageLike]
 
 THREADS = min(8, os.cpu_count() or 1)
-AHEAD = 2  # batches decoded while one is computed
-SLACK = 1e-3  # by which resampling may leave [0, 1]
+AHEAD = 2  # batches that are decoded while one is computed
+SLACK = 1e-3  # how far values may lie outside [0, 1], because of resampling
 
 
 def read(image: Any, name: str = "image") -> Tensor:
-    """(3, H, W), uint8, or float32 in [0, 1] where the image is a float one.
+    """The pixels of an image, (3, H, W), uint8, or float32 in [0, 1] where the image has floats.
 
     Args:
         image: a path; a Pillow image; an array or tensor, uint8 or float in [0, 1], (H, W), (H, W, C) or (C, H, W) with
             1, 3 or 4 channels, of which a fourth (alpha) is dropped.
-        name: what to call it in messages.
+        name: what to call it in error messages.
 
     Raises:
-        UserError: anything else, or a file that can't be read.
+        UserError: it is something else, or a file that can't be read.
     """
     if isinstance(image, str | os.PathLike):
         return read_image(Path(image))
@@ -76,7 +76,7 @@ def _in_range(x: Tensor, name: str) -> Tensor:
         return x
     x = x.float()
     low, high = float(x.min()), float(x.max())
-    if not (low >= -SLACK and high <= 1 + SLACK):  # also where one of them is not a number
+    if not (low >= -SLACK and high <= 1 + SLACK):  # true for NaN too
         raise UserError(
             f"{name} has float values from {low:.4g} to {high:.4g}; give uint8, or float in [0, 1] (the model "
             "normalizes by itself)"
@@ -101,13 +101,13 @@ def _three_channels(x: Tensor, channels_last: bool, name: str, layout: str) -> T
 
 @dataclass(frozen=True)
 class Transform:
-    """From an image to what the network reads.
+    """Turns an image into the network's input.
 
     Attributes:
         size: S.
-        mean, std: of a channel, in [0, 1] units.
-        resize: None: the whole image is resized to S x S, as images of datasets in memory are. Else its shorter side is
-            resized to this many pixels and the centre cut out, as images of files are.
+        mean, std: of each channel, in [0, 1] units.
+        resize: None: the whole image is resized to S x S, as for datasets in memory. Else its shorter side is resized to
+            this many pixels, and the centre is cropped, as for datasets of files.
     """
 
     size: int
@@ -118,11 +118,11 @@ class Transform:
 
     @classmethod
     def of_stage(cls, size: int, mean: Iterable[float], std: Iterable[float], crop: str) -> Transform:
-        """crop: `whole` or `centre`."""
+        """The transform of a stage's evaluation; crop: `whole` or `centre`."""
         return cls(size, tuple(mean), tuple(std), None if crop == "whole" else round(size * CENTRE))
 
     def __call__(self, image: ImageLike) -> Tensor:
-        """An image -> (3, S, S) float32, normalized. Raises UserError where it is none."""
+        """An image -> (3, S, S) float32, normalized. Raises UserError where it is not an image."""
         return self.normalize(self.pixels(image))
 
     def pixels(self, image: ImageLike, name: str = "image") -> Tensor:
@@ -141,9 +141,9 @@ class Transform:
         return (x - mean) / std
 
     def timm_config(self) -> dict[str, Any]:
-        """The same in the words of timm's `pretrained_cfg`."""
+        """The transform in the form of timm's `pretrained_cfg`."""
         share = 1.0 if self.resize is None else self.size / self.resize
-        if self.resize is not None and int(self.size / share) != self.resize:  # timm divides and cuts off
+        if self.resize is not None and int(self.size / share) != self.resize:  # timm divides and truncates
             share = math.nextafter(share, 0)
         return {
             "input_size": (3, self.size, self.size),
@@ -180,14 +180,14 @@ def _unit(x: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# Many of them
+# Many images
 
 
 def as_list(images: Images) -> list[ImageLike]:
-    """One image, or some; a batch of arrays or tensors, (B, ...) in four dimensions, as its members.
+    """A list of images, from one image, several images, or a batch as an array or tensor with four dimensions, (B, ...).
 
     Raises:
-        UserError: there are none, or the thing is neither an image nor a list of images.
+        UserError: there are no images, or `images` is neither an image nor a list of images.
     """
     if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
         found: list[ImageLike] = list(images)
@@ -208,7 +208,7 @@ def decoded(
     batch: int,
     threads: int = THREADS,
 ) -> Iterator[list[Tensor | UserError]]:
-    """Batches of `prepare(image, name)`, in order; where it refuses an image, its sentence takes the tensor's place."""
+    """Batches of `prepare(image, name)`, in order; in place of an image that it refuses, its UserError."""
 
     def attempt(image: ImageLike, number: int) -> Tensor | UserError:
         try:
@@ -226,31 +226,31 @@ def decoded(
                 if not waiting:
                     return
                 yield [future.result() for future in waiting.popleft()]
-        finally:  # whoever asked stopped asking
+        finally:  # the caller may have stopped early
             for future in chain.from_iterable(waiting):
                 future.cancel()
 
 
-def walk(places: Iterable[str | os.PathLike]) -> Iterator[Path]:
-    """Image files: those named, and all in the folders named, at any depth, in an order that never changes.
+def walk(paths: Iterable[str | os.PathLike]) -> Iterator[Path]:
+    """Image files: those given, and all images in given folders, at any depth, always in the same order.
 
-    Lazy: a folder of any size costs the memory of one directory a level. Hidden files and folders, and what systems leave among people's files, are left out; a link
-    to a folder is followed unless it leads back up.
+    It is lazy: memory is that of one directory listing per level. Hidden files and folders, and those that operating systems
+    and tools create, are left out. Links to folders are followed, unless they lead to a folder above.
 
     Raises:
-        UserError: a place does not exist, or a folder named holds no image.
+        UserError: a path does not exist, or a given folder holds no image.
     """
-    for place in map(Path, places):
-        if place.is_file():
-            yield place
-        elif place.is_dir():
+    for start in map(Path, paths):
+        if start.is_file():
+            yield start
+        elif start.is_dir():
             count = 0
-            for count, path in enumerate(_inside(place, frozenset()), 1):  # noqa: B007
+            for count, path in enumerate(_inside(start, frozenset()), 1):  # noqa: B007
                 yield path
             if not count:
-                raise UserError(f"{place}: no images in this folder ({', '.join(sorted(SUFFIXES))}); give another")
+                raise UserError(f"{start}: no images in this folder ({', '.join(sorted(SUFFIXES))}); give another")
         else:
-            raise UserError(f"{place} does not exist; give image files or folders of images")
+            raise UserError(f"{start} does not exist; give image files or folders of images")
 
 
 def _inside(folder: Path, above: frozenset[str]) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""`aps.load`: from an address to a network that is ready to use.
+"""`aps.load`: loads a network, ready to use, from an address.
 
 | address                              | what it gives                                              |
 |--------------------------------------|------------------------------------------------------------|
@@ -8,9 +8,9 @@
 | `runs:/ID`, `models:/NAME/VERSION`   | what MLflow holds, or the folder its run wrote             |
 | `timm:NAME`                          | timm's public weights                                      |
 
-Design: a probe's head is the one whose learning rate was picked, folded with its BatchNorm into one linear layer; its
-encoder is found from the path that the stage noted, wherever the results have been moved to, and only taken when it is
-the very one. Weights are never loaded in part.
+Design: of a linear probe, the head of the chosen learning rate is folded with its BatchNorm into one linear layer. The
+probe's encoder is searched from the path in its metrics, also where the results were moved, and its checksum must be the
+recorded one. Weights are loaded completely or not at all.
 """
 
 from __future__ import annotations
@@ -44,35 +44,35 @@ from aps.settings.study import StageSettings
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = ("model.safetensors", "encoder.safetensors")  # of a folder, the first that is there
+WEIGHTS = ("model.safetensors", "encoder.safetensors")  # files of a folder, of which the first existing one is loaded
 PROBE = "linear_probe"
 
 
 def load(address: str | os.PathLike, device: str | torch.device | None = None) -> Loaded:
-    """A network from wherever its weights are.
+    """Load a network from an address.
 
     Args:
-        address: see the table of this module.
+        address: see the table in the docstring of this module.
         device: default: the GPU where there is one, else the CPU; `APS_DEVICE` overrides that.
 
     Returns:
         A `Model`, or a `Detector` for the detection stage.
 
     Raises:
-        UserError: nothing is there, it is not whole, or it holds no weights that can be used alone.
+        UserError: the address does not exist, its files are not complete, or it holds no weights that can be used alone.
     """
     where = str(address)
-    own = _device(device)
+    chosen = _chosen_device(device)
     if where.startswith("timm:"):
-        return _timm(where, own)
+        return _timm(where, chosen)
     if where.startswith(("runs:/", "models:/")):
         from aps.inference.serving import weights_of
 
-        return _local(weights_of(where), where, own)
-    return _local(Path(where).expanduser(), where, own)
+        return _local(weights_of(where), where, chosen)
+    return _local(Path(where).expanduser(), where, chosen)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def _chosen_device(device: str | torch.device | None) -> torch.device:
     chosen = device or os.environ.get("APS_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=chosen)
@@ -115,7 +115,7 @@ def _local(path: Path, address: str, device: torch.device) -> Loaded:
 
 
 def _check_whole(file: Path, metrics: dict[str, Any]) -> None:
-    """Raises UserError where a stage's file is no longer the one that the stage wrote."""
+    """Raises UserError where the file differs from the one that the stage wrote."""
     described = metrics.get("files", {}).get(file.name)
     if described is not None and file.is_file() and sha256(file) != described["sha256"]:
         raise UserError(
@@ -127,7 +127,7 @@ def _weights_in(folder: Path, address: str) -> Path:
     if found := next((folder / name for name in WEIGHTS if (folder / name).is_file()), None):
         return found
     below = sorted({file.parent for name in (*WEIGHTS, "heads.safetensors") for file in folder.glob(f"**/{name}")})
-    below = [place for place in below if place.name != "finished"]  # of a saved run
+    below = [folder for folder in below if folder.name != "finished"]  # the folder of a saved run
     if below:
         more = f" (and {len(below) - 1} more)" if len(below) > 1 else ""
         raise UserError(f"{address} is no stage's folder; give one inside it, such as {below[0]}{more}")
@@ -149,7 +149,7 @@ def _network(
 
 
 def _class_names(stored: Any, count: int, address: str) -> tuple[str, ...]:
-    if not isinstance(stored, list):  # an import of the release knows their number alone
+    if not isinstance(stored, list):  # an import of the authors' release stores only their number
         return tuple(str(i) for i in range(count))
     if len(stored) != count:
         raise UserError(f"{address}: its head has {count} classes and it names {len(stored)}; make the file again")
@@ -168,7 +168,7 @@ def _transform(settings: EncoderSettings, info: dict[str, Any], address: str) ->
 
 
 def _provenance(info: dict[str, Any], metrics: dict[str, Any], file: Path) -> dict[str, Any]:
-    """What is known about the making of the weights, plain data without holes."""
+    """What is known about how the weights were made, as plain data without None."""
     found: dict[str, Any] = {key: info.get(key) for key in ("experiment", "stage", "origin")}
     found["settings_digest"] = info.get("digest")
     keys = ("experiment", "stage", "seed", "dataset", "settings_digest", "encoder", "metrics", "headline", "settings",
@@ -179,11 +179,11 @@ def _provenance(info: dict[str, Any], metrics: dict[str, Any], file: Path) -> di
 
 
 # --------------------------------------------------------------------------------------------------
-# Stages that leave no network of their own
+# Stages that write no complete network
 
 
 def _probe(folder: Path, metrics: dict[str, Any], address: str, device: torch.device) -> Model:
-    """The encoder with the picked head, its BatchNorm folded in."""
+    """The encoder with the chosen head, into which BatchNorm is folded."""
     _check_whole(folder / "heads.safetensors", metrics)
     heads, metadata = read_tensors(folder / "heads.safetensors")
     info = json.loads(metadata.get(INFO_KEY, "{}"))
@@ -202,7 +202,7 @@ def _probe(folder: Path, metrics: dict[str, Any], address: str, device: torch.de
 def fold(heads: dict[str, Tensor], pick: int) -> tuple[Tensor, Tensor]:
     """Head `pick` of a probe's `Heads` as one linear layer: weight (C, D), bias (C).
 
-    BatchNorm without affine is x -> (x - mean) / sqrt(var + eps), in evaluation a linear map like the head after it.
+    BatchNorm without affine is x -> (x - mean) / sqrt(var + eps), which in evaluation is a linear map, like the head.
     """
     weight, bias = heads[f"heads.{pick}.weight"].double(), heads[f"heads.{pick}.bias"].double()
     if "norm.running_mean" in heads:
@@ -212,7 +212,7 @@ def fold(heads: dict[str, Tensor], pick: int) -> tuple[Tensor, Tensor]:
 
 
 def _evaluated(folder: Path, metrics: dict[str, Any], address: str, device: torch.device) -> Model:
-    """The encoder that a stage without weights of its own (kNN, embed) was about."""
+    """The encoder that a stage without weights (kNN, embed) evaluated."""
     network, settings = _encoder_of(folder, metrics, address)
     file = find_encoder(folder, metrics)
     source = Source(address, metrics["stage"], settings, _provenance({}, metrics, file or folder), folder)
@@ -223,7 +223,7 @@ def _encoder_of(folder: Path, metrics: dict[str, Any], address: str) -> tuple[En
     """The encoder that a stage started from, and its settings.
 
     Raises:
-        UserError: it is not to be found, or it has been trained anew since.
+        UserError: it can't be found, or it has been trained again since.
     """
     settings = StageSettings.from_json(json.dumps(metrics["settings"]))
     spec: Any = metrics["encoder"]["source"]
@@ -234,7 +234,7 @@ def _encoder_of(folder: Path, metrics: dict[str, Any], address: str) -> tuple[En
                 f"{address}: its encoder {metrics['encoder']['source']} is not there, or another training has replaced it; "
                 "put it back, or run the stage again"
             )
-    torch.manual_seed(settings.seed)  # of random weights, as the stage does it
+    torch.manual_seed(settings.seed)  # for random weights, as in the stage
     return load_encoder(spec, settings.encoder), settings.encoder
 
 
@@ -244,7 +244,7 @@ def _encoder_of(folder: Path, metrics: dict[str, Any], address: str) -> tuple[En
 
 @dataclass(frozen=True)
 class _Names:
-    """The part of a `CocoSplit` that building a detector needs; no image and no annotation is ever read from it."""
+    """The attributes of a `CocoSplit` that building a detector needs; no image or annotation is read."""
 
     classes: tuple[str, ...]
     masks: bool

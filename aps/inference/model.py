@@ -1,13 +1,13 @@
-"""What `aps.load` returns: a network that knows its images, its classes and where it came from.
+"""What `aps.load` returns: a network with its transform, its class names and its provenance.
 
-Two kinds: a `Model`, a Vision Transformer with or without a classifier, and a `Detector`. Either has every verb; the one
-that a network is not made for says in a sentence what is.
+There are two kinds: a `Model`, a Vision Transformer with or without a classifier, and a `Detector`. Both have every method;
+one that a network does not support raises an error that says what to load instead.
 
-Design: a linear probe is a classifier like a finetuned model, because in evaluation its BatchNorm and its head are one
-linear layer (`aps.inference.load` folds them); hence every verb and every export works on it. Any other timm network, a
-convolutional one too, embeds and predicts as well.
+Design: a linear probe is a classifier like a finetuned model, because in evaluation its BatchNorm and head are one linear
+layer (`aps.inference.load` folds them), so every method and export works on it. Any other timm network, also a
+convolutional one, can embed and predict too.
 
-It does not know where weights lie (`aps.inference.load`), nor files of features, pictures or exports.
+It does not know where weights are stored (`aps.inference.load`), nor files of features, pictures or exports.
 
 Letters: M images, S image side, D width, C classes, G cells along a side, K detections of an image.
 """
@@ -39,9 +39,9 @@ T = TypeVar("T")
 
 BATCH = 64
 DETECTED_AT_ONCE = 4
-THRESHOLD = 0.5  # score from which a detection is one
+THRESHOLD = 0.5  # score from which a detection counts
 _ENCODER = "a pretrained, finetuned or probed encoder"
-# A method -> what it is in words, and what to load for it.
+# Method -> what it does, and what to load for it; for error messages.
 VERBS = {
     "embed": ("embed images", _ENCODER),
     "predict": ("predict classes", "the folder of a finetune or linear_probe stage"),
@@ -55,21 +55,21 @@ VERBS = {
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier says of M images."""
+    """A classifier's predictions for M images."""
 
     probabilities: Tensor  # float32 (M, C), columns in the order of the model's `classes`
-    names: tuple[str, ...]  # (C), of the columns
+    names: tuple[str, ...]  # (C,), names of the columns
 
     def __len__(self) -> int:
         return len(self.probabilities)
 
     @property
     def classes(self) -> list[str]:
-        """(M), the likeliest class of each image."""
+        """The likeliest class of each image, (M,)."""
         return [self.names[i] for i in self.probabilities.argmax(1).tolist()]
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
-        """The k likeliest classes of each image with their probabilities, likeliest first."""
+        """The k likeliest classes of each image with their probabilities, the likeliest first."""
         values, columns = self.probabilities.topk(min(k, len(self.names)))
         return [
             [(self.names[c], p) for c, p in zip(cs, ps, strict=True)]
@@ -79,18 +79,18 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector sees in one image, best first."""
+    """Detections in one image, best first."""
 
     boxes: Tensor  # float32 (K, 4): left, top, right, bottom in pixels of the image
-    scores: Tensor  # float32 (K)
-    labels: list[str]  # (K), names of classes
-    masks: Tensor | None  # bool (K, H, W); None where the detector learned from boxes alone
+    scores: Tensor  # float32 (K,)
+    labels: list[str]  # (K,), names of classes
+    masks: Tensor | None  # bool (K, H, W); None where the detector was trained on boxes alone
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def run_lengths(self) -> list[dict[str, Any]]:
-        """The masks in COCO's compressed form, plain data; none where there are none."""
+        """The masks in COCO's compressed form, as plain data; an empty list where there are none."""
         if self.masks is None:
             return []
         codes = rle.encode(np.asfortranarray(self.masks.permute(1, 2, 0).numpy().astype(np.uint8)))
@@ -99,14 +99,14 @@ class Detections:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a network came from.
+    """Where a network comes from.
 
     Attributes:
-        address: as it was given to `aps.load`.
-        stage: of ours that made it; None: another software.
-        settings: of the encoder, where it is one of ours.
+        address: as given to `aps.load`.
+        stage: the stage that made it; None: other software.
+        settings: of the encoder, if it is one of this project.
         provenance: plain data for people and model cards: experiment, seed, dataset, commit, scores ...
-        folder: of the stage's results, where there is one.
+        folder: of the stage's results, if there is one.
     """
 
     address: str
@@ -117,12 +117,12 @@ class Source:
 
 
 class Loaded:
-    """What both kinds share.
+    """The base class of `Model` and `Detector`.
 
     Attributes:
         network: the module, in evaluation mode, on the device.
-        classes: names, () where it has no classifier.
-        source: where it came from.
+        classes: names of classes; () where it has no classifier.
+        source: where it comes from.
     """
 
     def __init__(self, network: Any, classes: Iterable[str], source: Source, device: torch.device) -> None:
@@ -137,7 +137,7 @@ class Loaded:
 
     @cached_property
     def digest(self) -> str:
-        """Of the weights: sha256 over names and values, the same wherever the file lies."""
+        """sha256 over names and values of the weights; it does not depend on the file."""
         state = self.network.state_dict()
         return content_digest(
             list(state),
@@ -146,11 +146,11 @@ class Loaded:
 
     @property
     def verbs(self) -> frozenset[str]:
-        """What it can do, of VERBS."""
+        """The methods that it supports, of VERBS."""
         return frozenset()
 
     def check(self, verb: str) -> None:
-        """Raises UserError where it can't `verb`; the sentence says what to load instead."""
+        """Raises UserError where it does not support `verb`; the message says what to load instead."""
         if verb in self.verbs:
             return
         doing, instead = VERBS[verb]
@@ -201,10 +201,10 @@ class Loaded:
         progress: bool | None,
         verb: str,
     ) -> Iterator[T]:
-        """`compute` of each batch of prepared images, with a bar.
+        """`compute` of each batch of prepared images, with a progress bar.
 
         Raises:
-            UserError: one of them is no image.
+            UserError: one of `images` is not an image.
         """
         shown = len(images) > batch_size if progress is None else progress
         label = f"{verb} by {self.source.stage or self.source.address}"
@@ -245,64 +245,66 @@ class Model(Loaded):
         return int(getattr(self.network, "head_hidden_size", None) or self.network.num_features)
 
     def transform(self, image: ImageLike) -> Tensor:
-        """An image -> (3, S, S) float32, resized and normalized as the network expects. `preprocessing` says how."""
+        """An image -> (3, S, S) float32, resized and normalized for the network by `preprocessing`."""
         return self.preprocessing(image)
 
     def embed(self, images: Images, batch_size: int = BATCH, progress: bool | None = None) -> Tensor:
-        """The feature of each image: the class token after the last norm, or what the network pools.
+        """The feature of each image: the class token after the last norm, or the network's pooled features.
 
         Args:
-            images: one image or any number: paths, Pillow images, arrays or tensors, mixed; see `aps.inference.images.read`.
-            progress: whether to show a bar; None: where there is more than one batch.
+            images: one or more paths, Pillow images, arrays or tensors, of mixed kinds; see `aps.inference.images.read`.
+            progress: whether to show a progress bar; None: if there is more than one batch.
 
         Returns:
             float32 (M, D), on the CPU.
 
         Raises:
-            UserError: one of them is no image.
+            UserError: one of `images` is not an image.
         """
         return torch.cat(list(self._computed(images, self.features_of, batch_size, progress, "embed")))
 
     def predict(self, images: Images, batch_size: int = BATCH, progress: bool | None = None) -> Predictions:
-        """Classes and probabilities. Arguments as of `embed`.
+        """Classes and probabilities. Arguments are as in `embed`.
 
         Raises:
-            UserError: the network has no classifier, or one of them is no image.
+            UserError: the network has no classifier, or one of `images` is not an image.
         """
         self.check("predict")
-        found = torch.cat(list(self._computed(images, self.probabilities_of, batch_size, progress, "predict")))
-        return Predictions(found, self.classes)
+        probabilities = torch.cat(list(self._computed(images, self.probabilities_of, batch_size, progress, "predict")))
+        return Predictions(probabilities, self.classes)
 
     def attention(
         self, images: Images, block: int = -1, batch_size: int = BATCH, progress: bool | None = None
     ) -> Tensor:
-        """What the class token attends to, in each head of a block.
+        """Attention of the class token to the patches, in each head of a block.
 
         Args:
-            block: from 0, or from the end; the last by default.
+            block: from 0, or negative from the end; the last by default.
 
         Returns:
-            float32 (M, heads, G, G): attention to each patch. What is missing to a sum of 1 is that to the class token.
+            float32 (M, heads, G, G): attention to each patch. The remainder to a sum of 1 is attention to the class token.
 
         Raises:
-            UserError: the network has no class token or no such block, or one of `images` is no image.
+            UserError: the network has no class token or no such block, or one of `images` is not an image.
         """
         self._attention_layer(block)
-        found = self._computed(
+        maps = self._computed(
             images, lambda pixels: self.attention_of(pixels, block), batch_size, progress, "attention"
         )
-        return torch.cat(list(found))
+        return torch.cat(list(maps))
 
     def to_timm(self) -> nn.Module:
-        """A plain timm model on the CPU with these weights, whatever this object does afterwards."""
+        """A plain timm model on the CPU with a copy of these weights."""
         settings = self.source.settings
         if settings is None:
             return copy.deepcopy(self.network).cpu()
         return timm_twin(self.network.state_dict(), settings, len(self.classes))
 
     def to_onnx(self, path: str | Path) -> Path:
-        """Write an ONNX file: input `images`, (B, 3, S, S) as `transform` makes them, for any B; outputs
-        `probabilities` (B, C), where there is a classifier, and `features` (B, D).
+        """Write an ONNX file.
+
+        Its input is `images`, (B, 3, S, S) as made by `transform`, for any B. Its outputs are `probabilities` (B, C), if
+        there is a classifier, and `features` (B, D).
 
         Raises:
             UserError: the packages for it are not installed, or the file can't be written.
@@ -318,19 +320,19 @@ class Model(Loaded):
     # ----------------------------------------------------------------------------------------------
 
     def prepared(self, images: Iterable[ImageLike], batch_size: int) -> Iterator[list[Tensor | UserError]]:
-        """Batches of (3, S, S) in [0, 1]; a refused image's sentence in its place. For callers that go on after one."""
+        """Batches of (3, S, S) in [0, 1], with a UserError in place of an unreadable image."""
         return decoded(images, self.preprocessing.pixels, batch_size)
 
     def features_of(self, pixels: list[Tensor]) -> Tensor:
-        """Of (3, S, S) in [0, 1] each -> float32 (B, D), on the CPU."""
+        """Features of B images, (3, S, S) in [0, 1] each -> float32 (B, D), on the CPU."""
         return self._run(pixels, lambda x: features(self.network, x))
 
     def probabilities_of(self, pixels: list[Tensor]) -> Tensor:
-        """Of (3, S, S) in [0, 1] each -> float32 (B, C), on the CPU."""
+        """Probabilities for B images, (3, S, S) in [0, 1] each -> float32 (B, C), on the CPU."""
         return self._run(pixels, lambda x: self.network(x).float().softmax(1))
 
     def attention_of(self, pixels: list[Tensor], block: int = -1) -> Tensor:
-        """Of (3, S, S) in [0, 1] each -> float32 (B, heads, G, G), on the CPU."""
+        """Attention maps of B images, (3, S, S) in [0, 1] each -> float32 (B, heads, G, G), on the CPU."""
         layer = self._attention_layer(block)
 
         def maps(x: Tensor) -> Tensor:
@@ -400,23 +402,23 @@ class Detector(Loaded):
         """Boxes, masks, labels and scores of each image.
 
         Args:
-            images: of any size; as of `Model.embed`.
-            threshold: detections below this score are left out.
+            images: as in `Model.embed`, of any size.
+            threshold: detections with a lower score are left out.
 
         Raises:
-            UserError: one of them is no image.
+            UserError: one of `images` is not an image.
         """
-        found: list[Detections] = []
+        detections: list[Detections] = []
         for batch in self._batches(as_list(images), as_bytes, self.engine.predict, batch_size, progress, "detect"):
             for one in batch:
                 kept = one.scores >= threshold
                 labels = [self.classes[i] for i in one.labels[kept].tolist()]
                 masks = one.masks[kept] if one.masks is not None else None
-                found.append(Detections(one.boxes[kept].float(), one.scores[kept].float(), labels, masks))
-        return found
+                detections.append(Detections(one.boxes[kept].float(), one.scores[kept].float(), labels, masks))
+        return detections
 
 
 def as_bytes(image: ImageLike, name: str) -> Tensor:
-    """uint8 (3, H, W)."""
+    """The pixels of an image as uint8 (3, H, W)."""
     x = read(image, name)
     return x if x.dtype == torch.uint8 else (x.clamp(0, 1) * 255).round().to(torch.uint8)

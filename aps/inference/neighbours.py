@@ -1,8 +1,8 @@
-"""Nearest neighbours in a file of features: exact, a piece of the file at a time; by FAISS where there are very many.
+"""Finds nearest neighbours in a file of features: exactly, piece by piece, or by FAISS in a large file.
 
 Similarity is the cosine, as in the kNN stage. With more than 100,000 rows and `faiss` installed (`pip install faiss-cpu`),
-an inverted file of FAISS is built once, kept beside the features and searched instead: a few neighbours in a hundred may
-be missed, none has a wrong similarity.
+an inverted file of FAISS is built once, kept beside the features, and searched instead. A few percent of the neighbours can
+be missed; similarities are exact.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from aps.inference.features import read_metadata
 from aps.inference.model import Loaded
 
 EXACT_UP_TO = 100_000  # rows
-LEARNED_FROM = 64  # vectors a cell of FAISS's partition is learned from
-PROBED = 32  # cells searched
+LEARNED_FROM = 64  # vectors per cell from which FAISS's partition is learned
+PROBED = 32  # cells searched for each query
 
 
 class Neighbour(NamedTuple):
@@ -38,13 +38,13 @@ class Neighbour(NamedTuple):
 
 
 class Index:
-    """Features on disk, to be searched.
+    """A file of features that can be searched.
 
     Args:
         file: written by `aps.inference.features.write_features`.
 
     Raises:
-        UserError: it is missing or none.
+        UserError: it is missing or not a file of features.
     """
 
     def __init__(self, file: Path) -> None:
@@ -63,7 +63,7 @@ class Index:
         return len(self) > EXACT_UP_TO and find_spec("faiss") is not None
 
     def check(self, model: Loaded) -> None:
-        """Raises UserError where another network made the features: distances between the two mean nothing."""
+        """Raises UserError where another network made the features, because they can't be compared with this one's."""
         if self.metadata["weights"] != model.digest:
             raise UserError(
                 f"{self.file} was made by {self.metadata['source']}, not by the weights of {model.source.address}; name those, "
@@ -71,7 +71,7 @@ class Index:
             )
 
     def batches(self, least: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """(number of its first row, float32 (m, D) of length 1 each) of every piece of the file, of `least` rows or more."""
+        """(first row, float32 (m, D), vectors of length 1) of every piece of the file, of `least` rows or more."""
         waiting: list[Tensor] = []
         first = 0
         for group, end in enumerate(self._starts[1:].tolist()):
@@ -86,7 +86,7 @@ class Index:
         return F.normalize(vectors, dim=1)
 
     def vectors(self, rows: list[int]) -> Tensor:
-        """float32 (m, D) of rows, each of length 1; a piece of the file at a time."""
+        """Vectors of rows, float32 (m, D), of length 1; each piece of the file is read once."""
         groups = (np.searchsorted(self._starts, rows, side="right") - 1).tolist()
         pieces = {group: self._piece(group) for group in sorted(set(groups))}
         return torch.stack(
@@ -95,9 +95,9 @@ class Index:
 
     @torch.inference_mode()
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Similarities float32 (Q, k) and rows int64 (Q, k), most similar first; k is at most the number of rows.
+        """The nearest rows of queries, (Q, D): similarities float32 (Q, k) and rows int64 (Q, k), most similar first.
 
-        queries: (Q, D).
+        k is limited to the number of rows.
         """
         queries, k = F.normalize(queries.float(), dim=1), min(k, len(self))
         if self.approximate:
@@ -112,12 +112,12 @@ class Index:
         return best, rows
 
     def neighbours(self, queries: Tensor, k: int) -> list[list[Neighbour]]:
-        """The k rows most similar to each query, (Q, D), with their paths and labels."""
+        """The k rows most similar to each query, (Q, D), with paths and labels."""
         similar, rows = self.search(queries, k)
         named = self.describe(sorted(set(rows.flatten().tolist())))
         return [
-            [Neighbour(row, *named[row], value) for row, value in zip(own, values, strict=True)]
-            for own, values in zip(rows.tolist(), similar.tolist(), strict=True)
+            [Neighbour(row, *named[row], value) for row, value in zip(query_rows, values, strict=True)]
+            for query_rows, values in zip(rows.tolist(), similar.tolist(), strict=True)
         ]
 
     def describe(self, rows: list[int]) -> dict[int, tuple[str, str | None]]:
@@ -126,19 +126,19 @@ class Index:
         groups = np.searchsorted(self._starts, rows, side="right") - 1
         for group in np.unique(groups).tolist():
             table = self._opened.read_row_group(group, columns=["path", "label"])
-            for row in (row for row, own in zip(rows, groups.tolist(), strict=True) if own == group):
+            for row in (row for row, row_group in zip(rows, groups.tolist(), strict=True) if row_group == group):
                 at = row - int(self._starts[group])
                 found[row] = (table["path"][at].as_py(), table["label"][at].as_py())
         return found
 
     def sizes(self) -> np.ndarray:
-        """int64 (M): bytes of each row's file, 0 where it has none."""
+        """Bytes of each row's image file, int64 (M,); 0 where it has no file."""
         return self._opened.read(columns=["bytes"])["bytes"].fill_null(0).to_numpy()
 
     def image(self, path: str) -> Path | None:
-        """Where the file of a row lies now: as named, or as seen from where the features were made. None: nowhere."""
-        places = (Path(path), Path(self.metadata["folder"]) / path)
-        return next((place for place in places if place.is_file()), None)
+        """The image file of a row, relative to the working directory here or when the features were made; None: gone."""
+        candidates = (Path(path), Path(self.metadata["folder"]) / path)
+        return next((candidate for candidate in candidates if candidate.is_file()), None)
 
     def _search_faiss(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         index = self._faiss()
@@ -172,7 +172,7 @@ class Index:
 
 
 def table(queries: list[str], found: list[list[Neighbour]]) -> str:
-    """For the terminal: a line a neighbour, under its query."""
+    """Text for the terminal: each query, and below it one line for each neighbour."""
     lines = []
     for query, neighbours in zip(queries, found, strict=True):
         lines.append(query)
@@ -184,7 +184,7 @@ def table(queries: list[str], found: list[list[Neighbour]]) -> str:
 
 
 def write_table(path: Path, queries: list[str], found: list[list[Neighbour]]) -> None:
-    """The same as CSV: query, rank, path, label, similarity."""
+    """Write a CSV file with columns query, rank, path, label, similarity."""
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["query", "rank", "path", "label", "similarity"])

@@ -1,7 +1,7 @@
-"""What MLflow's server runs for a logged model: an image as base64 in, classes, embeddings or boxes out.
+"""Answers requests in MLflow's server: images as base64 in, classes, embeddings or boxes out.
 
-MLflow calls `_load_pyfunc` (the contract of its `loader_module`); no object is pickled. The server never opens a path it
-is sent.
+MLflow calls `_load_pyfunc` (the contract of its `loader_module`); no object is pickled. The server never opens a path from
+a request.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Served:
         self.model = model
 
     def predict(self, frame: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """A row an image.
+        """One row of results for each image.
 
         Args:
-            frame: column `image`, base64 text of a file of any image format (or its bytes).
+            frame: column `image`: an image file of any format as base64 text (or bytes).
 
         Returns:
-            `class`, `probability` and `probabilities` (of every class) of a classifier; `embedding` of an encoder;
-            `boxes` (left, top, right, bottom), `labels`, `scores` and `masks` (COCO's run lengths) of a detector.
+            `class`, `probability` and `probabilities` (of every class) for a classifier; `embedding` for an encoder;
+            `boxes` (left, top, right, bottom), `labels`, `scores` and `masks` (COCO's run lengths) for a detector.
 
         Raises:
             UserError: a row holds no image.
@@ -62,7 +62,7 @@ def _column(frame: Any) -> list[Any]:
 
 
 def decode(value: Any, name: str) -> PIL.Image.Image:
-    """The image in base64 text, with or without a `data:` prefix, or in bytes."""
+    """The image in base64 text, with or without a `data:` prefix, or in bytes. Raises UserError where there is none."""
     try:
         if isinstance(value, str):
             value = base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)

@@ -1,8 +1,8 @@
-"""Models in MLflow: a stage's result as one that `mlflow models serve` serves, and the way back to its weights.
+"""Logs a stage's result as a model that `mlflow models serve` can serve, and loads weights back from MLflow.
 
-What is logged holds the weights with all that loading them needs, the code of this package as it is, the versions of what
-it imports, a signature and an example; so it serves wherever these packages are. Beside `aps.tracking` this is the only
-module that imports mlflow.
+A logged model holds the weights and all that loading them needs, the code of this package, the versions of the packages it
+imports, a signature and an example, so it can be served wherever these packages are installed. Besides `aps.tracking`,
+only this module imports mlflow.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from aps.tracking.reasons import why
 from aps.tracking.server import ARTIFACTS, PROXIED, Server
 
 STORE = "results/mlflow.db"  # where a study without a server tracks
-NAME = "model"  # of the logged model, in its run
-SWITCH = "APS_LOG_MODELS"  # a variable; 0 keeps models out of MLflow, where disks are small
+NAME = "model"  # name of the logged model in its run
+SWITCH = "APS_LOG_MODELS"  # environment variable; 0 keeps models out of MLflow, where disks are small
 SECONDS = 60.0  # how long the end of a stage waits for MLflow to take its model
 ANSWERS = {"pretrain": "embeddings", "finetune": "classes", "linear_probe": "classes", "detection": "detections"}
 # What `aps.inference.served` imports.
@@ -41,12 +41,12 @@ NEEDED = ("mlflow", "torch", "torchvision", "timm", "safetensors", "pydantic", "
 
 
 def track_model(folder: Path, address: str, label: str, seconds: float = SECONDS) -> None:
-    """Log the model of a stage that has just finished, for a bounded time; what fails or is late is left to `sync_models`.
+    """Log the model of a stage that has just finished, within `seconds`; on failure or delay, `sync_models` does it later.
 
     Args:
-        folder: the stage's results, complete.
+        folder: the stage's complete results.
         address: of MLflow's server or store, or OFF.
-        label: of the stage, for the sentence.
+        label: the stage's, for the message.
     """
     if not _wanted(address):
         return
@@ -56,7 +56,7 @@ def track_model(folder: Path, address: str, label: str, seconds: float = SECONDS
         try:
             _track(folder, address)
             reasons.clear()
-        except Exception as error:  # whatever a server answers, the stage is finished
+        except Exception as error:  # the stage is finished, whatever the server answers
             reasons[:] = [why(error)]
 
     thread = threading.Thread(target=log, daemon=True, name="mlflow-model")
@@ -69,16 +69,16 @@ def track_model(folder: Path, address: str, label: str, seconds: float = SECONDS
 
 
 def sync_models(study: Study, address: str) -> tuple[int, int]:
-    """Log the models that MLflow lacks of a study's finished stages. Returns (sent, still missing)."""
+    """Log models of a study's finished stages that MLflow does not have yet. Returns (sent, still missing)."""
     sent = 0
     folders = [stage_folder(study_folder(study), *job) for job in study.jobs()]
     waiting = [folder for folder in folders if (folder / "metrics.json").exists()] if _wanted(address) else []
     for number, folder in enumerate(waiting):
         try:
             sent += _track(folder, address)
-        except UserError as error:  # the report speaks of damaged results
+        except UserError as error:  # the report names damaged results
             logging.getLogger(__name__).debug("%s", error)
-        except Exception as error:  # the server is away: asking it for each of the others would take minutes
+        except Exception as error:  # the server is down, and trying every other model would take minutes
             print(f"{folder}: MLflow at {address} did not take its model: {why(error)}", file=sys.stderr)
             return sent, len(waiting) - number
     return sent, 0
@@ -89,10 +89,10 @@ def _wanted(address: str) -> bool:
 
 
 def _track(folder: Path, address: str) -> bool:
-    """Log the model of a stage's results where its run in MLflow has none; returns whether it did.
+    """Log the model of a stage's results, unless its MLflow run has one; returns whether it did.
 
     Raises:
-        Exception: whatever mlflow raises, and UserError where the results are not whole.
+        Exception: any error of mlflow, and UserError where the results are not complete.
     """
     metrics = read_metrics(folder / "metrics.json")
     run = metrics.get("mlflow_run_id")
@@ -111,22 +111,22 @@ def _client(address: str) -> Any:
 
 
 def log_model(client: Any, address: str, run_id: str, folder: Path, encoder: Path | None = None) -> str | None:
-    """Log what a finished stage left as a model of its MLflow run. Logging it again does nothing.
+    """Log a finished stage's result as a model of its MLflow run. Logging it again does nothing.
 
-    Done by the client's own steps, which neither load the network nor touch mlflow's global state: this runs beside
-    training.
+    It uses only methods of the client, which neither load the network nor change mlflow's global state, because it runs
+    in parallel with training.
 
     Args:
         client: an MlflowClient of `address`.
         run_id: the stage's run.
         folder: the stage's results.
-        encoder: weights that the stage needs beside its own, of a linear probe.
+        encoder: the encoder's weights, which a linear probe needs too.
 
     Returns:
-        The model's address, `models:/ID`; None where the stage leaves no model.
+        The model's address, `models:/ID`; None where the stage has no model.
 
     Raises:
-        Exception: whatever mlflow raises when the server does not take it.
+        Exception: any error of mlflow when the server does not accept the model.
     """
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
@@ -142,32 +142,32 @@ def log_model(client: Any, address: str, run_id: str, folder: Path, encoder: Pat
         client.get_run(run_id).info.experiment_id, NAME, run_id, about, model_type="pyfunc"
     )
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary) / "model"
+        out = Path(temporary) / "model"
         record = Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
-        save_model(place, folder, encoder, mlflow_model=record, metadata=about)
+        save_model(out, folder, encoder, mlflow_model=record, metadata=about)
         if (local := _beside_store(address, logged.artifact_location)) is not None:
-            shutil.copytree(place, local)
+            shutil.copytree(out, local)
         else:
-            client.log_model_artifacts(logged.model_id, str(place))
+            client.log_model_artifacts(logged.model_id, str(out))
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     client.finalize_logged_model(logged.model_id, "READY")
     return f"models:/{logged.model_id}"
 
 
-def save_model(place: Path, folder: Path, encoder: Path | None = None, **more: Any) -> None:
-    """Write a finished stage as a model folder that `mlflow models serve -m PLACE` serves.
+def save_model(out: Path, folder: Path, encoder: Path | None = None, **more: Any) -> None:
+    """Write a finished stage as a model folder that `mlflow models serve -m OUT` serves.
 
     Args:
-        place: the folder to make.
-        folder, encoder: as of `log_model`.
+        out: the folder to make.
+        folder, encoder: as in `log_model`.
     """
     import mlflow
 
-    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it tells of each step
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # otherwise it logs each step
     stage = read_json(folder / "metrics.json")["stage"]
     with tempfile.TemporaryDirectory() as temporary:
         mlflow.pyfunc.save_model(
-            path=str(place),
+            path=str(out),
             loader_module="aps.inference.served",
             data_path=str(_gathered(folder, stage, encoder, Path(temporary) / "weights")),
             code_paths=[str(Path(aps.__file__).parent)],
@@ -179,12 +179,12 @@ def save_model(place: Path, folder: Path, encoder: Path | None = None, **more: A
 
 
 def weights_of(address: str) -> Path:
-    """The folder of weights behind `runs:/ID` or `models:/NAME/VERSION`, downloaded where it is not local.
+    """The folder of the weights of `runs:/ID` or `models:/NAME/VERSION`, downloaded if it is not local.
 
-    The server is that of MLFLOW_TRACKING_URI, else the store of the results folder here.
+    The server is that of MLFLOW_TRACKING_URI, else the store of the results folder in the working directory.
 
     Raises:
-        UserError: MLflow does not know it, does not answer, or it holds no weights of this software.
+        UserError: MLflow does not know the address, does not answer, or has no weights of this software there.
     """
     server = os.environ.get("MLFLOW_TRACKING_URI")
     if not server:
@@ -196,7 +196,7 @@ def weights_of(address: str) -> Path:
         folder = _downloaded(address, server)
     except UserError:
         raise
-    except Exception as error:  # whatever a server answers
+    except Exception as error:  # a server may answer anything
         raise UserError(f"{address}: MLflow at {server} does not give it ({why(error)}); check the address") from None
     found = next(iter(folder.glob("**/metrics.json")), None)
     if found is None:
@@ -205,7 +205,7 @@ def weights_of(address: str) -> Path:
 
 
 def _downloaded(address: str, server: str) -> Path:
-    """A folder that has the model's files, or those of the stage whose run it is."""
+    """A folder with the files of the model, or of the stage whose run it is."""
     import mlflow
 
     client = _client(server)
@@ -233,7 +233,7 @@ def _downloaded(address: str, server: str) -> Path:
 
 
 def _beside_store(address: str, location: str) -> Path | None:
-    """Where artifacts lie that only a server would find by their location: beside a SQLite store, which has none."""
+    """The folder of artifacts beside a SQLite store, which has no server that could resolve their location; else None."""
     store = database_file(address)
     if store is None or not location.startswith(PROXIED):
         return None
@@ -241,7 +241,7 @@ def _beside_store(address: str, location: str) -> Path | None:
 
 
 def requirements() -> list[str]:
-    """Every package that a served model imports, at the version that is installed."""
+    """Every package that a served model imports, at the installed version."""
     pinned = []
     for name in NEEDED:
         try:
@@ -252,7 +252,7 @@ def requirements() -> list[str]:
 
 
 def _logged(client: Any, run_id: str) -> str | None:
-    """The model that a run has logged whole before."""
+    """The address of the complete model that a run has logged before; None where there is none."""
     experiment = client.get_run(run_id).info.experiment_id
     models = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
     ready = [model for model in models if model.name == NAME and model.status == "READY"]
@@ -260,7 +260,7 @@ def _logged(client: Any, run_id: str) -> str | None:
 
 
 def _gathered(folder: Path, stage: str, encoder: Path | None, data: Path) -> Path:
-    """The files that `aps.load` needs of a stage, in one folder."""
+    """Copy the files of a stage that `aps.load` needs into the folder `data`."""
     data.mkdir()
     weights = {"pretrain": "encoder.safetensors", "linear_probe": "heads.safetensors"}.get(stage, "model.safetensors")
     for file in (folder / "metrics.json", folder / weights, *([encoder] if encoder is not None else [])):
@@ -293,7 +293,7 @@ def _signature(answer: str) -> Any:
 
 
 def _example() -> Any:
-    """A request: one small image, base64."""
+    """An example of a request: one small image in base64."""
     import numpy as np
     import pandas as pd
     import PIL.Image

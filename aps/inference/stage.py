@@ -1,10 +1,9 @@
-"""The embed stage: what an encoder makes of a dataset's test images, to be looked at and used.
+"""The embed stage: computes the features of a dataset's test images, for inspection and further use.
 
-Outputs features.parquet (docs/inference.md), neighbours.html (some images and those most similar to each) and map.png (every
-image at its place on the plane of the first two principal components, in the colour of its class). The one figure is
-`neighbour_top1`: how often an image's nearest other one is of its class, in percent; a dataset without labels has none, and
-its only images are those of train. A killed run goes on behind
-the last part that is written.
+It writes features.parquet (docs/inference.md), neighbours.html (some images with their nearest neighbours) and map.png
+(every image as a point in the plane of the first two principal components, in the colour of its class). The only metric is
+`neighbour_top1`: how often the nearest other image has the same class, in percent. A dataset without labels has no such
+metric, and its train images are used, because it has no others. A killed run continues after the last part it has written.
 """
 
 from __future__ import annotations
@@ -39,23 +38,23 @@ AT_ONCE = 8192  # images whose neighbours are searched in one pass over the file
 
 
 def run(job: StageJob) -> None:
-    """The stage. Outputs features.parquet, neighbours.html, map.png, history.jsonl, metrics.json.
+    """Run the stage. It writes features.parquet, neighbours.html, map.png, history.jsonl and metrics.json.
 
     Raises:
-        UserError: settings that do not fit the encoder.
-        Preempted: asked to stop; what is computed is kept.
+        UserError: the settings do not fit the encoder.
+        Preempted: the run was asked to stop; computed features are kept.
     """
     with processes() as distributed, StageRun(job) as stage:
         if not distributed.main:  # one process is enough
             return
         settings, manifest = job.settings.embed, Manifest.read(job.manifest)
-        torch.manual_seed(job.settings.seed)  # of random weights
+        torch.manual_seed(job.settings.seed)  # for an encoder with random weights
         encoder = load_encoder(job.encoder_spec, job.settings.encoder)
         shown = pixels(job)
         transform = Transform.of_stage(job.settings.encoder.image_size, **shown)
         source = Source(str(job.encoder_spec), settings=job.settings.encoder)
         model = Model(encoder, transform, (), source, distributed.device)
-        split = load_split(job.manifest, "test" if "test" in manifest.splits else "train")  # unlabelled: all are train
+        split = load_split(job.manifest, "test" if "test" in manifest.splits else "train")  # without labels: train only
         out = stage.staging("features.parquet")
         write_features(
             model, _items(split, manifest.name), len(split), out,
@@ -67,8 +66,8 @@ def run(job: StageJob) -> None:
         _page(stage.staging("neighbours.html"), index, split, settings.queries, settings.neighbours, job.label)
         table = pq.read_table(out, columns=["xy", "label"])
         picture = stage.staging("map.png")
-        places = np.array(table["xy"].to_pylist(), dtype=np.float32)
-        figures.feature_map(picture, places, table["label"].to_pylist(), f"{manifest.name}: {job.label}")
+        xy = np.array(table["xy"].to_pylist(), dtype=np.float32)
+        figures.feature_map(picture, xy, table["label"].to_pylist(), f"{manifest.name}: {job.label}")
         stage.figure(picture)
         metrics = {**agreement, "images": len(index), "dim": model.dim}
         stage.finish(metrics, pixels=shown)
@@ -85,16 +84,16 @@ def _items(split: ArraySplit | FileSplit, dataset: str) -> Iterator[Item]:
 
 
 def neighbour_top1(index: Index) -> float:
-    """Percent of images whose nearest other one has their label."""
+    """Percentage of images whose nearest other image has the same label."""
     labels = np.array(pq.read_table(index.file, columns=["label"])["label"].to_pylist(), dtype=object)
     if len(index) < 2:
         return 0.0
     right = 0
     for start, vectors in index.batches(AT_ONCE):
         _, rows = index.search(vectors, 2)
-        own = torch.arange(start, start + len(vectors))
-        nearest = torch.where(rows[:, 0] == own, rows[:, 1], rows[:, 0]).numpy()
-        right += int((labels[nearest] == labels[own.numpy()]).sum())
+        queries = torch.arange(start, start + len(vectors))
+        nearest = torch.where(rows[:, 0] == queries, rows[:, 1], rows[:, 0]).numpy()  # an image may find itself first
+        right += int((labels[nearest] == labels[queries.numpy()]).sum())
     return 100 * right / len(index)
 
 
@@ -108,15 +107,15 @@ STYLE = (
 
 
 def _page(path: Path, index: Index, split: ArraySplit | FileSplit, queries: int, k: int, title: str) -> None:
-    """A self-contained page: images spread over the split, each with the others most similar to it."""
+    """Write a self-contained HTML page: images spread over the split, each with its nearest neighbours."""
     chosen = np.linspace(0, len(index) - 1, min(queries, len(index))).round().astype(int).tolist()
     vectors = index.vectors(chosen)
     named = index.describe(chosen)
     rows = []
-    for row, own in zip(chosen, index.neighbours(vectors, k + 1), strict=True):
+    for row, neighbours in zip(chosen, index.neighbours(vectors, k + 1), strict=True):
         name, label = named[row]
         cells = [_figure(_image(split, row), f"{label or ''} {Path(name).name}", "query")]
-        for n in [n for n in own if n.row != row][:k]:
+        for n in [n for n in neighbours if n.row != row][:k]:
             cells.append(_figure(_image(split, n.row), _caption(n), "same" if n.label == label else "other"))
         rows.append(f"<div>{''.join(cells)}</div>")
     heading = html.escape(title)
@@ -139,7 +138,7 @@ def _caption(n: Neighbour) -> str:
 def _figure(image: Any, caption: str, kind: str) -> str:
     out = io.BytesIO()
     picture = PIL.Image.fromarray(figures.small(image))
-    if max(picture.size) < SMALLEST:  # enlarged without blur, so that 8 x 8 pixels can be seen
+    if max(picture.size) < SMALLEST:  # enlarged without interpolation, so that an image of 8 x 8 pixels is visible
         factor = -(-SMALLEST // max(picture.size))
         picture = picture.resize([side * factor for side in picture.size], PIL.Image.Resampling.NEAREST)
     picture.save(out, format="PNG")

@@ -1,6 +1,6 @@
-"""The verbs that use an encoder: embed, neighbours, curate, predict, detect, attention, export.
+"""Command-line verbs that use an encoder: embed, neighbours, curate, predict, detect, attention, export.
 
-Any number of images costs the memory of a few batches. Heavy imports happen inside the verb, so that `--help` stays quick.
+Any number of images needs the memory of a few batches. Heavy imports are inside the verbs, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Verb = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.Argum
 
 WEIGHTS = "a stage's folder, a .safetensors file, timm:NAME, runs:/ID or models:/NAME/VERSION"
 IMAGES = "image files, and folders of them at any depth"
-ROWS = 12  # of a picture of many images
+ROWS = 12  # rows of a picture with many images
 
 
 def add(verb: Verb) -> None:
-    """Register the verbs, all but `embed`, which is a stage too."""
+    """Register all verbs except `embed`, which is a stage too."""
     p = verb("neighbours", _neighbours, "find the images of a file of features that are most similar to given ones")
     p.add_argument("weights", help=f"what made the features: {WEIGHTS}")
     p.add_argument("images", nargs="+", metavar="QUERY", help=IMAGES)
@@ -38,7 +38,7 @@ def add(verb: Verb) -> None:
     p.add_argument("-k", type=_positive, default=8, help="neighbours of each query (default: 8)")
     p.add_argument("--picture", type=Path, default=Path("neighbours.png"), help="(default: neighbours.png)")
     p.add_argument("--table", type=Path, help="write them as CSV too")
-    _how(p)
+    _batch_and_device(p)
 
     p = verb("curate", _curate, "find near duplicates and outliers among images, by their embeddings")
     p.add_argument("weights", nargs="?", help=f"{WEIGHTS}; not needed where --index is there")
@@ -53,19 +53,19 @@ def add(verb: Verb) -> None:
     p.add_argument("--outliers", type=_positive, default=12, help="how many to show (default: 12)")
     p.add_argument("--out", type=Path, default=Path("curate.csv"), help="a row an image (default: curate.csv)")
     p.add_argument("--picture", type=Path, default=Path("curate.png"), help="(default: curate.png)")
-    _how(p)
+    _batch_and_device(p)
 
     p = verb("predict", _predict, "classify images by a finetuned model or a probe")
     _weights_and_images(p)
     p.add_argument("--top", type=_positive, default=3, help="classes of each image (default: 3)")
     p.add_argument("--out", type=Path, help="write every class's probability as CSV")
-    _how(p)
+    _batch_and_device(p)
 
     p = verb("detect", _detect, "find objects in images by a detector: a picture each, and COCO's results")
     _weights_and_images(p)
     p.add_argument("--threshold", type=float, default=0.5, help="score from which a detection counts (default: 0.5)")
     p.add_argument("--out", type=Path, default=Path("detections"), help="folder (default: detections)")
-    _how(p, batch=4)
+    _batch_and_device(p, batch=4)
 
     p = verb("attention", _attention, "draw what the class token attends to, in each head")
     _weights_and_images(p)
@@ -74,7 +74,7 @@ def add(verb: Verb) -> None:
         "--out", type=Path, default=Path("attention.png"),
         help=f"a .png file for up to {ROWS} images, or a folder for a picture each (default: attention.png)",
     )  # fmt: skip
-    _how(p)
+    _batch_and_device(p)
 
     p = verb(
         "export", _export, "write weights for other software, with a model card, and print the Python that loads them"
@@ -94,10 +94,10 @@ def add_embed(p: argparse.ArgumentParser) -> None:
         (run_stage if args.weights is None else _embed)(args)
 
     p.set_defaults(run=run)
-    own = p.add_argument_group("any images, without a study", "(--out: the file, default features.parquet)")
-    own.add_argument("weights", nargs="?", metavar="WEIGHTS", help=WEIGHTS)
-    own.add_argument("images", nargs="*", metavar="IMAGES", help=IMAGES)
-    _how(own)
+    group = p.add_argument_group("any images, without a study", "(--out: the file, default features.parquet)")
+    group.add_argument("weights", nargs="?", metavar="WEIGHTS", help=WEIGHTS)
+    group.add_argument("images", nargs="*", metavar="IMAGES", help=IMAGES)
+    _batch_and_device(group)
 
 
 def _weights_and_images(p: argparse.ArgumentParser) -> None:
@@ -105,7 +105,7 @@ def _weights_and_images(p: argparse.ArgumentParser) -> None:
     p.add_argument("images", nargs="+", metavar="IMAGES", help=IMAGES)
 
 
-def _how(p: argparse._ActionsContainer, batch: int = 64) -> None:
+def _batch_and_device(p: argparse._ActionsContainer, batch: int = 64) -> None:
     p.add_argument("--batch-size", type=_positive, default=batch, help=f"images at once (default: {batch})")
     p.add_argument("--device", help="default: the GPU where there is one, else the CPU")
 
@@ -118,7 +118,7 @@ def _positive(text: str) -> int:
 
 
 def _model(args: argparse.Namespace, verb: str) -> Model:
-    """Raises UserError where it can't `verb`."""
+    """The model that the arguments name. Raises UserError where it does not support `verb`."""
     from aps.inference.model import Model
 
     loaded = _loaded(args)
@@ -137,23 +137,23 @@ Prepare = Callable[[Any, str], "Tensor"]
 
 
 def _readable(args: argparse.Namespace, prepare: Prepare) -> Iterator[tuple[list[Path], list[Tensor]]]:
-    """Batches of the images that the arguments name, prepared; those that can't be read are named on standard error.
+    """Batches of the prepared images that the arguments name; unreadable ones are named on standard error.
 
     Raises:
-        UserError: a place does not exist, or none of the images can be read.
+        UserError: a path does not exist, or no image can be read.
     """
     from aps.inference.images import decoded, walk
 
     names, paths = tee(walk(args.images))
-    found = False
+    any_readable = False
     for batch in decoded(paths, prepare, args.batch_size):
-        own = list(zip(islice(names, len(batch)), batch, strict=True))
-        for error in (x for _, x in own if isinstance(x, UserError)):
+        named = list(zip(islice(names, len(batch)), batch, strict=True))
+        for error in (x for _, x in named if isinstance(x, UserError)):
             print(f"left out: {error}", file=sys.stderr)
-        if kept := [(path, x) for path, x in own if not isinstance(x, UserError)]:
-            found = True
+        if kept := [(path, x) for path, x in named if not isinstance(x, UserError)]:
+            any_readable = True
             yield [path for path, _ in kept], [x for _, x in kept]
-    if not found:
+    if not any_readable:
         raise UserError("none of the images can be read; give others")
 
 
@@ -191,8 +191,10 @@ def _neighbours(args: argparse.Namespace) -> None:
     index.check(model)
     queries = list(walk(args.images))
     found = [
-        [n for n in own if not _is(index.image(n.path), query)][: args.k]  # a query is no neighbour of its own
-        for query, own in zip(queries, index.neighbours(model.embed(queries, args.batch_size), args.k + 1), strict=True)
+        [n for n in neighbours if not _is(index.image(n.path), query)][: args.k]  # a query may find itself
+        for query, neighbours in zip(
+            queries, index.neighbours(model.embed(queries, args.batch_size), args.k + 1), strict=True
+        )
     ]
     names = [str(path) for path in queries]
     print(table(names, found))
@@ -203,10 +205,13 @@ def _neighbours(args: argparse.Namespace) -> None:
             "",
             [
                 figures.Cell(path, f"query: {path.name}", "black"),
-                *(figures.Cell(index.image(n.path), f"{n.similarity:.3f} {n.label or Path(n.path).name}") for n in own),
+                *(
+                    figures.Cell(index.image(n.path), f"{n.similarity:.3f} {n.label or Path(n.path).name}")
+                    for n in neighbours
+                ),
             ],
         )
-        for path, own in zip(queries[:ROWS], found, strict=False)
+        for path, neighbours in zip(queries[:ROWS], found, strict=False)
     ]
     figures.grid(args.picture, rows)
     more = f" (the first {ROWS} of {len(queries)} queries)" if len(queries) > ROWS else ""
@@ -260,16 +265,17 @@ def _predict(args: argparse.Namespace) -> None:
     model = _model(args, "predict")
     with _Table(args.out, ["path", "class", "probability", *model.classes]) as table:
         for paths, pixels in _readable(args, model.preprocessing.pixels):
-            found = Predictions(model.probabilities_of(pixels), model.classes)
-            for path, top, every in zip(paths, found.top(args.top), found.probabilities.tolist(), strict=True):
+            predictions = Predictions(model.probabilities_of(pixels), model.classes)
+            tops = predictions.top(args.top)
+            for path, top, probabilities in zip(paths, tops, predictions.probabilities.tolist(), strict=True):
                 print(f"{path}  " + "  ".join(f"{name} {probability:.3f}" for name, probability in top))
-                table.write([str(path), top[0][0], f"{top[0][1]:.6f}", *(f"{x:.6f}" for x in every)])
+                table.write([str(path), top[0][0], f"{top[0][1]:.6f}", *(f"{x:.6f}" for x in probabilities)])
     if args.out:
         print(f"\n{args.out}", file=sys.stderr)
 
 
 class _Table:
-    """A CSV file that appears whole or not at all; without a path, nothing."""
+    """A CSV file that is written atomically; without a path nothing is written."""
 
     def __init__(self, path: Path | None, header: list[str]) -> None:
         self.path, self.header = path, header
@@ -313,7 +319,7 @@ def _detect(args: argparse.Namespace) -> None:
 
 
 def coco(found: Detections) -> list[dict[str, Any]]:
-    """Detections as COCO has them: label, score, bbox (left, top, width, height), segmentation as run lengths, if it has masks."""
+    """Detections in COCO's form: label, score, bbox (left, top, width, height), and segmentation as run lengths, if any."""
     codes = [{"segmentation": code} for code in found.run_lengths()] or [{} for _ in found.labels]
     return [
         {
@@ -329,7 +335,7 @@ def coco(found: Detections) -> list[dict[str, Any]]:
 
 
 def picture_of(folder: Path, path: Path) -> Path:
-    """Where the picture of an image goes: its own path under `folder`, so that no two share one."""
+    """The file for the picture of an image: the image's path under `folder`, so that every image has a different one."""
     inside = Path(os.path.normpath(path.absolute()))
     try:
         inside = inside.relative_to(Path.cwd())
@@ -347,12 +353,12 @@ def _attention(args: argparse.Namespace) -> None:
     for paths, pixels in _readable(args, model.preprocessing.pixels):
         images = [x.permute(1, 2, 0).numpy() for x in pixels]
         maps = model.attention_of(pixels, args.block)
-        own = [(path, (path.name, *row)) for path, *row in zip(paths, images, maps, strict=True)]
+        named = [(path, (path.name, *row)) for path, *row in zip(paths, images, maps, strict=True)]
         if not single:
-            for path, row in own:
+            for path, row in named:
                 figures.attention(picture_of(args.out, path), [row])
             continue
-        rows += [row for _, row in own]
+        rows += [row for _, row in named]
         if len(rows) > ROWS:
             print(f"only the first {ROWS} images are drawn; name a folder for all: --out attention", file=sys.stderr)
             break
