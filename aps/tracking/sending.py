@@ -70,6 +70,11 @@ def points_of(line: dict[str, Any], stage: str | None) -> Iterator[Point]:
         yield Point(key if stage is None else metric_name(stage, key), step, value, int(moment * 1000))
 
 
+def pictures(folder: Path) -> list[Path]:
+    """A run's pictures, which MLflow shows."""
+    return sorted(folder.glob("*.png"))
+
+
 class Sender:
     """Brings the MLflow run of `state` up to date, as often as `send` is called; `state` changes as it goes.
 
