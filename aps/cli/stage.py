@@ -123,7 +123,7 @@ def _check_encoder(study: Study, experiment: str, seed: int, label: str) -> None
     source = study.pretrain_source(experiment)
     if source is None:
         return
-    finding = Findings(study).of(source, seed, "pretrain")
+    finding = Findings(study).finding(source, seed, "pretrain")
     if finding.stale:
         raise UserError(
             f"{label}: its encoder in {finding.folder} is not this study's ({finding.problem}); run pretrain first: "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from aps.columns import columns_of
 from aps.findings import Findings
 from aps.layout import report_folder, study_folder
 from aps.report.table import Table
 from aps.settings.study import Study
+from aps.text import table_lines
 from aps.tracking.browsing import how_to_look
 
 REASONS = 12  # lines
@@ -27,7 +27,7 @@ def terminal(study: Study, address: str) -> str:
             f"In percent{', mean ± standard deviation over seeds' if seeds > 1 else ''}.",
             *([study.question] if study.question else []),
             "",
-            *columns_of(header, body),
+            *table_lines(header, body),
             *_verdicts(table),
             *_reasons(table),
             "",

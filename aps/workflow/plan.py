@@ -29,8 +29,8 @@ from aps.findings import Findings
 from aps.layout import (
     data_folder,
     encoder_file,
+    find_old_layout,
     manifest_of,
-    of_the_old_layout,
     report_folder,
     stage_folder,
     study_folder,
@@ -212,7 +212,7 @@ class Plan:
     def manifests(self) -> list[str]:
         names = self.study.dataset_names()
         files = [str(manifest_of(self.written, name)) for name in names]
-        return files + self._mark(any(self.findings.of_data(name) for name in names))
+        return files + self._mark(any(self.findings.why_outdated(name) for name in names))
 
     def everything(self) -> list[str]:
         """What every run ends with."""
@@ -225,7 +225,7 @@ class Plan:
         """
         jobs = [job for job in self.study.jobs() if job[2] == stage]
         files = [str(self._stage(*job) / "metrics.json") for job in jobs]
-        return files + self._mark(any(self.findings.of(*job).stale or self._other_images(*job) for job in jobs))
+        return files + self._mark(any(self.findings.finding(*job).stale or self._other_images(*job) for job in jobs))
 
     def pages(self) -> list[str]:
         """The report's files, and the mark where they have to be made again."""
@@ -274,11 +274,11 @@ class Plan:
     def explain(self) -> list[str]:
         """Why results that are there have to be made again, a line each."""
         stale = self.findings.stale()
-        changes = {name: self.findings.of_data(name) for name in self.study.dataset_names()}
+        changes = {name: self.findings.why_outdated(name) for name in self.study.dataset_names()}
         lines = [f"data {name}: {reason}" for name, reason in changes.items() if reason is not None]
         lines += [f"{finding.label}: {finding.reason}" for finding in stale[:EXPLAINED]]
         lines += [f"and {len(stale) - EXPLAINED} runs more"] if len(stale) > EXPLAINED else []
-        if (old := of_the_old_layout(self.study.results)) is not None:
+        if (old := find_old_layout(self.study.results)) is not None:
             lines.append(
                 f"{old}: a result of version 0.1, whose folders did not say which study they are of; it is not used, move it "
                 "away or delete it"
@@ -324,7 +324,7 @@ class Plan:
         if first != (settings.experiment, settings.seed, settings.stage):  # the same run under another name: once
             files["after"] = self._stage(*first) / "metrics.json"
         job = (settings.experiment, settings.seed, settings.stage)
-        found = self.findings.of(*job)
+        found = self.findings.finding(*job)
         right = found.metrics is not None and not (self.is_main and self._other_images(*job))
         return self._weighed({key: str(file) for key, file in files.items()}, right, found.stale)
 
@@ -333,11 +333,11 @@ class Plan:
         datasets = {self.study.experiments[experiment].dataset_of(stage)}
         if STAGES[stage].encoder and (source := self.study.pretrain_source(experiment)) is not None:
             datasets.add(self.study.experiments[source].dataset_of("pretrain"))
-        return any(self.findings.of_data(name) is not None for name in datasets)
+        return any(self.findings.why_outdated(name) is not None for name in datasets)
 
     def data_inputs(self, wildcards: Any) -> dict[str, str]:
         """The mark where the files that a dataset was prepared from have changed since."""
-        changed = self.is_main and self.findings.of_data(self.datasets[wildcards.dataset])
+        changed = self.is_main and self.findings.why_outdated(self.datasets[wildcards.dataset])
         return {"outdated": self.outdated} if changed else {}
 
     def report_inputs(self, wildcards: Any) -> dict[str, Any]:
@@ -347,7 +347,7 @@ class Plan:
         return self._weighed({"metrics": self.metrics()}, right, old)
 
     def _report_is_old(self) -> bool:
-        return (self.report / "report.html").exists() and not self.findings.report_is_theirs(self.report)
+        return (self.report / "report.html").exists() and not self.findings.report_is_current(self.report)
 
     def _weighed(self, files: dict[str, Any], right: bool, stale: bool) -> dict[str, Any]:
         """Inputs such that Snakemake runs a job where its result is not `right`, and only there.
