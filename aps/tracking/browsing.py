@@ -25,7 +25,7 @@ PORT = 5000
 START_SECONDS = 120.0
 
 
-def how_to_look(study: Study, address: str) -> str:
+def how_to_browse(study: Study, address: str) -> str:
     """The command and the address of the page, for people."""
     address = settled(address)
     if address == OFF:
