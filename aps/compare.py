@@ -17,7 +17,7 @@ from aps.results import flatten
 from aps.seals import damage, read_metrics
 from aps.text import shorten, table_lines
 from aps.tracking.describing import inherit
-from aps.tracking.syncing import maker
+from aps.tracking.syncing import pretraining_of
 
 ABSENT = "-"
 LONGEST_VALUE = 40  # letters
@@ -71,7 +71,7 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 def _settings(run: dict[str, Any], folder: Path) -> dict[str, str]:
     tree = {key: value for key, value in run["settings"].items() if key not in (*NOT_COMPARED, "stage")}
-    pretraining = maker(run, folder)
+    pretraining = pretraining_of(run, folder)
     tree = inherit(tree, pretraining["settings"] if pretraining is not None else None)
     return {
         "stage": run["stage"],

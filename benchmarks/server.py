@@ -13,15 +13,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 import uuid
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +25,11 @@ from aps.layout import manifest_path, stage_folder
 from aps.results import StageJob, StageRun, saved_run
 from aps.settings.blocks import DatasetSettings, KnnSettings
 from aps.settings.study import StageSettings
+from aps.tracking.browsing import serving
 from aps.tracking.server import Server
 from benchmarks.common import arguments, write
 
 METRIC = "knn/loss"
-PORT = 5959
 
 
 def job_of(results: Path, study: str, seed: int, address: str) -> StageJob:
@@ -108,29 +104,6 @@ def kept(address: str, study: str, runs: int, steps: int) -> dict[str, float]:
     }
 
 
-def own_server(folder: Path, stack: ExitStack) -> str:
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--port",
-        str(PORT),
-        "--backend-store-uri",
-        f"sqlite:///{folder}/m.db",
-    ]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    process = stack.enter_context(
-        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    )
-    stack.callback(process.terminate)
-    for _ in range(120):
-        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health"):
-            return f"http://127.0.0.1:{PORT}"
-        time.sleep(1)
-    raise SystemExit("the server did not start within two minutes")
-
-
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--address", help="of a running MLflow server")
@@ -142,7 +115,7 @@ def main() -> None:
     if args.quick:
         args.runs, args.steps = 4, 10
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        address = args.address or own_server(Path(folder), stack)
+        address = args.address or stack.enter_context(serving(f"sqlite:///{folder}/mlflow.db"))[0]
         Server(address)  # imports mlflow once, for all
         off = measure("none", args.runs, args.steps, args.pause)
         on = measure(address, args.runs, args.steps, args.pause)

@@ -11,19 +11,15 @@ A program that is missing leaves its pictures as they are, and is named.
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 
-from aps.tracking.addresses import page
+from aps.tracking.addresses import page, settled
+from aps.tracking.browsing import serving
 
 IMAGES = Path(__file__).parent / "images"
 REPORT = Path("results/demo/report")
@@ -45,7 +41,7 @@ def main() -> None:
         print("dot (graphviz) is missing: dag.png stays", file=sys.stderr)
     if browser:
         photograph(browser, (REPORT / "report.html").resolve().as_uri(), IMAGES / "report.png")
-        with served() as address:
+        with serving(settled(f"sqlite:///{STORE}")) as (address, _):
             photograph(browser, f"{address}/{page(experiment(address), 'aps-finetune')}", IMAGES / "mlflow.png")
     else:
         print("chromium is missing: report.png and mlflow.png stay", file=sys.stderr)
@@ -63,37 +59,6 @@ def photograph(browser: str, address: str, picture: Path) -> None:
     with Image.open(picture) as image:
         reduced = image.convert("RGB").quantize(256)
     reduced.save(picture, optimize=True)
-
-
-@contextmanager
-def served() -> Iterator[str]:
-    """MLflow's server over the demo's store, and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        f"sqlite:///{STORE}",
-        "--port",
-        str(port),
-    ]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(1)
-        yield address
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def experiment(address: str) -> str:

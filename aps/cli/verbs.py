@@ -60,13 +60,13 @@ def report(args: argparse.Namespace) -> None:
     from aps.tracking.syncing import log_report, sync
 
     address = tracking_address(study)
-    away = sync(study, address).away
-    if not away:
+    mlflow_answers = not sync(study, address).away
+    if mlflow_answers:
         sync_models(study, address)
     folder = args.out or report_folder(study)
     files, runs = write_report(study, folder, address, study_options(args))
     Findings(study).stamp_report(folder)
-    if not away:
+    if mlflow_answers:
         log_report(study, address, files)
     print(f"report on {len(runs)} of {len(study.jobs())} runs: {files[0]}, {files[1]}")
 
