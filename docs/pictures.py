@@ -1,11 +1,11 @@
-"""Pictures of the pages, made from a finished demo: `make pictures`.
+"""Makes the pictures of the documentation from a finished demo: `make pictures`.
 
-docs/images/dag.png       the rules and what they need (graphviz)
-docs/images/scores.png    the demo's scores, as its report has them
+docs/images/dag.png       the rules and their inputs (graphviz)
+docs/images/scores.png    the demo's scores, from its report
 docs/images/report.png    the top of the demo's report in a browser (chromium)
-docs/images/mlflow.png    its runs in MLflow (chromium)
+docs/images/mlflow.png    the demo's runs in MLflow (chromium)
 
-A program that is missing leaves its pictures as they are, and is named.
+If a program is missing, its pictures stay as they are, and its name is printed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def photograph(browser: str, address: str, picture: Path) -> None:
-    """What a window of 1280 x 800 shows of a page once it has loaded, in 256 colours."""
+    """Save a page as a picture of a window of 1280 x 800 pixels, after it has loaded, in 256 colours."""
     with tempfile.TemporaryDirectory() as profile:
         command = [
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
@@ -65,10 +65,10 @@ def experiment(address: str) -> str:
     """The id of the demo's experiment in MLflow."""
     import mlflow
 
-    found = mlflow.MlflowClient(address).get_experiment_by_name("demo")
-    if found is None:
+    demo = mlflow.MlflowClient(address).get_experiment_by_name("demo")
+    if demo is None:
         sys.exit(f"MLflow in {STORE} has no experiment demo; run make demo first")
-    return str(found.experiment_id)
+    return str(demo.experiment_id)
 
 
 if __name__ == "__main__":
