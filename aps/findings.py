@@ -185,7 +185,7 @@ class Findings:
             return str(error)
 
     def _digest_of_images(self, dataset: str) -> str | None:
-        """The digest of the prepared dataset; None where it is not prepared, which contradicts no result."""
+        """The digest of the prepared dataset; None if it is not prepared."""
         path = manifest_of(self.study, dataset)
         return str(read_json(path)["digest"]) if path.exists() else None
 

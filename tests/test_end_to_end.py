@@ -267,7 +267,7 @@ def test_a_flipped_byte_anywhere_is_recognized_or_changes_nothing(study: Path, t
 
 
 def judged(file: Path) -> bool:
-    """Results, saved runs and prepared data; not MLflow's stage_settings store, logs, timings and the page made of results."""
+    """Results, saved runs and prepared data; not MLflow's store, logs, timings and the page made of results."""
     inside = file.relative_to(file.parents[len(file.parents) - 1]).parts
     return (
         not {"logs", "benchmarks", "mlartifacts"} & set(inside)

@@ -48,7 +48,7 @@ def tracking_address(study: Study) -> str:
 
 
 def study_options(args: argparse.Namespace) -> str:
-    """Options by which another verb reads the same study; none where it is the default one."""
+    """Options by which another verb reads the same study; empty if it is the default one."""
     configfile = f"--configfile {shlex.join(args.configfile)}" if args.configfile != [DEFAULT_STUDY] else ""
     return f"{configfile} --set {shlex.join(args.overrides)}".strip() if args.overrides else configfile
 

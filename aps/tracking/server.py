@@ -43,20 +43,20 @@ class Server:
 
     def experiment(self, name: str, make: bool = True) -> str | None:
         """The id of the experiment of this name. It is restored if it was deleted. If there is none, it is created if `make`."""
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
+        existing = self.client.get_experiment_by_name(name)
+        if existing is None:
             if not make:
                 return None
             try:
                 return _identifier(self.client.create_experiment(name, artifact_location=self._artifacts(name)))
             except Exception:  # another stage may have created it meanwhile
-                found = self.client.get_experiment_by_name(name)
-                if found is None:
+                existing = self.client.get_experiment_by_name(name)
+                if existing is None:
                     raise
-        if found.name != name:
+        if existing.name != name:
             raise NotMlflow
-        identifier = _identifier(found.experiment_id)
-        if found.lifecycle_stage == "deleted":
+        identifier = _identifier(existing.experiment_id)
+        if existing.lifecycle_stage == "deleted":
             self.client.restore_experiment(identifier)
             self._say(f"MLflow: experiment '{name}' had been deleted there; it is restored")
         return identifier
