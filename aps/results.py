@@ -35,6 +35,7 @@ from aps.errors import Preempted, UserError
 from aps.files import append, atomic_path, read_json, remove, sha256, sweep, write_json
 from aps.journal import read_history
 from aps.layout import run_folder
+from aps.registry import resolve
 from aps.runtime.ranks import ranks
 from aps.runtime.slurm import job_id
 from aps.seals import contents, damage, read_metrics, seal
@@ -43,6 +44,7 @@ from aps.spent import spent
 from aps.stages import STAGES
 from aps.tracking.addresses import OFF, settled
 from aps.tracking.describing import About, command, describe, finals
+from aps.tracking.sending import pictures
 from aps.tracking.state import FAILED, KILLED, adopt
 from aps.tracking.tracker import Tracker, say_missing
 
@@ -178,7 +180,6 @@ class StageRun:
 
     job: StageJob
     _state: dict[str, Any] = field(default_factory=dict)
-    _figures: list[Path] = field(default_factory=list)
     _begun: bool = False  # whether lines that the checkpoint does not hold were dropped from the journal
 
     def __enter__(self) -> StageRun:
@@ -235,10 +236,6 @@ class StageRun:
             self._state["seconds"] = self._before + time.monotonic() - self._start
             write_json(self._state_file, self._state)
 
-    def figure(self, path: Path) -> None:
-        """Register a picture among the stage's outputs, to be sent to MLflow."""
-        self._figures.append(path)
-
     def staging(self, name: str) -> Path:
         """Where to write the output `name`; `finish` moves it to the result folder."""
         folder = self.job.checkpoints / "outputs"
@@ -253,8 +250,9 @@ class StageRun:
         self.save_clock()
         shutil.copyfile(self.journal, self.staging("history.jsonl"))
         report = self._report(metrics, extra)
-        tracked = self.tracker.finish(finals(report), self._figures)
         staged = self.staging("metrics.json").parent
+        self._draw(report)
+        tracked = self.tracker.finish(finals(report), pictures(staged))
         report |= {"mlflow_run_id": self.tracker.run_id, "mlflow_complete": tracked}
         metrics_file = report | {"files": contents(staged)}
         write_json(staged / "metrics.json", seal(metrics_file))
@@ -270,6 +268,16 @@ class StageRun:
             state.unlink()
         if not tracked:
             say_missing(self.job.label, self.tracker.reason)
+
+    def _draw(self, report: dict[str, Any]) -> None:
+        """Draw the stage's picture, if it has one. The run is worth more than its picture, so a failure is only a warning."""
+        picture = STAGES[self.job.settings.stage].picture
+        if picture is None:
+            return
+        try:
+            resolve(picture.function)(self.job, report, self.staging(picture.file))
+        except Exception as error:  # anything that a drawing library may raise
+            print(f"warning: {self.job.label}: {picture.file} is not drawn: {error}", file=sys.stderr)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -33,6 +33,13 @@ class Curve(NamedTuple):
     label: str
 
 
+class Picture(NamedTuple):
+    """A PNG file that a finished run draws among its outputs; MLflow shows it too."""
+
+    file: str
+    function: str  # dotted path of a function of the job, the content of metrics.json and the file to write
+
+
 @dataclass(frozen=True)
 class Stage:
     """What the rest of the project knows of a stage."""
@@ -50,6 +57,7 @@ class Stage:
     detects: bool = False  # whether its images come from `detection.dataset` and not from `dataset`
     small: bool = False  # whether it takes only minutes: on a cluster, the small stages of an encoder share one job
     traced: bool = False  # whether --profile can record its batches
+    picture: Picture | None = None  # drawn when a run is finished
     check: str | None = None  # a function of the experiment that raises ValueError if the stage can't be built
     cost: str | None = None  # a function that counts what a run costs (aps/cost.py); None: not estimated
 
@@ -84,6 +92,7 @@ ROWS = (
         encoder=False,
         labels=False,
         traced=True,
+        picture=Picture("views.png", "aps.report.run_pictures:views"),
         cost="aps.training.cost:pretrain",
     ),
     Stage(
@@ -96,6 +105,7 @@ ROWS = (
         scores=(Score("test_top1", "finetuned top-1", share=True),),
         curves=(Curve("loss", "finetuning loss"),),
         traced=True,
+        picture=Picture("confusion.png", "aps.report.run_pictures:confusion"),
         cost="aps.training.cost:finetune",
     ),
     Stage(
@@ -119,6 +129,7 @@ ROWS = (
         outputs=(),
         scores=(Score("knn_top1_k{k}", "kNN top-1, k = {k}", prefer=20, share=True),),
         small=True,
+        picture=Picture("neighbours.png", "aps.report.run_pictures:neighbours"),
         cost="aps.training.cost:knn",
     ),
     Stage(

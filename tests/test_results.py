@@ -358,3 +358,14 @@ def test_when_a_run_started_is_on_disk_before_mlflow_hears_of_it(
     monkeypatch.setattr(results, "_now", lambda: "2030-01-01T00:00:00+00:00")
     again = StageRun(job).__enter__()
     assert again.tracker.state.about.key == first.tracker.state.about.key
+
+
+def test_a_picture_that_cannot_be_drawn_costs_a_warning_and_no_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = fake_job(tmp_path)
+    with StageRun(job) as stage:  # its examples name images of a dataset whose files are gone
+        stage.finish({"knn_top1_k5": 50.0}, examples=[{"test": 0, "train": [1], "similarity": [0.5]}])
+    assert "warning: knn aps/seed0: neighbours.png is not drawn: " in capsys.readouterr().err
+    assert read_json(job.out / "metrics.json")["metrics"] == {"knn_top1_k5": 50.0}
+    assert not (job.out / "neighbours.png").exists()

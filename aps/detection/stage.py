@@ -153,7 +153,6 @@ def _save(stage: StageRun, engine: Engine, results: list[dict[str, Any]]) -> Non
     stage.staging("predictions.json").write_text(json.dumps(results))
     figure = stage.staging("predictions.png")
     predictions_figure(figure, engine.task.val, results)
-    stage.figure(figure)
     info = {"settings": stage.job.settings.relevant(), "mean": engine.task.mean, "std": engine.task.std}
     information = {
         "engine": engine.task.settings.engine,

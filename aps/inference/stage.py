@@ -69,7 +69,6 @@ def run(job: StageJob) -> None:
         picture = stage.staging("map.png")
         places = np.array(table["xy"].to_pylist(), dtype=np.float32)
         figures.feature_map(picture, places, table["label"].to_pylist(), f"{manifest.name}: {job.label}")
-        stage.figure(picture)
         metrics = {**agreement, "images": len(index), "dim": model.dim}
         stage.finish(metrics, pixels=shown)
 

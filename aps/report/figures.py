@@ -261,12 +261,16 @@ def confusions(table: Table) -> list[Picture]:
             continue
         counts = np.sum([np.array(run["confusion"]["counts"]) for run in runs], axis=0)
         classes = runs[0]["confusion"]["classes"]
-        worst = _worst(counts, classes)
-        panels.append(Panel(f"Confusion matrix of {name}. {worst}", _matrix(name, counts, classes), 3.7))
+        panels.append(confusion_panel(name, counts, classes))
     if not panels:
         return []
     caption = "Finetuned models on the test images, all seeds. Rows are the truth, columns the guess; shares of a row, in percent."
     return [Picture("confusion", "examples", "What is taken for what", caption, panels)]
+
+
+def confusion_panel(name: str, counts: np.ndarray, classes: Sequence[str]) -> Panel:
+    """counts: (C, C), the number of images of the row's class that were classified as the column's."""
+    return Panel(f"Confusion matrix of {name}. {_worst(counts, classes)}", _matrix(name, counts, classes), 3.7)
 
 
 def _worst(counts: np.ndarray, classes: Sequence[str]) -> str:

@@ -72,6 +72,11 @@ def points_of(line: dict[str, Any], stage: str | None) -> Iterator[Point]:
         yield Point(key if stage is None else metric_name(stage, key), step, value, int(seconds * 1000))
 
 
+def pictures(folder: Path) -> list[Path]:
+    """The pictures among a run's outputs, to be sent to MLflow."""
+    return sorted(folder.glob("*.png"))
+
+
 class Sender:
     """Each `send` brings the run in MLflow up to date, and changes `state` accordingly.
 

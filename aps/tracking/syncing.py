@@ -19,7 +19,7 @@ from aps.settings.study import Study
 from aps.tracking.addresses import OFF, settled
 from aps.tracking.describing import About, describe, finals
 from aps.tracking.reasons import why, will_last
-from aps.tracking.sending import Sender
+from aps.tracking.sending import Sender, pictures
 from aps.tracking.server import Server
 from aps.tracking.state import State, read_state
 from aps.tracking.views import tags, views_of
@@ -72,7 +72,7 @@ def _sync_run(about: About, address: str, folder: Path, metrics: dict[str, Any],
     state.about, state.finals = about, finals(metrics)
     try:
         sender = Sender(state, folder)
-        sender.files = sorted(folder.glob("*.png"))
+        sender.files = pictures(folder)
         sender.send()
         synced.sent += 1
     except Exception as error:  # anything that a server or a locked database may raise

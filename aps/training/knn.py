@@ -6,6 +6,8 @@ temperature stand with the numbers because they move them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,7 @@ from aps.training.watch import spread
 
 CHUNK = 1024  # test images compared at once,
 BLOCK = 65_536  # with so many train images at once: memory does not grow with either
+EXAMPLES, NEIGHBOURS = 6, 5  # test images in the picture, and training images beside each
 MONITOR_K, MONITOR_TEMPERATURE, MONITOR_IMAGES = 20, 0.07, 10_000
 
 
@@ -43,7 +46,19 @@ def run(job: StageJob) -> None:
                 "test_images": len(queries),
             },
             pixels=pixels(job),
+            examples=_examples(bank, queries),
         )
+
+
+def _examples(bank: Tensor, queries: Tensor) -> list[dict[str, Any]]:
+    """A few test images, spread over the split, with the training images most similar to each: rows and cosines."""
+    rows = torch.linspace(0, len(queries) - 1, min(EXAMPLES, len(queries))).round().long()
+    few, bank = F.normalize(queries[rows.to(queries.device)], dim=1), F.normalize(bank, dim=1)
+    similarity, nearest = neighbours(few, bank, min(NEIGHBOURS, len(bank)))
+    return [
+        {"test": row, "train": found, "similarity": [round(x, 4) for x in cosines]}
+        for row, found, cosines in zip(rows.tolist(), nearest.tolist(), similarity.tolist(), strict=True)
+    ]
 
 
 @torch.inference_mode()

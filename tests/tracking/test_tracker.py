@@ -44,7 +44,6 @@ def play(job: StageJob, lines: int = LINES, pause: float = 0.0, figure: bool = F
         if figure:
             path = stage.staging("picture.png")
             path.write_bytes(b"\x89PNG")
-            stage.figure(path)
         stage.finish({"knn_top1_k5": 50.0, "temperature": 0.07, "per_class": {"0": 1.0}})
     return {**read_json(job.out / "metrics.json"), "slowest": slowest}
 
