@@ -1,7 +1,7 @@
 """What finished runs differ in: settings, data, what made them, cost and scores. `python -m aps compare RUN RUN ...`.
 
-A run is given by its folder, results/STUDY/EXPERIMENT/seedN/STAGE; the runs may be of different studies. The settings of an
-evaluation include those of the pretraining that made its encoder, where that is found. It imports nothing heavy.
+A run is given by its folder, results/STUDY/EXPERIMENT/seedN/STAGE; the runs may be of different studies. The settings
+of an evaluation include those of the pretraining that made its encoder, where that is found. It imports nothing heavy.
 """
 
 from __future__ import annotations

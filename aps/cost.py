@@ -7,7 +7,8 @@ A stage's cost function is `(settings, counts, gpus, gpu) -> Cost`:
     gpus      how many processes share the run
     gpu       whether they run on GPUs, where `precision: auto` means 16 bits; on CPUs it means float32
 
-The functions of the project's stages are in `aps.training.cost` and `aps.detection.cost`; `aps.estimate` makes the table.
+The functions of the project's stages are in `aps.training.cost` and `aps.detection.cost`; `aps.estimate` makes the
+table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Exceptions that the command line turns into a sentence: a mistake the user can fix, and a run that was asked to stop."""
+"""Exceptions that the command line turns into a sentence: the user's mistake, and a run that was asked to stop."""
 
 
 class UserError(Exception):

@@ -1,8 +1,8 @@
 """Estimates what a study will cost: operations, GPU hours, memory and disk of every stage.
 
-Design: each stage has a function that counts a step of the modules it trains, on tensors without data (`aps.cost`). So no
-dataset and no GPU is needed, and a change of a network changes the estimate. Hours are operations divided by the speed of the
-machine; the share of its peak speed that is assumed is printed with them.
+Design: each stage has a function that counts a step of the modules it trains, on tensors without data (`aps.cost`). So
+no dataset and no GPU is needed, and a change of a network changes the estimate. Hours are operations divided by the
+speed of the machine; the share of its peak speed that is assumed is printed with them.
 
 It does not count the input pipeline: with too few cores, decoding ImageNet takes longer than the GPU's work.
 """
@@ -46,7 +46,7 @@ GPUS = {
 
 
 def utilization(dim: int) -> float:
-    """The share of the peak speed that a Transformer of width D is assumed to reach. Memory traffic limits narrow ones."""
+    """The share of the peak speed that a Transformer of width D should reach. Memory traffic limits narrow ones."""
     return 0.15 if dim <= 192 else 0.25 if dim <= 384 else 0.40
 
 
@@ -76,8 +76,8 @@ def this_cpu() -> Gpu:
     return Gpu(f"{hardware()['cpu']}, one core", 2 * side**3 / min(taken) / 1e12, memory)
 
 
-# Sizes as the publishers state them; of digits and the composites, as this project makes them. A user's dataset is not here:
-# its manifest has its size.
+# Sizes as the publishers state them; of digits and the composites, as this project makes them. A user's dataset has its
+# size in its manifest.
 DATASETS = {
     "digits": Counts(1438, 359, 10, 0.0002),
     "fashion_mnist": Counts(60_000, 10_000, 10, 0.09),
@@ -145,7 +145,7 @@ def estimate(study: Study, gpu: str = "a100", share: float | None = None) -> str
 
     Args:
         gpu: a name of GPUS; or `cpu`, the cores of this machine.
-        share: share of the peak speed that is reached; by default `utilization` of the encoder's width, or CPU_UTILIZATION.
+        share: share of the peak speed that is reached; by default `utilization`, or CPU_UTILIZATION on a CPU.
 
     Raises:
         UserError: the GPU is unknown, the share is outside (0, 1], or a dataset's size is not known yet.

@@ -1,12 +1,12 @@
 """Which results belong to a study as it is now: every metrics.json is compared with the study's settings and inputs.
 
-Whoever reads results (planning, tables, report, sync, stages that build on others) reads them through `Findings`. A result
-counts if its seal is whole, if its settings, images and encoder are those of the study, and if its files are there.
-Otherwise there are no figures, but a sentence that says why.
+Whoever reads results (planning, tables, report, sync, stages that build on others) reads them through `Findings`. A
+result counts if its seal is whole, if its settings, images and encoder are those of the study, and if its files are
+there. Otherwise there are no figures, but a sentence that says why.
 
 Design: nothing here depends on Snakemake's records or on times of files. So results can be copied, `.snakemake/` can be
-deleted, and stages can be run by hand. Planning uses this, so it imports nothing heavy, and compares the sizes of files, not
-their content.
+deleted, and stages can be run by hand. Planning uses this, so it imports nothing heavy, and compares the sizes of
+files, not their content.
 """
 
 from __future__ import annotations

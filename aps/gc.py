@@ -1,7 +1,7 @@
 """Finds and deletes what no study needs any more: saved runs, and results of experiments that a study no longer has.
 
-Saved runs are kept so that going back to earlier settings costs nothing. `unneeded` lists the saved runs that none of the
-given studies shows or would continue, with their sizes. Only `delete` removes them.
+Saved runs are kept so that going back to earlier settings costs nothing. `unneeded` lists the saved runs that none of
+the given studies shows or would continue, with their sizes. Only `delete` removes them.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@
     results/data/DATASET-KEY/               one of the user's datasets; DATASET is a link to the one prepared last
     results/mlflow.db, mlartifacts/         MLflow, where no server is named
 
-A study never touches another study's folder. Studies that ask for the same run share one saved run: its KEY is a digest of
-what determines its result (`aps.results.run_key`). The KEY of a user's dataset is a digest of its source, so that two studies
-may give the same name to different folders.
+A study never touches another study's folder. Studies that ask for the same run share one saved run: its KEY is a digest
+of what determines its result (`aps.results.run_key`). The KEY of a user's dataset is a digest of its source, so that
+two studies may give the same name to different folders.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Checks before the first job of a study that no job will fail for its inputs: `python -m aps check`.
 
-`aps.settings.checks` checks settings alone, whenever a study is read. This checks them against the machine: sources that do
-not exist, batches larger than the dataset, resources, the address of the tracking server.
+`aps.settings.checks` checks settings alone, whenever a study is read. This checks them against the machine: sources
+that do not exist, batches larger than the dataset, resources, the address of the tracking server.
 
 It imports nothing heavy, opens no image and asks no server.
 """

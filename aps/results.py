@@ -1,11 +1,11 @@
 """The results of a stage, metrics.json, history.jsonl and weights: how they are written, saved and restored.
 
-While a stage runs, its checkpoints are in the folder of its run, which Snakemake does not know. At the end the outputs stay
-there, in `finished/`, and are linked into the study's folder. When the same run is asked for again, by another study or after
-Snakemake has deleted the outputs, the links are made again.
+While a stage runs, its checkpoints are in the folder of its run, which Snakemake does not know. At the end the outputs
+stay there, in `finished/`, and are linked into the study's folder. When the same run is asked for again, by another
+study or after Snakemake has deleted the outputs, the links are made again.
 
-Design: the key of a run is a digest of what determines its result (`run_key`): its settings, the images and the encoder it
-starts from. metrics.json is sealed (`aps.seals`), so a file that was changed, damaged or replaced is recognized.
+Design: the key of a run is a digest of what determines its result (`run_key`): its settings, the images and the encoder
+it starts from. metrics.json is sealed (`aps.seals`), so a file that was changed, damaged or replaced is recognized.
 
 It knows no stage and imports no torch. Whether a result belongs to a study as it is now is decided by `aps.findings`.
 """
@@ -80,7 +80,7 @@ class StageJob:
 
 
 def run_key(settings: StageSettings, dataset: str, encoder: str | None) -> str:
-    """16 hexadecimal digits over all that determines a run's result. The names of study and experiment are not among it.
+    """16 hexadecimal digits over all that determines a run's result, which the names of study and experiment do not.
 
     Args:
         dataset: digest of the images, from the manifest.
@@ -150,7 +150,7 @@ def forget(checkpoints: Path) -> None:
 
 
 def _publish(job: StageJob, finished: Path, metrics: dict[str, Any]) -> None:
-    """Link a finished run's files into the study's folder. metrics.json comes last: where it exists, all are complete."""
+    """Link a finished run's files into the study's folder; metrics.json comes last: if it exists, all are complete."""
     remove(job.out / "metrics.json")
     for name in metrics["files"]:
         _link(finished / name, job.out / name)
@@ -270,7 +270,7 @@ class StageRun:
             say_missing(self.job.label, self.tracker.reason)
 
     def _draw(self, report: dict[str, Any]) -> None:
-        """Draw the stage's picture, if it has one. The run is worth more than its picture, so a failure is only a warning."""
+        """Draw the stage's picture, if it has one. A failure is only a warning: the run is worth more."""
         picture = STAGES[self.job.settings.stage].picture
         if picture is None:
             return

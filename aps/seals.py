@@ -26,7 +26,7 @@ def _content_digest(metrics: dict[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """The content of a sealed metrics.json. Raises UserError if it is missing, broken, changed or of another version."""
+    """The content of a sealed metrics.json. Raises UserError if it is missing, damaged or of another version."""
     metrics = read_json(path)
     advice = "delete it and run the stage that makes it"
     if not isinstance(metrics, dict) or "sha256" not in metrics:

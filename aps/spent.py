@@ -1,7 +1,7 @@
 """The cost of a finished run, with that of its pretraining: seconds, GPU hours, operations, peak memory.
 
-An evaluation needs its pretraining, so its cost includes it. A pretraining that several evaluations share is counted in each
-of them.
+An evaluation needs its pretraining, so its cost includes it. A pretraining that several evaluations share is counted in
+each of them.
 """
 
 from __future__ import annotations

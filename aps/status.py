@@ -6,8 +6,8 @@
     outdated  there is a result, but of other settings, images or another encoder
     queued    all others: not begun, waiting for their inputs, or stopped and to be continued
 
-It reads only files, and asks neither Snakemake nor Slurm. So it works while the study runs, from any machine that sees the
-results folder. It imports nothing heavy; `aps.report.states` draws the picture.
+It reads only files, and asks neither Snakemake nor Slurm. So it works while the study runs, from any machine that sees
+the results folder. It imports nothing heavy; `aps.report.states` draws the picture.
 """
 
 from __future__ import annotations

@@ -14,5 +14,5 @@ def table_lines(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[st
 
 
 def shorten(text: str, letters: int, ellipsis: str = "…") -> str:
-    """`text`, cut at its end so that it has at most `letters` letters. Error sentences take `...`: they go to any log."""
+    """`text`, cut at its end to at most `letters` letters. Errors use `...`, since logs may not be UTF-8."""
     return text if len(text) <= letters else text[: letters - len(ellipsis)] + ellipsis

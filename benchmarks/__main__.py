@@ -1,4 +1,4 @@
-"""Runs every benchmark in turn, each in a separate process, and prints a table of their results: python -m benchmarks"""
+"""Runs every benchmark in turn, each in a separate process, and prints a table of results: python -m benchmarks"""
 
 from __future__ import annotations
 

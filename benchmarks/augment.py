@@ -2,10 +2,10 @@
 
     python -m benchmarks.augment
 
-All use the same cores: ours by torch's threads, the others (benchmarks/ordinary.py: torchvision's and timm's transforms on
-PIL images, timm's erasing and mixup on the batch) by as many DataLoader workers, which run before the clock starts. `seeded`
-seeds the generators for each image, so that, as with ours, an interrupted run goes on with the same images. On a GPU, ours
-runs there, and the batches of the others are sent to it. Nobody decodes files.
+All use the same cores: ours by torch's threads, the others (benchmarks/ordinary.py: torchvision's and timm's transforms
+on PIL images, timm's erasing and mixup on the batch) by as many DataLoader workers, which run before the clock starts.
+`seeded` seeds the generators for each image, so that, as with ours, an interrupted run goes on with the same images. On
+a GPU, ours runs there, and the batches of the others are sent to it. Nobody decodes files.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 
     python -m benchmarks.ceiling
 
-The product is one of two square matrices, in the number format of the step and with the same threads. Products and steps take
-turns.
-aps.training.cost counts the operations of the step, without those that are no matrix products: norms, GELU, softmax, the
-optimizer.
+The product is one of two square matrices, in the number format of the step and with the same threads. Products and
+steps take turns. aps.training.cost counts the operations of the step, without those that are no matrix products: norms,
+GELU, softmax, the optimizer.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m benchmarks.choices
 
-The steps take turns in one process, each with a separate trainer. Above 1, the choice makes the step faster. `compile` is
-the only one that is off by default: its ratio is that of the compiled step to ours, and the JSON file has the time of its first
-step.
+The steps take turns in one process, each with a separate trainer. Above 1, the choice makes the step faster. `compile`
+is the only one that is off by default: its ratio is that of the compiled step to ours, and the JSON file has the time
+of its first step.
 """
 
 from __future__ import annotations

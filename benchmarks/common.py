@@ -1,8 +1,8 @@
 """What all benchmarks share: timing two things in turn, describing the machine, writing a JSON file and a plot.
 
-Design: a benchmark's result is a ratio of two times that were taken side by side in one run. What slows the machine slows
-both, so the ratio is reliable where a time alone is not. Each repetition gives one ratio; the median and the quartiles are
-reported.
+Design: a benchmark's result is a ratio of two times that were taken side by side in one run. What slows the machine
+slows both, so the ratio is reliable where a time alone is not. Each repetition gives one ratio; the median and the
+quartiles are reported.
 
 It does not know what is timed. Run benchmarks from the repository's root: python -m benchmarks.views
 """
@@ -31,7 +31,7 @@ OURS, OTHER = "#1f6f8b", "#9aa5ab"  # colours of every plot
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark. description: a module's docstring, of which the first line is shown."""
+    """A parser with the options of every benchmark. description: a docstring, of which the first line is shown."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it runs; the figures mean nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the plot")
@@ -76,7 +76,7 @@ def compare(ours: Callable[[], Any], ordinary: Callable[[], Any], repeats: int =
 
 
 def row(what: str, ratio: dict[str, float], unit: str = "x", target: float | None = None) -> dict[str, Any]:
-    """One row of the table that `python -m benchmarks` prints: what is compared, the spread of its ratio, the target."""
+    """A row of the table that `python -m benchmarks` prints: what is compared, the spread of its ratio, the target."""
     return {"what": what, "ratio": ratio, "unit": unit, "target": target}
 
 
@@ -177,7 +177,7 @@ def _commit() -> str | None:
 def plot(
     name: str, bars: dict[str, dict[str, float]], unit: str, title: str, ours: set[str], folder: Path = RESULTS
 ) -> Path:
-    """Plot medians as bars with quartiles, into a file beside the JSON file. bars: label -> spread. ours: labels in colour."""
+    """Plot medians as bars with quartiles, beside the JSON file. bars: label -> spread. ours: labels in colour."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -2,9 +2,9 @@
 
     python -m benchmarks.detection_step --engine detectron2 --arch small
 
-It compares nothing: it measures a step on this machine, for docs/detection.md and for choosing `resources`. Images are digits
-on canvases of 1024x1024 pixels, with as many instances as COCO's (7 on average); their content changes neither time nor
-memory.
+It compares nothing: it measures a step on this machine, for docs/detection.md and for choosing `resources`. Images are
+digits on canvases of 1024x1024 pixels, with as many instances as COCO's (7 on average); their content changes neither
+time nor memory.
 """
 
 from __future__ import annotations

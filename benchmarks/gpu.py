@@ -1,14 +1,14 @@
 """All checks and measurements that need a GPU, in nine minutes, the most important first: python benchmarks/gpu.py
 
-It needs Python 3.11 or newer with torch, torchvision and timm, and no network: other packages come from a folder of wheels that
-`make gpu-wheels` fills beforehand (`--wheels`). Each step is a separate process with a time limit, and saves its results in a
-JSON file, so that a stop loses nothing that was measured. A table ends the run.
+It needs Python 3.11 or newer with torch, torchvision and timm, and no network: other packages come from a folder of
+wheels that `make gpu-wheels` fills beforehand (`--wheels`). Each step is a separate process with a time limit, and
+saves its results in a JSON file, so that a stop loses nothing that was measured. A table ends the run.
 
     python benchmarks/gpu.py --wheels wheels --out gpu-results
     python benchmarks/gpu.py --device cpu --tiny         runs every line once on a CPU; the figures mean nothing
 
-A step's operations (aps.training.cost) are compared with a square product in bf16, measured in the same process; CUDA's results
-with the CPU's from the same seeds.
+A step's operations (aps.training.cost) are compared with a square product in bf16, measured in the same process;
+CUDA's results with the CPU's from the same seeds.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Row = tuple[str, float, str, str]  # what, figure, target such as `<= 0.02` or a
 
 
 # --------------------------------------------------------------------------------------------------
-# The steps. Each gets the arguments and returns rows for the table, and perhaps more. Heavy imports are inside them, so that the
-# process that starts them needs only the standard library.
+# The steps. Each gets the arguments and returns rows for the table, and perhaps more. Heavy imports are inside them, so
+# that the process that starts them needs only the standard library.
 
 
 def tests(args: argparse.Namespace) -> Result:
@@ -183,7 +183,7 @@ def waiting(args: argparse.Namespace) -> Result:
 
 
 def share(args: argparse.Namespace) -> Result:
-    """The share of a step's time that training waits for its input: CIFAR-sized images in memory, ViT-Tiny/2, B=512, T=4."""
+    """The share of a step's time in which it waits for its input: images of 32 pixels, ViT-Tiny/2, B=512, T=4."""
     learner = _learner(args, *(("micro", 16, 128) if args.tiny else ("tiny", 512, 50_000)))
     done, epoch, lines = 0, learner.batches(0, 0), []
     for _ in range(1 if args.tiny else 3):
@@ -290,7 +290,7 @@ def detection(args: argparse.Namespace) -> Result:
 
 
 def knn(args: argparse.Namespace) -> Result:
-    """kNN after training ViT-Tiny/2 for a fixed time, on CIFAR-10 (`--cifar`), or else on colour images of digits, 32 pixels."""
+    """kNN after training ViT-Tiny/2 for a fixed time, on CIFAR-10 (`--cifar`) or on colour images of digits."""
     from aps.training.knn import monitor
 
     seconds = 2 if args.tiny else args.seconds - 20
@@ -347,7 +347,7 @@ def _trainer(chosen: Any, device: Any) -> Any:
 def _step(
     args: argparse.Namespace, arch: str, ratio: float, batch: int, compiled: bool, **encoder: Any
 ) -> tuple[float, float, float] | None:
-    """Median seconds of a step, its speed as a share of the product's, peak GiB (0 on a CPU). None if memory is too small."""
+    """Median seconds of a step, its speed as a share of the product's, peak GiB (0 on a CPU). None: out of memory."""
     import statistics
 
     import torch
@@ -512,7 +512,7 @@ def unpack(wheels: Path, into: Path) -> None:
 
 
 def conduct(args: argparse.Namespace) -> int:
-    """Run every step in a separate process, within its time limit and the time that is left. Returns the exit status."""
+    """Run every step in a separate process, within its limit and the time that is left. Returns the exit status."""
     slower = 1 if args.device.startswith("cuda") else 10  # on a CPU, time does not matter
     deadline = time.monotonic() + 60 * args.minutes * slower
     args.out.mkdir(parents=True, exist_ok=True)

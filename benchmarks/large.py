@@ -1,8 +1,8 @@
 """Measures what grows with the number of images, on hard links to a few JPEG files: python -m benchmarks.large
 
-For each number: listing the tree, preparing it (manifest, statistics of a sample, fingerprint), checking whether it has changed
-(which planning does), loading the split, an epoch's order, the first batch with workers, and their memory. Times are CPU times
-of this process without its workers. The files are small, so that decoding takes little time.
+For each number: listing the tree, preparing it (manifest, statistics of a sample, fingerprint), checking whether it has
+changed (which planning does), loading the split, an epoch's order, the first batch with workers, and their memory.
+Times are CPU times of this process without its workers. The files are small, so that decoding takes little time.
 """
 
 from __future__ import annotations

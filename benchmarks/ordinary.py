@@ -1,8 +1,8 @@
 """The baseline: one image at a time through PIL, torchvision's and timm's transforms and a NumPy sampler.
 
-It is written as such code usually is. A loader's worker makes both views and all T samplings of an image. The sampler loops
-over images and samplings, and computes the overlaps of all pairs of cells in one NumPy expression. For finetuning, a worker
-makes an image; timm's erasing and mixup follow on the batch.
+It is written as such code usually is. A loader's worker makes both views and all T samplings of an image. The sampler
+loops over images and samplings, and computes the overlaps of all pairs of cells in one NumPy expression. For
+finetuning, a worker makes an image; timm's erasing and mixup follow on the batch.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class OrdinaryPairs(Dataset):
 class OrdinaryExamples(Dataset):
     """images: (M, H, W, 3) uint8, labels: (M,) -> image (3, S, S) uint8, label; the finetuning recipe up to RandAugment.
 
-    seeded: whether the three generators that the transforms use are seeded for each image, so that an interrupted run goes on
-    with the same images, as ours does.
+    seeded: whether the three generators that the transforms use are seeded for each image, so that an interrupted run
+    goes on with the same images, as ours does.
     """
 
     def __init__(self, images: np.ndarray, labels: Tensor, settings: FinetuneSettings, size: int, seeded: bool) -> None:

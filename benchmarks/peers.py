@@ -3,10 +3,10 @@
     pip install --constraint constraints.txt '.[peers]'
     python -m benchmarks.peers
 
-Each contender has a separate process, and they take turns: an epoch of input alone, then an epoch of input and training steps.
-Those that work on one image at a time use as many DataLoader workers as ours has threads, started before the clock. Memory is
-the peak of the process above its memory after the imports, plus the unshared memory of its workers. On a GPU it is the
-allocator's peak.
+Each contender has a separate process, and they take turns: an epoch of input alone, then an epoch of input and training
+steps. Those that work on one image at a time use as many DataLoader workers as ours has threads, started before the
+clock. Memory is the peak of the process above its memory after the imports, plus the unshared memory of its workers. On
+a GPU it is the allocator's peak.
 
     aps, simclr, mae       this project's methods, on batched views; aps at r = 0.25, one sampling a batch
     lightly simclr, mae    lightly's transforms, heads, losses and masking, on timm's ViT, put together as its documentation does
@@ -277,7 +277,7 @@ def build(name: str, setup: Setup) -> Contender:
 
 
 def serve(name: str, quick: bool) -> None:
-    """A contender's process: for each line `input` or `train` it prints the seconds of an epoch; at the end, the memory."""
+    """A contender's process: for each line `input` or `train`, it prints the seconds of an epoch; then the memory."""
     with processes() as distributed:
         setup = setup_of(quick, distributed)
         import kornia.augmentation  # noqa: F401

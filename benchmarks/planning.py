@@ -1,8 +1,9 @@
-"""Times planning a large study and its table of results, against Snakemake alone on the same DAG: python -m benchmarks.planning
+"""Times planning a large study and its table of results, against Snakemake alone: python -m benchmarks.planning
 
-The study has 1000 experiments (`--experiments`) of three seeds and four stages, which differ in their learning rate. Times are
-CPU times of the commands, so that other work on the machine matters less; the JSON file also has wall times. Snakemake alone has
-the same DAG as four rules without functions, resources, logs and benchmarks: no workflow can be faster.
+The study has 1000 experiments (`--experiments`) of three seeds and four stages, which differ in their learning rate.
+Times are CPU times of the commands, so that other work on the machine matters less; the JSON file also has wall times.
+Snakemake alone has the same DAG as four rules without functions, resources, logs and benchmarks: no workflow can be
+faster.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""6. One process against several: images a second of pretraining, and the efficiency, the speedup divided by the processes.
+"""6. One process against several: images a second of pretraining, and the efficiency, speedup divided by processes.
 
     python -m benchmarks.scaling
 
-torchrun starts the processes, one GPU each (NCCL), or one core and one thread each (gloo). The batch is the same for any
-number of them, as in a study. Each measurement is a separate launch; the numbers of processes take turns.
+torchrun starts the processes, one GPU each (NCCL), or one core and one thread each (gloo). The batch is the same for
+any number of them, as in a study. Each measurement is a separate launch; the numbers of processes take turns.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m benchmarks.server --address http://mlflow.example.org:5000 --runs 50
 
-Each run is a process with the tracking of a real stage and a loop of `--steps` steps, each a pause of `--pause` seconds, as if
-an accelerator computed. All runs are made with tracking off, then with the server. Each measures how long logging delayed a
-step, and how long the end waited. Then every point is read from MLflow.
+Each run is a process with the tracking of a real stage and a loop of `--steps` steps, each a pause of `--pause`
+seconds, as if an accelerator computed. All runs are made with tracking off, then with the server. Each measures how
+long logging delayed a step, and how long the end waited. Then every point is read from MLflow.
 
 Without --address it starts a server on SQLite.
 """
@@ -44,7 +44,7 @@ def job_of(results: Path, study: str, seed: int, address: str) -> StageJob:
 
 
 def play(job: StageJob, steps: int, pause: float, barrier: Any, queue: Any) -> None:
-    """One stage, in its process. Puts (seconds that logging delayed each step, seconds that the end took) into the queue."""
+    """One stage. Puts (seconds that logging delayed each step, seconds that the end took) into the queue."""
     with StageRun(job) as stage:
         stage.resume(0)
         barrier.wait()

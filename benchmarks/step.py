@@ -2,9 +2,9 @@
 
     python -m benchmarks.step --arch tiny
 
-All ratios are timed in turn in one process. Peak memory is measured in a separate process for each ratio, above the memory
-before the model was built. Beside the ratio of times stands that of operations (aps.training.cost): they would be equal if every
-operation took the same time.
+All ratios are timed in turn in one process. Peak memory is measured in a separate process for each ratio, above the
+memory before the model was built. Beside the ratio of times stands that of operations (aps.training.cost): they would
+be equal if every operation took the same time.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def measure(args: argparse.Namespace, arch: str, encoder: EncoderSettings, batch
 
 
 def peak_memory(encoder: EncoderSettings, ratio: float, batch: int, precision: str) -> int:
-    """Peak bytes of two steps in this process, above its memory after the imports. The second has the optimizer's state."""
+    """Peak bytes of two steps above the memory after the imports. The second step has the optimizer's state."""
     study = experiment(encoder, ratio, batch, precision=precision)
     with processes() as distributed:
         before = resident("VmRSS")

@@ -2,8 +2,8 @@
 
     python -m benchmarks.views
 
-Both use the same cores: ours by torch's threads, the baseline (benchmarks/ordinary.py) by as many DataLoader workers, which run
-before the clock starts. On a GPU, ours runs there, and the batches of the baseline are sent to it.
+Both use the same cores: ours by torch's threads, the baseline (benchmarks/ordinary.py) by as many DataLoader workers,
+which run before the clock starts. On a GPU, ours runs there, and the batches of the baseline are sent to it.
 """
 
 from __future__ import annotations

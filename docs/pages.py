@@ -1,7 +1,8 @@
 """Adds to the site of docs/ the pages that are made from code or lie elsewhere in the repository, and links to both.
 
-Design: the pages in docs/ are also read on a code host, so their links are paths in the repository (`../config/README.md`). In
-the site, such a link leads to the page that is made from the file, or to a copy of the file.
+Design: the pages in docs/ are also read on a code host, so their links are paths in the repository
+(`../config/README.md`). In the site, such a link leads to the page that is made from the file, or to a copy of the
+file.
 """
 
 from __future__ import annotations

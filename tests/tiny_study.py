@@ -58,7 +58,7 @@ STUDY: dict[str, Any] = {
 
 
 def checkout(folder: Path, study: dict[str, Any] = STUDY) -> Path:
-    """Links to the repository and `study.yaml` in `folder`, so that results and Snakemake's files stay out of the repository."""
+    """Put links to the repository and `study.yaml` into `folder`, so that the repository stays clean."""
     for name in ("Snakefile", "workflow", "profiles", "slurm", "config", "aps"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))

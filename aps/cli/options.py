@@ -1,4 +1,4 @@
-"""The options of each verb. A function adds those of the verb that has its name; `study`, `attempt` and `stage` are shared."""
+"""The options of each verb: a function adds those of the verb of its name; `study`, `attempt`, `stage` are shared."""
 
 from __future__ import annotations
 

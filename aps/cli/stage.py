@@ -1,7 +1,7 @@
 """The verb of a stage: it runs the stage, or brings its finished results back.
 
-A stage's verb works in two ways. Rules give all of it (`--settings`, `--manifest`, `--out` ...). People give a study, an
-experiment and a seed, and the same paths follow from those.
+A stage's verb works in two ways. Rules give all of it (`--settings`, `--manifest`, `--out` ...). People give a study,
+an experiment and a seed, and the same paths follow from those.
 """
 
 from __future__ import annotations

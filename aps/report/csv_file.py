@@ -1,7 +1,7 @@
 """Makes results.csv: one row for each run, with its scores, its cost and every setting that it depends on.
 
-Columns of settings have names as in a study's file (`sampling.gamma`). The row of an evaluation also has the settings of the
-pretraining that made its encoder, so one table shows which setting gave which score.
+Columns of settings have names as in a study's file (`sampling.gamma`). The row of an evaluation also has the settings
+of the pretraining that made its encoder, so one table shows which setting gave which score.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Finds the settings in which a study's experiments differ, and those that are swept.
 
-Only settings count that a finished stage reads. An evaluation also has the settings of the pretraining that made its encoder.
+Only settings count that a finished stage reads. An evaluation also has the settings of the pretraining that made its
+encoder.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ NOT_COMPARED = ("stage", "experiment", "seed", "upstream")
 
 
 class Sweep(NamedTuple):
-    """Experiments that differ in one setting, and perhaps in others that change with it (such as batch size and epochs)."""
+    """Experiments that differ in one setting, and perhaps in others that change with it (more epochs)."""
 
     key: str
     with_it: tuple[str, ...]  # other settings that change with `key`
@@ -35,7 +36,7 @@ class Sweep(NamedTuple):
 
 
 def settings_of(table: Table, name: str) -> dict[str, Any]:
-    """Settings of an experiment as `a.b` keys: of its stages that have run, and of the pretraining that it starts from."""
+    """Settings of an experiment as `a.b` keys: of its finished stages, and of the pretraining that it starts from."""
     study, flat = table.study, dict[str, Any]()
     source = study.pretrain_source(name)
     stages = [(source, "pretrain")] if source not in (None, name) else []
@@ -77,7 +78,7 @@ def differing(table: Table) -> dict[str, dict[str, list[str]]]:
 
 
 def sweeps(table: Table) -> list[Sweep]:
-    """Every setting that takes three values or more while all others stay the same or change with it; in `FIRST`'s order."""
+    """Every setting with three values or more while all others stay the same or change with it; in `FIRST`'s order."""
     flat = {name: settings for name in table.evaluated() if (settings := settings_of(table, name))}
     keys = [key for key in differing(table) if key != "encoder.weights"]
     groups_by_keys = _groups(table, {name: flat[name] for name in flat if not _untrained(table, name)}, keys)

@@ -1,8 +1,8 @@
 """Draws figures from panels that fit a telephone's width: as SVG in a page, and as PNG files.
 
 Design: each panel is a separate SVG in the page. So three stand side by side on a screen and one below the other on a
-telephone, with letters of the same size. Ink has a placeholder colour that is replaced by the page's text colour, so a figure
-follows dark mode and print. The PNG file has the same panels side by side, on white.
+telephone, with letters of the same size. Ink has a placeholder colour that is replaced by the page's text colour, so a
+figure follows dark mode and print. The PNG file has the same panels side by side, on white.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def grid_lines(axes: Axes, axis: str) -> None:
 
 
 def axis_limits(values: Sequence[float], least: float, share: float = 0.12) -> tuple[float, float]:
-    """Limits of an axis of percentages that holds `values`, at least `least` points long, so that one point looks small.
+    """Limits of an axis of percentages that holds `values`; at least `least` points, so that one point looks small.
 
     If the values are within 0 to 100, so are the limits. share: margin on each side, as a share of the values' range.
     """

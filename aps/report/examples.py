@@ -1,8 +1,8 @@
 """Draws the report's figures of images: kept cells, class-token attention, nearest neighbours, detections.
 
-They use the code that the stages use: the sampler, the encoder, the features, the annotations. Each shows a few images, on the
-CPU, so that a report can be made on a login node. What can't be drawn, because its data are gone or its network has no class
-token, is left out with a message.
+They use the code that the stages use: the sampler, the encoder, the features, the annotations. Each shows a few images,
+on the CPU, so that a report can be made on a login node. What can't be drawn, because its data are gone or its network
+has no class token, is left out with a message.
 """
 
 from __future__ import annotations

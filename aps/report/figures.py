@@ -1,4 +1,4 @@
-"""Draws the report's figures of numbers: scores, curves, accuracy against cost, sweeps, confusions, the map of features.
+"""Draws the report's figures of numbers: scores, curves, accuracy against cost, sweeps, confusions, map of features.
 
 Each function returns a picture, or None if no run has what it shows. They read metrics.json, history.jsonl and
 features.parquet. Figures that need a network are in `aps.report.examples`.
@@ -133,7 +133,8 @@ def curves(table: Table, is_intact: IsIntact) -> Picture | None:
         Panel(f"{label} over the steps", _lines(label, "optimizer step", lines, styles)) for label, lines in ordered
     ]
     return Picture(
-        "curves", "curves", "Learning curves", "One line a seed, from each run's history.jsonl.", panels, _legend(styles, [line for _, lines in ordered for line in lines]),
+        "curves", "curves", "Learning curves", "One line a seed, from each run's history.jsonl.", panels,
+        _legend(styles, [line for _, lines in ordered for line in lines]),
     )  # fmt: skip
 
 
@@ -312,7 +313,7 @@ def _matrix(name: str, counts: np.ndarray, classes: Sequence[str]) -> Callable[[
 
 
 def maps(table: Table, is_intact: IsIntact) -> list[Picture]:
-    """The plane of the first two principal components of the features, for each experiment's first seed with embeddings."""
+    """The first two principal components of the features, for each experiment's first seed with embeddings."""
     panels, legend = [], dict[str, Style]()
     for name, experiment in table.study.experiments.items():
         for seed in experiment.seeds:

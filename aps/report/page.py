@@ -1,8 +1,8 @@
 """Writes the report: report.html, results.csv and a PNG file of every figure.
 
-It reads only the files of finished runs, so a report can be made at any time, on any machine, of the runs that have finished.
-The page is a single file that can be mailed, printed and read on a telephone. Beside each number it shows where the number
-comes from: its files, its run in MLflow, its settings, and the command that computes it again.
+It reads only the files of finished runs, so a report can be made at any time, on any machine, of the runs that have
+finished. The page is a single file that can be mailed, printed and read on a telephone. Beside each number it shows
+where the number comes from: its files, its run in MLflow, its settings, and the command that computes it again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FIGURES = "figures"  # in the report's folder, with CATEGORY/NAME.png
 
 
 def write_report(study: Study, folder: Path, address: str, options: str = "") -> tuple[list[Path], list[Run]]:
-    """Write report.html, results.csv and figures/CATEGORY/NAME.png into `folder`; return these files and the runs shown.
+    """Write report.html, results.csv and figures/CATEGORY/NAME.png into `folder`; return the files and the runs shown.
 
     Args:
         address: address of MLflow's server or store, for links.
@@ -78,7 +78,7 @@ def _remove_figures(folder: Path) -> None:
 
 
 def is_intact(finding: Finding, file: str) -> bool:
-    """Whether the run's result counts, and its file is the one that was written. Prints a message if the file is not."""
+    """Whether the run's result counts and this file of it is the one that was written; if not, prints a message."""
     if finding.metrics is None or file not in finding.metrics["files"]:
         return False
     problem = damage(finding.folder, {"files": {file: finding.metrics["files"][file]}}, whole=True)

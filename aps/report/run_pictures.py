@@ -1,7 +1,7 @@
-"""Draws the picture of one run, which is among its outputs and in MLflow: views, confusion matrix or nearest neighbours.
+"""Draws the picture among a run's outputs, which MLflow shows too: views, confusion matrix or nearest neighbours.
 
-A row of `aps.stages` names the function. It gets the job, the content of metrics.json, and the PNG file to write. If there is
-nothing to show, it writes no file.
+A row of `aps.stages` names the function. It gets the job, the content of metrics.json, and the PNG file to write. If
+there is nothing to show, it writes no file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Draws the picture of `python -m aps status --picture`: experiments by stages, a square for each seed, coloured by state.
+"""Draws `python -m aps status --picture`: experiments by stages, with a square for each seed, coloured by state.
 
 The graph of `snakemake --dag` is too large to read for a whole study.
 """

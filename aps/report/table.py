@@ -1,7 +1,7 @@
 """Computes a study's scores: means and spreads over seeds, cost, the floor, published numbers, the best experiment.
 
-Nothing here is drawn or written. Results come from `aps.findings`, so only those that count for the study are used. It imports
-nothing heavy and does not know pages, figures or files.
+Nothing here is drawn or written. Results come from `aps.findings`, so only those that count for the study are used. It
+imports nothing heavy and does not know pages, figures or files.
 
 Letters: n test images, k of them right.
 """
@@ -125,7 +125,7 @@ class Table:
     # -- chance -----------------------------------------------------------------------------------
 
     def interval(self, name: str, score: Column) -> Interval | None:
-        """The interval of the mean score for the number of test images (Wilson); None with many of them, or without an accuracy.
+        """The interval of the mean score for the number of test images (Wilson); None if they are many or uncounted.
 
         All seeds have the same test images, so more seeds do not make it narrower.
         """
@@ -137,7 +137,7 @@ class Table:
         return Interval(*wilson(self.cells[name][score].mean / 100, n), n)
 
     def _test_images(self, name: str, stage: str) -> int | None:
-        """The number of test images behind a stage's score: from its metrics, or else from the manifest of the same dataset."""
+        """The number of test images behind a score: from its metrics, or else from the manifest of the same dataset."""
         run = next((r for r in self.runs if (r["experiment"], r["stage"]) == (name, stage)), None)
         if run is None:
             return None
@@ -152,7 +152,7 @@ class Table:
             return None
 
     def verdicts(self) -> list[Verdict]:
-        """For each score and dataset: the experiment that is best by more than the spread over seeds, or why none is."""
+        """For each score and dataset: which experiment is best by more than the spread over seeds, or why none is."""
         verdicts = []
         for score in self.scores:
             groups: dict[str, list[str]] = defaultdict(list)
@@ -275,7 +275,7 @@ class Table:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % interval, in percent, of the share in [0, 1] of n independent trials (Wilson, 1927). It is within 0 to 100."""
+    """95 % interval, in percent and within 0 to 100, of a share in [0, 1] of n independent trials (Wilson, 1927)."""
     centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
     return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
@@ -317,7 +317,7 @@ def _seed_cost(runs: Sequence[Run], pretraining: Run | None) -> tuple[float, flo
 
 
 def _cost(run: Run) -> tuple[float, float | None]:
-    """Seconds and operations with the pretraining's. Results of earlier versions have only the seconds of the run itself."""
+    """Seconds and operations, with the pretraining's. Results of earlier versions have only the seconds of the run."""
     cost = run.get("cost") or {}
     return float(cost.get("seconds", run["wall_seconds"]) or 0.0), cost.get("flops")
 

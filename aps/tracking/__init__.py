@@ -12,6 +12,6 @@
     browsing.py    how to open MLflow's page, and its server for a store that has none
     reasons.py     why a server did not take something, in one clause
 
-Design: the journal, history.jsonl, comes first. What MLflow already has is asked of MLflow and not remembered. So each point is
-sent once, even if a process was killed between a request and its answer.
+Design: the journal, history.jsonl, comes first. What MLflow already has is asked of MLflow and not remembered. So each
+point is sent once, even if a process was killed between a request and its answer.
 """

@@ -1,7 +1,7 @@
 """The address of MLflow, and the part of it that may be shown.
 
-An address may hold a user and a password, or a token. They are put into this process's environment, where mlflow and the jobs
-that this process starts find them. What is stored, printed or put on a command line is `shown(address)`.
+An address may hold a user and a password, or a token. They are put into this process's environment, where mlflow and
+the jobs that this process starts find them. What is stored, printed or put on a command line is `shown(address)`.
 
 It imports no mlflow, because planning uses it.
 """
@@ -71,7 +71,7 @@ def full(address: str) -> str:
 
 
 def scrubbed(text: str) -> str:
-    """`text` without the user information of addresses and without the values of environment variables that hold secrets."""
+    """`text` without user information of addresses and without the values of environment variables with secrets."""
     text = _USER_INFORMATION.sub("", text)
     for name, value in os.environ.items():
         if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET:

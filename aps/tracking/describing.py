@@ -1,7 +1,8 @@
 """Describes a run for MLflow: name, parameters, tags, description, datasets, cost. Plain data, made from metrics.json.
 
-Design: an evaluation also has the settings and the cost of its pretraining. So a table, a search or a parallel-coordinates
-plot over evaluations shows which pretraining is best. Internal tags start with `mlflow.`, which MLflow's page hides.
+Design: an evaluation also has the settings and the cost of its pretraining. So a table, a search or a
+parallel-coordinates plot over evaluations shows which pretraining is best. Internal tags start with `mlflow.`, which
+MLflow's page hides.
 
 It knows no server and imports no mlflow.
 """
@@ -178,7 +179,7 @@ def _tags(metrics: Mapping[str, Any], pretraining: Mapping[str, Any] | None) -> 
 
 
 def note(about: About, experiment_id: str, run_id: str) -> str:
-    """The text on the run's page: the experiment's description, with links to its encoder's run, or to the runs that use it."""
+    """The text on the run's page: the description, with a link to its encoder's run, or to the runs that use it."""
     parts = [about.note]
     if PARENT in about.tags:
         parts.append(f"Its encoder: [{about.tags['pretraining']}]({run_page(experiment_id, about.tags[PARENT])})")

@@ -1,9 +1,9 @@
 """Sends what MLflow lacks of one run, each point once. A point is a metric at a step.
 
-Design: at the start of a process, after a failure and at the end, the run's points are read from MLflow, and those that only
-the journal has are sent. So a point is not sent twice if an earlier process sent it, if the answer to a request was lost, or
-if a journal that was cut to a checkpoint repeats it. And a point that a proxy lost is sent again. Measured times may differ
-when a step is repeated: MLflow keeps the first.
+Design: at the start of a process, after a failure and at the end, the run's points are read from MLflow, and those that
+only the journal has are sent. So a point is not sent twice if an earlier process sent it, if the answer to a request
+was lost, or if a journal that was cut to a checkpoint repeats it. And a point that a proxy lost is sent again. Measured
+times may differ when a step is repeated: MLflow keeps the first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Point(NamedTuple):
 
 
 class Tail:
-    """Reads the new lines of a growing file of JSON lines, without damaged ones and without a last line that is not complete."""
+    """Reads the new lines of a growing file of JSON lines, without damaged ones and an incomplete last one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -218,7 +218,7 @@ class Sender:
         self._send_finals()
 
     def _send_finals(self) -> None:
-        """Send the final metrics that the journal does not have, at step 0: they have no curve, and MLflow draws bars."""
+        """Send the final metrics that the journal does not have, at step 0: without a curve, MLflow draws bars."""
         finals = (self.state.finals or {}).items()
         self._log([Point(k, 0, v, self._ended) for k, v in finals if k not in self._last and 0 not in self._steps(k)])
 

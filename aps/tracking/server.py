@@ -42,7 +42,7 @@ class Server:
         self.client = _client(address)
 
     def experiment(self, name: str, make: bool = True) -> str | None:
-        """The id of the experiment of this name. It is restored if it was deleted. If there is none, it is created if `make`."""
+        """The id of the experiment of this name, which is restored if it was deleted, and created if `make`."""
         existing = self.client.get_experiment_by_name(name)
         if existing is None:
             if not make:
@@ -62,7 +62,7 @@ class Server:
         return identifier
 
     def run(self, experiment: str, about: About, known: str | None) -> Any:
-        """The job's run: the one with the id `known`, else the one with the job's key, else a new one. A deleted one is restored.
+        """The job's run, restored if it was deleted: that with the id `known`, or with the job's key, or a new one.
 
         More than one run may have the key: a request that timed out may have been carried out later.
         """
@@ -122,7 +122,7 @@ class Server:
         return sorted((run for run in runs if run.data.tags.get(KEY) == about.key), key=lambda run: run.info.run_id)
 
     def _artifacts(self, experiment: str) -> str | None:
-        """Location of an experiment's artifacts: beside a SQLite store, also after it is moved; None: the server decides."""
+        """Location of an experiment's artifacts: beside a SQLite store, wherever it is; None: the server decides."""
         return f"{PROXIED}{experiment}" if database_file(self.address) else None
 
 

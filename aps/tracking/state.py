@@ -1,6 +1,7 @@
 """tracking.json, beside a run's journal: the run's id in MLflow, and what was sent.
 
-Nothing is lost with the file: if it is missing or damaged, it is written again, and the run is found in MLflow by its key.
+Nothing is lost with the file: if it is missing or damaged, it is written again, and the run is found in MLflow by its
+key.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Samples how busy the machine is while a stage runs: processor, GPU and memory, by MLflow's monitors.
 
-A thread writes the samples into system.jsonl beside the journal, under the names that MLflow shows as system metrics. The file
-is sent like the journal, so nothing is lost while the server can't be reached. Stages under a minute have no samples.
+A thread writes the samples into system.jsonl beside the journal, under the names that MLflow shows as system metrics.
+The file is sent like the journal, so nothing is lost while the server can't be reached. Stages under a minute have no
+samples.
 """
 
 from __future__ import annotations

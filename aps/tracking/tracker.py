@@ -1,7 +1,7 @@
 """Sends one stage's journal to MLflow from a thread, for which training never waits.
 
-If the server can't be reached, the thread tries again: every half minute, and at the end of the stage for a limited time. What
-is missing then is sent by `python -m aps sync` or the next report.
+If the server can't be reached, the thread tries again: every half minute, and at the end of the stage for a limited
+time. What is missing then is sent by `python -m aps sync` or the next report.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Tracker:
         self._cut = True
 
     def finish(self, finals: dict[str, float], figures: list[Path]) -> bool:
-        """Send the final metrics, by MLflow's names, and pictures; wait a limited time. Returns whether MLflow has everything."""
+        """Send final metrics, by MLflow's names, and pictures, in limited time. Returns whether MLflow has everything."""
         with self._lock:
             self.state.finals, self.state.ended = finals, int(time.time() * 1000)
             self.state.write(self.state_file)
@@ -83,7 +83,7 @@ class Tracker:
         return self.state.complete
 
     def stop(self, status: str | None = None) -> None:
-        """End the thread. `status`: FAILED or KILLED for a run that did not finish; it is sent if the server can be reached."""
+        """End the thread. status: FAILED or KILLED if the run did not finish; it is sent if the server answers."""
         if self.off:
             return
         self._sampler.stop()
@@ -112,7 +112,7 @@ class Tracker:
             self._wake.clear()
 
     def _send(self) -> bool:
-        """Send what is new. Returns whether the stage is finished and MLflow has everything. Writes the state, also on failure."""
+        """Send what is new, and write the state. Returns whether the stage is finished and MLflow has everything."""
         sender = self._sender
         with self._lock:
             status = self.state.status

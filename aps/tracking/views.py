@@ -1,8 +1,8 @@
 """The views that MLflow's page shows first: for each stage, a table of its runs with scores and cost, and plots.
 
-Design: MLflow stores a shared view as a tag of the experiment, and an address can name the view. The views are written as such
-tags, so the first screen shows which setting is best, at what cost and over which seeds, without a click. A later MLflow that
-does not know the tag shows its ordinary table.
+Design: MLflow stores a shared view as a tag of the experiment, and an address can name the view. The views are written
+as such tags, so the first screen shows which setting is best, at what cost and over which seeds, without a click. A
+later MLflow that does not know the tag shows its ordinary table.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def views_of(study: Study) -> list[View]:
 
 
 def headlines(row: Stage, experiment: ExperimentSettings) -> list[str]:
-    """Keys of metrics.json that are a stage's scores. Of several numbers of neighbours k, the preferred one comes first."""
+    """Keys of metrics.json that are a stage's scores. Of several k of kNN, the preferred one comes first."""
     keys = []
     for score in row.scores:
         values = getattr(getattr(experiment, row.name), "k", None) or ()

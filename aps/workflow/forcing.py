@@ -1,9 +1,9 @@
 """Makes `--forcerun finetune` force the jobs behind the target `finetune`, by changing Snakemake's internal state.
 
-Snakemake takes a name after `--forcerun` as the name of a rule. The rule `finetune` is only a target without a job, so nothing
-would run. Snakemake has no supported way to let a target stand for other rules
-(https://github.com/snakemake/snakemake/issues/660 asks for one), and while it reads the rules the forced names are not known
-yet. So `dag_settings`, the attribute that Snakemake sets later, becomes a property that translates the names.
+Snakemake takes a name after `--forcerun` as the name of a rule. The rule `finetune` is only a target without a job, so
+nothing would run. Snakemake has no supported way to let a target stand for other rules
+(https://github.com/snakemake/snakemake/issues/660 asks for one), and while it reads the rules the forced names are not
+known yet. So `dag_settings`, the attribute that Snakemake sets later, becomes a property that translates the names.
 
 Written for Snakemake 9 (`>=9.12`, pyproject.toml). tests/workflow/test_plan.py forces every target, and fails when a
 version of Snakemake no longer sets `workflow.dag_settings` or reads `forcerun` from elsewhere.

@@ -1,8 +1,8 @@
 """The logic behind the workflow's rules: paths, inputs, resources and options of every job.
 
-Snakemake calls some methods for each job, and finds their arguments by name: `wildcards`, `resources`. If a method of `params`
-takes `resources`, Snakemake does not see a changed value as a changed job. So such values may say how a job runs, not what it
-computes.
+Snakemake calls some methods for each job, and finds their arguments by name: `wildcards`, `resources`. If a method of
+`params` takes `resources`, Snakemake does not see a changed value as a changed job. So such values may say how a job
+runs, not what it computes.
 
 It imports nothing heavy, so that a login node can plan.
 """
@@ -79,7 +79,7 @@ class Plan:
         self.datasets = {data_folder(name, study.source(name)): name for name in study.dataset_names()}  # by folder
         self._tracking = tracking_address(study.tracking_uri, study.results)
         self._forced: frozenset[str] = frozenset()
-        # Jobs that have to run again have this file among their inputs. The rule `outdated` makes it, so it is always new.
+        # Jobs that have to run again have this file among their inputs; the rule `outdated` makes it.
         self.mark = f".outdated-{uuid.uuid4().hex[:8]}"
         self.turns = False  # whether an encoder's small stages take turns in one job
         self.is_main = True  # the process that plans; the others run its jobs
@@ -89,7 +89,7 @@ class Plan:
 
     @classmethod
     def of(cls, workflow: Any, config: Mapping[str, Any]) -> Plan:
-        """The plan of a Snakemake workflow. Its study is given by `--configfile` and `--config`, or by the `config:` of a `module`.
+        """The plan of a Snakemake workflow. Its study is in `--configfile` and `--config`, or in a module's `config:`.
 
         Raises:
             UserError: settings are wrong, or a module has no study.
@@ -119,8 +119,8 @@ class Plan:
     def load(cls, configfiles: Iterable[str | Path], overrides: Mapping[str, Any], beside: Path = Path()) -> Plan:
         """The plan of the study in `configfiles`, with the settings of `overrides` (`--config`) laid over it.
 
-        Without files it is config/config.yaml in the working directory, or else in the repository that has the Snakefile in
-        its folder `beside` or one level above.
+        Without files it is config/config.yaml in the working directory, or else in the repository that has the
+        Snakefile in its folder `beside` or one level above.
 
         Raises:
             UserError: settings are wrong.
@@ -152,8 +152,8 @@ class Plan:
     def hold_results(self) -> None:
         """Lock the study's results folder against other Snakemake processes, until this process ends.
 
-        Snakemake's lock is not used: it stays when Snakemake is killed, so that the same command could not go on, and it locks
-        the working directory.
+        Snakemake's lock is not used: it stays when Snakemake is killed, so that the same command could not go on, and
+        it locks the working directory.
 
         Raises:
             UserError: another process works in it, or the folder cannot be written.
@@ -186,7 +186,7 @@ class Plan:
             mark.unlink(missing_ok=True)
 
     def warn_of_environment(self) -> None:
-        """Print warnings about secrets in `--config` and missing packages. Planning goes on: jobs may run on other machines."""
+        """Warn of secrets in `--config` and of missing packages. Planning goes on: jobs may run on other machines."""
         given = self._overrides.get("tracking_uri")
         if isinstance(given, str) and shown(given) != given.rstrip("/"):
             print(
@@ -220,7 +220,7 @@ class Plan:
         return [file for stage in STAGES for file in self.outputs(stage)]
 
     def outputs(self, stage: str) -> list[str]:
-        """metrics.json of every run of a stage, and the mark if one of the runs has to be repeated, for any of its files.
+        """metrics.json of every run of a stage, and the mark if one of the runs has to be repeated.
 
         Only metrics.json is named, because each file of a target takes Snakemake as long as half a job.
         """
@@ -334,7 +334,7 @@ class Plan:
         return self._inputs({key: str(file) for key, file in files.items()}, current, finding.stale)
 
     def _other_images(self, experiment: str, seed: int, stage: str) -> bool:
-        """Whether a dataset of the run, or of its pretraining, is prepared again first; then the run may have to be repeated."""
+        """Whether a dataset of the run or of its pretraining is prepared again first, so that the run may change."""
         datasets = {self.study.experiments[experiment].dataset_of(stage)}
         if STAGES[stage].encoder and (source := self.study.pretrain_source(experiment)) is not None:
             datasets.add(self.study.experiments[source].dataset_of("pretrain"))
@@ -359,8 +359,8 @@ class Plan:
     def _inputs(self, files: dict[str, Any], current: bool, stale: bool) -> dict[str, Any]:
         """`files` as inputs by which Snakemake runs a job exactly if its result is not `current`.
 
-        Snakemake compares times of files, which mean nothing after results were copied. The inputs of a current result are
-        marked as ancient, so that their times do not count. A stale result gets an input that has to be made first.
+        Snakemake compares times of files, which mean nothing after results were copied. The inputs of a current result
+        are marked as ancient, so that their times do not count. A stale result gets an input that has to be made first.
         """
         if not self.is_main:
             return files

@@ -66,7 +66,8 @@ def rule_resources(study: Study, stage: str, together: bool = False) -> dict[str
             # `threads` would not do: Snakemake limits it to the cores of the machine on which it runs.
             "cpus_per_task": resource(lambda r: None if r.gpus and r.cpus_per_gpu else r.threads),
             "cpus_per_gpu": resource(lambda r: r.cpus_per_gpu if r.gpus else None),
-            # A GPU job is one task, in which torchrun starts the processes. Without this, some versions start a task for each GPU.
+            # A GPU job is one task, in which torchrun starts the processes. Without this, some versions start a task
+            # for each GPU.
             "tasks_per_gpu": resource(lambda r: 0 if r.gpus else None),
             "nodes": resource(lambda r: r.nodes or 1),
             # On several nodes, the command calls srun, with one task on each node.
@@ -83,11 +84,11 @@ def rule_resources(study: Study, stage: str, together: bool = False) -> dict[str
 
 
 def group(study: Study, stage: str) -> str | None:
-    """The group whose stages run in one job, if the executor's profile allows groups; None if the stage has a separate job.
+    """The group of stages with which a stage runs in one job, if the profile allows groups; None: a separate job.
 
-    The stages of a group run one after the other (TURN), so Snakemake asks for the sum of their times, and for the maximum of
-    every other resource. A stage is in no group if it is not small, or if an experiment asks for resources that can't be
-    combined: several nodes, different partitions, memory or time for only one of the stages.
+    The stages of a group run one after the other (TURN), so Snakemake asks for the sum of their times, and for the
+    maximum of every other resource. A stage is in no group if it is not small, or if an experiment asks for resources
+    that can't be combined: several nodes, different partitions, memory or time for only one of the stages.
     """
     if stage not in _small():
         return None
@@ -128,14 +129,14 @@ def _settings(study: Study, stage: str, wildcards: Any) -> ResourceSettings:
 
 
 def _variants(study: Study, stage: str) -> dict[str, ResourceSettings]:
-    """The stage's resources in each experiment that has it; for data and report those of the study, under the name ''."""
+    """The stage's resources in each experiment that has it; those of data and report are under the name ''."""
     names = [name for name, e in study.experiments.items() if stage in e.stages]
     return {name: study.stage_resources(stage, name) for name in names} or {"": study.stage_resources(stage)}
 
 
 def check_resources(study: Study, stage: str) -> None:
-    """Raises UserError if processes don't spread evenly over nodes, if only some experiments set memory, or if a stage other
-    than data and report sets `local`."""
+    """Raises UserError if processes don't spread evenly over nodes, if only some experiments set memory, or if a
+    stage other than data and report sets `local`."""
     variants = _variants(study, stage)
     for name, r in variants.items():
         if stage in STAGES and r.local is not None:

@@ -1,13 +1,13 @@
 """Kills stages at random and checks their results: `make soak`, or `python -m tests.soak --minutes N`.
 
-A trial is a stage in a separate results folder. It is started, gets a random signal at a random moment, and is started again by
-the same command, until it may finish. Then its weights, figures, journal and points in a real MLflow server are compared with
-those of an undisturbed run: each difference is a loss. Each trial adds a JSON line to trials.jsonl in the folder `--out`. With
-the same folder, another call continues. The folders of trials with a loss are kept.
+A trial is a stage in a separate results folder. It is started, gets a random signal at a random moment, and is started
+again by the same command, until it may finish. Then its weights, figures, journal and points in a real MLflow server
+are compared with those of an undisturbed run: each difference is a loss. Each trial adds a JSON line to trials.jsonl in
+the folder `--out`. With the same folder, another call continues. The folders of trials with a loss are kept.
 
-Design: most attempts are forked from an interpreter that has imported everything (starter.py); some are real commands under
-the shell of the workflow's rules. At times the server is paused or killed. After each trial, `sync` runs in this process, at
-times without the run's tracking.json. So memory and open files of both sides are seen over time.
+Design: most attempts are forked from an interpreter that has imported everything (starter.py); some are real commands
+under the shell of the workflow's rules. At times the server is paused or killed. After each trial, `sync` runs in this
+process, at times without the run's tracking.json. So memory and open files of both sides are seen over time.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Soak:
         return Hit(number.name, target, chance.random() * 1.05)  # seconds: as a share of the job's duration
 
     def moment(self, job: Job, results: Path) -> Any:
-        """At times the signal waits until the outputs are being written and moved -> a function that says when; or None."""
+        """At times the signal waits until the outputs are written -> a function that says when, or None."""
         if self.chance.random() > 0.15:
             return None
         return lambda: any(results.glob(f"runs/{job.stage}/*/outputs"))

@@ -1,4 +1,4 @@
-"""Makes one attempt at a stage: starts it in one of several ways, sends it a signal at some moment, records how it ends."""
+"""Makes one attempt at a stage: starts it in one of several ways, sends it a signal, and records how it ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from aps.runtime.launch import SHELL_PREFIX
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Exit statuses after a signal to the stage: from the default action, after saving its state, or because it had finished.
+# Exit statuses after a signal to the stage: from the default action, after saving its state, or because it had
+# finished.
 ALLOWED = {
     signal.SIGKILL: {-9, 137},
     signal.SIGTERM: {-15, 143, 75, 0},

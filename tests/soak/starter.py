@@ -1,10 +1,11 @@
 """Starts attempts as forks of an interpreter that has imported everything, which takes milliseconds.
 
-For each attempt it reads a line of JSON (arguments of `python -m aps`, environment, log) and prints two: the process id, and at
-its end the exit status (minus the signal that killed it) and the peak memory in KiB.
+For each attempt it reads a line of JSON (arguments of `python -m aps`, environment, log) and prints two: the process
+id, and at its end the exit status (minus the signal that killed it) and the peak memory in KiB.
 
-Design: a fork differs from a real start only in the imports. It happens before a stage has threads or any state. The child has
-a new session and fresh signal handlers, and ends as any interpreter does. This module does not know about kills.
+Design: a fork differs from a real start only in the imports. It happens before a stage has threads or any state. The
+child has a new session and fresh signal handlers, and ends as any interpreter does. This module does not know about
+kills.
 """
 
 from __future__ import annotations

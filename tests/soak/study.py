@@ -1,4 +1,4 @@
-"""The study whose stages are killed, of seconds each: on images in memory, on image files with workers, on two processes."""
+"""The study whose stages are killed: on images in memory, on image files with workers, on two processes."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ if workflow.is_main_process and not PLAN.is_module:
     force_by(workflow, PLAN.force)
 
 
-# Before the first job. A dry run does not call it, so any machine can plan. Nor does a module: the workflow that includes it
-# has its own `onstart`.
+# Before the first job. A dry run does not call it, so any machine can plan. Nor does a module: the workflow that
+# includes it has its own `onstart`.
 onstart:
     try:
         PLAN.hold_results()

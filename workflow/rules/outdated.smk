@@ -1,5 +1,5 @@
-# Jobs whose results were made with other settings, images or weights than the study's (aps/findings.py) have this rule's file
-# among their inputs. So Snakemake runs them, whatever its records say.
+# Jobs whose results were made with other settings, images or weights than the study's (aps/findings.py) have this
+# rule's file among their inputs. So Snakemake runs them, whatever its records say.
 
 
 rule outdated:
