@@ -6,7 +6,7 @@
     aps.pretrain("photos", encoder={...})       one encoder, with settings as in YAML
     aps.load("results/.../pretrain")            an encoder, classifier or detector, ready to use
 
-Importing it costs nothing: each of these imports what it needs when it is named.
+`import aps` is quick: each of these names imports its module when it is first used.
 """
 
 from importlib import import_module
@@ -20,14 +20,14 @@ __all__ = ["__version__", "load", "pretrain", "run"]
 
 __version__ = "0.2.0"
 
-_PLACES = {"load": "aps.inference.load", "pretrain": "aps.api", "run": "aps.api"}
+_MODULES = {"load": "aps.inference.load", "pretrain": "aps.api", "run": "aps.api"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'aps' has no attribute '{name}'")
-    return getattr(import_module(_PLACES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES})
+    return sorted({*globals(), *_MODULES})

@@ -1,7 +1,7 @@
-"""From Python, in a notebook: a study or one encoder, with the settings that YAML has.
+"""For notebooks: run a study or pretrain one encoder from Python, with the settings that YAML has.
 
-Both start Snakemake as the command line does, in a process of its own whose lines are shown as they come; so they can be
-interrupted and called again, and find what is done.
+Both start Snakemake in a separate process, as the command line does, and show its lines as they come. So a call can be
+interrupted and made again: finished work is not repeated.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from aps.workflow.start import command
 if TYPE_CHECKING:
     from aps.inference.model import Model
 
-EXPERIMENT, IMAGES = "aps", "images"  # of `pretrain`: its experiment, and a folder's name as a dataset
+EXPERIMENT, IMAGES = "aps", "images"  # `pretrain` gives these names to its experiment and to a folder of images
 
 
 def run(study: str | os.PathLike | Mapping[str, Any], *targets: str, cores: int | None = None) -> list[dict[str, Any]]:
-    """Run a study, or what is not yet done of it.
+    """Run a study; what is finished is not computed again.
 
     Args:
-        study: a YAML file, or the same as a dictionary, which is written into the study's folder.
+        study: a YAML file, or a dictionary with the same content, which is written into the study's folder.
         targets: as on the command line: `pretrain`, `knn`, a result file; default: all.
-        cores: of this machine; default: all.
+        cores: how many of this machine to use; default: all.
 
     Returns:
         metrics.json of every finished run: experiment, seed, stage, metrics, settings ...
 
     Raises:
-        UserError: settings are wrong, or a stage failed; its lines are above.
+        UserError: settings are wrong, or a stage failed (its output is printed).
 
     Example:
         >>> import aps
@@ -77,8 +77,9 @@ def pretrain(
 
     Args:
         data: a dataset's name (`digits`, `cifar10` ...) or a folder of images, a folder a class.
-        name: of the study; its results lie in results/NAME.
-        labels: false: the folder is any tree of images, all of them for training.
+        name: name of the study; its results lie in results/NAME.
+        cores: how many of this machine to use; default: all.
+        labels: if false, the folder may be any tree of images, and all of them are for training.
         settings: blocks of an experiment, as in YAML: `encoder={"arch": "tiny", "image_size": 64}`,
             `pretrain={"epochs": 100}` ...
 
@@ -86,7 +87,7 @@ def pretrain(
         The encoder, loaded.
 
     Raises:
-        UserError: settings are wrong, or the training failed; its lines are above.
+        UserError: settings are wrong, or the training failed (its output is printed).
     """
     known = str(data) in DATASETS.names()
     study: dict[str, Any] = {
@@ -105,7 +106,7 @@ def pretrain(
 
 
 def _plain(value: Any) -> Any:
-    """What YAML can write: lists for tuples, text for paths."""
+    """`value` with types that YAML can write: lists for tuples, text for paths."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -114,7 +115,10 @@ def _plain(value: Any) -> Any:
 
 
 def _stream(arguments: list[str]) -> int:
-    """Run a command and show its lines as they come, in a notebook too; an interrupt is passed on and waited for."""
+    """Run a command, show its lines as they come (in a notebook too), and return its exit status.
+
+    An interrupt is passed on to the command, which may take time to end.
+    """
     process = subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
     )

@@ -1,7 +1,7 @@
 """What finished runs differ in: settings, data, what made them, cost and scores. `python -m aps compare RUN RUN ...`.
 
-A run is the folder of a stage, of any study. To the settings of an evaluation come those of the pretraining that made its
-encoder, where that is found. It imports nothing heavy.
+A run is given by its folder, results/STUDY/EXPERIMENT/seedN/STAGE; the runs may be of different studies. The settings
+of an evaluation include those of the pretraining that made its encoder, where that is found. It imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -10,38 +10,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aps.columns import columns_of
 from aps.errors import UserError
 from aps.report.differences import NOT_COMPARED, shown
 from aps.report.table import machine
 from aps.results import flatten
 from aps.seals import damage, read_metrics
+from aps.text import shorten, table_lines
 from aps.tracking.describing import inherit
-from aps.tracking.syncing import maker
+from aps.tracking.syncing import pretraining_of
 
 ABSENT = "-"
-LETTERS = 40  # of a value
+LONGEST_VALUE = 40  # letters
 
 
 def compare(folders: Sequence[Path]) -> str:
-    """A table for each kind of difference, a column a run; what is alike is left out, and said.
+    """One table for each kind of difference, with a column for each run. Rows that are alike are left out.
 
     Raises:
-        UserError: fewer than two runs; a folder without a finished run, or one that was changed since.
+        UserError: there are fewer than two runs, a folder has no finished run, or its files were changed.
     """
     if len(folders) < 2:
         raise UserError("compare: one run has nothing to differ from; name two folders of stages or more")
     runs = [_read(folder) for folder in folders]
-    names = _names(folders)
-    lines = (
-        [f"{name}  {Path(folder)}" for name, folder in zip(names, folders, strict=True)]
-        if names != [str(f) for f in folders]
-        else []
-    )
+    names = _short_names(folders)
+    lines = []
+    if names != [str(folder) for folder in folders]:
+        lines = [f"{name}  {Path(folder)}" for name, folder in zip(names, folders, strict=True)]
     for title, columns in (
         ("settings", [_settings(run, folder) for run, folder in zip(runs, folders, strict=True)]),
         ("data", [_data(run) for run in runs]),
-        ("made by", [_made(run) for run in runs]),
+        ("made by", [_provenance(run) for run in runs]),
         ("cost", [_numbers(run.get("cost") or {}) for run in runs]),
         ("scores", [_numbers(run["metrics"]) for run in runs]),
     ):
@@ -61,11 +59,11 @@ def _read(folder: Path) -> dict[str, Any]:
     return metrics
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of the paths that tell them apart."""
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as few as tell all paths apart."""
     parts = [Path(folder).resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(own[-count:]) for own in parts]
+        names = ["/".join(path[-count:]) for path in parts]
         if len(set(names)) == len(names):
             return names
     return [f"{number}" for number, _ in enumerate(folders, 1)]
@@ -73,8 +71,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _settings(run: dict[str, Any], folder: Path) -> dict[str, str]:
     tree = {key: value for key, value in run["settings"].items() if key not in (*NOT_COMPARED, "stage")}
-    made = maker(run, folder)
-    tree = inherit(tree, made["settings"] if made is not None else None)
+    pretraining = pretraining_of(run, folder)
+    tree = inherit(tree, pretraining["settings"] if pretraining is not None else None)
     return {
         "stage": run["stage"],
         "seed": str(run["seed"]),
@@ -91,7 +89,7 @@ def _data(run: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _made(run: dict[str, Any]) -> dict[str, str]:
+def _provenance(run: dict[str, Any]) -> dict[str, str]:
     return {
         "version": str(run.get("version", ABSENT)),
         "commit": str(run.get("commit", ABSENT)),
@@ -106,10 +104,6 @@ def _numbers(values: dict[str, Any]) -> dict[str, str]:
 
 def _table(title: str, names: Sequence[str], columns: Sequence[dict[str, str]]) -> list[str]:
     keys = dict.fromkeys(key for column in columns for key in column)
-    body = [[key, *(_cut(column.get(key, ABSENT)) for column in columns)] for key in keys]
+    body = [[key, *(shorten(column.get(key, ABSENT), LONGEST_VALUE) for column in columns)] for key in keys]
     differing = [row for row in body if len(set(row[1:])) > 1]
-    return columns_of([title, *names], differing) if differing else [f"{title}: alike"]
-
-
-def _cut(value: str) -> str:
-    return value if len(value) <= LETTERS else f"{value[: LETTERS - 1]}…"
+    return table_lines([title, *names], differing) if differing else [f"{title}: alike"]

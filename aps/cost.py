@@ -1,13 +1,14 @@
-"""What the cost of a stage is: the contract of the functions that count it. No torch here: planning reads this file.
+"""The contract of the functions that count the cost of a stage. It imports no torch, because planning reads it.
 
 A stage's cost function is `(settings, counts, gpus, gpu) -> Cost`:
 
-    settings  the experiment's, or those of one run of the stage; it reads the blocks that the stage reads
-    counts    of the dataset that the stage reads
-    gpus      processes that share the run
-    gpu       whether they are GPUs, where `precision: auto` means 16 bits; on CPUs it means float32
+    settings  of the experiment, or of one run of the stage; the function reads the blocks that the stage reads
+    counts    the size of the stage's dataset
+    gpus      how many processes share the run
+    gpu       whether they run on GPUs, where `precision: auto` means 16 bits; on CPUs it means float32
 
-`aps.training.cost` and `aps.detection.cost` hold those of the project's own stages, `aps.estimate` makes the table.
+The functions of the project's stages are in `aps.training.cost` and `aps.detection.cost`; `aps.estimate` makes the
+table.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ class Counts(NamedTuple):
     """Size of a dataset."""
 
     train: int  # images
-    test: int  # val of detection datasets; 0 of images without labels
+    test: int  # images; of detection datasets the split val; 0 where images have no labels
     classes: int
-    gigabytes: float  # of the prepared dataset and, where it is downloaded, its archives
-    masks: bool = True  # detection: false where instances have boxes only
+    gigabytes: float  # on disk: the prepared dataset, and its archives where it is downloaded
+    masks: bool = True  # for detection: false where instances have only boxes
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run of a stage."""
+    """The cost of one run of a stage."""
 
-    flops: float  # operations of matrix products, convolutions and attention, over all processes; a multiply-add is two
-    memory: float  # bytes of each process at its peak, data kept on the device not among them
-    disk: float  # bytes of results and of the two checkpoints kept while it runs
+    flops: float  # of matrix products, convolutions and attention, over all processes; a multiply-add counts as two
+    memory: float  # peak bytes of each process, without data that is kept on the device
+    disk: float  # bytes of the results and of the two checkpoints that are kept while it runs
 
 
 class CostFunction(Protocol):

@@ -1,8 +1,8 @@
-"""The one exception that means "the user can fix this"."""
+"""Exceptions that the command line turns into a sentence: the user's mistake, and a run that was asked to stop."""
 
 
 class UserError(Exception):
-    """A mistake or missing piece outside the code.
+    """A mistake or a missing file outside the code, which the user can fix.
 
     Its message is one sentence that says what is wrong, where (file, key, value) and what to do.
     The command line prints it without a traceback and exits with status 2.

@@ -1,10 +1,10 @@
-"""What a study costs before it runs: operations, GPU hours, memory and disk of every stage.
+"""Estimates what a study will cost: operations, GPU hours, memory and disk of every stage.
 
-Design: nothing here knows a network. Each stage has a function that counts a step of the modules that the stage trains, on
-tensors without data (`aps.cost`), so no dataset and no GPU is needed, and what is changed in a network is counted. Hours
-follow from operations by one assumption, the share of the machine's peak that a stage reaches, which is printed with them.
+Design: each stage has a function that counts a step of the modules it trains, on tensors without data (`aps.cost`). So
+no dataset and no GPU is needed, and a change of a network changes the estimate. Hours are operations divided by the
+speed of the machine; the share of its peak speed that is assumed is printed with them.
 
-It does not know input pipelines: decoding ImageNet on too few cores takes longer than the GPU does.
+It does not count the input pipeline: with too few cores, decoding ImageNet takes longer than the GPU's work.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from aps.registry import resolve
 from aps.settings.study import Study
 from aps.stages import STAGES
 
-# Share of a GPU's memory to leave: on a CPU, a step's resident memory was 1.15 to 1.2 times what is counted.
+# Share of the memory to leave free: on a CPU, a step took 1.15 to 1.2 times the memory that is counted.
 FREE = 0.2
 
 
 class Gpu(NamedTuple):
     name: str
-    # Dense peak in TFLOP/s: bf16 with float32 sums, fp16 where there is no bf16 (the vendor's data sheets).
+    # Dense peak in TFLOP/s, from the vendor's data sheets: bf16 with float32 sums, or fp16 where there is no bf16.
     tflops: float
     gigabytes: float
 
@@ -46,17 +46,17 @@ GPUS = {
 
 
 def utilization(dim: int) -> float:
-    """Share of the peak that a Transformer of width D is assumed to reach: narrow ones are bound by memory traffic."""
+    """The share of the peak speed that a Transformer of width D should reach. Memory traffic limits narrow ones."""
     return 0.15 if dim <= 192 else 0.25 if dim <= 384 else 0.40
 
 
 CPU_UTILIZATION = (
-    0.55  # of a matrix product on the same threads, as measured on a step of ViT-Tiny (docs/performance.md)
+    0.55  # share of a matrix product's speed on the same threads, measured on a step of ViT-Tiny (docs/performance.md)
 )
 
 
 def this_cpu() -> Gpu:
-    """A core of this machine, by a float32 matrix product now, and the machine's memory."""
+    """One core of this machine, measured now by a float32 matrix product, with the machine's memory."""
     import torch
 
     from aps.results import hardware
@@ -67,7 +67,7 @@ def this_cpu() -> Gpu:
         a, b = (torch.ones(side, side) for _ in range(2))
         taken = []
         for _ in range(1 + repeats):  # the first is slower
-            start = time.thread_time()  # of this thread alone: others may use the core meanwhile
+            start = time.thread_time()  # counts this thread alone: other processes may use the core
             a @ b
             taken.append(time.thread_time() - start)
     finally:
@@ -76,7 +76,8 @@ def this_cpu() -> Gpu:
     return Gpu(f"{hardware()['cpu']}, one core", 2 * side**3 / min(taken) / 1e12, memory)
 
 
-# Sizes the publishers state (digits and composites: this project's recipes). `folder` is the user's: its manifest says.
+# Sizes as the publishers state them; of digits and the composites, as this project makes them. A user's dataset has its
+# size in its manifest.
 DATASETS = {
     "digits": Counts(1438, 359, 10, 0.0002),
     "fashion_mnist": Counts(60_000, 10_000, 10, 0.09),
@@ -91,14 +92,14 @@ DATASETS = {
 
 
 def stage_cost(settings: Any, stage: str, counts: Counts, processes: int = 1, gpu: bool = True) -> Cost | None:
-    """One run of a stage; None where nothing counts it.
+    """The cost of one run of a stage; None if it has no cost function.
 
     Args:
-        settings: of an experiment, or of the run.
-        stage: a row of `aps.stages`, which names the function that counts (`aps.cost`).
-        counts: of the dataset that the stage reads.
-        processes: that share the run; on GPUs, one each.
-        gpu: whether on GPUs.
+        settings: of the experiment, or of the run.
+        stage: its name in `aps.stages`, which has its cost function (`aps.cost`).
+        counts: size of the stage's dataset.
+        processes: how many share the run; each has a GPU if `gpu`.
+        gpu: whether the run is on GPUs.
     """
     path = STAGES[stage].cost
     if path is None:
@@ -108,7 +109,7 @@ def stage_cost(settings: Any, stage: str, counts: Counts, processes: int = 1, gp
 
 
 def stage_flops(settings: Any, stage: str, counts: Counts) -> float | None:
-    """Operations of one run of a stage, over all processes; None where nothing counts it."""
+    """Operations of one run of a stage, over all processes; None if it has no cost function."""
     cost = stage_cost(settings, stage, counts)
     return None if cost is None else cost.flops
 
@@ -118,19 +119,20 @@ def stage_flops(settings: Any, stage: str, counts: Counts) -> float | None:
 
 
 def dataset_counts(study: Study, name: str) -> Counts:
-    """Of a dataset: what its manifest says if it is prepared, else what its publisher states.
+    """The size of a dataset: from its manifest if it is prepared, else as its publisher states it.
 
     Raises:
-        UserError: neither is there.
+        UserError: the size is not known yet.
     """
-    manifest = manifest_of(study, name)
-    if manifest.exists():
+    path = manifest_of(study, name)
+    if path.exists():
         from aps.data.manifest import Manifest
 
-        found = Manifest.read(manifest)
-        test = found.splits.get("val" if found.kind == "detection" else "test")
-        size = DATASETS[name].gigabytes if name in DATASETS else sum(found.sizes.values()) / 1e9
-        return Counts(found.splits["train"].count, test.count if test else 0, len(found.classes), size, found.masks)
+        prepared = Manifest.read(path)
+        test = prepared.splits.get("val" if prepared.kind == "detection" else "test")
+        size = DATASETS[name].gigabytes if name in DATASETS else sum(prepared.sizes.values()) / 1e9
+        train = prepared.splits["train"].count
+        return Counts(train, test.count if test else 0, len(prepared.classes), size, prepared.masks)
     if name not in DATASETS:
         from aps.data.manifest import preparing
 
@@ -139,15 +141,14 @@ def dataset_counts(study: Study, name: str) -> Counts:
 
 
 def estimate(study: Study, gpu: str = "a100", share: float | None = None) -> str:
-    """The table of a study.
+    """The estimate of a study, as a table for the terminal.
 
     Args:
-        study: validated.
-        gpu: a name of GPUS, or cpu: cores of this machine.
-        share: of the peak that is reached; None: `utilization` of the encoder's width, CPU_UTILIZATION on a CPU.
+        gpu: a name of GPUS; or `cpu`, the cores of this machine.
+        share: share of the peak speed that is reached; by default `utilization`, or CPU_UTILIZATION on a CPU.
 
     Raises:
-        UserError: an unknown GPU, a share outside (0, 1], a dataset of unknown size.
+        UserError: the GPU is unknown, the share is outside (0, 1], or a dataset's size is not known yet.
     """
     if gpu not in (*GPUS, "cpu"):
         raise UserError(f"--gpu {gpu} is unknown; known: {', '.join([*GPUS, 'cpu'])}")
@@ -162,56 +163,56 @@ def estimate(study: Study, gpu: str = "a100", share: float | None = None) -> str
         (*header, *(("GPUs", "GB a GPU") if on_gpu else ("processes", "GB each")), "disk GB a run")
     ]
     hours = disk = 0.0
-    tight, full_precision, lacking = [], [], []
+    too_large, full_precision, not_estimated = [], [], []
     stages = [(name, e, stage) for name, e in study.experiments.items() for stage in e.stages]
     with Progress("counting operations", len(stages), "stages") as progress:
         for name, e, stage in stages:
-            asked = study.stage_resources(stage, name)
-            processes = (asked.gpus if on_gpu else None) or asked.processes or 1
+            resources = study.stage_resources(stage, name)
+            processes = (resources.gpus if on_gpu else None) or resources.processes or 1
             progress.update()
             try:
                 cost = stage_cost(e, stage, sizes[e.dataset_of(stage)], processes, on_gpu)
             except UserError as error:
-                lacking.append(f"not in this table: {name} {stage}: {error}")
+                not_estimated.append(f"not in this table: {name} {stage}: {error}")
                 continue
             if cost is None:
-                lacking.append(f"not in this table: {name} {stage}: nothing counts what it does")
+                not_estimated.append(f"not in this table: {name} {stage}: nothing counts what it does")
                 continue
             reached = share or (utilization(dimensions(e.encoder).dim) if on_gpu else CPU_UTILIZATION)
-            run = cost.flops / (card.tflops * 1e12 * reached) / 3600
-            hours += run * len(e.seeds)
+            run_hours = cost.flops / (card.tflops * 1e12 * reached) / 3600
+            hours += run_hours * len(e.seeds)
             disk += cost.disk * len(e.seeds)
             if cost.memory * (1 if on_gpu else processes) > (1 - FREE) * 1e9 * card.gigabytes:
-                tight.append(f"{name} {stage}")
+                too_large.append(f"{name} {stage}")
             if on_gpu and getattr(getattr(e, stage, None), "precision", None) == "fp32":
                 full_precision.append(f"{name} {stage}")
-            figures = (cost.flops / 1e15, run, processes, cost.memory / 1e9, cost.disk / 1e9)
-            rows.append((name, stage, str(len(e.seeds)), *(_short(x) for x in figures)))
+            figures = (cost.flops / 1e15, run_hours, processes, cost.memory / 1e9, cost.disk / 1e9)
+            rows.append((name, stage, str(len(e.seeds)), *(_digits(x) for x in figures)))
     lines = [
         f"study '{study.study}' on {_assumed(card, share, on_gpu)}",
         "",
         *_aligned(rows),
         "",
-        f"all runs: {_short(hours)} {unit} hours, {_short(disk / 1e9)} GB of results and checkpoints; "
-        f"datasets: {', '.join(f'{name} {_short(counts.gigabytes)} GB' for name, counts in sizes.items())}",
+        f"all runs: {_digits(hours)} {unit} hours, {_digits(disk / 1e9)} GB of results and checkpoints; "
+        f"datasets: {', '.join(f'{name} {_digits(counts.gigabytes)} GB' for name, counts in sizes.items())}",
         "PFLOP: 10^15 operations, a multiply-add is two. Memory: weights, optimizer, activations, in "
         f"{'bf16' if on_gpu else 'float32'} unless precision says otherwise; leave a fifth free.",
     ]
-    if tight:
+    if too_large:
         machine, more = (f"a {card.name}", "ask for more GPUs, or ") if on_gpu else ("this machine", "")
         lines.append(
-            f"more than {machine} has: {', '.join(tight)}; {more}set pretrain.accumulate or "
+            f"more than {machine} has: {', '.join(too_large)}; {more}set pretrain.accumulate or "
             "pretrain.activation_checkpointing"
         )
     if full_precision:
         lines.append(
             f"longer than given, because precision is fp32 and the peak is that of 16 bits: {', '.join(full_precision)}"
         )
-    return "\n".join([*lines, *lacking])
+    return "\n".join([*lines, *not_estimated])
 
 
 def _assumed(card: Gpu, share: float | None, on_gpu: bool) -> str:
-    """The assumption that hours rest on."""
+    """The speed from which hours are computed, in words."""
     if not on_gpu:
         return (
             f"{card.name}: {1000 * card.tflops:.3g} GFLOP/s in a float32 matrix product, measured now, of which "
@@ -221,8 +222,8 @@ def _assumed(card: Gpu, share: float | None, on_gpu: bool) -> str:
     return f"{card.name}: {card.tflops:g} TFLOP/s dense peak, of which {reached} is assumed to be reached"
 
 
-def _short(x: float) -> str:
-    """Three digits."""
+def _digits(x: float) -> str:
+    """A number with three significant digits."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}" if x >= 0.001 else f"{x:.1g}"
 
 

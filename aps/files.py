@@ -1,4 +1,4 @@
-"""Files: written so that a kill at any moment leaves the old content or the new, never a part; and their digests."""
+"""Writing and reading files: a kill at any moment leaves the old or the new content, never a part; digests of files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from aps.errors import UserError
 
-# What the user's disk can do to us, as opposed to our own bugs.
+# Errors of the user's disk and folders, not of this code.
 DISK_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -85,7 +85,7 @@ def read_json(path: Path) -> Any:
 
 
 def append(path: Path, text: str) -> None:
-    """Adds to the end of a file, or, where that fails, leaves it as it was.
+    """Add text to the end of a file. If that fails, the file stays as it was.
 
     Raises:
         UserError: the file can't be written or the disk is full.
@@ -104,7 +104,7 @@ def append(path: Path, text: str) -> None:
 
 
 def sweep(folder: Path, seconds: float = 0.0) -> None:
-    """Removes what killed writes left (`atomic_path`) and nobody has touched for so long; without a word, as it is lost."""
+    """Remove temporary files of `atomic_path` that killed writers left and that have not changed for `seconds`."""
     for file in folder.glob(".*"):
         with contextlib.suppress(OSError):
             if TEMPORARY.fullmatch(file.name) and time.time() - file.stat().st_mtime >= seconds:
@@ -112,7 +112,7 @@ def sweep(folder: Path, seconds: float = 0.0) -> None:
 
 
 def remove(path: Path) -> None:
-    """Raises UserError where the file is there and can't be removed, or its folder is none."""
+    """Delete a file, if there is one. Raises UserError if it can't be deleted, or its parent is no folder."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -120,7 +120,7 @@ def remove(path: Path) -> None:
 
 
 def check_weights(path: Path) -> None:
-    """Raises UserError where a file of weights, perhaps the user's own, is missing, a folder, or can't be opened."""
+    """Raises UserError if a file of weights, which may be the user's, is missing, a folder or unreadable."""
     try:
         if path.is_dir():
             raise UserError(f"weights file {path} is a folder; give the path of a .safetensors file")
@@ -136,7 +136,7 @@ def check_weights(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, as hexadecimal digits; read once a process for each state of the file.
+    """SHA-256 of a file's content, in hexadecimal digits. A process reads the file again only if it has changed.
 
     Raises:
         UserError: the file can't be read.

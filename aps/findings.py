@@ -1,11 +1,12 @@
-"""Which of a study's figures are its own: every metrics.json held against what the study resolves to now.
+"""Which results belong to a study as it is now: every metrics.json is compared with the study's settings and inputs.
 
-Wherever a result is read (planning, tables, report, sync, the stages that build on it), it is read through here. A figure
-counts where its seal is whole, its settings, images and encoder are those of the study, and its files are there. Else
-there is no figure, but a sentence why.
+Whoever reads results (planning, tables, report, sync, stages that build on others) reads them through `Findings`. A
+result counts if its seal is whole, if its settings, images and encoder are those of the study, and if its files are
+there. Otherwise there are no figures, but a sentence that says why.
 
-Design: nothing here depends on what Snakemake remembers or on times of files, so results can be copied, `.snakemake/`
-deleted and stages run by hand. Planning asks this, hence it imports nothing heavy, and looks at sizes, not into files.
+Design: nothing here depends on Snakemake's records or on times of files. So results can be copied, `.snakemake/` can be
+deleted, and stages can be run by hand. Planning uses this, so it imports nothing heavy, and compares the sizes of
+files, not their content.
 """
 
 from __future__ import annotations
@@ -27,23 +28,25 @@ from aps.registry import USER_DATASETS
 from aps.results import flatten
 from aps.seals import contents, damage, read_metrics
 from aps.settings.study import Study
+from aps.text import shorten
 
-SHOWN = 3  # differing settings in one sentence
+MOST_CHANGES = 3  # settings that one sentence names
+LONGEST_VALUE = 30  # letters
 NOT_RUN = "not run"
 STAMP = "report.json"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is there of one run."""
+    """What was found of one run's result."""
 
     experiment: str
     seed: int
     stage: str
     folder: Path
-    metrics: dict[str, Any] | None  # of metrics.json, only where the figures are the study's
-    problem: str | None  # why there is no figure
-    changes: tuple[tuple[str, Any, Any], ...] = ()  # settings that differ: key, theirs, the study's
+    metrics: dict[str, Any] | None  # content of metrics.json; None if it is not the study's
+    problem: str | None  # why there are no figures
+    changes: tuple[tuple[str, Any, Any], ...] = ()  # settings that differ: (key, result's, study's)
 
     @property
     def label(self) -> str:
@@ -51,49 +54,54 @@ class Finding:
 
     @property
     def stale(self) -> bool:
-        """Whether there is a result, but not the study's."""
+        """Whether there is a result, but not of this study as it is now."""
         return self.problem not in (None, NOT_RUN)
 
     @property
     def reason(self) -> str:
-        """Why it has to run, for the plan: `pretrain.epochs 16 -> 100`."""
+        """Why the run has to be repeated, for the plan: `pretrain.epochs 16 -> 100`."""
         if self.changes:
-            return _listed([f"{key} {_short(old)} -> {_short(new)}" for key, old, new in self.changes])
+            return _listed([f"{key} {_shown(old)} -> {_shown(new)}" for key, old, new in self.changes])
         return self.problem or ""
 
 
 class Findings:
-    """Of a whole study; each run is looked at once."""
+    """The findings of a whole study. Each run is read once, when it is first asked for.
+
+    Attributes:
+        finding: (experiment, seed, stage) -> Finding.
+        why_outdated: dataset -> why it has to be prepared again; None where it need not be, or is not prepared yet.
+    """
 
     def __init__(self, study: Study) -> None:
         self.study = study
         self._folder = study_folder(study)
-        self.of = cache(self._find)
-        self.of_data = cache(self._find_data)
+        self.finding = cache(self._find)
+        self.why_outdated = cache(self._why_outdated)
         self._images = cache(self._digest_of_images)
 
     def __iter__(self) -> Iterator[Finding]:
         for job in self.study.jobs():
-            yield self.of(*job)
+            yield self.finding(*job)
 
     def runs(self) -> list[dict[str, Any]]:
-        """metrics.json of every run whose figures are the study's."""
+        """The content of metrics.json of every run that counts."""
         return [finding.metrics for finding in self if finding.metrics is not None]
 
     def stale(self) -> list[Finding]:
         return [finding for finding in self if finding.stale]
 
     def digest(self) -> str:
-        """Of all that a report shows: figures, why there are none, and the words about experiments."""
+        """A digest of all that a report shows: figures, why there are none, and the descriptions of experiments."""
         runs = [
             [f.label, f.problem, {k: v for k, v in (f.metrics or {}).items() if not k.startswith(("mlflow", "sha256"))}]
             for f in self
         ]
-        words = [self.study.question, *([n, e.description, e.published] for n, e in self.study.experiments.items())]
-        return hashlib.sha256(json.dumps([runs, words], sort_keys=True).encode()).hexdigest()[:16]
+        texts = [self.study.question, *([n, e.description, e.published] for n, e in self.study.experiments.items())]
+        return hashlib.sha256(json.dumps([runs, texts], sort_keys=True).encode()).hexdigest()[:16]
 
-    def report_is_theirs(self, folder: Path) -> bool:
-        """Whether the report in `folder` shows what is there now, and its files are whole."""
+    def report_is_current(self, folder: Path) -> bool:
+        """Whether the report in `folder` shows these findings, and its files are whole."""
         try:
             stamp = read_json(folder / STAMP)
             return bool(stamp["shows"] == self.digest() and damage(folder, stamp, whole=True) is None)
@@ -101,11 +109,11 @@ class Findings:
             return False
 
     def stamp_report(self, folder: Path) -> None:
-        """Says beside the report what it shows."""
+        """Writes beside the report which findings it shows."""
         (folder / STAMP).unlink(missing_ok=True)
         files = contents(folder)
         for inner in sorted({file.parent for file in folder.glob("figures/*/*")}):
-            files |= {f"{inner.relative_to(folder)}/{name}": own for name, own in contents(inner).items()}
+            files |= {f"{inner.relative_to(folder)}/{name}": record for name, record in contents(inner).items()}
         write_json(folder / STAMP, {"shows": self.digest(), "files": files})
 
     def _find(self, experiment: str, seed: int, stage: str) -> Finding:
@@ -118,7 +126,7 @@ class Findings:
             metrics = read_metrics(file)
             changes = self._changes(metrics, experiment, seed, stage)
             if changes:
-                listed = _listed([f"{key} {_short(old)}, now {_short(new)}" for key, old, new in changes])
+                listed = _listed([f"{key} {_shown(old)}, now {_shown(new)}" for key, old, new in changes])
                 return Finding(*job, None, f"other settings: {listed}", tuple(changes))
             problem = self._problem(metrics, experiment, seed, stage, folder)
         except UserError as error:
@@ -128,18 +136,18 @@ class Findings:
         return Finding(*job, None if problem else metrics, problem)
 
     def _changes(self, metrics: dict[str, Any], experiment: str, seed: int, stage: str) -> list[tuple[str, Any, Any]]:
-        """Settings of the stage itself that differ."""
-        own = self.study.stage_settings(experiment, seed, stage).relevant()
-        names = {"experiment": own["experiment"], "upstream": own["upstream"]}
-        if metrics["settings"] | names == own:  # nearly always
+        """The stage's settings that differ: (key, result's, study's). Its upstream's are not among them."""
+        wanted = self.study.stage_settings(experiment, seed, stage).relevant()
+        not_compared = {"experiment": wanted["experiment"], "upstream": wanted["upstream"]}
+        if metrics["settings"] | not_compared == wanted:  # nearly always
             return []
-        ours, theirs = flatten(own), flatten(metrics["settings"])
-        keys = [key for key in {**theirs, **ours} if key not in ("experiment", "upstream")]
-        missing = "absent"
+        old, new = flatten(metrics["settings"]), flatten(wanted)
+        keys = [key for key in {**old, **new} if key not in not_compared]
+        absent = "absent"
         return [
-            (key, theirs.get(key, missing), ours.get(key, missing))
+            (key, old.get(key, absent), new.get(key, absent))
             for key in keys
-            if theirs.get(key, missing) != ours.get(key, missing)
+            if old.get(key, absent) != new.get(key, absent)
         ]
 
     def _problem(self, metrics: dict[str, Any], experiment: str, seed: int, stage: str, folder: Path) -> str | None:
@@ -152,7 +160,7 @@ class Findings:
             return f"other images: the source of dataset {settings.dataset_name} is now {source_now}"
         source = self.study.pretrain_source(experiment) if settings.upstream is not None else None
         if source is not None:
-            upstream = self.of(source, seed, "pretrain")
+            upstream = self.finding(source, seed, "pretrain")
             if upstream.metrics is not None:
                 if metrics["encoder"]["sha256"] != upstream.metrics["files"]["encoder.safetensors"]["sha256"]:
                     return f"another encoder: {upstream.label} was trained again since"
@@ -161,12 +169,11 @@ class Findings:
         file = encoder_file(self.study, experiment, seed) if source is None and stage != "pretrain" else None
         if file is not None and file.exists() and metrics["encoder"]["sha256"] != sha256(file):
             return f"another encoder: {file} has changed since"
-        wrong = damage(folder, metrics, whole=False)
-        return f"damaged: {wrong}" if wrong else None
+        problem = damage(folder, metrics, whole=False)
+        return f"damaged: {problem}" if problem else None
 
-    def _find_data(self, dataset: str) -> str | None:
-        """Why a prepared dataset has to be prepared again (`aps.data.fingerprint`); None where it has not to, or is not
-        prepared yet. Where a published dataset lies changes no result."""
+    def _why_outdated(self, dataset: str) -> str | None:
+        """See `why_outdated`. Moving a published dataset to another folder changes no result."""
         path, source = manifest_of(self.study, dataset), self.study.source(dataset)
         if not path.exists():
             return None
@@ -178,16 +185,15 @@ class Findings:
             return str(error)
 
     def _digest_of_images(self, dataset: str) -> str | None:
-        """Of the prepared dataset; None where it is not prepared, which contradicts nothing."""
+        """The digest of the prepared dataset; None if it is not prepared."""
         path = manifest_of(self.study, dataset)
         return str(read_json(path)["digest"]) if path.exists() else None
 
 
 def _listed(texts: list[str]) -> str:
-    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
-    return ", ".join(texts[:SHOWN]) + more
+    more = f" and {len(texts) - MOST_CHANGES} more" if len(texts) > MOST_CHANGES else ""
+    return ", ".join(texts[:MOST_CHANGES]) + more
 
 
-def _short(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 30 else f"{text[:27]}..."
+def _shown(value: Any) -> str:
+    return shorten(f"{value:g}" if isinstance(value, float) else str(value), LONGEST_VALUE, "...")

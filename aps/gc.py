@@ -1,7 +1,7 @@
-"""What no study needs any more: saved runs, and results of experiments that a study no longer has.
+"""Finds and deletes what no study needs any more: saved runs, and results of experiments that a study no longer has.
 
-Saved runs are kept so that going back to earlier settings costs nothing. This lists those that no result of the given
-studies came from and that none of them would take up again, with sizes; they are deleted only when told to.
+Saved runs are kept so that going back to earlier settings costs nothing. `unneeded` lists the saved runs that none of
+the given studies shows or would continue, with their sizes. Only `delete` removes them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from aps.results import saved_run
 from aps.settings.study import Study
 from aps.stages import STAGES
 
-OWN_FOLDERS = ("report", "logs", "benchmarks")  # of a study, beside its experiments'
+NOT_EXPERIMENTS = ("report", "logs", "benchmarks")  # other folders in the folder of a study
 
 
 class Unneeded(NamedTuple):
     folder: Path
-    bytes: int  # on disk, without what other names still hold
+    bytes: int  # on disk; a file with several hard links counts in part
     why: str
 
 
@@ -31,7 +31,7 @@ def unneeded(studies: Sequence[Study]) -> list[Unneeded]:
     """Folders under the studies' results folder that none of them needs, the largest first.
 
     Raises:
-        UserError: the studies have different results folders, or a stage is at work.
+        UserError: the studies have different results folders.
     """
     roots = {Path(study.results) for study in studies}
     if len(roots) != 1:
@@ -40,32 +40,32 @@ def unneeded(studies: Sequence[Study]) -> list[Unneeded]:
         )
     (root,) = roots
     needed = {run for study in studies for run in _runs(study)}
-    found = []
+    folders = []
     for run in sorted(root.glob("runs/*/*")):
         if run not in needed:
             working = (run / "attempt.json").exists()
-            found.append(
+            folders.append(
                 Unneeded(run, _size(run), "at work or killed: not deleted" if working else "no study asks for it")
             )
     for study in studies:
         for folder in sorted(study_folder(study).glob("*")):
-            if folder.is_dir() and folder.name not in (*study.experiments, *OWN_FOLDERS):
-                found.append(Unneeded(folder, _size(folder), f"study '{study.study}' has no such experiment"))
-    return sorted(found, key=lambda one: -one.bytes)
+            if folder.is_dir() and folder.name not in (*study.experiments, *NOT_EXPERIMENTS):
+                folders.append(Unneeded(folder, _size(folder), f"study '{study.study}' has no such experiment"))
+    return sorted(folders, key=lambda entry: -entry.bytes)
 
 
-def delete(found: Sequence[Unneeded]) -> int:
-    """Removes what `unneeded` found, but for what is at work; returns the bytes that this frees."""
+def delete(folders: Sequence[Unneeded]) -> int:
+    """Removes the folders that `unneeded` found, except runs at work; returns the number of bytes freed."""
     freed = 0
-    for one in found:
-        if not (one.folder / "attempt.json").exists():
-            shutil.rmtree(one.folder)
-            freed += one.bytes
+    for entry in folders:
+        if not (entry.folder / "attempt.json").exists():
+            shutil.rmtree(entry.folder)
+            freed += entry.bytes
     return freed
 
 
 def _runs(study: Study) -> list[Path]:
-    """Folders of the runs that a study has results of, or has begun, or would find finished."""
+    """Folders of the runs that a study asks for, whether finished, begun or not there yet."""
     findings, runs = Findings(study), []
     for finding in findings:
         settings = study.stage_settings(finding.experiment, finding.seed, finding.stage)
@@ -75,7 +75,7 @@ def _runs(study: Study) -> list[Path]:
             encoder = encoder_file(study, finding.experiment, finding.seed)
         try:
             runs.append(saved_run(study.results, settings, manifest, encoder))
-        except UserError:  # what it starts from is not there yet, so no run of it is
+        except UserError:  # its inputs are not there yet, so there is no run of it
             continue
     return runs
 

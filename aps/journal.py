@@ -1,4 +1,4 @@
-"""history.jsonl, the journal of a stage: a line of JSON for each logged step, and the source of every curve."""
+"""Reads history.jsonl, the journal of a stage: one line of JSON for each logged step. Every curve comes from it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 def read_history(path: Path, skip: int = 0) -> list[dict[str, Any]]:
-    """The good lines after the first `skip` of them; none where there is no file.
+    """The valid lines, without the first `skip` of them; an empty list where there is no file.
 
-    Lines that are none of ours are passed over, with a warning. So is a last line cut off by a kill, without a word.
+    Invalid lines are skipped with a warning. A last line that a kill cut off is skipped without one.
     """
     if not path.exists():
         return []
@@ -33,7 +33,7 @@ def _line(text: bytes) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
-@lru_cache  # a running stage reads its journal again and again
+@lru_cache  # a running stage reads its journal often: warn once
 def _warn(path: Path, first: int, count: int) -> None:
     more = f" and {count - 1} more" if count > 1 else ""
     print(f"warning: {path}: line {first}{more} damaged and passed over; the others are kept", file=sys.stderr)

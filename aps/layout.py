@@ -1,15 +1,15 @@
-"""Where things lie under a results folder. Paths only: nothing is read or written here.
+"""The paths of all files under a results folder. Nothing is read or written here.
 
     results/STUDY/EXPERIMENT/seedN/STAGE/   a stage's outputs, as the study shows them
     results/STUDY/report/, logs/, benchmarks/
-    results/runs/STAGE/KEY/                 a saved run: what it needs to go on after a kill, then its outputs
+    results/runs/STAGE/KEY/                 a saved run: its checkpoints, and when it is finished its outputs
     results/data/DATASET/manifest.json      a prepared dataset
-    results/data/DATASET-KEY/               one of people's own, where DATASET links to the one that was prepared last
+    results/data/DATASET-KEY/               one of the user's datasets; DATASET is a link to the one prepared last
     results/mlflow.db, mlartifacts/         MLflow, where no server is named
 
-A study never touches another study's folder. What several of them ask for alike is one saved run: its KEY is a digest
-of what made it (`aps.results.run_key`). People's own data have a KEY over their source in the same way, so that two studies
-may give one name to different folders.
+A study never touches another study's folder. Studies that ask for the same run share one saved run: its KEY is a digest
+of what determines its result (`aps.results.run_key`). The KEY of a user's dataset is a digest of its source, so that
+two studies may give the same name to different folders.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aps.registry import USER_DATASETS
 from aps.settings.blocks import SourceSettings, UserDataset
 from aps.settings.study import Study
 
-SHARE = Path(__file__).parent / "share"  # what the installed package carries: Snakefile, workflow, config
+SHARE = Path(__file__).parent / "share"  # in the installed package: Snakefile, workflow, config
 
 
 def study_folder(study: Study) -> Path:
@@ -41,9 +41,9 @@ def run_folder(results: str | Path, stage: str, key: str) -> Path:
 
 
 def data_folder(dataset: str, source: SourceSettings | UserDataset | None = None) -> str:
-    """Name of a prepared dataset's folder. source: where it comes from, which counts for people's own data only."""
-    own = source is not None and (isinstance(source, UserDataset) or dataset in USER_DATASETS)
-    if source is None or not own or source.identity is None:
+    """Name of a prepared dataset's folder. `source` is where it comes from; it matters only for the user's datasets."""
+    of_user = isinstance(source, UserDataset) or dataset in USER_DATASETS
+    if source is None or not of_user or source.identity is None:
         return dataset
     return f"{dataset}-{hashlib.sha256(source.identity.encode()).hexdigest()[:8]}"
 
@@ -61,7 +61,7 @@ def report_folder(study: Study) -> Path:
 
 
 def encoder_file(study: Study, experiment: str, seed: int) -> Path | None:
-    """The file an experiment's stages take their encoder from; None: random weights or timm's."""
+    """The file from which an experiment's stages load their encoder; None for random weights or timm's."""
     source = study.pretrain_source(experiment)
     if source is not None:
         return stage_folder(study_folder(study), source, seed, "pretrain") / "encoder.safetensors"
@@ -69,6 +69,6 @@ def encoder_file(study: Study, experiment: str, seed: int) -> Path | None:
     return Path(weights).expanduser() if weights.endswith(".safetensors") else None
 
 
-def of_the_old_layout(results: str | Path) -> Path | None:
-    """A stage's folder as version 0.1 had it, results/EXPERIMENT/seedN/STAGE, if there is one."""
+def find_old_layout(results: str | Path) -> Path | None:
+    """A stage's folder in the layout of version 0.1, results/EXPERIMENT/seedN/STAGE, if there is one."""
     return next((file.parent for file in Path(results).glob("*/seed*/*/metrics.json")), None)

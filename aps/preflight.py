@@ -1,7 +1,7 @@
-"""What a job of a study would stumble over, found before the first one: `python -m aps check`.
+"""Checks before the first job of a study that no job will fail for its inputs: `python -m aps check`.
 
-Settings alone are checked whenever a study is read (`aps.settings.checks`); here is what they say about this machine:
-sources that are not there, batches larger than the images, resources, the address of the tracking server.
+`aps.settings.checks` checks settings alone, whenever a study is read. This checks them against the machine: sources
+that do not exist, batches larger than the dataset, resources, the address of the tracking server.
 
 It imports nothing heavy, opens no image and asks no server.
 """
@@ -26,12 +26,12 @@ from aps.stages import STAGES
 from aps.tracking.addresses import OFF, given_address, shown
 from aps.workflow.resources import check_resources
 
-# What MLflow takes before the `:` of an address; databases with a driver too, as in mysql+pymysql.
+# Schemes of addresses that MLflow accepts. A database may name its driver too, as in mysql+pymysql.
 SCHEMES = ("http", "https", "sqlite", "file", "postgresql", "mysql", "mssql", "databricks", "databricks-uc")
 
 
 def problems(study: Study) -> Iterator[str]:
-    """A sentence for everything that would stop a job."""
+    """A sentence for each problem that would stop a job."""
     for name in study.dataset_names():
         yield from _source(study, name)
     for experiment, e in study.experiments.items():
@@ -55,7 +55,7 @@ def hints(study: Study) -> Iterator[str]:
     for name in study.dataset_names():
         if not manifest_of(study, name).exists():
             yield f"dataset '{name}' is not prepared yet: `python -m aps data {name}`"
-        elif (reason := findings.of_data(name)) is not None:
+        elif (reason := findings.why_outdated(name)) is not None:
             yield f"dataset '{name}' will be prepared again ({reason}): `python -m aps data {name}`"
 
 
@@ -76,13 +76,13 @@ def _source(study: Study, name: str) -> Iterator[str]:
 
 
 def _batch(study: Study, experiment: str, stage: str) -> Iterator[str]:
-    """Batches that don't share out, and, where the manifest is there, that the images can't fill."""
+    """Batch sizes that the processes can't share evenly, or that exceed the images of a prepared dataset."""
     e, block = study.experiments[experiment], getattr(study.experiments[experiment], stage)
-    batch, what = getattr(block, "batch_size", None), f"experiment '{experiment}': {stage}.batch_size"
-    asked = study.stage_resources(stage, experiment)
-    processes = asked.gpus or asked.processes or asked.nodes or 1
+    batch, setting = getattr(block, "batch_size", None), f"experiment '{experiment}': {stage}.batch_size"
+    resources = study.stage_resources(stage, experiment)
+    processes = resources.gpus or resources.processes or resources.nodes or 1
     if batch is not None and batch % processes:
-        yield f"{what} {batch} is not a multiple of the {processes} processes; change either"
+        yield f"{setting} {batch} is not a multiple of the {processes} processes; change either"
     elif batch is not None and (batch // processes) % (parts := getattr(block, "accumulate", 1)):
         yield (
             f"experiment '{experiment}': {stage}.accumulate {parts} does not divide the {batch // processes} images of a "
@@ -109,45 +109,45 @@ def _batch(study: Study, experiment: str, stage: str) -> Iterator[str]:
     if share and not held:
         yield f"experiment '{experiment}': {stage}.holdout {share} of {images} training images keeps none aside; raise it"
     elif batch is not None and batch > images - held:
-        less = f" ({held} of {images} are held out)" if held else ""
-        yield f"{what} {batch} exceeds the {images - held} training images{less}; lower it"
+        reason = f" ({held} of {images} are held out)" if held else ""
+        yield f"{setting} {batch} exceeds the {images - held} training images{reason}; lower it"
 
 
 def _address(address: str) -> Iterator[str]:
-    what = f"tracking_uri {shown(address) if re.search('[@?#]', address) else address}"
+    setting = f"tracking_uri {shown(address) if re.search('[@?#]', address) else address}"
     if address.lower() == OFF:
         return
     if re.match(r"[\w.-]+:\d+(/|$)", address):
-        yield f"{what}: has no scheme, so MLflow would take it for a folder; write http://{address}"
+        yield f"{setting}: has no scheme, so MLflow would take it for a folder; write http://{address}"
         return
     scheme = re.match(r"([\w+.-]+):", address)
     if scheme is None:
         if address.startswith(("databricks", "/", ".", "~")) or Path(address).is_dir():
             return
-        yield f"{what}: is no address and no folder; write http://HOST:PORT, sqlite:///FILE or {OFF}"
+        yield f"{setting}: is no address and no folder; write http://HOST:PORT, sqlite:///FILE or {OFF}"
         return
-    plain = scheme[1].split("+")[0].lower()
-    if plain not in SCHEMES:
-        yield f"{what}: MLflow knows no '{scheme[1]}:'; {nearest(plain, SCHEMES)}"
-    elif plain not in ("file", "databricks", "databricks-uc") and not address.startswith(f"{scheme[1]}://"):
-        yield f"{what}: write {scheme[1]}:// with two slashes"
-    elif plain == "sqlite" and not address.startswith("sqlite:///"):
-        yield f"{what}: write sqlite:///FILE, with three slashes (four before an absolute path)"
-    elif plain in ("http", "https"):
-        yield from _host(what, address)
+    without_driver = scheme[1].split("+")[0].lower()
+    if without_driver not in SCHEMES:
+        yield f"{setting}: MLflow knows no '{scheme[1]}:'; {nearest(without_driver, SCHEMES)}"
+    elif without_driver not in ("file", "databricks", "databricks-uc") and not address.startswith(f"{scheme[1]}://"):
+        yield f"{setting}: write {scheme[1]}:// with two slashes"
+    elif without_driver == "sqlite" and not address.startswith("sqlite:///"):
+        yield f"{setting}: write sqlite:///FILE, with three slashes (four before an absolute path)"
+    elif without_driver in ("http", "https"):
+        yield from _host(setting, address)
 
 
-def _host(what: str, address: str) -> Iterator[str]:
+def _host(setting: str, address: str) -> Iterator[str]:
     try:
         parts = urlsplit(address)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        yield f"{what}: {error}; write http://HOST:PORT"
+        yield f"{setting}: {error}; write http://HOST:PORT"
         return
     if not host:
-        yield f"{what}: names no host; write http://HOST:PORT"
+        yield f"{setting}: names no host; write http://HOST:PORT"
         return
     try:
         socket.getaddrinfo(host, port)
     except OSError:
-        yield f"{what}: no host '{host}' is known from here; correct its name"
+        yield f"{setting}: no host '{host}' is known from here; correct its name"

@@ -1,7 +1,6 @@
-"""Progress of a long step: a bar that moves on a terminal, a line with a bar every few seconds anywhere else.
+"""Progress of a long step: a moving bar on a terminal, elsewhere a line every few seconds.
 
-Moving bars redraw themselves with carriage returns, which makes a log unreadable and mixes up two jobs on one screen;
-Snakemake and Slurm write to logs.
+A moving bar redraws itself with carriage returns. In the logs of Snakemake and Slurm that would be unreadable.
 """
 
 from __future__ import annotations
@@ -13,11 +12,14 @@ from types import TracebackType
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0
-BAR = 20  # characters
+BAR_LETTERS = 20
 
 
 class Progress:
-    """Counts `total` units of `unit`; `items` is how many images one unit stands for, for the rate."""
+    """Counts up to `total` units, named `unit` on the screen. `done` of them were done before.
+
+    shown: whether anything is printed.
+    """
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0, shown: bool = True) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, done
@@ -31,7 +33,7 @@ class Progress:
         )
 
     def update(self, steps: int = 1, items: int = 0, note: str = "", total: int | None = None) -> None:
-        """total: where it is another one by now."""
+        """Count `steps` more units, which took `items` images. `total` replaces the total so far."""
         self.done += steps
         self.total = self.total if total is None else total
         self._items += items
@@ -48,12 +50,12 @@ class Progress:
 
     def _line(self, rate: str, note: str) -> str:
         share = self.done / self.total if self.total else 1.0
-        filled = int(BAR * share)
+        filled = int(BAR_LETTERS * share)
         seconds = time.monotonic() - self._start
         left = (self.total - self.done) * seconds / max(1, self.done - self._first)
-        when = f"{clock(left)} left" if self.done < self.total else f"{clock(seconds)} in all"
-        bar = f"[{'#' * filled}{'-' * (BAR - filled)}] {int(100 * share):3d}%"
-        parts = (f"{self.label:<24}", bar, f"{self.done}/{self.total} {self.unit}", rate, note, when)
+        duration = f"{clock(left)} left" if self.done < self.total else f"{clock(seconds)} in all"
+        bar = f"[{'#' * filled}{'-' * (BAR_LETTERS - filled)}] {int(100 * share):3d}%"
+        parts = (f"{self.label:<24}", bar, f"{self.done}/{self.total} {self.unit}", rate, note, duration)
         return "  ".join(part for part in parts if part)
 
     @property
@@ -72,6 +74,7 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
+    """`H:MM:SS`, or `M:SS` under an hour."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

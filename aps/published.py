@@ -1,6 +1,6 @@
-"""Published numbers and the experiments that repeat them (config/published.yaml; docs/method.md).
+"""Published results (config/published.yaml), and how an experiment that repeats one differs from it (docs/method.md).
 
-Typed like settings, and free of torch. It does not know how results are stored or shown.
+It imports no torch, and does not know how results are stored or shown.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Entry(BaseModel):
     dataset: str
     arch: str
     patch_size: int
-    pretrain_epochs: int | None  # None: not stated
+    pretrain_epochs: int | None  # None if not stated
     metrics: dict[str, float] = Field(min_length=1)  # STAGE.METRIC: percent, as in the stage's metrics.json
     source: str
     note: str = ""
@@ -54,7 +54,7 @@ class Entry(BaseModel):
 
 
 def load(path: Path | None = None) -> dict[str, Entry]:
-    """Every entry by key; of this folder's table, or else of the one that the package carries.
+    """Every entry by key, from the working directory's table, or else from the one in the package.
 
     Raises:
         UserError: the file is missing, or a key or value is wrong.
@@ -80,13 +80,13 @@ def load(path: Path | None = None) -> dict[str, Entry]:
 
 
 def check(experiment: ExperimentSettings) -> None:
-    """Raises ValueError where the experiment names an entry that is not there, UserError where the table is broken."""
+    """Raises ValueError if the experiment names an unknown entry, UserError if the table is broken."""
     if experiment.published is not None and experiment.published not in (entries := load()):
         raise ValueError(f"published '{experiment.published}' is no entry; {nearest(experiment.published, entries)}")
 
 
 def differences(experiment: ExperimentSettings, entry: Entry) -> list[str]:
-    """In what the experiment is not the published one, for people; empty where they agree."""
+    """How the experiment differs from the published one, as phrases; empty where they agree."""
     detects = all(name.startswith("detection.") for name in entry.metrics)
     dataset = experiment.dataset_of("detection") if detects else experiment.dataset.name
     pairs: list[tuple[str, Any, Any]] = [

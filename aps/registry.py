@@ -1,13 +1,13 @@
-"""The names that settings may use, and what stands behind each: one idiom for all of them.
+"""Registries: the names that settings may use for methods, datasets, architectures and the like, and the code of each.
 
-A registry maps a name to a dotted path, `package.module:attribute`, which is imported when it is used and not before.
-So planning knows every name without importing torch. A name comes from one of three places:
+A registry maps a name to a dotted path, `package.module:attribute`, which is imported only when it is used. So planning
+knows every name without importing torch. A name comes from one of three places:
 
     a row below          strategies, architectures, datasets
     a file of a folder   methods (`aps/methods`), detection engines (`aps/detection/engines`): the file's name
     another package      its Python entry points, in the group that the registry names (docs/extending.md)
 
-It knows names only: what a method or a dataset has to offer stands with those.
+It knows only names. What a method or a dataset has to implement is written in their packages.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parent
 
 
 def resolve(path: str) -> Any:
-    """What `package.module:attribute` names."""
+    """The object that `package.module:attribute` names."""
     module, _, attribute = path.partition(":")
     return getattr(import_module(module), attribute)
 
@@ -40,10 +40,10 @@ class Registry:
     """Names of one kind.
 
     Args:
-        group: of entry points, by which other packages add names.
+        group: group of entry points in which other packages add names.
         rows: name -> dotted path.
-        folder: a folder of this package; each of its files is a name, but for those that start with an underscore.
-        attribute: what such a file defines; None: the class that has the file's name, whatever the case.
+        folder: a folder of this package. Each of its files is a name, except those that start with an underscore.
+        attribute: what such a file defines; by default the class with the file's name, in any case.
     """
 
     def __init__(
@@ -61,26 +61,26 @@ class Registry:
             self._rows |= {file.stem: f"{package}.{file.stem}:{attribute or ''}" for file in files}
 
     @cached_property
-    def _foreign(self) -> dict[str, str]:
+    def _entry_points(self) -> dict[str, str]:
         return {entry.name: entry.value for entry in entry_points(group=self.group)}
 
     def names(self) -> list[str]:
         """Every name, sorted."""
-        return sorted({*self._rows, *self._foreign})
+        return sorted({*self._rows, *self._entry_points})
 
     def __contains__(self, name: object) -> bool:
-        return name in self._rows or name in self._foreign  # our own first: asking for entry points takes a moment
+        return name in self._rows or name in self._entry_points  # entry points last: reading them is slow
 
     def load(self, name: str) -> Any:
-        """What stands behind a name; imports its module. Raises KeyError where there is no such name."""
-        path = self._rows[name] if name in self._rows else self._foreign[name]
+        """The object behind a name; imports its module. Raises KeyError if the name is unknown."""
+        path = self._rows[name] if name in self._rows else self._entry_points[name]
         if not path.endswith(":"):
             return resolve(path)
         module = import_module(path.removesuffix(":"))
         return next(v for k, v in vars(module).items() if isinstance(v, type) and k.lower() == name.lower())
 
     def unknown(self, name: str) -> str:
-        """The end of a sentence about a name that is not there."""
+        """The end of a sentence about an unknown name."""
         return nearest(name, self.names())
 
 
@@ -126,6 +126,6 @@ DETECTION_DATASETS = Registry(
     },
 )
 
-# What components say about every experiment's settings: a function of the experiment that raises ValueError. A stage's
-# own check stands in its row of aps/stages.py.
+# Checks of every experiment's settings: functions of the experiment that raise ValueError. The check of one stage is in
+# its row of aps/stages.py.
 CHECKS = ("aps.models.archs:check", "aps.published:check")

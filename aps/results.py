@@ -1,14 +1,13 @@
-"""What a stage leaves behind: metrics.json, history.jsonl, weights; how they are sealed, saved and brought back.
+"""The results of a stage, metrics.json, history.jsonl and weights: how they are written, saved and restored.
 
-While a stage runs, everything it needs to go on after a kill lies in the folder of its run, which Snakemake does not
-know. At the end its outputs stay there, in `finished/`, and are linked into the study's folder. Whoever asks for the same
-run again, another study or the same one after Snakemake has deleted the outputs, gets these links back.
+While a stage runs, its checkpoints are in the folder of its run, which Snakemake does not know. At the end the outputs
+stay there, in `finished/`, and are linked into the study's folder. When the same run is asked for again, by another
+study or after Snakemake has deleted the outputs, the links are made again.
 
-Design: a run is addressed by what made it (`run_key`): its settings, the images and the encoder it starts from. And
-metrics.json is sealed: it holds the SHA-256 of every file beside it, and one of itself. So a file that was changed,
-damaged or put there from elsewhere is recognized, and no figure is shown that is not what its settings say.
+Design: the key of a run is a digest of what determines its result (`run_key`): its settings, the images and the encoder
+it starts from. metrics.json is sealed (`aps.seals`), so a file that was changed, damaged or replaced is recognized.
 
-It knows no stage and no torch. Which of a study's figures are its own is asked of `aps.findings`.
+It knows no stage and imports no torch. Whether a result belongs to a study as it is now is decided by `aps.findings`.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ from aps.tracking.tracker import Tracker, say_missing
 
 @dataclass(frozen=True)
 class StageJob:
-    """One run of one stage: its settings, its inputs, where it writes, and how it is run."""
+    """One run of one stage: its settings, its inputs, where it writes and how it is run."""
 
     settings: StageSettings
     manifest: Path
@@ -72,26 +71,26 @@ class StageJob:
 
     @property
     def encoder_spec(self) -> str | Path:
-        """What `aps.models.weights.load_encoder` takes: a file, `random` or `timm:NAME`."""
+        """The argument of `aps.models.weights.load_encoder`: a file, `random` or `timm:NAME`."""
         return self.encoder if self.encoder is not None else self.settings.encoder.weights
 
 
 # --------------------------------------------------------------------------------------------------
-# What made a run.
+# The key of a run.
 
 
 def run_key(settings: StageSettings, dataset: str, encoder: str | None) -> str:
-    """16 hexadecimal digits over all that determines a run's result; the names of study and experiment do not.
+    """16 hexadecimal digits over all that determines a run's result, which the names of study and experiment do not.
 
     Args:
-        dataset: digest of its images, from the manifest.
-        encoder: SHA-256 of the file it starts from; None where its settings say it all (random, timm).
+        dataset: digest of the images, from the manifest.
+        encoder: SHA-256 of the file it starts from; None where the settings determine the weights (random, timm).
     """
     return hashlib.sha256(json.dumps([settings.digest, dataset, encoder]).encode()).hexdigest()[:16]
 
 
 def saved_run(results: str | Path, settings: StageSettings, manifest: Path, encoder: Path | None) -> Path:
-    """The folder of the run that these settings, images and encoder make.
+    """The folder of the run with these settings, images and encoder.
 
     Raises:
         UserError: the manifest or the encoder's file is missing or broken.
@@ -101,10 +100,10 @@ def saved_run(results: str | Path, settings: StageSettings, manifest: Path, enco
 
 
 def upstream_of(encoder: Path | None) -> dict[str, Any]:
-    """metrics.json beside an encoder's file, where a stage of ours made it.
+    """The content of metrics.json beside an encoder's file; empty if no stage of this project made the file.
 
     Raises:
-        UserError: it is damaged, or the file is not the one that it describes.
+        UserError: metrics.json is damaged, or the file is not the one that it describes.
     """
     beside = encoder.parent / "metrics.json" if encoder is not None else None
     if encoder is None or beside is None or not beside.exists():
@@ -123,9 +122,9 @@ def upstream_of(encoder: Path | None) -> dict[str, Any]:
 
 
 def restore_finished(job: StageJob) -> bool:
-    """Link the outputs of the finished run into the study's folder, if there is one and it is whole.
+    """Link a finished run's outputs into the study's folder. Returns whether there was one, undamaged.
 
-    A run that is not whole is dropped, with a sentence, and has to be computed again.
+    A damaged run is deleted, with a message, and has to be computed again.
     """
     finished = job.checkpoints / "finished"
     if not (finished / "metrics.json").exists():
@@ -144,44 +143,44 @@ def restore_finished(job: StageJob) -> bool:
 
 
 def forget(checkpoints: Path) -> None:
-    """Drop a saved run, so that it is computed again; a running attempt's mark stays."""
+    """Delete a saved run, so that it is computed again. The marks of the attempt that is running stay."""
     for path in checkpoints.glob("*"):
         if path.name not in ("attempt.json", ".claim"):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _publish(job: StageJob, finished: Path, metrics: dict[str, Any]) -> None:
-    """Puts a finished run's files into the study's folder. metrics.json comes last: where it exists, all is complete."""
+    """Link a finished run's files into the study's folder; metrics.json comes last: if it exists, all are complete."""
     remove(job.out / "metrics.json")
     for name in metrics["files"]:
         _link(finished / name, job.out / name)
     name = job.settings.experiment
-    own = {"experiment": name, "settings": metrics["settings"] | {"experiment": name}}
-    write_json(job.out / "metrics.json", seal(metrics | own | _track(job, finished, metrics)))
+    names = {"experiment": name, "settings": metrics["settings"] | {"experiment": name}}
+    write_json(job.out / "metrics.json", seal(metrics | names | _track(job, finished, metrics)))
 
 
 def _track(job: StageJob, finished: Path, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Puts the state of the run in MLflow beside its outputs -> what metrics.json says of it.
+    """Write tracking.json, the run's state in MLflow, beside its outputs. Returns the entries of metrics.json about it.
 
-    Where another study or experiment made the run, it becomes a run of its own in this one's, which `sync` sends.
+    If another study or experiment made the run, this study gets a separate run in MLflow, which `sync` sends.
     """
     about = about_run(job, metrics, upstream_of(job.encoder))
     state = adopt(job.out / "tracking.json", finished / "tracking.json", about, job.tracking)
     return {"mlflow_run_id": state.run_id, "mlflow_complete": state.complete or settled(job.tracking) == OFF}
 
 
-def about_run(job: StageJob, metrics: dict[str, Any], made: dict[str, Any]) -> About:
-    """What MLflow is told of a run."""
-    return describe(metrics, job.study, made or None, job.description, read_json(job.manifest))
+def about_run(job: StageJob, metrics: dict[str, Any], upstream: dict[str, Any]) -> About:
+    """What MLflow is told about a run. `upstream` is metrics.json of the run that made its encoder, or empty."""
+    return describe(metrics, job.study, upstream or None, job.description, read_json(job.manifest))
 
 
 @dataclass
 class StageRun:
-    """Journal, tracking and final results of one run. Rank 0 writes; on other ranks every method does nothing."""
+    """Journal, tracking and final results of one run. Only rank 0 writes; on other ranks the methods do nothing."""
 
     job: StageJob
     _state: dict[str, Any] = field(default_factory=dict)
-    _begun: bool = False  # whether the journal holds this attempt's past and nothing else
+    _begun: bool = False  # whether lines that the checkpoint does not hold were dropped from the journal
 
     def __enter__(self) -> StageRun:
         self.writes = ranks().rank == 0
@@ -202,7 +201,7 @@ class StageRun:
         self._before = float(self._state["seconds"])
         write_json(
             self._state_file, self._state
-        )  # before MLflow hears of the run: it is known there by when it started
+        )  # before the run is sent to MLflow, where its start time is part of its key
         self._upstream = upstream_of(self.job.encoder)
         about = about_run(self.job, self._known(), self._upstream)
         self.tracker = Tracker(self.job.tracking, self.job.checkpoints, about)
@@ -210,9 +209,9 @@ class StageRun:
         return self
 
     def resume(self, step: int) -> None:
-        """Drop journal lines after `step`: they belong to work that the checkpoint does not hold.
+        """Drop journal lines after `step`: the checkpoint does not hold their work, so it is done again.
 
-        A stage that has no checkpoints need not call it: its first `log` drops what an attempt before this one wrote.
+        A stage without checkpoints need not call it: its first `log` drops the lines of earlier attempts.
         """
         self._begun = True
         if not self.writes or not self.journal.exists():
@@ -223,7 +222,7 @@ class StageRun:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def log(self, step: int, **values: float) -> None:
-        """One line of history.jsonl at `step` (optimizer steps so far unless the stage says otherwise)."""
+        """Write one line of history.jsonl. `step` counts optimizer steps, unless the stage counts something else."""
         if not self.writes:
             return
         if not self._begun:
@@ -238,24 +237,24 @@ class StageRun:
             write_json(self._state_file, self._state)
 
     def staging(self, name: str) -> Path:
-        """Where to write the output `name` before `finish` puts it into the result folder."""
+        """Where to write the output `name`; `finish` moves it to the result folder."""
         folder = self.job.checkpoints / "outputs"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / name
 
     def finish(self, metrics: dict[str, Any], **extra: Any) -> None:
-        """Write metrics.json and put every staged output into the result folder, all files complete."""
+        """Write metrics.json, and put all outputs into the result folder, each of them complete."""
         if not self.writes:
             return
         self.journal.touch()
         self.save_clock()
         shutil.copyfile(self.journal, self.staging("history.jsonl"))
-        described = self._report(metrics, extra)
+        report = self._report(metrics, extra)
         staged = self.staging("metrics.json").parent
-        self._draw(described)
-        tracked = self.tracker.finish(finals(described), pictures(staged))
-        described |= {"mlflow_run_id": self.tracker.run_id, "mlflow_complete": tracked}
-        metrics_file = described | {"files": contents(staged)}
+        self._draw(report)
+        tracked = self.tracker.finish(finals(report), pictures(staged))
+        report |= {"mlflow_run_id": self.tracker.run_id, "mlflow_complete": tracked}
+        metrics_file = report | {"files": contents(staged)}
         write_json(staged / "metrics.json", seal(metrics_file))
         shutil.copyfile(self.tracker.state_file, staged / "tracking.json")
         missing = [name for name in STAGES[self.job.settings.stage].files if not (staged / name).exists()]
@@ -270,14 +269,14 @@ class StageRun:
         if not tracked:
             say_missing(self.job.label, self.tracker.reason)
 
-    def _draw(self, described: dict[str, Any]) -> None:
-        """The picture that the stage's row names. A run is worth more than its picture, so a failure is only a warning."""
+    def _draw(self, report: dict[str, Any]) -> None:
+        """Draw the stage's picture, if it has one. A failure is only a warning: the run is worth more."""
         picture = STAGES[self.job.settings.stage].picture
         if picture is None:
             return
         try:
-            resolve(picture.function)(self.job, described, self.staging(picture.file))
-        except Exception as error:  # whatever a drawing library finds
+            resolve(picture.function)(self.job, report, self.staging(picture.file))
+        except Exception as error:  # anything that a drawing library may raise
             print(f"warning: {self.job.label}: {picture.file} is not drawn: {error}", file=sys.stderr)
 
     def __exit__(
@@ -285,13 +284,13 @@ class StageRun:
     ) -> None:
         if self.writes:
             if kind is not None:
-                with contextlib.suppress(UserError):  # the disk that is full is known already
+                with contextlib.suppress(UserError):  # a full disk was reported already
                     self.save_clock()
             stopped = kind is not None and issubclass(kind, Preempted | KeyboardInterrupt)
             self.tracker.stop(None if kind is None else KILLED if stopped else FAILED)
 
     def _known(self) -> dict[str, Any]:
-        """The part of metrics.json that is known from the start."""
+        """The entries of metrics.json that are known when the run starts."""
         settings, manifest = self.job.settings, read_json(self.job.manifest)
         return {
             "stage": settings.stage,
@@ -318,7 +317,8 @@ class StageRun:
 
     def _report(self, metrics: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         known, seconds = self._known(), round(self._state["seconds"], 2)
-        made = self._upstream.get("cost")
+        upstream_cost = self._upstream.get("cost")
+        cost = spent(self.job.settings, self._counts(), seconds, known["hardware"], upstream_cost, metrics.get("flops"))
         return {
             "stage": known.pop("stage"),
             "experiment": known.pop("experiment"),
@@ -328,11 +328,11 @@ class StageRun:
             **known,
             "finished": _now(),
             "wall_seconds": seconds,
-            "cost": spent(self.job.settings, self._counts(), seconds, known["hardware"], made, metrics.get("flops")),
+            "cost": cost,
         }
 
     def _counts(self) -> Counts | None:
-        """Of its dataset; None where the manifest does not say."""
+        """The size of its dataset; None if the manifest does not tell."""
         manifest = read_json(self.job.manifest)
         splits = manifest.get("splits", {})
         test = splits.get("test") or splits.get("val")
@@ -342,7 +342,7 @@ class StageRun:
 
 
 def _read_clock(path: Path) -> dict[str, Any] | None:
-    """run.json: when the run started and how long it has worked; None, with a warning, where it says neither."""
+    """run.json: when the run started and how long it has worked. None if it is missing or, with a warning, damaged."""
     if not path.exists():
         return None
     try:
@@ -365,7 +365,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """Version, commit, command and hardware that made a number."""
+    """Version, commit, command, hardware and packages, for metrics.json."""
     packages = {}
     for name in ("torch", "torchvision", "timm", "numpy", "mlflow", "detectron2"):
         try:
@@ -382,6 +382,7 @@ def provenance() -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
+    """The machine, the processes and, where torch uses one, the GPU with its peak memory in bytes."""
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -395,7 +396,7 @@ def hardware() -> dict[str, Any]:
         "processes": ranks().world,
         "slurm_job": job_id(),
     }
-    torch = sys.modules.get("torch")  # only where the stage uses it: the report should not pay for the import
+    torch = sys.modules.get("torch")  # only if the stage has imported it: importing it takes seconds
     if torch is not None and torch.cuda.is_available():
         info["gpu"] = torch.cuda.get_device_name()
         info["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
@@ -418,7 +419,7 @@ def _commit() -> str | None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link where the file system has them, else a copy; never a half-written file."""
+    """Make a hard link, or a copy where the file system has no links; never a half-written file."""
     temporary = target.with_name(f".{target.name}.new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

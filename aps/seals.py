@@ -1,6 +1,6 @@
-"""The seal of a result: metrics.json holds the SHA-256 of every file beside it, and one of itself.
+"""The seal of a result: metrics.json holds the SHA-256 of every file beside it, and of its content.
 
-So a file that was changed, damaged or put there from elsewhere is recognized, whatever its time and size.
+So a file that was changed, damaged or replaced is recognized, whatever its time and size.
 """
 
 from __future__ import annotations
@@ -16,42 +16,45 @@ from aps.files import read_json, sha256
 
 
 def seal(metrics: dict[str, Any]) -> dict[str, Any]:
-    """`metrics` with the SHA-256 of its own content."""
-    return {key: value for key, value in metrics.items() if key != "sha256"} | {"sha256": _own_digest(metrics)}
+    """`metrics` with the SHA-256 of its content added."""
+    return {key: value for key, value in metrics.items() if key != "sha256"} | {"sha256": _content_digest(metrics)}
 
 
-def _own_digest(metrics: dict[str, Any]) -> str:
+def _content_digest(metrics: dict[str, Any]) -> str:
     content = {key: value for key, value in metrics.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """A sealed metrics.json. Raises UserError where it is missing, broken, changed or of another version."""
+    """The content of a sealed metrics.json. Raises UserError if it is missing, damaged or of another version."""
     metrics = read_json(path)
     advice = "delete it and run the stage that makes it"
     if not isinstance(metrics, dict) or "sha256" not in metrics:
         raise UserError(f"{path}: not a result of this version (it has no seal); {advice}")
-    if metrics["sha256"] != _own_digest(metrics):
+    if metrics["sha256"] != _content_digest(metrics):
         raise UserError(f"{path}: its content is not what was written, so it was changed or damaged; {advice}")
     return metrics
 
 
 def contents(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of the outputs in a folder, for metrics.json to hold."""
-    own = ("metrics.json", "tracking.json")
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in own)
+    """Size and SHA-256 of the outputs in a folder, by file name, as metrics.json holds them."""
+    not_sealed = ("metrics.json", "tracking.json")
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in not_sealed)
     return {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
 
 
 def damage(folder: Path, metrics: dict[str, Any], whole: bool) -> str | None:
-    """What is wrong with the files that metrics.json describes, else None; `whole`: read them, else look at sizes."""
-    for name, described in metrics["files"].items():
+    """What is wrong with the files that metrics.json lists; None if nothing is.
+
+    whole: compare their content, not only their sizes.
+    """
+    for name, expected in metrics["files"].items():
         try:
             size = os.stat(f"{folder}/{name}").st_size
         except OSError:
             return f"{name} is missing"
-        if size != described["bytes"]:
-            return f"{name} has {size:,} bytes instead of {described['bytes']:,}"
-        if whole and sha256(folder / name) != described["sha256"]:
+        if size != expected["bytes"]:
+            return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
+        if whole and sha256(folder / name) != expected["sha256"]:
             return f"{name} is not the file that was written"
     return None

@@ -1,7 +1,7 @@
-"""A picture of what the encoder sees: sources, boxes, views, kept cells and coverage (the paper's Figure 1).
+"""Draws what the encoder sees: sources, boxes, views, kept cells and coverage (the paper's Figure 1).
 
-Everything drawn comes from the functions that training calls, with an experiment's settings, so a mistake in boxes,
-flips or cells can be seen: in the last column, cells of view 2 should avoid those of view 1.
+Everything comes from the functions that training calls, with an experiment's settings. So the picture shows mistakes in
+boxes, flips or cells: in the last column, cells of view 2 should avoid those of view 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from aps.sampling import coverage, sample
 from aps.settings.study import ExperimentSettings, StageSettings
 from aps.views import apply_view, draw_parameters
 
-COLORS = ("#1f6feb", "#f0640c")  # of view 1 and view 2 in every panel
+COLORS = ("#1f6feb", "#f0640c")  # view 1 and view 2, in every panel
 COLUMNS = (
     "source, boxes",
     "view 1",
@@ -37,7 +37,7 @@ COLUMNS = (
     "both, in the source",
 )
 PAIRS = 2000
-FADED = 0.12  # of the pixels that the encoder does not see
+FADED = 0.12  # opacity of pixels that the encoder does not see
 
 Box = tuple[float, float, float, float]  # top, left, height, width in source pixels
 
@@ -49,11 +49,11 @@ class View(NamedTuple):
     kept: list[int]  # cells, row-major as seen in the view
 
     def cells(self, grid: int) -> list[Box]:
-        """Where the kept cells lie in the source."""
+        """The boxes of the kept cells in the source."""
         top, left, height, width = self.box
         tall, wide = height / grid, width / grid
-        places = [(cell // grid, grid - 1 - cell % grid if self.flip else cell % grid) for cell in self.kept]
-        return [(top + row * tall, left + column * wide, tall, wide) for row, column in places]
+        positions = [(cell // grid, grid - 1 - cell % grid if self.flip else cell % grid) for cell in self.kept]
+        return [(top + row * tall, left + column * wide, tall, wide) for row, column in positions]
 
 
 class Example(NamedTuple):
@@ -66,10 +66,10 @@ class Example(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """How much of view 2 shows source pixels that view 1 keeps too, as shares in [0, 1], over many pairs of views."""
+    """The share of view 2 that the kept cells of view 1 cover, in [0, 1]: means over many pairs of views."""
 
-    all: float  # of all its cells: what a random choice would share
-    kept: float  # of the cells that the strategy keeps
+    all: float  # over all cells of view 2, as for a random choice
+    kept: float  # over the cells of view 2 that the strategy keeps
 
     def __str__(self) -> str:
         return (
@@ -79,10 +79,10 @@ class Shared(NamedTuple):
 
 
 def show_views(manifest: Path, settings: ExperimentSettings, out: Path, images: int, seed: int) -> Shared:
-    """Writes the picture of `images` training images, spread over the classes; measures what pairs of views share.
+    """Draw `images` training images, spread over the classes, into the file `out`; return what pairs of views share.
 
     Raises:
-        UserError: no images asked for; the dataset is not prepared or is one for detection; `out` can't be written.
+        UserError: `images` is below 1, the dataset is not prepared or is for detection, or `out` can't be written.
     """
     if images < 1:
         raise UserError(f"--images {images} leaves nothing to draw; give 1 or more")
@@ -95,24 +95,24 @@ def show_views(manifest: Path, settings: ExperimentSettings, out: Path, images: 
 def write_picture(
     out: Path, split: ArraySplit | FileSplit, settings: ExperimentSettings | StageSettings, seed: int
 ) -> None:
-    """Writes the picture of a split's images as PNG."""
+    """Write a PNG file with a row for each image of a split."""
     figure = draw(examples(split, settings, seed), settings.encoder.grid)
     with atomic_path(out) as temporary:
         figure.savefig(temporary, dpi=110, format="png", pil_kwargs={"optimize": True})
 
 
 def shared(sizes: list[tuple[int, ...]], settings: ExperimentSettings, seed: int) -> Shared:
-    """What PAIRS pairs of views of sources of these heights and widths share in their first sampling."""
+    """What PAIRS pairs of views share in their first sampling. sizes: (height, width) of each source, in pixels."""
     generator, grid = torch.Generator().manual_seed(seed), settings.encoder.grid
-    found = []
+    shares = []
     for height, width in sizes:
         batch = -(-PAIRS // len(sizes))
         view1, view2 = (draw_parameters(i, batch, height, width, settings.views, generator).geometry() for i in (1, 2))
         kept = sample(settings.sampling, grid, view1, view2, generator)
         mask1 = torch.zeros(batch, 1, grid * grid).scatter_(2, kept.view1[:1].transpose(0, 1), 1)
         covered = coverage(view1, mask1, view2, grid)[:, 0]
-        found.append(torch.stack([covered.mean(1), covered.gather(1, kept.view2[0]).mean(1)]))
-    return Shared(*torch.cat(found, dim=1).mean(1).tolist())
+        shares.append(torch.stack([covered.mean(1), covered.gather(1, kept.view2[0]).mean(1)]))
+    return Shared(*torch.cat(shares, dim=1).mean(1).tolist())
 
 
 def examples(split: ArraySplit | FileSplit, settings: ExperimentSettings | StageSettings, seed: int) -> list[Example]:
@@ -147,7 +147,7 @@ def _example(source: Tensor, settings: ExperimentSettings | StageSettings, gener
 
 
 def draw(shown: list[Example], grid: int) -> Figure:
-    """A row an example, a column each of COLUMNS."""
+    """One row for each example, one column for each of COLUMNS."""
     rows, columns = len(shown), len(COLUMNS)
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
     figure = Figure(figsize=(1.42 * columns, 1.62 * rows + 0.35), layout=layout, facecolor="white")
@@ -160,13 +160,13 @@ def draw(shown: list[Example], grid: int) -> Figure:
 
 
 def draw_row(row: dict[int, Axes], example: Example, grid: int) -> None:
-    """An example onto the axes of some of COLUMNS, by their numbers."""
+    """Draw an example. `row` has the axes of some or all COLUMNS, by column number."""
     views = (example.view1, example.view2)
     height, width, _ = example.source.shape
     side, source = max(height, width), example.source / 255
     pale = 1 - (1 - source.mean(2, keepdims=True).repeat(3, 2)) * 2 * FADED
-    for place, image in ((0, source), (6, pale)):
-        if (ax := row.get(place)) is not None:
+    for column, image in ((0, source), (6, pale)):
+        if (ax := row.get(column)) is not None:
             ax.imshow(image, extent=(0, width, height, 0))
             ax.set(xlim=((width - side) / 2, (width + side) / 2), ylim=((height + side) / 2, (height - side) / 2))
     for view, color in zip(views, COLORS, strict=True):
@@ -174,12 +174,12 @@ def draw_row(row: dict[int, Axes], example: Example, grid: int) -> None:
             _outline(ax, view.box, color, linewidth=2.2)
         for box in view.cells(grid) if (ax := row.get(6)) is not None else ():
             _outline(ax, box, color, linewidth=0.6, facecolor=(*to_rgb(color), 0.45))  # type: ignore[arg-type]
-    for place, view in zip((1, 3), views, strict=True):
-        if (ax := row.get(place)) is not None:
+    for column, view in zip((1, 3), views, strict=True):
+        if (ax := row.get(column)) is not None:
             ax.imshow(view.pixels, extent=(0, grid, grid, 0))
             ax.set_xlabel("flipped" if view.flip else " ", fontsize=8, labelpad=2)
-    for place, view, color in zip((2, 5), views, COLORS, strict=True):
-        if (ax := row.get(place)) is not None:
+    for column, view, color in zip((2, 5), views, COLORS, strict=True):
+        if (ax := row.get(column)) is not None:
             _draw_kept(ax, view, color, grid)
     if (ax := row.get(4)) is not None:
         ax.imshow(example.covered, extent=(0, grid, grid, 0), cmap="Blues", vmin=0, vmax=1)
@@ -187,10 +187,10 @@ def draw_row(row: dict[int, Axes], example: Example, grid: int) -> None:
             _outline(ax, (cell // grid, cell % grid, 1, 1), COLORS[1], linewidth=0.9)
         kept = example.covered.ravel()[example.view2.kept].mean()
         ax.set_xlabel(f"all {example.covered.mean():.0%}, kept {kept:.0%}", fontsize=8, labelpad=2)
-    for place, ax in row.items():
+    for column, ax in row.items():
         ax.set_xticks([])
         ax.set_yticks([])
-        ax.spines[:].set(color="0.8", linewidth=0.6, visible=place not in (0, 6) or height == width)
+        ax.spines[:].set(color="0.8", linewidth=0.6, visible=column not in (0, 6) or height == width)
 
 
 def _draw_kept(ax: Axes, view: View, color: str, grid: int) -> None:

@@ -1,7 +1,7 @@
-"""What a finished run cost: seconds, GPU hours, operations, peak memory; its pretraining's share included.
+"""The cost of a finished run, with that of its pretraining: seconds, GPU hours, operations, peak memory.
 
-An evaluation is as dear as the pretraining that it needs, so its cost is the cost so far. What several evaluations share is
-counted in each of them.
+An evaluation needs its pretraining, so its cost includes it. A pretraining that several evaluations share is counted in
+each of them.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ def spent(
     counts: Counts | None,
     seconds: float,
     hardware: Mapping[str, Any],
-    made: Mapping[str, Any] | None = None,
+    pretraining: Mapping[str, Any] | None = None,
     flops: float | None = None,
 ) -> dict[str, float]:
-    """The cost of a run so far, for metrics.json.
+    """The cost of a run and of its pretraining, for metrics.json.
 
     Args:
-        counts: of its dataset; None where they are unknown.
-        seconds: that it worked, over all its attempts.
-        hardware: `aps.results.hardware`.
-        made: `cost` in metrics.json of the pretraining that made its encoder.
-        flops: what the run itself counted, where its settings do not say it.
+        counts: size of its dataset; None if unknown.
+        seconds: how long it worked, over all its attempts.
+        hardware: from `aps.results.hardware`.
+        pretraining: `cost` in metrics.json of the pretraining that made its encoder.
+        flops: operations that the run counted; used where they do not follow from its settings.
     """
     counted = _flops(settings, counts)
-    own: dict[str, float | None] = {
+    run: dict[str, float | None] = {
         "seconds": seconds,
         "gpu_hours": seconds * hardware["processes"] / 3600 if "gpu" in hardware else None,
         "flops": flops if counted is None else counted,
         "peak_gpu_gb": hardware["peak_gpu_bytes"] / 1e9 if "peak_gpu_bytes" in hardware else None,
         "peak_memory_gb": _peak_memory(),
     }
-    made = made or {}
-    total = {key: _sum(own[key], made.get(key), bool(made)) for key in SUMMED}
-    peak = {key: max((x for x in (own[key], made.get(key)) if x is not None), default=None) for key in PEAKS}
+    before = pretraining or {}
+    total = {key: _sum(run[key], before.get(key), bool(before)) for key in SUMMED}
+    peak = {key: max((x for x in (run[key], before.get(key)) if x is not None), default=None) for key in PEAKS}
     return {key: float(f"{value:.6g}") for key, value in (total | peak).items() if value is not None}
 
 
-def _sum(own: float | None, made: float | None, needed: bool) -> float | None:
-    """None where a share that counts is unknown: a part of a sum is no sum."""
-    if own is None or (needed and made is None):
+def _sum(run: float | None, pretraining: float | None, has_pretraining: bool) -> float | None:
+    """None if either part is unknown."""
+    if run is None or (has_pretraining and pretraining is None):
         return None
-    return own + (made or 0.0)
+    return run + (pretraining or 0.0)
 
 
 def _flops(settings: StageSettings, counts: Counts | None) -> float | None:
@@ -63,11 +63,11 @@ def _flops(settings: StageSettings, counts: Counts | None) -> float | None:
         return None
     try:
         return float(resolve(path)(settings, counts).flops)
-    except Exception:  # what can't be counted is unknown, and the run is finished
+    except Exception:  # the run is finished: it does not fail because its cost can't be counted
         return None
 
 
 def _peak_memory() -> float:
-    """Gigabytes of this process, its decoding workers not among them."""
+    """Gigabytes of this process, without its decoding workers."""
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kibibytes * (1 if sys.platform == "darwin" else 1024) / 1e9

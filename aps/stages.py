@@ -1,9 +1,9 @@
-"""The stages: one row each, and nothing else in the project lists them.
+"""The table of stages: one row each. Nothing else in the project lists them.
 
-Command line, rules, settings, results, report and estimate read what they need off a row. A new evaluation is a module
+Command line, rules, settings, results, report and estimate read this table. A new evaluation is a module
 with `run(job)`, a row here and a rule in workflow/rules (docs/extending.md shows one in ten lines).
 
-It imports no torch and knows nothing of how a stage works: modules are named and imported when a stage runs.
+It imports no torch and does not know how a stage works: its module is imported when the stage runs.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from aps.registry import resolve
 
 
 class Score(NamedTuple):
-    """A headline figure: a column of the tables. Percent, higher is better.
+    """A score of a stage, a column of the tables. In percent; higher is better.
 
-    `{k}` in both stands for the value of the stage's list setting `k`: `prefer` where the list has it, else its first.
+    `{k}` in `metric` and `label` stands for the value of the stage's list setting `k`: `prefer` where the list has it,
+    else its first.
     """
 
     metric: str
     label: str
     prefer: int | None = None
-    share: bool = False  # whether it is the share of test images that are right, so that chance among them is known
+    share: bool = False  # whether it is an accuracy over test images, so that an interval can be given
 
 
 class Curve(NamedTuple):
@@ -34,10 +35,10 @@ class Curve(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A PNG file that a finished run draws beside its outputs, which MLflow shows too."""
+    """A PNG file that a finished run draws among its outputs; MLflow shows it too."""
 
     file: str
-    function: str  # dotted path; takes the job, what metrics.json will say, and the file to write
+    function: str  # dotted path of a function of the job, the content of metrics.json and the file to write
 
 
 @dataclass(frozen=True)
@@ -47,32 +48,32 @@ class Stage:
     name: str  # the verb, the target, the folder of its results, its block of settings
     module: str  # has `run(job: StageJob) -> None`
     help: str
-    settings: str  # its own block: a dotted path to a subclass of Section
-    uses: tuple[str, ...]  # shared blocks that its result depends on
+    settings: str  # the class of its block of settings: a dotted path to a subclass of Section
+    uses: tuple[str, ...]  # the shared blocks that its result depends on
     outputs: tuple[str, ...]  # files beside history.jsonl and metrics.json
     scores: tuple[Score, ...] = ()
     curves: tuple[Curve, ...] = ()
     encoder: bool = True  # whether it starts from an encoder
     labels: bool = True  # whether it needs the labels of its images
     detects: bool = False  # whether its images come from `detection.dataset` and not from `dataset`
-    small: bool = False  # whether it takes minutes, so that on a cluster an encoder's small stages share one job
-    traced: bool = False  # whether it has batches for --profile to record
-    picture: Picture | None = None
-    check: str | None = None  # a function of the experiment that raises ValueError where the stage can't be built
+    small: bool = False  # whether it takes only minutes: on a cluster, the small stages of an encoder share one job
+    traced: bool = False  # whether --profile can record its batches
+    picture: Picture | None = None  # drawn when a run is finished
+    check: str | None = None  # a function of the experiment that raises ValueError if the stage can't be built
     cost: str | None = None  # a function that counts what a run costs (aps/cost.py); None: not estimated
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Every file it leaves; metrics.json comes last, so that it means complete."""
+        """Every file it writes. metrics.json comes last: where it exists, all are complete."""
         return (*self.outputs, "history.jsonl", "metrics.json")
 
     @property
     def rule(self) -> str:
-        """The rule of Snakemake that runs it."""
+        """The name of the Snakemake rule that runs it."""
         return f"{self.name}_encoder"
 
     def block(self) -> Any:
-        """The class of its own settings."""
+        """The class of its block of settings."""
         return resolve(self.settings)
 
 

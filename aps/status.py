@@ -1,13 +1,13 @@
-"""What has become of each run of a study: done, running, queued, failed or outdated. `python -m aps status`.
+"""The state of each run of a study: done, running, queued, failed or outdated. `python -m aps status`.
 
-    done      its figures are the study's (`aps.findings`)
-    running   a process is at work in the folder of its run; how far it is says its journal
-    failed    it began and was not asked to stop, and nobody is at work on it
+    done      its result counts for the study (`aps.findings`)
+    running   a process is at work in the folder of its run; its journal says how far it is
+    failed    it began, was not asked to stop, and no process is at work on it
     outdated  there is a result, but of other settings, images or another encoder
-    queued    all the others: not begun, waiting for what they need, or stopped and to be gone on with
+    queued    all others: not begun, waiting for their inputs, or stopped and to be continued
 
-Nothing is asked of Snakemake or of Slurm, only files are read, so it works from any machine that sees the results folder,
-while the study runs. It imports nothing heavy; `aps.report.states` draws the picture.
+It reads only files, and asks neither Snakemake nor Slurm. So it works while the study runs, from any machine that sees
+the results folder. It imports nothing heavy; `aps.report.states` draws the picture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aps.columns import columns_of
 from aps.errors import UserError
 from aps.files import read_json, sha256
 from aps.findings import Finding, Findings
@@ -28,22 +27,26 @@ from aps.results import run_key
 from aps.runtime.slurm import running_attempt
 from aps.settings.study import Study
 from aps.stages import STAGES
+from aps.text import shorten, table_lines
 
 DONE, RUNNING, QUEUED, FAILED, OUTDATED = STATES = ("done", "running", "queued", "failed", "outdated")
-LETTERS = 160  # of a line of a log
-TAIL = 20_000  # bytes of a log's end
+LONGEST_LINE = 160  # letters of a log's line
+TAIL = 20_000  # bytes read from the end of a log
+
+
+Job = tuple[str, int, str]  # experiment, seed, stage
 
 
 class Status(NamedTuple):
-    """Of one run."""
+    """The state of one run."""
 
     experiment: str
     seed: int
     stage: str
     state: str  # one of STATES
-    note: str = ""  # why it failed or is outdated, what it waits for
-    share: float | None = None  # of a running or stopped run that is done, where its journal says it
-    left: float | None = None  # seconds, of a running one
+    note: str = ""  # why it failed or is outdated, or what it waits for
+    share: float | None = None  # of its work that is done, if it is running and its journal tells
+    left: float | None = None  # seconds, if it is running and its journal tells
 
     @property
     def label(self) -> str:
@@ -59,12 +62,12 @@ class Status(NamedTuple):
 
 
 def status_of(study: Study, now: float | None = None) -> list[Status]:
-    """Of every run, in the study's order. now: seconds since 1970."""
-    findings, found = Findings(study), dict[tuple[str, int, str], Status]()
+    """The state of every run, in the study's order. `now` is in seconds since 1970."""
+    findings, statuses = Findings(study), dict[Job, Status]()
     now = time.time() if now is None else now
-    for experiment, seed, stage in study.jobs():
-        found[experiment, seed, stage] = _status(study, findings, findings.of(experiment, seed, stage), now)
-    return [_waiting(study, one, found) for one in found.values()]
+    for job in study.jobs():
+        statuses[job] = _status(study, findings, findings.finding(*job), now)
+    return [_with_failed_input(study, status, statuses) for status in statuses.values()]
 
 
 def _status(study: Study, findings: Findings, finding: Finding, now: float) -> Status:
@@ -81,10 +84,10 @@ def _status(study: Study, findings: Findings, finding: Finding, now: float) -> S
     if folder is not None and (folder / "finished" / "metrics.json").exists():
         return Status(*job, QUEUED, "its saved run is finished and comes back at once")
     began = folder is not None and (folder / "run.json").exists()
-    said = last_line(log)
-    if log.exists() and not said.startswith("stopped") and (began or said.startswith("error:") or "Error" in said):
+    last = last_line(log)
+    if log.exists() and not last.startswith("stopped") and (began or last.startswith("error:") or "Error" in last):
         killed = folder is not None and (folder / "attempt.json").exists()
-        return Status(*job, FAILED, f"{'killed; ' if killed else ''}{said or 'its log is empty'} ({log})")
+        return Status(*job, FAILED, f"{'killed; ' if killed else ''}{last or 'its log is empty'} ({log})")
     if began:
         share, _ = _progress(study, job, folder, now) if folder is not None else (None, None)
         return Status(
@@ -93,17 +96,17 @@ def _status(study: Study, findings: Findings, finding: Finding, now: float) -> S
     return Status(*job, QUEUED)
 
 
-def _waiting(study: Study, one: Status, found: dict[tuple[str, int, str], Status]) -> Status:
-    """A queued run whose encoder can't be made says so."""
-    source = study.pretrain_source(one.experiment) if STAGES[one.stage].encoder else None
-    made = found.get((source, one.seed, "pretrain")) if source is not None else None
-    if one.state == QUEUED and not one.note and made is not None and made.state == FAILED:
-        return one._replace(note=f"waits for {made.label}, which failed")
-    return one
+def _with_failed_input(study: Study, status: Status, statuses: dict[Job, Status]) -> Status:
+    """The status of a queued run, with a note if the pretraining that it waits for failed."""
+    source = study.pretrain_source(status.experiment) if STAGES[status.stage].encoder else None
+    pretraining = statuses.get((source, status.seed, "pretrain")) if source is not None else None
+    if status.state == QUEUED and not status.note and pretraining is not None and pretraining.state == FAILED:
+        return status._replace(note=f"waits for {pretraining.label}, which failed")
+    return status
 
 
 def _folder_of(study: Study, findings: Findings, experiment: str, seed: int, stage: str) -> Path | None:
-    """Where a run keeps its state; None where what it starts from is still to be made, so that it can't have begun."""
+    """The folder of a run; None if its inputs are not there yet, so that it can't have begun."""
     settings = study.stage_settings(experiment, seed, stage)
     try:
         images = str(read_json(manifest_of(study, settings.dataset_name))["digest"])
@@ -111,10 +114,10 @@ def _folder_of(study: Study, findings: Findings, experiment: str, seed: int, sta
         if STAGES[stage].encoder:
             source = study.pretrain_source(experiment)
             if source is not None:
-                made = findings.of(source, seed, "pretrain").metrics
-                if made is None:
+                pretraining = findings.finding(source, seed, "pretrain").metrics
+                if pretraining is None:
                     return None
-                encoder = str(made["files"]["encoder.safetensors"]["sha256"])
+                encoder = str(pretraining["files"]["encoder.safetensors"]["sha256"])
             elif (file := encoder_file(study, experiment, seed)) is not None:
                 encoder = sha256(file)
     except (UserError, OSError, KeyError, TypeError):
@@ -122,12 +125,12 @@ def _folder_of(study: Study, findings: Findings, experiment: str, seed: int, sta
     return run_folder(study.results, stage, run_key(settings, images, encoder))
 
 
-def _progress(study: Study, job: tuple[str, int, str], folder: Path, now: float) -> tuple[float | None, float | None]:
-    """Share that is done by the journal's last line, and seconds that are left at the pace so far."""
+def _progress(study: Study, job: Job, folder: Path, now: float) -> tuple[float | None, float | None]:
+    """The share that is done by the journal's last line, and the seconds that are left at the pace so far."""
     share, logged = None, 0.0
     for line in read_history(folder / "history.jsonl"):
-        if (found := _share(study.stage_settings(*job), line)) is not None:
-            share, logged = found, float(line.get("time", now))
+        if (share_at_line := _share(study.stage_settings(*job), line)) is not None:
+            share, logged = share_at_line, float(line.get("time", now))
     if not share:
         return None, None
     try:
@@ -138,23 +141,23 @@ def _progress(study: Study, job: tuple[str, int, str], folder: Path, now: float)
 
 
 def _share(settings: Any, line: dict[str, Any]) -> float | None:
-    """Of the stage that is done at a line of the journal; None where the line does not say it."""
+    """The share of the stage that is done at a line of the journal; None if the line does not tell."""
     block = getattr(settings, settings.stage)
     budget = getattr(block, "budget", None)
-    for key, whole in (
+    for key, total in (
         ("flops", getattr(budget, "flops", None)),
         ("seconds", 60 * minutes if (minutes := getattr(budget, "minutes", None)) else None),
         ("epoch", getattr(block, "epochs", None) if budget is None else None),
         ("step", getattr(block, "iterations", None)),
     ):
         value = line.get(key)
-        if whole and isinstance(value, int | float):
-            return min(1.0, float(value) / float(whole))
+        if total and isinstance(value, int | float):
+            return min(1.0, float(value) / float(total))
     return None
 
 
 def last_line(log: Path) -> str:
-    """What a log says last: its last sentence of an error, else its last line."""
+    """The last line of a log that starts with `error:`, or else its last line."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - TAIL))
@@ -162,41 +165,43 @@ def last_line(log: Path) -> str:
     except OSError:
         return ""
     lines = [" ".join(line.split()) for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    said = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
-    return said if len(said) <= LETTERS else f"{said[: LETTERS - 1]}…"
+    last = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
+    return shorten(last, LONGEST_LINE)
 
 
 # --------------------------------------------------------------------------------------------------
 
 
-def counts(found: list[Status]) -> str:
+def counts(statuses: list[Status]) -> str:
     """`20 done, 1 running, 3 queued`."""
-    count = Counter(one.state for one in found)
+    count = Counter(status.state for status in statuses)
     return ", ".join(f"{count[state]} {state}" for state in STATES if count[state])
 
 
-def text(study: Study, found: list[Status]) -> str:
-    """For the terminal: a line for each experiment and seed, a column for each stage, then what is to be said of runs."""
-    stages = [stage for stage in STAGES if any(one.stage == stage for one in found)]
-    by = {(one.experiment, one.seed, one.stage): one for one in found}
+def text(study: Study, statuses: list[Status]) -> str:
+    """A table for the terminal: a row for each experiment and seed, a column for each stage; then the notes on runs."""
+    stages = [stage for stage in STAGES if any(status.stage == stage for status in statuses)]
+    by_job = {(status.experiment, status.seed, status.stage): status for status in statuses}
     body = [
-        [name, str(seed), *(_cell(by.get((name, seed, stage))) for stage in stages)]
+        [name, str(seed), *(_cell(by_job.get((name, seed, stage))) for stage in stages)]
         for name, experiment in study.experiments.items()
         for seed in experiment.seeds
     ]
     lines = [
-        f"Study '{study.study}': {len(found)} runs: {counts(found)}",
+        f"Study '{study.study}': {len(statuses)} runs: {counts(statuses)}",
         "",
-        *columns_of(["experiment", "seed", *stages], body),
+        *table_lines(["experiment", "seed", *stages], body),
     ]
     for state in (RUNNING, FAILED, OUTDATED, QUEUED):
-        said = [(one.label, one.progress or one.note) for one in found if one.state == state]
-        said = [(label, note) for label, note in said if note]
-        lines += ["", state, *(f"  {label}: {note}" for label, note in said)] if said else []
+        notes = [(status.label, status.progress or status.note) for status in statuses if status.state == state]
+        notes = [(label, note) for label, note in notes if note]
+        lines += ["", state, *(f"  {label}: {note}" for label, note in notes)] if notes else []
     return "\n".join(lines)
 
 
-def _cell(one: Status | None) -> str:
-    if one is None:
+def _cell(status: Status | None) -> str:
+    if status is None:
         return ""
-    return f"{one.state} {one.share:.0%}" if one.state == RUNNING and one.share is not None else one.state
+    return (
+        f"{status.state} {status.share:.0%}" if status.state == RUNNING and status.share is not None else status.state
+    )

@@ -1,4 +1,4 @@
-"""Every benchmark in turn, each in a process of its own, and a table of what they found: python -m benchmarks"""
+"""Runs every benchmark in turn, each in a separate process, and prints a table of results: python -m benchmarks"""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def main() -> int:
         content = json.loads(file.read_text())
         if rows := content.get("rows"):
             print(f"{file.stem} ({content['date'][:10]}, {label(content['machine'])})")
-            for found in rows:
-                print("  " + table_line(found))
+            for row in rows:
+                print("  " + table_line(row))
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)

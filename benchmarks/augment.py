@@ -2,10 +2,10 @@
 
     python -m benchmarks.augment
 
-All use the same cores: ours by torch's threads, the others (benchmarks/ordinary.py: torchvision's and timm's transforms on
-PIL images, timm's erasing and mixup on the batch) by as many DataLoader workers, which are running before the clock
-starts. `seeded` has what ours has, that an interrupted run goes on with the same images: each image's generators are
-seeded. On a GPU ours runs there and the others' batches are sent to it. No side decodes files.
+All use the same cores: ours by torch's threads, the others (benchmarks/ordinary.py: torchvision's and timm's transforms
+on PIL images, timm's erasing and mixup on the batch) by as many DataLoader workers, which run before the clock starts.
+`seeded` seeds the generators for each image, so that, as with ours, an interrupted run goes on with the same images. On
+a GPU, ours runs there, and the batches of the others are sent to it. Nobody decodes files.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def main() -> None:
         workers = 1 if args.quick else torch.get_num_threads()
         for name, (source, size, batch, changes) in RECIPES.items():
             settings = FinetuneSettings(batch_size=8 if args.quick else batch, **changes)
-            ways = contenders(settings, source, size, images, workers, distributed)
-            taken = in_turn(ways, repeats)
+            epochs = contenders(settings, source, size, images, workers, distributed)
+            taken = in_turn(epochs, repeats)
             times[name] = taken
-            for way, goal in (("seeded", 10), ("unseeded", None)):
-                ratio = spread([b / a for a, b in zip(taken["ours"], taken[way], strict=True)])
-                rows.append(row(f"{name}, against one by one, {way}: images a second", ratio, target=goal))
-            rates |= {f"{way}: {name}": spread([images / x for x in each]) for way, each in taken.items()}
+            for other, goal in (("seeded", 10), ("unseeded", None)):
+                ratio = spread([b / a for a, b in zip(taken["ours"], taken[other], strict=True)])
+                rows.append(row(f"{name}, against one by one, {other}: images a second", ratio, target=goal))
+            rates |= {f"{who}: {name}": spread([images / x for x in each]) for who, each in taken.items()}
     chosen = {"recipes": {name: recipe[:3] for name, recipe in RECIPES.items()}, "images": images, "workers": workers,
               "repeats": repeats}  # fmt: skip
     write("augment", {"rows": rows, "images_a_second": rates, "seconds": times}, chosen, args.out)
@@ -70,7 +70,7 @@ def main() -> None:
 def contenders(
     settings: FinetuneSettings, source: int, size: int, images: int, workers: int, distributed: Distributed
 ) -> dict[str, Callable[[], None]]:
-    """An epoch each."""
+    """Name -> a function that runs one epoch."""
     pixels = np.random.default_rng(0).integers(0, 256, (images, source, source, 3), np.uint8)
     labels = torch.arange(images) % CLASSES
     split = ArraySplit(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels, tuple("0123456789"))
@@ -85,24 +85,24 @@ def contenders(
         for tensors in loader:
             finish(*tensors)
 
-    ways: dict[str, Callable[[], None]] = {"ours": ours}
+    epochs: dict[str, Callable[[], None]] = {"ours": ours}
     for name, seeded in (("seeded", True), ("unseeded", False)):
         loader = DataLoader(
             OrdinaryExamples(pixels, labels, settings, size, seeded), settings.batch_size, shuffle=True,
             num_workers=workers, persistent_workers=True, pin_memory=distributed.device.type == "cuda",
         )  # fmt: skip
-        ways[name] = partial(one_by_one, loader)
-    return ways
+        epochs[name] = partial(one_by_one, loader)
+    return epochs
 
 
-def in_turn(ways: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, after one call of each that does not count."""
-    taken: dict[str, list[float]] = {name: [] for name in ways}
+def in_turn(epochs: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, in turn; a first call of each does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in epochs}
     for repeat in range(-1, repeats):
-        for name in list(ways)[:: 1 if repeat % 2 else -1]:
-            found = seconds(ways[name])
+        for name in list(epochs)[:: 1 if repeat % 2 else -1]:
+            time = seconds(epochs[name])
             if repeat >= 0:
-                taken[name].append(found)
+                taken[name].append(time)
     return taken
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.ceiling
 
-The product is of two square matrices in the number format of the step, with the same threads, in turn with the steps.
-Operations of the step are counted by aps.training.cost, which leaves out all that is no matrix product: norms, GELU,
-softmax, the optimizer.
+The product is one of two square matrices, in the number format of the step and with the same threads. Products and
+steps take turns. aps.training.cost counts the operations of the step, without those that are no matrix products: norms,
+GELU, softmax, the optimizer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from aps.runtime.processes import processes
 from aps.settings.blocks import EncoderSettings
 from aps.training.cost import step_flops
 from benchmarks.common import arguments, plot, row, seconds, spread, write
-from benchmarks.study import experiment, inputs, trainer
+from benchmarks.study import experiment, inputs, make_trainer
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,30 +37,30 @@ def main() -> None:
         for precision in args.precision[: 1 if args.quick else None]:
             study = experiment(encoder, 0.25, batch, precision=precision, compile=args.compile)
             flops = step_flops(study)
-            one, tensors = trainer(study, distributed), inputs(study, distributed.device)
+            trainer, tensors = make_trainer(study, distributed), inputs(study, distributed.device)
             a, b = (torch.randn(side, side, device=distributed.device, dtype=TYPES[precision]) for _ in range(2))
             for _ in range(2):
-                one.step(*tensors, 1e-4)
+                trainer.step(*tensors, 1e-4)
                 a @ b
-            own, ceiling = [], []
+            step_rates, product_rates = [], []
             products = max(1, round(flops / (2 * side**3)))  # as long as a step without overhead
             for _ in range(repeats):
-                own.append(flops / seconds(lambda o=one, t=tensors: o.step(*t, 1e-4)))  # type: ignore[misc]
+                step_rates.append(flops / seconds(lambda trainer=trainer, t=tensors: trainer.step(*t, 1e-4)))  # type: ignore[misc]
                 taken = seconds(lambda n=products, a=a, b=b: [a @ b for _ in range(n)])  # type: ignore[misc]
-                ceiling.append(products * 2 * side**3 / taken)
-            share = spread([100 * x / y for x, y in zip(own, ceiling, strict=True)])
+                product_rates.append(products * 2 * side**3 / taken)
+            share = spread([100 * x / y for x, y in zip(step_rates, product_rates, strict=True)])
             what = f"step of ViT-tiny/2, B={batch}, {precision}: share of a matrix product's FLOP/s"
             target = 65 if precision == "fp32" and not gpu else None
             result = {
-                "rows": [row(what, share, "%", target)], "step_flops_a_second": spread(own),
-                "product_flops_a_second": spread(ceiling), "images_a_second": spread([batch * x / flops for x in own]),
-                "all": {"step": own, "product": ceiling},
+                "rows": [row(what, share, "%", target)], "step_flops_a_second": spread(step_rates),
+                "product_flops_a_second": spread(product_rates), "images_a_second": spread([batch * x / flops for x in step_rates]),
+                "all": {"step": step_rates, "product": product_rates},
             }  # fmt: skip
             name = f"ceiling-{precision}" + ("-compile" if args.compile else "")
             write(name, result, settings | {"precision": precision}, args.out)
             bars = {
-                "step": spread([x / 1e9 for x in own]),
-                f"product {side}x{side}": spread([x / 1e9 for x in ceiling]),
+                "step": spread([x / 1e9 for x in step_rates]),
+                f"product {side}x{side}": spread([x / 1e9 for x in product_rates]),
             }
             title = f"Training step of ViT-tiny/2, r=0.25, B={batch}, {precision}" + ", compiled" * args.compile
             plot(name, bars, "GFLOP/s", title, {"step"}, args.out)

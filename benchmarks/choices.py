@@ -1,9 +1,10 @@
-"""7. What each choice of the training step is worth: the step with that one choice taken back, against ours.
+"""7. What each choice in the training step gains: the step without that choice, against ours.
 
     python -m benchmarks.choices
 
-The steps take turns in one process, each with a trainer of its own. Above 1 the choice pays. `compile` is the only one
-that is off by default: its figure is the compiled step against ours, and the time of its first step is in the JSON file.
+The steps take turns in one process, each with a separate trainer. Above 1, the choice makes the step faster. `compile`
+is the only one that is off by default: its ratio is that of the compiled step to ours, and the JSON file has the time
+of its first step.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from aps.runtime.processes import processes
 from aps.settings.blocks import EncoderSettings
 from aps.training.pretrain import Trainer
 from benchmarks.common import arguments, plot, row, seconds, spread, write
-from benchmarks.study import experiment, inputs, trainer
+from benchmarks.study import experiment, inputs, make_trainer
 
 
-def separate_attention(own: Trainer) -> None:
-    for block in own.encoder.blocks:
+def separate_attention(trainer: Trainer) -> None:
+    for block in trainer.encoder.blocks:
         block.attn.fused_attn = False
 
 
-def copied_heads(own: Trainer) -> None:
-    fused, forward = F.scaled_dot_product_attention, own.method.forward
+def copied_heads(trainer: Trainer) -> None:
+    fused, forward = F.scaled_dot_product_attention, trainer.method.forward
 
     def contiguous(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         return fused(q.contiguous(), k.contiguous(), v.contiguous(), **options)
@@ -41,20 +42,20 @@ def copied_heads(own: Trainer) -> None:
         with patch.object(F, "scaled_dot_product_attention", contiguous):
             return forward(*given)
 
-    own.method.forward = patched  # type: ignore[method-assign,assignment]
+    trainer.method.forward = patched  # type: ignore[method-assign,assignment]
 
 
-def channels_last(own: Trainer) -> None:
-    forward = own.method.forward
+def channels_last(trainer: Trainer) -> None:
+    forward = trainer.method.forward
 
     def converted(networks: nn.ModuleDict, views: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> Any:
         return forward(networks, tuple(x.contiguous(memory_format=torch.channels_last) for x in views), kept)
 
-    own.method.forward = converted  # type: ignore[method-assign,assignment]
+    trainer.method.forward = converted  # type: ignore[method-assign,assignment]
 
 
-def projected_then_gathered(own: Trainer) -> None:
-    encoder = own.encoder
+def projected_then_gathered(trainer: Trainer) -> None:
+    encoder = trainer.encoder
 
     def embed(images: Tensor, kept: Tensor) -> Tensor:
         x = encoder.patch_embed.proj(images).flatten(2).mT + encoder.pos_embed
@@ -63,22 +64,22 @@ def projected_then_gathered(own: Trainer) -> None:
     encoder.embed = embed  # type: ignore[method-assign,assignment]
 
 
-def two_passes(own: Trainer) -> None:
+def two_passes(trainer: Trainer) -> None:
     def forward(networks: Any, views: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         z1, z2 = (networks.projector(networks.encoder(*given)) for given in zip(views, kept, strict=True))
         return networks.predictor(z1), z1, networks.predictor(z2), z2
 
-    own.method.forward = forward  # type: ignore[method-assign,assignment]
+    trainer.method.forward = forward  # type: ignore[method-assign,assignment]
 
 
-def unfused_optimizer(own: Trainer) -> None:
-    settings = own.settings
-    own.optimizer = torch.optim.AdamW(
-        own.networks.parameters(), betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
+def unfused_optimizer(trainer: Trainer) -> None:
+    settings = trainer.settings
+    trainer.optimizer = torch.optim.AdamW(
+        trainer.networks.parameters(), betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
     )
 
 
-CHOICES: dict[str, Callable[[Trainer], None]] = {  # each changes a trainer in place
+CHOICES: dict[str, Callable[[Trainer], None]] = {  # each takes a choice back, in a trainer that it changes
     "attention in separate products": separate_attention,
     "queries, keys, values copied to one block each": copied_heads,
     "views with channels last": channels_last,
@@ -102,14 +103,14 @@ def main() -> None:
     )
     with processes() as distributed:
         tensors = inputs(plain, distributed.device)
-        trainers = {name: trainer(plain, distributed) for name in ("ours", *CHOICES)}
+        trainers = {name: make_trainer(plain, distributed) for name in ("ours", *CHOICES)}
         for name, take_back in CHOICES.items():
             take_back(trainers[name])
         try:
-            trainers["compiled"] = trainer(compiled, distributed)
+            trainers["compiled"] = make_trainer(compiled, distributed)
         except UserError as error:
             print(f"  left out: {error}")
-        steps = {name: partial(own.step, *tensors, 1e-4) for name, own in trainers.items()}
+        steps = {name: partial(trainer.step, *tensors, 1e-4) for name, trainer in trainers.items()}
         first = {name: seconds(run) for name, run in steps.items()}
         times: dict[str, list[float]] = {name: [] for name in steps}
         for repeat in range(repeats):

@@ -1,10 +1,10 @@
-"""What every benchmark does: time two things in turn, say on which machine, write a JSON file and a plot.
+"""What all benchmarks share: timing two things in turn, describing the machine, writing a JSON file and a plot.
 
-Design: a benchmark's figure is a ratio of two times taken side by side in one run. What slows the machine down slows
-both, so the ratio means something where a time alone doesn't. Each repetition gives one ratio; the median and the
-quartiles over them are reported.
+Design: a benchmark's result is a ratio of two times that were taken side by side in one run. What slows the machine
+slows both, so the ratio is reliable where a time alone is not. Each repetition gives one ratio; the median and the
+quartiles are reported.
 
-It deliberately does not know what is timed. Run benchmarks from the repository's root: python -m benchmarks.views
+It does not know what is timed. Run benchmarks from the repository's root: python -m benchmarks.views
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OURS, OTHER = "#1f6f8b", "#9aa5ab"  # colours of every plot
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """Options of every benchmark; `description`: a module's docstring, whose first line is shown."""
+    """A parser with the options of every benchmark. description: a docstring, of which the first line is shown."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it runs; the figures mean nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the plot")
@@ -39,7 +39,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Wall time of one call, of the GPU's work too where there is one."""
+    """Wall time of one call in seconds, with the GPU's work if there is one."""
     synchronize()
     start = time.perf_counter()
     function()
@@ -53,16 +53,16 @@ def synchronize() -> None:
 
 
 def compare(ours: Callable[[], Any], ordinary: Callable[[], Any], repeats: int = 7, warmup: int = 2) -> dict[str, Any]:
-    """Time both in turn, `repeats` times after `warmup` calls of each.
+    """Time both in turn, `repeats` times, after `warmup` calls of each that do not count.
 
-    Returns seconds of each, summaries, and `ratio`, ordinary / ours: above 1, ours is faster.
+    Returns the seconds of each, summaries, and `ratio`, ordinary / ours: above 1, ours is faster.
     """
     for _ in range(warmup):
         ours()
         ordinary()
     times: dict[str, list[float]] = {"ours": [], "ordinary": []}
     for repeat in range(repeats):
-        # who goes first alternates, so that neither always finds the caches of the other
+        # the order alternates, so that neither always finds the caches that the other left
         for name, function in [("ours", ours), ("ordinary", ordinary)][:: 1 if repeat % 2 == 0 else -1]:
             times[name].append(seconds(function))
     ratios = [b / a for a, b in zip(times["ours"], times["ordinary"], strict=True)]
@@ -76,12 +76,12 @@ def compare(ours: Callable[[], Any], ordinary: Callable[[], Any], repeats: int =
 
 
 def row(what: str, ratio: dict[str, float], unit: str = "x", target: float | None = None) -> dict[str, Any]:
-    """One line of the table that `python -m benchmarks` prints: what is compared, its figure's spread, the target."""
+    """A row of the table that `python -m benchmarks` prints: what is compared, the spread of its ratio, the target."""
     return {"what": what, "ratio": ratio, "unit": unit, "target": target}
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, quartiles, least and greatest."""
+    """Median, quartiles, minimum and maximum."""
     if len(values) == 1:
         low = middle = high = values[0]
     else:
@@ -90,12 +90,12 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Hardware and versions, without which a number doesn't count."""
+    """Hardware and versions."""
     cpu = platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    found: dict[str, Any] = {
+    info: dict[str, Any] = {
         "cpu": cpu,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -106,28 +106,28 @@ def machine() -> dict[str, Any]:
     }
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            info[package] = version(package)
         except PackageNotFoundError:
             continue
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-        found["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
-        found["cuda"] = torch.version.cuda
-        found["cudnn"] = torch.backends.cudnn.version()
-    return found
+        info["gpu"] = torch.cuda.get_device_name()
+        info["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+        info["cuda"] = torch.version.cuda
+        info["cudnn"] = torch.backends.cudnn.version()
+    return info
 
 
-def label(found: dict[str, Any] | None = None) -> str:
+def label(info: dict[str, Any] | None = None) -> str:
     """The machine in a few words, for titles and file names: the GPU's name, or the number of CPU cores."""
-    found = found or machine()
-    threads = found["torch_threads"]
-    return found.get("gpu") or f"{found['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+    info = info or machine()
+    threads = info["torch_threads"]
+    return info.get("gpu") or f"{info['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def write(name: str, result: dict[str, Any], settings: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """FOLDER/NAME-cpu.json or NAME-gpu.json, with everything needed to repeat it.
+    """Write FOLDER/NAME-cpu.json or NAME-gpu.json, with all that is needed to repeat the benchmark, and print its rows.
 
-    Comparisons have `rows` for the table (see `row`).
+    result: a comparison has `rows` for the table (see `row`).
     """
     path = _path(name, folder, "json")
     content = {
@@ -146,11 +146,11 @@ def write(name: str, result: dict[str, Any], settings: dict[str, Any], folder: P
     return path
 
 
-def table_line(found: dict[str, Any]) -> str:
-    """A row as text: what, median and quartiles, target."""
-    ratio, unit = found["ratio"], found["unit"]
-    text = f"{found['what']:<66} {ratio['median']:>7.3g}{unit} ({ratio['low']:.3g} to {ratio['high']:.3g})"
-    return text if found["target"] is None else f"{text}, target {found['target']:g}{unit}"
+def table_line(row: dict[str, Any]) -> str:
+    """A row as text: what is compared, median and quartiles, target."""
+    ratio, unit = row["ratio"], row["unit"]
+    text = f"{row['what']:<66} {ratio['median']:>7.3g}{unit} ({ratio['low']:.3g} to {ratio['high']:.3g})"
+    return text if row["target"] is None else f"{text}, target {row['target']:g}{unit}"
 
 
 def _path(name: str, folder: Path, suffix: str) -> Path:
@@ -159,11 +159,11 @@ def _path(name: str, folder: Path, suffix: str) -> Path:
 
 
 def _command() -> str:
-    """Without --out: where the result goes is not how it was made."""
-    given = list(sys.argv[1:])
-    if "--out" in given:
-        del given[given.index("--out") : given.index("--out") + 2]
-    return " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *given])
+    """The command without --out, which does not change the result."""
+    options = list(sys.argv[1:])
+    if "--out" in options:
+        del options[options.index("--out") : options.index("--out") + 2]
+    return " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *options])
 
 
 def _commit() -> str | None:
@@ -177,7 +177,7 @@ def _commit() -> str | None:
 def plot(
     name: str, bars: dict[str, dict[str, float]], unit: str, title: str, ours: set[str], folder: Path = RESULTS
 ) -> Path:
-    """Bars of medians with quartiles, beside the JSON file. bars: label -> spread; `ours` are drawn in colour."""
+    """Plot medians as bars with quartiles, beside the JSON file. bars: label -> spread. ours: labels in colour."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -191,8 +191,8 @@ def plot(
         [bars[k]["high"] - bars[k]["median"] for k in labels],
     ]
     axes.barh(labels, values, xerr=errors, color=[OURS if key in ours else OTHER for key in labels], height=0.6)
-    for row, value in enumerate(values):
-        axes.annotate(f"  {value:.3g}", (values[row] + errors[1][row], row), va="center", fontsize=9)
+    for position, value in enumerate(values):
+        axes.annotate(f"  {value:.3g}", (value + errors[1][position], position), va="center", fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlabel(unit)

@@ -1,10 +1,10 @@
-"""Time and memory of one training step of Mask R-CNN at full size, before it is submitted.
+"""Measures time and memory of one training step of Mask R-CNN at full size, before a job is submitted.
 
     python -m benchmarks.detection_step --engine detectron2 --arch small
 
-Not a comparison, so there is no ratio: it says what a step takes on the machine at hand, for docs/detection.md and for
-choosing `resources`. Images are digits composited on 1024x1024 canvases with as many instances as COCO's (7 on average);
-what they show changes neither time nor memory.
+It compares nothing: it measures a step on this machine, for docs/detection.md and for choosing `resources`. Images are
+digits on canvases of 1024x1024 pixels, with as many instances as COCO's (7 on average); their content changes neither
+time nor memory.
 """
 
 from __future__ import annotations
@@ -54,23 +54,23 @@ def main() -> None:
         train, val = (CocoSplit(manifest, split, split == "train") for split in ("train", "val"))
         task = Task(settings, encoder, 0, train, val, (0.1, 0.1, 0.1), (0.2, 0.2, 0.2), 0, distributed)
         engine = load_engine(args.engine)(task)
-        marks: list[float] = []
+        times: list[float] = []
 
         def after(done: int, losses: object) -> None:
             if distributed.device.type == "cuda":
                 torch.cuda.synchronize()
-            marks.append(time.perf_counter())
+            times.append(time.perf_counter())
 
         engine.train(0, after)
-        found = {
-            "seconds_a_step": [round(later - earlier, 2) for earlier, later in itertools.pairwise(marks)],
+        measured = {
+            "seconds_a_step": [round(later - earlier, 2) for earlier, later in itertools.pairwise(times)],
             "peak_resident_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
             "parameters": sum(p.numel() for p in engine.model.parameters()),
         }
         if distributed.device.type == "cuda":
-            found["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    print("  " + json.dumps(found))
-    write(f"detection_step-{args.engine}-{args.arch}-{args.image_size}", found, vars(args) | {"out": None}, args.out)
+            measured["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    print("  " + json.dumps(measured))
+    write(f"detection_step-{args.engine}-{args.arch}-{args.image_size}", measured, vars(args) | {"out": None}, args.out)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""All that has to be seen on a GPU, in nine minutes, the most important first: python benchmarks/gpu.py
+"""All checks and measurements that need a GPU, in nine minutes, the most important first: python benchmarks/gpu.py
 
-It needs plain Python 3.11 or newer with torch, torchvision and timm, and no network: what else is imported comes from a
-folder of wheels that `make gpu-wheels` fills beforehand (`--wheels`). Each step is a process of its own, has a time limit
-and writes a JSON file when it ends, so that a stop loses nothing that was measured; a table closes the run.
+It needs Python 3.11 or newer with torch, torchvision and timm, and no network: other packages come from a folder of
+wheels that `make gpu-wheels` fills beforehand (`--wheels`). Each step is a separate process with a time limit, and
+saves its results in a JSON file, so that a stop loses nothing that was measured. A table ends the run.
 
     python benchmarks/gpu.py --wheels wheels --out gpu-results
-    python benchmarks/gpu.py --device cpu --tiny         every line once on a CPU; the figures mean nothing
+    python benchmarks/gpu.py --device cpu --tiny         runs every line once on a CPU; the figures mean nothing
 
-What is compared with what: a step's operations (aps.training.cost) with a square product in bf16 measured in the same
-process; CUDA's results with the CPU's from the same seeds.
+A step's operations (aps.training.cost) are compared with a square product in bf16, measured in the same process;
+CUDA's results with the CPU's from the same seeds.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 9.0
-Found = dict[str, Any]
+Result = dict[str, Any]
 Row = tuple[str, float, str, str]  # what, figure, target such as `<= 0.02` or an empty text, unit
 
 
 # --------------------------------------------------------------------------------------------------
-# The steps. Each gets the arguments and returns rows for the table and anything else worth keeping. Heavy imports are
-# theirs, so that the process that watches over them needs the standard library only.
+# The steps. Each gets the arguments and returns rows for the table, and perhaps more. Heavy imports are inside them, so
+# that the process that starts them needs only the standard library.
 
 
-def tests(args: argparse.Namespace) -> Found:
+def tests(args: argparse.Namespace) -> Result:
     """The tests that are marked `gpu`."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py"]
     environment = _environment(args) | {"APS_TEST_DEVICE": args.device}
@@ -73,7 +73,7 @@ experiments:
 """
 
 
-def stages(args: argparse.Namespace) -> Found:
+def stages(args: argparse.Namespace) -> Result:
     """Every stage of a tiny study as a user runs it: as set, then in bf16 and compiled."""
     import tempfile
 
@@ -100,7 +100,7 @@ def stages(args: argparse.Namespace) -> Found:
     return {"rows": rows}
 
 
-def agreement(args: argparse.Namespace) -> Found:
+def agreement(args: argparse.Namespace) -> Result:
     """The same batch on the device and on the CPU: views, kept cells, loss, and the weights after a step."""
     import torch
 
@@ -119,14 +119,14 @@ def agreement(args: argparse.Namespace) -> Found:
         ("views: largest difference", _apart(torch.stack(pixels[0]), torch.stack(pixels[1]).cpu()), "<= 0.001", "")
     ]
 
-    def cells(where: torch.device) -> Any:
+    def cells(on: torch.device) -> Any:
         generator = torch.Generator().manual_seed(3)
-        geometries: list[Geometry] = [p.geometry(where) for p in drawn]
+        geometries: list[Geometry] = [p.geometry(on) for p in drawn]
         kept = draw(
             SamplingSettings(),
             grid,
             *geometries,
-            lambda *shape: torch.rand(batch, *shape, generator=generator).to(where),
+            lambda *shape: torch.rand(batch, *shape, generator=generator).to(on),
         )
         return torch.cat([x.sort(-1).values.cpu() for x in kept])
 
@@ -138,28 +138,28 @@ def agreement(args: argparse.Namespace) -> Found:
     views, kept = inputs(chosen, cpu)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    for where in (cpu, device):
-        one = _trainer(chosen, where)
-        moved = [tuple(x.to(where) for x in pair) for pair in (views, kept)]
-        losses.append(one.step(*moved, 1e-4)["loss"].item())
-        weights.append(torch.cat([p.detach().flatten().cpu() for p in one.networks.parameters()]))
+    for on in (cpu, device):
+        trainer = _trainer(chosen, on)
+        moved = [tuple(x.to(on) for x in pair) for pair in (views, kept)]
+        losses.append(trainer.step(*moved, 1e-4)["loss"].item())
+        weights.append(torch.cat([p.detach().flatten().cpu() for p in trainer.networks.parameters()]))
     torch.set_float32_matmul_precision(before)  # type: ignore[arg-type]
     rows.append(("loss: relative difference", abs(losses[1] / losses[0] - 1), "<= 0.0001", ""))
-    # AdamW's first step is of size lr whatever the gradient: where that is rounding alone its sign may differ.
+    # AdamW's first step has size lr whatever the gradient. If the gradient is only rounding, its sign may differ.
     moved_alike = ((weights[0] - weights[1]).abs() < 2e-5).float().mean().item()
     rows.append(("weights after a step that moved alike", 100 * moved_alike, ">= 99", "%"))
     return {"rows": rows}
 
 
-def waiting(args: argparse.Namespace) -> Found:
-    """The hot loop under CUDA's sync debug mode: a batch that makes the host wait is an error."""
+def waiting(args: argparse.Namespace) -> Result:
+    """The training loop in CUDA's sync debug mode, which raises an error when the host waits for the device."""
     import torch
 
     batches = 3 if args.tiny else 8
     learner = _learner(args, *(("micro", 16, 128) if args.tiny else ("tiny", 64, 1024)))
-    found, done, every = [], 0, learner.batches(0, 0)
-    for batch in every:
-        learner.step(batch, done)  # the first ones may wait: kernels are chosen, memory is asked for
+    waits, done, epoch = [], 0, learner.batches(0, 0)
+    for batch in epoch:
+        learner.step(batch, done)  # the first ones may wait: kernels are chosen, memory is allocated
         done += 1
         if done == batches // 2:
             break
@@ -167,28 +167,28 @@ def waiting(args: argparse.Namespace) -> Found:
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
     try:
-        while done < batches and (batch := learner.meter.fetch(every)) is not None:
+        while done < batches and (batch := learner.meter.fetch(epoch)) is not None:
             learner.step(batch, done)
             done += 1
     except RuntimeError as error:
         import traceback
 
-        found.append(f"{error}: {traceback.format_exc()[-1500:]}")
-        print(found[-1])
+        waits.append(f"{error}: {traceback.format_exc()[-1500:]}")
+        print(waits[-1])
     finally:
         if args.device.startswith("cuda"):
             torch.cuda.set_sync_debug_mode("default")
     learner.meter.read()
-    return {"rows": [("waits for the device between two log lines", len(found), "== 0", "")], "found": found}
+    return {"rows": [("waits for the device between two log lines", len(waits), "== 0", "")], "found": waits}
 
 
-def share(args: argparse.Namespace) -> Found:
-    """How much of a step's time training waits for its input: CIFAR-sized images in memory, ViT-Tiny/2, B=512, T=4."""
+def share(args: argparse.Namespace) -> Result:
+    """The share of a step's time in which it waits for its input: images of 32 pixels, ViT-Tiny/2, B=512, T=4."""
     learner = _learner(args, *(("micro", 16, 128) if args.tiny else ("tiny", 512, 50_000)))
-    done, every, lines = 0, learner.batches(0, 0), []
+    done, epoch, lines = 0, learner.batches(0, 0), []
     for _ in range(1 if args.tiny else 3):
         for _ in range(2 if args.tiny else 15):
-            batch = learner.meter.fetch(every)
+            batch = learner.meter.fetch(epoch)
             if batch is None:
                 break
             learner.step(batch, done)
@@ -201,7 +201,7 @@ def share(args: argparse.Namespace) -> Found:
     }
 
 
-def steps(args: argparse.Namespace) -> Found:
+def steps(args: argparse.Namespace) -> Result:
     """Images a second, MFU and peak memory of a step of ViT-T/2 and S/2 at B=512, on a quarter of the tokens and on all."""
     rows: list[Row] = []
     taken: dict[tuple[str, float, bool], tuple[float, float, float]] = {}
@@ -210,12 +210,12 @@ def steps(args: argparse.Namespace) -> Found:
             for ratio in (0.25, 1.0):
                 batch = 4 if args.tiny else 512
                 name = f"ViT-{arch}/2, r={ratio:g}{', compiled' * compiled}"
-                found = _step(args, arch, ratio, batch, compiled)
-                if found is None:
+                measured = _step(args, arch, ratio, batch, compiled)
+                if measured is None:
                     rows.append((f"{name}: out of memory", 1, "== 0", ""))
                     continue
-                taken[arch, ratio, compiled] = found
-                seconds, mfu, memory = found
+                taken[arch, ratio, compiled] = measured
+                seconds, mfu, memory = measured
                 rows += [
                     (f"{name}: images a second", batch / seconds, "", ""),
                     (f"{name}: MFU", 100 * mfu, "", "% of the measured product"),
@@ -232,40 +232,41 @@ def steps(args: argparse.Namespace) -> Found:
                         "",
                     )
                 )
-                # both against their operations: 1 where time falls as the operations do
+                # each time divided by its operations: 1 if the time falls like the operations
                 rows.append(
                     (f"ViT-{arch}/2{', compiled' * compiled}: time over operations", full[1] / few[1], "<= 1.1", "")
                 )
     return {"rows": rows}
 
 
-def base(args: argparse.Namespace) -> Found:
+def base(args: argparse.Namespace) -> Result:
     """MFU of ViT-B/2's step, compiled or not, against the measured product in bf16."""
     rows: list[Row] = [("product in bf16", _product(args) / 1e12, "", "TFLOP/s")]
     for compiled in (False, True):
-        found = _step(args, "base", 0.25, 4 if args.tiny else 256, compiled)
-        if found is not None:
-            rows.append((f"ViT-B/2, r=0.25{', compiled' * compiled}: MFU", 100 * found[1], ">= 45", "%"))
+        measured = _step(args, "base", 0.25, 4 if args.tiny else 256, compiled)
+        if measured is not None:
+            rows.append((f"ViT-B/2, r=0.25{', compiled' * compiled}: MFU", 100 * measured[1], ">= 45", "%"))
         _save(args, {"rows": rows})
     return {"rows": rows}
 
 
-def imagenet(args: argparse.Namespace) -> Found:
+def imagenet(args: argparse.Namespace) -> Result:
     """The step of ViT-S/16 at 224 pixels."""
     batch = 4 if args.tiny else 512
-    found = _step(args, "small", 0.25, batch, False, image_size=224, patch_size=16)
-    if found is None:
+    measured = _step(args, "small", 0.25, batch, False, image_size=224, patch_size=16)
+    if measured is None:
         return {"rows": [("ViT-S/16 at 224: out of memory", 1, "== 0", "")]}
+    seconds, mfu, memory = measured
     return {
         "rows": [
-            ("ViT-S/16 at 224, r=0.25: images a second", batch / found[0], "", ""),
-            ("ViT-S/16 at 224, r=0.25: MFU", 100 * found[1], "", "%"),
-            ("ViT-S/16 at 224, r=0.25: peak memory", found[2], "", "GiB"),
+            ("ViT-S/16 at 224, r=0.25: images a second", batch / seconds, "", ""),
+            ("ViT-S/16 at 224, r=0.25: MFU", 100 * mfu, "", "%"),
+            ("ViT-S/16 at 224, r=0.25: peak memory", memory, "", "GiB"),
         ]
     }
 
 
-def detection(args: argparse.Namespace) -> Found:
+def detection(args: argparse.Namespace) -> Result:
     """A step of Mask R-CNN on ViT-S/16 at 1024 pixels."""
     size = ["--image-size", "256", "--iterations", "2"] if args.tiny else ["--batch-size", "2", "--iterations", "6"]
     command = [
@@ -281,30 +282,30 @@ def detection(args: argparse.Namespace) -> Found:
     done = subprocess.run(command, cwd=ROOT, env=_environment(args), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.lstrip().startswith("{")))
-    rows: list[Row] = [("detection at 1024: a step", found["seconds_a_step"][-1], "", "s")]
-    if "peak_gpu_gib" in found:
-        rows.append(("detection at 1024: peak memory", found["peak_gpu_gib"], "", "GiB"))
-    return {"rows": rows, "all": found}
+    measured = json.loads(next(line for line in done.stdout.splitlines() if line.lstrip().startswith("{")))
+    rows: list[Row] = [("detection at 1024: a step", measured["seconds_a_step"][-1], "", "s")]
+    if "peak_gpu_gib" in measured:
+        rows.append(("detection at 1024: peak memory", measured["peak_gpu_gib"], "", "GiB"))
+    return {"rows": rows, "all": measured}
 
 
-def knn(args: argparse.Namespace) -> Found:
-    """kNN after a fixed time of ViT-Tiny/2: on CIFAR-10 (`--cifar`), else on digits drawn into 32-pixel colour images."""
+def knn(args: argparse.Namespace) -> Result:
+    """kNN after training ViT-Tiny/2 for a fixed time, on CIFAR-10 (`--cifar`) or on colour images of digits."""
     from aps.training.knn import monitor
 
     seconds = 2 if args.tiny else args.seconds - 20
     learner = _learner(args, *(("micro", 32, 256) if args.tiny else ("tiny", 512, 50_000)), cifar=args.cifar)
     start, done, epoch, lines = time.perf_counter(), 0, 0, []
 
-    def look() -> None:
-        found = monitor(learner.trainer.encoder, learner.split, learner.normalization, learner.distributed)
-        lines.append({"seconds": time.perf_counter() - start, "batches": done, **found})
-        top1 = found["knn_train_top1"]
+    def evaluate() -> None:
+        scores = monitor(learner.trainer.encoder, learner.split, learner.normalization, learner.distributed)
+        lines.append({"seconds": time.perf_counter() - start, "batches": done, **scores})
+        top1 = scores["knn_train_top1"]
         target = ">= 80" if args.cifar else ""
         rows: list[Row] = [(f"kNN of held-out train images after {lines[-1]['seconds']:.0f} s", top1, target, "%")]
         _save(args, {"rows": rows, "lines": lines})
 
-    look()
+    evaluate()
     while time.perf_counter() - start < seconds:
         for batch in learner.batches(epoch, 0):
             learner.step(batch, done)
@@ -313,12 +314,12 @@ def knn(args: argparse.Namespace) -> Found:
                 break
         epoch += 1
         if epoch % 5 == 0:
-            look()
-    look()
+            evaluate()
+    evaluate()
     return json.loads(_file(args).read_text())  # type: ignore[no-any-return]
 
 
-STEPS: dict[str, tuple[Callable[[argparse.Namespace], Found], int]] = {  # seconds at most, in order of importance
+STEPS: dict[str, tuple[Callable[[argparse.Namespace], Result], int]] = {  # seconds at most, in order of importance
     "tests": (tests, 45),
     "agreement": (agreement, 30),
     "waiting": (waiting, 30),
@@ -338,15 +339,15 @@ STEPS: dict[str, tuple[Callable[[argparse.Namespace], Found], int]] = {  # secon
 
 def _trainer(chosen: Any, device: Any) -> Any:
     from aps.runtime.processes import Distributed
-    from benchmarks.study import trainer
+    from benchmarks.study import make_trainer
 
-    return trainer(chosen, Distributed(0, 1, device))
+    return make_trainer(chosen, Distributed(0, 1, device))
 
 
 def _step(
     args: argparse.Namespace, arch: str, ratio: float, batch: int, compiled: bool, **encoder: Any
 ) -> tuple[float, float, float] | None:
-    """Seconds of a step (median), its share of the measured product, peak GiB (0 on a CPU); None: it does not fit."""
+    """Median seconds of a step, its speed as a share of the product's, peak GiB (0 on a CPU). None: out of memory."""
     import statistics
 
     import torch
@@ -369,19 +370,19 @@ def _step(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        one, tensors = _trainer(chosen, device), inputs(chosen, device)
+        trainer, tensors = _trainer(chosen, device), inputs(chosen, device)
         for _ in range(1 if args.tiny else 3):
-            one.step(*tensors, 1e-4)
-        taken = statistics.median(seconds(lambda: one.step(*tensors, 1e-4)) for _ in range(2 if args.tiny else 10))
+            trainer.step(*tensors, 1e-4)
+        taken = statistics.median(seconds(lambda: trainer.step(*tensors, 1e-4)) for _ in range(2 if args.tiny else 10))
     except torch.OutOfMemoryError:
         return None
     memory = torch.cuda.max_memory_allocated() if cuda else 0
     return taken, step_flops(chosen) / taken / _product(args), memory / 2**30
 
 
-def _product(args: argparse.Namespace, known: list[float] = []) -> float:  # noqa: B006, measured once a process
+def _product(args: argparse.Namespace, measured: list[float] = []) -> float:  # noqa: B006, measured once in a process
     """Operations a second of a square product in bf16 (in float32 on a CPU)."""
-    if not known:
+    if not measured:
         import torch
 
         from benchmarks.common import seconds
@@ -391,8 +392,8 @@ def _product(args: argparse.Namespace, known: list[float] = []) -> float:  # noq
         a, b = (torch.randn(side, side, device=args.device, dtype=torch.bfloat16 if cuda else None) for _ in range(2))
         for _ in range(3):
             a @ b
-        known.append(max(10 * 2 * side**3 / seconds(lambda: [a @ b for _ in range(10)]) for _ in range(5)))
-    return known[0]
+        measured.append(max(10 * 2 * side**3 / seconds(lambda: [a @ b for _ in range(10)]) for _ in range(5)))
+    return measured[0]
 
 
 def _learner(args: argparse.Namespace, arch: str, batch: int, images: int, cifar: Path | None = None) -> Any:
@@ -416,8 +417,8 @@ def _learner(args: argparse.Namespace, arch: str, batch: int, images: int, cifar
     else:
         pixels, labels = drawn_digits(images)
         splits: Any = {"train": (pixels, labels), "test": (pixels[:100], labels[:100])}
-        made = arrays.store(folder, "cifar10", splits, tuple("0123456789"), "drawn", SourceSettings())
-        made.write(folder / "manifest.json")
+        manifest = arrays.store(folder, "cifar10", splits, tuple("0123456789"), "drawn", SourceSettings())
+        manifest.write(folder / "manifest.json")
     cuda = args.device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(torch.device(args.device).index or 0)
@@ -438,7 +439,7 @@ def _learner(args: argparse.Namespace, arch: str, batch: int, images: int, cifar
 
 
 def drawn_digits(images: int) -> tuple[Any, Any]:
-    """scikit-learn's scans, each in a random colour at a random place of a coloured canvas -> (M, 3, 32, 32), (M,)."""
+    """scikit-learn's digits, each in a random colour and position on a coloured canvas -> (M, 3, 32, 32), (M,)."""
     import numpy as np
     from sklearn.datasets import load_digits
 
@@ -458,7 +459,7 @@ def _apart(a: Any, b: Any) -> float:
 
 
 def _environment(args: argparse.Namespace) -> dict[str, str]:
-    """Of a child: our package and the unpacked wheels first, the device that was asked for."""
+    """The environment of a child process: this package and the unpacked wheels come first; the device."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return os.environ | {"PYTHONPATH": path, "APS_DEVICE": args.device, "MLFLOW_TRACKING_URI": "none"}
 
@@ -467,39 +468,39 @@ def _file(args: argparse.Namespace) -> Path:
     return Path(args.out) / f"{list(STEPS).index(args.step):02d}-{args.step}.json"
 
 
-def _save(args: argparse.Namespace, found: Found) -> None:
-    """Now, and not at the end: a step that is stopped keeps what it has."""
-    own = _file(args).with_suffix(f".{os.getpid()}")
-    own.write_text(json.dumps(found, indent=1, default=str) + "\n")
-    own.replace(_file(args))
+def _save(args: argparse.Namespace, result: Result) -> None:
+    """Write a step's result; also before its end, so that a step that is stopped keeps what it has."""
+    temporary = _file(args).with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    temporary.replace(_file(args))
 
 
 # --------------------------------------------------------------------------------------------------
 
 
 def verdict(figure: float, target: str) -> str:
-    """Whether a figure is what `<= 0.02` says; nothing where there is no target."""
+    """`ok` or `MISSED`: whether a figure reaches a target such as `<= 0.02`; empty without a target."""
     if not target:
         return ""
     relation, number = target.split()
-    right = {"<=": figure <= float(number), ">=": figure >= float(number), "==": figure == float(number)}[relation]
-    return "ok" if right else "MISSED"
+    reached = {"<=": figure <= float(number), ">=": figure >= float(number), "==": figure == float(number)}[relation]
+    return "ok" if reached else "MISSED"
 
 
 def table(out: Path) -> str:
-    """Every row of every step that left a file."""
+    """All rows of all steps that wrote a file, as text."""
     lines = []
     for index, name in enumerate(STEPS):
         file = out / f"{index:02d}-{name}.json"
-        found = json.loads(file.read_text()) if file.exists() else {"error": "not run"}
-        lines.append(f"{name}: {found.get('wall', '?')} s{', ' + found['error'] if 'error' in found else ''}")
-        for what, figure, target, unit in found.get("rows", ()):
+        result = json.loads(file.read_text()) if file.exists() else {"error": "not run"}
+        lines.append(f"{name}: {result.get('wall', '?')} s{', ' + result['error'] if 'error' in result else ''}")
+        for what, figure, target, unit in result.get("rows", ()):
             lines.append(f"  {what:<62} {figure:>12.5g} {unit:<6} {target:>10} {verdict(figure, target)}".rstrip())
     return "\n".join(lines)
 
 
 def unpack(wheels: Path, into: Path) -> None:
-    """Wheels are zip files: importing from the unpacked folder needs no pip. What Python has already stays as it is."""
+    """Unpack wheels, which are zip files, so that no pip is needed. Packages that Python has already are left out."""
     files = sorted(wheels.glob("*.whl"))
     if not files:
         sys.exit(f"{wheels}: no wheels; fill it by `make gpu-wheels` on a machine with a network")
@@ -511,9 +512,9 @@ def unpack(wheels: Path, into: Path) -> None:
 
 
 def conduct(args: argparse.Namespace) -> int:
-    """Every step in a process of its own, within its limit and what is left of the whole."""
-    slower = 1 if args.device.startswith("cuda") else 10  # on a CPU it is about the lines, not the time
-    until = time.monotonic() + 60 * args.minutes * slower
+    """Run every step in a separate process, within its limit and the time that is left. Returns the exit status."""
+    slower = 1 if args.device.startswith("cuda") else 10  # on a CPU, time does not matter
+    deadline = time.monotonic() + 60 * args.minutes * slower
     args.out.mkdir(parents=True, exist_ok=True)
     if args.wheels is not None:
         folder = args.out / "packages"
@@ -523,7 +524,7 @@ def conduct(args: argparse.Namespace) -> int:
     for index, name in enumerate(STEPS):
         if args.only and name not in args.only:
             continue
-        limit = min(STEPS[name][1] * slower, until - time.monotonic())
+        limit = min(STEPS[name][1] * slower, deadline - time.monotonic())
         if limit < 5:
             print(f"{name}: no time left", flush=True)
             continue
@@ -545,9 +546,9 @@ def conduct(args: argparse.Namespace) -> int:
                 os.killpg(process.pid, 9)
                 process.wait()
                 error = f"stopped after {limit:.0f} s"
-        found = json.loads(file.read_text()) if file.exists() else {}
-        found |= {"wall": round(time.monotonic() - start, 1)} | ({"error": error} if error else {})
-        file.write_text(json.dumps(found, indent=1) + "\n")
+        result = json.loads(file.read_text()) if file.exists() else {}
+        result |= {"wall": round(time.monotonic() - start, 1)} | ({"error": error} if error else {})
+        file.write_text(json.dumps(result, indent=1) + "\n")
     text = table(args.out)
     (args.out / "table.txt").write_text(text + "\n")
     print(text)

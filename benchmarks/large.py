@@ -1,8 +1,8 @@
-"""What grows with the number of images, without that many: hard links to a few JPEG files: python -m benchmarks.large
+"""Measures what grows with the number of images, on hard links to a few JPEG files: python -m benchmarks.large
 
-For each count: listing the tree, preparing it (manifest, statistics of a sample, fingerprint), looking whether it has
-changed (what planning does), loading the split, an epoch's order, the first batch with workers and their memory. Times are
-CPU times of this process, workers excepted. The files are small, so decoding is not what is measured.
+For each number: listing the tree, preparing it (manifest, statistics of a sample, fingerprint), checking whether it has
+changed (which planning does), loading the split, an epoch's order, the first batch with workers, and their memory.
+Times are CPU times of this process without its workers. The files are small, so that decoding takes little time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from aps.views import View
 from benchmarks.common import arguments, plot, row, spread, write
 
 COUNTS = (10_000, 100_000, 1_281_167)  # the last: ImageNet-1K's train images
-DISTINCT = 64  # files; a file system allows some ten thousand links to one
+DISTINCT = 64  # files, because a file system allows some ten thousand links to each
 CLASSES = 1_000
 
 
@@ -52,12 +52,13 @@ def lay_out(root: Path, count: int, classes: int) -> None:
 
 
 def measure(root: Path, count: int, classes: int) -> dict[str, float]:
-    found: dict[str, float] = {}
+    """Seconds, or MiB, of each thing that is measured."""
+    measured: dict[str, float] = {}
 
     def timed(what: str, function: Callable[[], Any]) -> Any:
         start = time.process_time()
         result = function()
-        found[what] = time.process_time() - start
+        measured[what] = time.process_time() - start
         return result
 
     tree, home = root / "tree", root / "prepared"
@@ -92,11 +93,11 @@ def measure(root: Path, count: int, classes: int) -> dict[str, float]:
     start = time.perf_counter()
     epoch = batches.epoch(0)
     next(epoch)
-    found["first batch, 2 workers, wall time"] = time.perf_counter() - start
+    measured["first batch, 2 workers, wall time"] = time.perf_counter() - start
     processes = psutil.Process().children()
-    found["memory of a worker beyond what it shares, MiB"] = max(p.memory_full_info().uss for p in processes) / 2**20
-    found["memory of the process, MiB"] = psutil.Process().memory_info().rss / 2**20
-    return found
+    measured["memory of a worker beyond what it shares, MiB"] = max(p.memory_full_info().uss for p in processes) / 2**20
+    measured["memory of the process, MiB"] = psutil.Process().memory_info().rss / 2**20
+    return measured
 
 
 def main() -> None:
@@ -104,20 +105,20 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS))
     args = parser.parse_args()
     counts = [200] if args.quick else args.counts
-    found, rows = {}, []
+    results, rows = {}, []
     for count in counts:
         root, classes = Path(tempfile.mkdtemp(prefix="large-")), min(CLASSES, count // 10)
         try:
             start = time.process_time()
             lay_out(root, count, classes)
-            found[count] = {"links made": time.process_time() - start} | measure(root, count, classes)
+            results[count] = {"links made": time.process_time() - start} | measure(root, count, classes)
         finally:
             shutil.rmtree(root)
-        for what, figure in found[count].items():
+        for what, figure in results[count].items():
             target = 30 if what.startswith("planning") else None
             rows.append(row(f"{count:,} images: {what}", spread([figure]), "" if "MiB" in what else "s", target))
-    write("large", {"rows": rows, "found": found}, {"counts": counts, "distinct": DISTINCT}, args.out)
-    bars = {what: spread([figure]) for what, figure in found[counts[-1]].items() if "MiB" not in what}
+    write("large", {"rows": rows, "found": results}, {"counts": counts, "distinct": DISTINCT}, args.out)
+    bars = {what: spread([figure]) for what, figure in results[counts[-1]].items() if "MiB" not in what}
     plot("large", bars, "seconds", f"{counts[-1]:,} images", set(bars), args.out)
 
 

@@ -1,8 +1,8 @@
-"""The ordinary way, as a baseline: an image at a time through PIL, torchvision's and timm's transforms and a NumPy sampler.
+"""The baseline: one image at a time through PIL, torchvision's and timm's transforms and a NumPy sampler.
 
-Written for the comparison, with the care such code usually gets: a loader's worker makes both views and all T
-samplings of an image; the sampler loops over images and samplings, and the overlaps of two views' cells are one NumPy
-expression over all pairs of cells. For finetuning a worker makes an image, timm's erasing and mixup follow on the batch.
+It is written as such code usually is. A loader's worker makes both views and all T samplings of an image. The sampler
+loops over images and samplings, and computes the overlaps of all pairs of cells in one NumPy expression. For
+finetuning, a worker makes an image; timm's erasing and mixup follow on the batch.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ def sample_image(
     area = box2[2] * box2[3] / cells
     chosen1, chosen2 = [], []
     for t in range(samplings):
-        own = order[t * kept : (t + 1) * kept]
-        seen = corners1[own]
-        tall = np.minimum(corners2[:, None, 2], seen[:, 2]) - np.maximum(corners2[:, None, 0], seen[:, 0])
-        wide = np.minimum(corners2[:, None, 3], seen[:, 3]) - np.maximum(corners2[:, None, 1], seen[:, 1])
+        cells1 = order[t * kept : (t + 1) * kept]
+        kept1 = corners1[cells1]
+        tall = np.minimum(corners2[:, None, 2], kept1[:, 2]) - np.maximum(corners2[:, None, 0], kept1[:, 0])
+        wide = np.minimum(corners2[:, None, 3], kept1[:, 3]) - np.maximum(corners2[:, None, 1], kept1[:, 1])
         covered = (tall.clip(0) * wide.clip(0)).sum(1) / area
         weights = (1 - covered).clip(0, 1) ** gamma
         if (positive := np.count_nonzero(weights)) < kept:
             first = np.flatnonzero(weights)
             rest = random.choice(np.flatnonzero(weights == 0), kept - positive, replace=False)
-            drawn = np.concatenate([first, rest])
+            cells2 = np.concatenate([first, rest])
         else:
-            drawn = random.choice(cells, kept, replace=False, p=weights / weights.sum())
-        chosen1.append(own)
-        chosen2.append(drawn)
+            cells2 = random.choice(cells, kept, replace=False, p=weights / weights.sum())
+        chosen1.append(cells1)
+        chosen2.append(cells2)
     return np.stack(chosen1), np.stack(chosen2)
 
 
@@ -101,8 +101,8 @@ class OrdinaryPairs(Dataset):
 class OrdinaryExamples(Dataset):
     """images: (M, H, W, 3) uint8, labels: (M,) -> image (3, S, S) uint8, label; the finetuning recipe up to RandAugment.
 
-    seeded: each image's random numbers are its own, so that a run that is interrupted goes on with the same images, as ours
-    does; all three generators that the transforms draw from are seeded for it.
+    seeded: whether the three generators that the transforms use are seeded for each image, so that an interrupted run
+    goes on with the same images, as ours does.
     """
 
     def __init__(self, images: np.ndarray, labels: Tensor, settings: FinetuneSettings, size: int, seeded: bool) -> None:

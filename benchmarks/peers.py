@@ -1,12 +1,12 @@
-"""9. What a user would pick instead: the same ViT, images and batch through lightly, kornia and torchvision.
+"""9. Ours against what a user would take instead: the same ViT, images and batch with lightly, kornia and torchvision.
 
     pip install --constraint constraints.txt '.[peers]'
     python -m benchmarks.peers
 
-Each contender has a process of its own, and they take turns within one run: an epoch of its input alone, then an epoch of
-input and training steps. Those that work an image at a time use as many DataLoader workers as ours has threads, started
-before the clock. Memory is the peak of the process above what it held after its imports, and what its workers hold for
-themselves. On a GPU it is the allocator's peak.
+Each contender has a separate process, and they take turns: an epoch of input alone, then an epoch of input and training
+steps. Those that work on one image at a time use as many DataLoader workers as ours has threads, started before the
+clock. Memory is the peak of the process above its memory after the imports, plus the unshared memory of its workers. On
+a GPU it is the allocator's peak.
 
     aps, simclr, mae       this project's methods, on batched views; aps at r = 0.25, one sampling a batch
     lightly simclr, mae    lightly's transforms, heads, losses and masking, on timm's ViT, put together as its documentation does
@@ -53,7 +53,7 @@ from benchmarks.step import resident
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 JITTER, SCALE, SIZE, PATCH = (0.4, 0.4, 0.4, 0.1), (0.15, 1.0), 32, 2
-HEAD = (512, 128)  # widths of SimCLR's projector
+HEAD = (512, 128)  # widths of the layers of SimCLR's projector
 DECODER = {"decoder_dim": 192, "decoder_depth": 4, "decoder_heads": 3}  # of MAE
 OURS = ("aps", "simclr", "mae")
 MISSING = [package for package in ("lightly", "kornia") if find_spec(package) is None]
@@ -62,7 +62,7 @@ PEERS = {
     "lightly mae": "mae",
     "kornia": "simclr",
     "torchvision": "simclr",
-}  # -> ours to compare
+}  # peer -> our method to compare with
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Setup:
 
 
 class Contender:
-    """An epoch's batches, as they come to the device, and what a step does with one."""
+    """An epoch's batches on the device, and the training step for a batch."""
 
     def __init__(self, batches: Callable[[], Iterable[Any]], step: Callable[[Any], Any]) -> None:
         self.batches, self.step = batches, step
@@ -102,8 +102,8 @@ class Contender:
 def ours(name: str, setup: Setup) -> Contender:
     if setup.distributed.device.type == "cpu":
         keep_memory()
-    kind, own = METHODS.load(name), {"simclr": {"projector": HEAD}, "mae": DECODER}.get(name, {})
-    pretrain = kind.Settings(method=name, batch_size=setup.batch, **own)
+    method, changes = METHODS.load(name), {"simclr": {"projector": HEAD}, "mae": DECODER}.get(name, {})
+    pretrain = method.Settings(method=name, batch_size=setup.batch, **changes)
     views = ViewSettings(
         **({"crop_scale": (0.2, 1.0), "color_jitter_prob": 0, "grayscale": 0} if name == "mae" else {})
     )
@@ -130,7 +130,7 @@ def ours(name: str, setup: Setup) -> Contender:
 
 
 class Pictures(Dataset):
-    """PIL images through a transform that gives a list of views."""
+    """PIL images, each turned into a list of views by a transform."""
 
     def __init__(self, pixels: np.ndarray, transform: Callable[[Image.Image], list[Tensor]]) -> None:
         self.pixels, self.transform = pixels, transform
@@ -156,7 +156,7 @@ def from_workers(
 def optimized(
     parameters: Iterable[nn.Parameter], loss: Callable[[Any], Tensor], device: torch.device
 ) -> Callable[[Any], Any]:
-    """One step of AdamW, in the number format that ours takes."""
+    """A step of AdamW, in the number format that ours has."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.05, fused=True)
 
     def step(batch: Any) -> None:
@@ -174,7 +174,7 @@ def simclr_step(setup: Setup) -> Callable[[list[Tensor]], Any]:
     from lightly.models.modules import SimCLRProjectionHead
 
     device = setup.distributed.device
-    backbone = build_encoder(setup.encoder).to(device)  # a timm ViT; all cells kept, it is timm's own forward
+    backbone = build_encoder(setup.encoder).to(device)  # a timm ViT; with all cells kept, its forward is timm's
     head = SimCLRProjectionHead(backbone.embed_dim, *HEAD).to(device)
     criterion = NTXentLoss(temperature=0.1)
 
@@ -216,12 +216,12 @@ def lightly_mae(setup: Setup) -> Contender:
     def loss(views: list[Tensor]) -> Tensor:
         (images,) = views
         keep, mask = utils.random_token_mask((len(images), tokens), mask_ratio=0.75, device=device)
-        seen = decoder.embed(encoder.encode(images, idx_keep=keep))
-        everything = utils.repeat_token(decoder.mask_token, (len(images), tokens))
-        everything = utils.set_at_index(everything, keep, seen.type_as(everything))
-        painted = decoder.predict(utils.get_at_index(decoder.decode(everything), mask))
+        visible = decoder.embed(encoder.encode(images, idx_keep=keep))
+        all_tokens = utils.repeat_token(decoder.mask_token, (len(images), tokens))
+        all_tokens = utils.set_at_index(all_tokens, keep, visible.type_as(all_tokens))
+        predicted = decoder.predict(utils.get_at_index(decoder.decode(all_tokens), mask))
         target = utils.get_at_index(utils.patchify(images, PATCH), mask - 1)
-        return nn.functional.mse_loss(painted, target)
+        return nn.functional.mse_loss(predicted, target)
 
     transform = MAETransform(SIZE, normalize={"mean": list(MEAN), "std": list(STD)})
     parameters = [p for p in (*encoder.parameters(), *decoder.parameters()) if p.requires_grad]
@@ -277,7 +277,7 @@ def build(name: str, setup: Setup) -> Contender:
 
 
 def serve(name: str, quick: bool) -> None:
-    """A contender's process: for each line, `input` or `train`, the seconds of an epoch; at the end the memory."""
+    """A contender's process: for each line `input` or `train`, it prints the seconds of an epoch; then the memory."""
     with processes() as distributed:
         setup = setup_of(quick, distributed)
         import kornia.augmentation  # noqa: F401
@@ -290,11 +290,11 @@ def serve(name: str, quick: bool) -> None:
         for line in sys.stdin:
             print(json.dumps(seconds(getattr(contender, line.strip()))), flush=True)
         synchronize()
-        own = resident("VmHWM") - before
+        peak = resident("VmHWM") - before
         if distributed.device.type == "cuda":
-            own = torch.cuda.max_memory_allocated()
-        helpers = [child.memory_full_info().uss for child in psutil.Process().children(recursive=True)]
-        print(json.dumps(own + sum(helpers)), flush=True)
+            peak = torch.cuda.max_memory_allocated()
+        worker_memory = [child.memory_full_info().uss for child in psutil.Process().children(recursive=True)]
+        print(json.dumps(peak + sum(worker_memory)), flush=True)
 
 
 def setup_of(quick: bool, distributed: Distributed) -> Setup:
@@ -319,9 +319,9 @@ def main() -> None:
     for repeat in range(-1, repeats):
         for what, each in taken.items():
             for name in names[:: 1 if repeat % 2 else -1]:
-                found = ask(running[name], what)
+                time = ask(running[name], what)
                 if repeat >= 0:
-                    each[name].append(found)
+                    each[name].append(time)
     memory = {name: finish(process) for name, process in running.items()}
     with processes() as distributed:
         setup = setup_of(args.quick, distributed)
@@ -331,12 +331,12 @@ def main() -> None:
     rows = []
     for what, each in taken.items():
         for peer, counterpart in PEERS.items():
-            for own in dict.fromkeys(("aps", counterpart)):
-                if own in names and not (own == "aps" and what == "input" and counterpart == "mae"):
-                    ratio = spread([b / a for a, b in zip(each[own], each[peer], strict=True)])
+            for method in dict.fromkeys(("aps", counterpart)):
+                if method in names and not (method == "aps" and what == "input" and counterpart == "mae"):
+                    ratio = spread([b / a for a, b in zip(each[method], each[peer], strict=True)])
                     label = "input alone" if what == "input" else "input and steps"
-                    share = f" ({memory[peer] / memory[own]:.3g}x memory)" if what == "train" else ""
-                    rows.append(row(f"{label}: {own} against {peer}{share}", ratio))
+                    share = f" ({memory[peer] / memory[method]:.3g}x memory)" if what == "train" else ""
+                    rows.append(row(f"{label}: {method} against {peer}{share}", ratio))
     chosen = {
         "arch": "tiny", "patch_size": PATCH, "image_size": SIZE, "ratio": 0.25, "batch": setup.batch, "images": setup.images,
         "workers": setup.workers, "repeats": repeats, "projector": HEAD, "decoder": DECODER,
@@ -370,12 +370,12 @@ def ask(process: subprocess.Popen[str], what: str) -> float:
 
 
 def finish(process: subprocess.Popen[str]) -> int:
-    """Bytes at the peak."""
+    """End a contender's process -> its peak memory in bytes."""
     assert process.stdin is not None and process.stdout is not None
     process.stdin.close()
-    found = int(process.stdout.readline())
+    peak = int(process.stdout.readline())
     process.wait()
-    return found
+    return peak
 
 
 if __name__ == "__main__":

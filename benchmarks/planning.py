@@ -1,8 +1,9 @@
-"""How long planning a large study takes, and its table of results, beside Snakemake alone on the same DAG: python -m benchmarks.planning
+"""Times planning a large study and its table of results, against Snakemake alone: python -m benchmarks.planning
 
-The study has EXPERIMENTS experiments of three seeds and four stages, which differ in their learning rate. Times are CPU
-times of the commands, so that other work on the machine counts less; wall times stand beside them. Snakemake alone is the
-same DAG written down as four rules without functions, resources, logs and benchmarks: what no workflow can go below.
+The study has 1000 experiments (`--experiments`) of three seeds and four stages, which differ in their learning rate.
+Times are CPU times of the commands, so that other work on the machine matters less; the JSON file also has wall times.
+Snakemake alone has the same DAG as four rules without functions, resources, logs and benchmarks: no workflow can be
+faster.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from aps.stages import STAGES
 from benchmarks.common import arguments, plot, row, spread, write
 
 ROOT = Path(__file__).parent.parent
-SEEDS, RAN = 3, ("pretrain", "finetune", "linear_probe", "knn")
+SEEDS, STAGES_RUN = 3, ("pretrain", "finetune", "linear_probe", "knn")
 
 BARE = """
 FILES = {files}
@@ -54,17 +55,17 @@ for STAGE in ("finetune", "linear_probe", "knn"):
 
 
 def lay_out(folder: Path, experiments: int) -> Study:
-    """The repository as links, the study, and the same DAG for Snakemake alone."""
+    """Write links to the repository, the study, and the same DAG for Snakemake alone; change to the folder."""
     for name in ("Snakefile", "workflow", "profiles", "config", "aps"):
         (folder / name).symlink_to(ROOT / name)
     content = {
         "study": "many",
-        "defaults": {"dataset": "digits", "seeds": list(range(SEEDS)), "stages": list(RAN)},
+        "defaults": {"dataset": "digits", "seeds": list(range(SEEDS)), "stages": list(STAGES_RUN)},
         "experiments": {f"e{i:04d}": {"pretrain": {"lr": 1e-4 * (1 + i / 100)}} for i in range(experiments)},
     }
     (folder / "many.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     (folder / "bare").mkdir()
-    files = {stage: list(STAGES[stage].files) for stage in RAN}
+    files = {stage: list(STAGES[stage].files) for stage in STAGES_RUN}
     bare = BARE.format(files=files, names=list(content["experiments"]), seeds=SEEDS)  # type: ignore[call-overload]
     (folder / "bare" / "Snakefile").write_text(bare)
     os.chdir(folder)
@@ -72,7 +73,7 @@ def lay_out(folder: Path, experiments: int) -> Study:
 
 
 def finish(study: Study) -> None:
-    """Made-up results of every run, sealed as real ones are."""
+    """Write made-up results of every run, sealed like real ones."""
     manifest = manifest_path(study.results, "digits")
     prepare("digits", manifest.parent, SourceSettings())
     digest = Manifest.read(manifest).digest
@@ -83,20 +84,20 @@ def finish(study: Study) -> None:
         folder.mkdir(parents=True)
         for file in STAGES[stage].files[:-1]:
             (folder / file).write_text(f"{name} {seed} {stage}")
-        made = contents(folder)
+        files = contents(folder)
         if stage == "pretrain":
-            encoders[name, seed] = made["encoder.safetensors"]["sha256"]
+            encoders[name, seed] = files["encoder.safetensors"]["sha256"]
         scores = {score.metric.format(k=20): 50.0 + seed for score in STAGES[stage].scores}
         metrics: dict[str, Any] = {
             "experiment": name, "seed": seed, "stage": stage, "settings": settings.relevant(), "metrics": scores,
-            "dataset": {"name": "digits", "digest": digest}, "encoder": {"sha256": encoders[name, seed]}, "files": made,
-            "padding": "x" * 3000,  # hardware, packages, cost
+            "dataset": {"name": "digits", "digest": digest}, "encoder": {"sha256": encoders[name, seed]}, "files": files,
+            "padding": "x" * 3000,  # as large as hardware, packages and cost
         }  # fmt: skip
         (folder / "metrics.json").write_text(json.dumps(seal(metrics), indent=2))
 
 
 def timed(*command: str, folder: str = ".") -> dict[str, float]:
-    """CPU and wall seconds of a command, which must succeed."""
+    """CPU and wall seconds of a command, and the number of lines it prints. It must succeed."""
     # Where Slurm's tools are installed and no controller answers, Snakemake's plugin waits ten seconds for it.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SLURM_CONF": os.devnull}
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -117,22 +118,22 @@ def main() -> None:
     out = args.out.resolve()
     plan = (sys.executable, "-m", "snakemake", "-n", "--quiet", "all")
     study = ("--configfile", "many.yaml")
-    found: dict[str, list[dict[str, float]]] = {}
+    measured: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         many, home = lay_out(Path(folder), experiments), ROOT
         for _ in range(args.repeats):
-            found.setdefault("bare", []).append(timed(*plan, folder="bare"))
-            found.setdefault("plan", []).append(timed(*plan, *study, "--", "all"))
+            measured.setdefault("bare", []).append(timed(*plan, folder="bare"))
+            measured.setdefault("plan", []).append(timed(*plan, *study, "--", "all"))
         finish(many)
         for _ in range(args.repeats):
-            found.setdefault("plan again", []).append(timed(*plan, *study, "--", "all"))
-            found.setdefault("results", []).append(timed(sys.executable, "-m", "aps", "results", *study))
+            measured.setdefault("plan again", []).append(timed(*plan, *study, "--", "all"))
+            measured.setdefault("results", []).append(timed(sys.executable, "-m", "aps", "results", *study))
         os.chdir(home)
     for _ in range(1 if args.quick else max(3, args.repeats)):
-        found.setdefault("help", []).append(timed(sys.executable, "-m", "aps", "--help"))
-        found.setdefault("demo", []).append(timed(*plan, "--", "all"))
-    cpu = {name: spread([one["cpu"] for one in times]) for name, times in found.items()}
-    jobs = experiments * SEEDS * len(RAN)
+        measured.setdefault("help", []).append(timed(sys.executable, "-m", "aps", "--help"))
+        measured.setdefault("demo", []).append(timed(*plan, "--", "all"))
+    cpu = {name: spread([time["cpu"] for time in times]) for name, times in measured.items()}
+    jobs = experiments * SEEDS * len(STAGES_RUN)
     rows = [
         row(f"planning {jobs:,} jobs, CPU time", cpu["plan"], "s", 20),
         row("Snakemake alone on such a DAG", cpu["bare"], "s"),
@@ -142,7 +143,9 @@ def main() -> None:
         row("aps --help", cpu["help"], "s", 0.3),
     ]
     load = os.getloadavg()
-    write("planning", {"rows": rows, "times": found, "load": load}, {"experiments": experiments, "seeds": SEEDS}, out)
+    write(
+        "planning", {"rows": rows, "times": measured, "load": load}, {"experiments": experiments, "seeds": SEEDS}, out
+    )
     bars = {line["what"]: line["ratio"] for line in rows}
     plot(
         "planning", bars, "CPU time, s", f"A study of {jobs:,} jobs", set(bars) - {"Snakemake alone on such a DAG"}, out

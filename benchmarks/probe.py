@@ -1,8 +1,8 @@
-"""5. Linear probing: many heads on one pass of features, against one head after the other.
+"""5. Linear probing: many heads in one pass over the features, against one head after the other.
 
     python -m benchmarks.probe
 
-Both are the stage itself on the digits: one run with all learning rates, against a run for each.
+Both run the stage on the digits: one run with all learning rates, against a run for each.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def main() -> None:
             for lr in lrs:
                 probe(lr)
 
-        found = compare(lambda: probe(*lrs), one_after_the_other, repeats=2 if args.quick else 3, warmup=1)
-    rows = [row(f"linear probe, {len(lrs)} learning rates at once", found["ratio"])]
+        timings = compare(lambda: probe(*lrs), one_after_the_other, repeats=2 if args.quick else 3, warmup=1)
+    rows = [row(f"linear probe, {len(lrs)} learning rates at once", timings["ratio"])]
     settings = {"heads": len(lrs), "encoder": encoder.model_dump(), "images": images, "epochs": epochs, "batch": 256}
-    write("probe", {"rows": rows, **found}, settings, args.out)
-    bars = {f"ours: {len(lrs)} heads, one pass": found["ours"], "ordinary: one after the other": found["ordinary"]}
+    write("probe", {"rows": rows, **timings}, settings, args.out)
+    bars = {f"ours: {len(lrs)} heads, one pass": timings["ours"], "ordinary: one after the other": timings["ordinary"]}
     plot("probe", bars, "seconds", f"Linear probe of {len(lrs)} learning rates, ViT-micro, digits", {next(iter(bars))},
          args.out)  # fmt: skip
 

@@ -1,8 +1,8 @@
-"""2. The sampler alone: kept cells of a batch of view pairs, batched, against loops over images and samplings.
+"""2. The sampler alone: the kept cells of a batch of view pairs at once, against loops over images and samplings.
 
     python -m benchmarks.sampler
 
-The loops of benchmarks/ordinary.py run on one core, hence so does ours: one torch thread. On a GPU ours runs there.
+The loops of benchmarks/ordinary.py use one core, so ours has one torch thread. On a GPU, ours runs there.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def main() -> None:
             for image in zip(boxes1, flips1, boxes2, flips2, strict=True):
                 sample_image(*image, grid, settings.ratio, settings.samplings, settings.gamma, random)
 
-        found = compare(ours, ordinary, repeats=2 if args.quick else 15)
-    rows = [row(f"sampler, G={grid}, T={settings.samplings}, B={batch}", found["ratio"], target=40)]
+        timings = compare(ours, ordinary, repeats=2 if args.quick else 15)
+    rows = [row(f"sampler, G={grid}, T={settings.samplings}, B={batch}", timings["ratio"], target=40)]
     chosen = {"grid": grid, "samplings": settings.samplings, "ratio": settings.ratio, "batch": batch, "threads": 1}
-    write("sampler", {"rows": rows, **found}, chosen, args.out)
+    write("sampler", {"rows": rows, **timings}, chosen, args.out)
     microseconds = {
-        name: {key: 1e6 * value / batch for key, value in found[which].items()}
+        name: {key: 1e6 * value / batch for key, value in timings[which].items()}
         for which, name in (("ours", "ours: batched"), ("ordinary", "ordinary: NumPy, image by image"))
     }
     title = f"Kept cells of a pair of views, G={grid}, T={settings.samplings}, B={batch}"

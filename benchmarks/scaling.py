@@ -1,9 +1,9 @@
-"""6. One process against several: images a second of pretraining, and the efficiency, their ratio over the processes.
+"""6. One process against several: images a second of pretraining, and the efficiency, speedup divided by processes.
 
     python -m benchmarks.scaling
 
-torchrun starts the processes, one GPU each (NCCL), or one core and one thread each (gloo). The batch is the same for any
-number of them, as in a study. Each measurement is a launch of its own; the numbers of processes take turns.
+torchrun starts the processes, one GPU each (NCCL), or one core and one thread each (gloo). The batch is the same for
+any number of them, as in a study. Each measurement is a separate launch; the numbers of processes take turns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from aps.settings.blocks import EncoderSettings
 from aps.training.batches import Batches
 from aps.training.order import SAMPLING, seeded
 from benchmarks.common import arguments, machine, plot, row, spread, synchronize, write
-from benchmarks.study import experiment, trainer
+from benchmarks.study import experiment, make_trainer
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -80,21 +80,21 @@ def worker(settings: dict[str, Any]) -> None:
     with processes() as distributed:
         images = torch.randint(0, 256, (batch * 2, 3, 32, 32), dtype=torch.uint8)
         split = ArraySplit(images, torch.zeros(len(images)).long(), ("a",))
-        one = trainer(study, distributed)
-        batches = Batches(split, one.method.views(), batch, (MEAN, STD), 0, distributed)
-        start, seen, epoch = 0.0, -1, 0
-        while seen < steps:
-            for each in batches.epoch(epoch):
-                generator = seeded(0, SAMPLING, epoch, seen + 1, device=distributed.device)
-                rows = len(each.views[0])
+        trainer = make_trainer(study, distributed)
+        batches = Batches(split, trainer.method.views(), batch, (MEAN, STD), 0, distributed)
+        start, done, epoch = 0.0, -1, 0
+        while done < steps:
+            for drawn in batches.epoch(epoch):
+                generator = seeded(0, SAMPLING, epoch, done + 1, device=distributed.device)
+                rows = len(drawn.views[0])
                 noise = global_noise(rows, distributed.device, generator, distributed.rank, distributed.world)
-                one.step(each.views, one.method.sample(each.geometries, noise)[0], 1e-4)
-                seen += 1
-                if seen == 0:  # the first step allocates and connects
+                trainer.step(drawn.views, trainer.method.sample(drawn.geometries, noise)[0], 1e-4)
+                done += 1
+                if done == 0:  # the first step allocates and connects
                     synchronize()
                     distributed.barrier()
                     start = time.perf_counter()
-                if seen == steps:
+                if done == steps:
                     break
             epoch += 1
         synchronize()

@@ -1,27 +1,23 @@
-"""Many stages at once that log to one MLflow server: are points lost, and does a step wait for the server?
+"""Tests whether many stages that log to one MLflow server lose points or wait for the server.
 
     python -m benchmarks.server --address http://mlflow.example.org:5000 --runs 50
 
-Each run is a process with the tracking of a real stage around a loop of `--steps` that takes `--pause` seconds a step, as
-where an accelerator computes. First all of them with tracking off, then all of them with the server. Each says how long a
-step was held by its line of the journal, and how long its end waited; then MLflow is asked for every point.
+Each run is a process with the tracking of a real stage and a loop of `--steps` steps, each a pause of `--pause`
+seconds, as if an accelerator computed. All runs are made with tracking off, then with the server. Each measures how
+long logging delayed a step, and how long the end waited. Then every point is read from MLflow.
 
-Without --address it starts a server of its own on SQLite.
+Without --address it starts a server on SQLite.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 import uuid
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +25,11 @@ from aps.layout import manifest_path, stage_folder
 from aps.results import StageJob, StageRun, saved_run
 from aps.settings.blocks import DatasetSettings, KnnSettings
 from aps.settings.study import StageSettings
+from aps.tracking.browsing import serving
 from aps.tracking.server import Server
 from benchmarks.common import arguments, write
 
 METRIC = "knn/loss"
-PORT = 5959
 
 
 def job_of(results: Path, study: str, seed: int, address: str) -> StageJob:
@@ -47,20 +43,20 @@ def job_of(results: Path, study: str, seed: int, address: str) -> StageJob:
     )  # fmt: skip
 
 
-def play(job: StageJob, steps: int, pause: float, barrier: Any, found: Any) -> None:
-    """One stage, in a process of its own: (seconds that each step was held, seconds that the end took)."""
+def play(job: StageJob, steps: int, pause: float, barrier: Any, queue: Any) -> None:
+    """One stage. Puts (seconds that logging delayed each step, seconds that the end took) into the queue."""
     with StageRun(job) as stage:
         stage.resume(0)
         barrier.wait()
-        held = []
+        delays = []
         for step in range(1, steps + 1):
             time.sleep(pause)
             start = time.perf_counter()
             stage.log(step, loss=1.0 / step, epoch=step / 10)
-            held.append(time.perf_counter() - start)
+            delays.append(time.perf_counter() - start)
         start = time.perf_counter()
         stage.finish({"knn_top1_k5": 50.0})
-    found.put((held, time.perf_counter() - start))
+    queue.put((delays, time.perf_counter() - start))
 
 
 def measure(address: str, runs: int, steps: int, pause: float) -> dict[str, float]:
@@ -72,63 +68,40 @@ def measure(address: str, runs: int, steps: int, pause: float) -> dict[str, floa
         manifest = manifest_path(results, "digits")
         manifest.parent.mkdir(parents=True)
         manifest.write_text(json.dumps({"name": "digits", "digest": "0123"}))
-        barrier, found = context.Barrier(runs), context.Queue()
+        barrier, queue = context.Barrier(runs), context.Queue()
         processes = [
-            context.Process(target=play, args=(job_of(results, study, seed, address), steps, pause, barrier, found))
+            context.Process(target=play, args=(job_of(results, study, seed, address), steps, pause, barrier, queue))
             for seed in range(runs)
         ]
         for process in processes:
             process.start()
-        answers = [found.get() for _ in processes]
+        answers = [queue.get() for _ in processes]
         for process in processes:
             process.join()
-        held = sorted(seconds for answer, _ in answers for seconds in answer)
+        delays = sorted(seconds for of_run, _ in answers for seconds in of_run)
         figures = {
-            "held_ms_median": 1000 * statistics.median(held),
-            "held_ms_p99": 1000 * held[int(0.99 * len(held))],
-            "held_ms_most": 1000 * held[-1],
+            "held_ms_median": 1000 * statistics.median(delays),
+            "held_ms_p99": 1000 * delays[int(0.99 * len(delays))],
+            "held_ms_most": 1000 * delays[-1],
             "end_s_median": statistics.median(end for _, end in answers),
             "end_s_most": max(end for _, end in answers),
         }
-        return figures if address == "none" else figures | kept(address, study, runs, steps)
+        return figures if address == "none" else figures | stored(address, study, runs, steps)
 
 
-def kept(address: str, study: str, runs: int, steps: int) -> dict[str, float]:
-    """What MLflow has of them."""
+def stored(address: str, study: str, runs: int, steps: int) -> dict[str, float]:
+    """What MLflow has of the runs."""
     client = Server(address).client
     experiment = client.get_experiment_by_name(study)
-    there = client.search_runs([experiment.experiment_id], max_results=1000) if experiment else []
-    points = [[(p.step, p.value) for p in client.get_metric_history(run.info.run_id, METRIC)] for run in there]
-    whole = [(step, 1.0 / step) for step in range(1, steps + 1)]
+    mlflow_runs = client.search_runs([experiment.experiment_id], max_results=1000) if experiment else []
+    points = [[(p.step, p.value) for p in client.get_metric_history(run.info.run_id, METRIC)] for run in mlflow_runs]
+    expected = [(step, 1.0 / step) for step in range(1, steps + 1)]
     return {
-        "runs_there": len(there),
-        "runs_finished": sum(run.info.status == "FINISHED" for run in there),
-        "points_lost": sum(len({*whole} - {*own}) for own in points) + steps * (runs - len(there)),
-        "points_twice": sum(len(own) - len({*own}) for own in points),
+        "runs_there": len(mlflow_runs),
+        "runs_finished": sum(run.info.status == "FINISHED" for run in mlflow_runs),
+        "points_lost": sum(len({*expected} - {*of_run}) for of_run in points) + steps * (runs - len(mlflow_runs)),
+        "points_twice": sum(len(of_run) - len({*of_run}) for of_run in points),
     }
-
-
-def own_server(folder: Path, stack: ExitStack) -> str:
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--port",
-        str(PORT),
-        "--backend-store-uri",
-        f"sqlite:///{folder}/m.db",
-    ]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    process = stack.enter_context(
-        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    )
-    stack.callback(process.terminate)
-    for _ in range(120):
-        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health"):
-            return f"http://127.0.0.1:{PORT}"
-        time.sleep(1)
-    raise SystemExit("the server did not start within two minutes")
 
 
 def main() -> None:
@@ -142,7 +115,7 @@ def main() -> None:
     if args.quick:
         args.runs, args.steps = 4, 10
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        address = args.address or own_server(Path(folder), stack)
+        address = args.address or stack.enter_context(serving(f"sqlite:///{folder}/mlflow.db"))[0]
         Server(address)  # imports mlflow once, for all
         off = measure("none", args.runs, args.steps, args.pause)
         on = measure(address, args.runs, args.steps, args.pause)

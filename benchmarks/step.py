@@ -2,9 +2,9 @@
 
     python -m benchmarks.step --arch tiny
 
-The times of all ratios are taken in turn in one process; peak memory is that of a process for each ratio, above what it
-held before the model was built. Beside the time ratio stands the ratio of operations (aps.training.cost): what the time
-ratio would be if every operation took as long as any other.
+All ratios are timed in turn in one process. Peak memory is measured in a separate process for each ratio, above the
+memory before the model was built. Beside the ratio of times stands that of operations (aps.training.cost): they would
+be equal if every operation took the same time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from aps.settings.blocks import EncoderSettings
 from aps.training.cost import step_flops
 from benchmarks.common import OTHER, OURS, arguments, row, seconds, spread, synchronize, write
 from benchmarks.common import label as machine_label
-from benchmarks.study import experiment, inputs, trainer
+from benchmarks.study import experiment, inputs, make_trainer
 
 RATIOS = (0.125, 0.25, 0.5, 1.0)
 BATCHES = {"cpu": {"tiny": 32, "small": 16, "base": 8}, "gpu": {"tiny": 512, "small": 512, "base": 256}}
@@ -54,20 +54,20 @@ def measure(args: argparse.Namespace, arch: str, encoder: EncoderSettings, batch
     studies = {r: experiment(encoder, r, batch, precision=args.precision) for r in RATIOS}
     times: dict[float, list[float]] = {r: [] for r in RATIOS}
     with processes() as distributed:
-        one = trainer(studies[1.0], distributed)  # the ratio changes no parameter
+        trainer = make_trainer(studies[1.0], distributed)  # the ratio changes no parameter
         tensors = {r: inputs(study, distributed.device) for r, study in studies.items()}
         repeats = 2 if args.quick else REPEATS[arch]
         for repeat in range(-1, repeats):
             for r in RATIOS[:: 1 if repeat % 2 else -1]:
-                taken = seconds(lambda r=r: one.step(*tensors[r], 1e-4))  # type: ignore[misc]
+                taken = seconds(lambda r=r: trainer.step(*tensors[r], 1e-4))  # type: ignore[misc]
                 if repeat >= 0:
                     times[r].append(taken)
-        precision = one.precision.name
+        precision = trainer.precision.name
     memory = {r: child(arch, r, batch, args) for r in RATIOS}
     flops = {r: step_flops(study) for r, study in studies.items()}
     rows, ratios = [], {}
     for r in RATIOS[:-1]:
-        time = spread([full / own for own, full in zip(times[r], times[1.0], strict=True)])
+        time = spread([full / fewer for fewer, full in zip(times[r], times[1.0], strict=True)])
         operations = flops[1.0] / flops[r]
         ratios[r] = {
             "time": time, "operations": operations, "memory": memory[1.0] / memory[r],
@@ -88,13 +88,13 @@ def measure(args: argparse.Namespace, arch: str, encoder: EncoderSettings, batch
 
 
 def peak_memory(encoder: EncoderSettings, ratio: float, batch: int, precision: str) -> int:
-    """Bytes above the imports' at the peak of two steps (the second has the optimizer's state), in this process."""
+    """Peak bytes of two steps above the memory after the imports. The second step has the optimizer's state."""
     study = experiment(encoder, ratio, batch, precision=precision)
     with processes() as distributed:
         before = resident("VmRSS")
-        one, tensors = trainer(study, distributed), inputs(study, distributed.device)
+        trainer, tensors = make_trainer(study, distributed), inputs(study, distributed.device)
         for _ in range(2):
-            one.step(*tensors, 1e-4)
+            trainer.step(*tensors, 1e-4)
         synchronize()
         if distributed.device.type == "cuda":
             return torch.cuda.max_memory_allocated()

@@ -1,4 +1,4 @@
-"""Settings and trainers that several benchmarks share: the CIFAR recipe with another architecture, ratio or batch."""
+"""Settings, trainers and inputs for several benchmarks: the CIFAR recipe with another architecture, ratio or batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aps.training.pretrain import Trainer
 
 
 def experiment(encoder: EncoderSettings, ratio: float, batch: int, **pretrain: object) -> ExperimentSettings:
-    """Pretraining with `ratio` of the cells kept; 1: the strategy `full`, every cell of both views."""
+    """Settings of pretraining that keep the share `ratio` of the cells. 1 is the strategy `full`, all cells."""
     sampling = SamplingSettings(strategy="full" if ratio == 1 else "asymmetric", ratio=ratio, samplings=1)
     return ExperimentSettings(
         dataset=DatasetSettings(name="cifar10"), encoder=encoder, sampling=sampling,
@@ -24,8 +24,8 @@ def experiment(encoder: EncoderSettings, ratio: float, batch: int, **pretrain: o
     )  # fmt: skip
 
 
-def trainer(chosen: ExperimentSettings, distributed: Distributed) -> Trainer:
-    """What the stage builds: model, optimizer, precision."""
+def make_trainer(chosen: ExperimentSettings, distributed: Distributed) -> Trainer:
+    """The trainer of the stage: model, optimizer, precision."""
     settings = StageSettings(
         stage="pretrain", experiment="benchmark", seed=0, dataset=chosen.dataset, encoder=chosen.encoder,
         sampling=chosen.sampling, pretrain=chosen.pretrain,
@@ -34,7 +34,7 @@ def trainer(chosen: ExperimentSettings, distributed: Distributed) -> Trainer:
 
 
 def inputs(chosen: ExperimentSettings, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Views (B, 3, S, S) and kept cells (B, n) for `Trainer.step`; what they show changes neither time nor memory."""
+    """Random views (B, 3, S, S) and kept cells (B, n) for `Trainer.step`. Their content does not change the time."""
     batch, side, cells = chosen.pretrain.batch_size, chosen.encoder.image_size, chosen.encoder.grid**2
     kept = int(cells * chosen.sampling.ratio)
     views = [torch.randn(batch, 3, side, side, device=device) for _ in range(2)]

@@ -1,9 +1,9 @@
-"""1. Two views and T samplings of every image: batched on tensors, against an image at a time in workers.
+"""1. Two views and T samplings of every image: a batch at once, against one image at a time in workers.
 
     python -m benchmarks.views
 
-Both use the same cores: ours by torch's threads, the ordinary way (benchmarks/ordinary.py) by as many DataLoader
-workers, which are running before the clock starts. On a GPU ours runs there and the ordinary way's batches are sent to it.
+Both use the same cores: ours by torch's threads, the baseline (benchmarks/ordinary.py) by as many DataLoader workers,
+which run before the clock starts. On a GPU, ours runs there, and the batches of the baseline are sent to it.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ def main() -> None:
         )  # fmt: skip
 
         def ours() -> None:
-            for number, each in enumerate(batches.epoch(0)):
-                sample(settings, grid, *each.geometries, seeded(0, SAMPLING, number, device=device))
+            for number, drawn in enumerate(batches.epoch(0)):
+                sample(settings, grid, *drawn.geometries, seeded(0, SAMPLING, number, device=device))
 
         def ordinary() -> None:
             for tensors in loader:
                 [x.to(device, non_blocking=True) for x in tensors]
 
-        found = compare(ours, ordinary, repeats=2 if args.quick else 7, warmup=1)
-    rows = [row(f"views and samplings, {size} px: images a second", found["ratio"], target=25)]
+        timings = compare(ours, ordinary, repeats=2 if args.quick else 7, warmup=1)
+    rows = [row(f"views and samplings, {size} px: images a second", timings["ratio"], target=25)]
     chosen = {"size": size, "grid": grid, "samplings": settings.samplings, "ratio": settings.ratio, "batch": batch,
               "images": images, "workers": workers}  # fmt: skip
-    write("views", {"rows": rows, **found}, chosen, args.out)
+    write("views", {"rows": rows, **timings}, chosen, args.out)
     milliseconds = {
-        f"{name}: {what}": {key: 1000 * value / images for key, value in found[name].items()}
+        f"{name}: {what}": {key: 1000 * value / images for key, value in timings[name].items()}
         for name, what in (
             ("ours", "batched tensors"),
             ("ordinary", f"PIL, {workers} worker{'s' if workers > 1 else ''}"),

@@ -1,7 +1,8 @@
-"""What MkDocs needs beyond docs/: pages made from code, pages that lie elsewhere in the repository, and links to both.
+"""Adds to the site of docs/ the pages that are made from code or lie elsewhere in the repository, and links to both.
 
-Design: the pages in docs/ are read on a code host too, so their links are those of the repository (`../config/README.md`).
-Here such a link leads to the page made of that file, or to a copy of it in the site.
+Design: the pages in docs/ are also read on a code host, so their links are paths in the repository
+(`../config/README.md`). In the site, such a link leads to the page that is made from the file, or to a copy of the
+file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-# A page of the site -> the file of the repository that it is.
+# Page of the site -> the file in the repository from which it is made.
 PAGES = {
     "settings.md": "config/README.md",
     "benchmarks.md": "benchmarks/README.md",
@@ -50,29 +51,29 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page in list(files.documentation_pages()):
         for _, _, target in LINK.findall(page.content_string):
             file = linked(page.src_uri, target)
-            if file and file.is_file() and file.suffix != ".md" and not files.get_file_from_path(place(file)):
-                files.append(File.generated(config, place(file), abs_src_path=str(file)))
+            if file and file.is_file() and file.suffix != ".md" and not files.get_file_from_path(site_path(file)):
+                files.append(File.generated(config, site_path(file), abs_src_path=str(file)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     here = posixpath.dirname(page.file.src_uri)
 
-    def link(found: re.Match[str]) -> str:
-        picture, words, target = found.groups()
+    def link(match: re.Match[str]) -> str:
+        picture, words, target = match.groups()
         file = linked(page.file.src_uri, target)
         if file is None or not file.exists():
-            return found[0]  # MkDocs says what is wrong with it
+            return match[0]  # MkDocs reports it
         if file.is_dir():
             return words
         anchor = target.partition("#")[2]
-        return f"{picture}[{words}]({posixpath.relpath(place(file), here or '.')}{'#' + anchor if anchor else ''})"
+        return f"{picture}[{words}]({posixpath.relpath(site_path(file), here or '.')}{'#' + anchor if anchor else ''})"
 
     return LINK.sub(link, markdown)
 
 
 def linked(page: str, target: str) -> Path | None:
-    """The file of the repository that a link of a page leads to; None where it leads elsewhere or within the page."""
+    """The file in the repository to which a page's link leads; None if it leads elsewhere or within the page."""
     path = target.partition("#")[0]
     if not path or re.match(r"\w+:", path):
         return None
@@ -80,8 +81,8 @@ def linked(page: str, target: str) -> Path | None:
     return Path(os.path.normpath(ROOT / posixpath.dirname(source) / path))
 
 
-def place(file: Path) -> str:
-    """Where the site has a file of the repository."""
+def site_path(file: Path) -> str:
+    """The path in the site of a file in the repository."""
     path = file.relative_to(ROOT).as_posix()
     pages: dict[str, Any] = {source: page for page, source in PAGES.items()}
     return pages.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else f"repository/{path}")

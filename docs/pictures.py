@@ -1,29 +1,25 @@
-"""Pictures of the pages, made from a finished demo: `make pictures`.
+"""Makes the pictures of the documentation from a finished demo: `make pictures`.
 
-docs/images/dag.png       the rules and what they need (graphviz)
-docs/images/scores.png    the demo's scores, as its report has them
+docs/images/dag.png       the rules and their inputs (graphviz)
+docs/images/scores.png    the demo's scores, from its report
 docs/images/report.png    the top of the demo's report in a browser (chromium)
-docs/images/mlflow.png    its runs in MLflow (chromium)
+docs/images/mlflow.png    the demo's runs in MLflow (chromium)
 
-A program that is missing leaves its pictures as they are, and is named.
+If a program is missing, its pictures stay as they are, and its name is printed.
 """
 
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 
-from aps.tracking.addresses import page
+from aps.tracking.addresses import page, settled
+from aps.tracking.browsing import serving
 
 IMAGES = Path(__file__).parent / "images"
 REPORT = Path("results/demo/report")
@@ -45,14 +41,14 @@ def main() -> None:
         print("dot (graphviz) is missing: dag.png stays", file=sys.stderr)
     if browser:
         photograph(browser, (REPORT / "report.html").resolve().as_uri(), IMAGES / "report.png")
-        with served() as address:
+        with serving(settled(f"sqlite:///{STORE}")) as (address, _):
             photograph(browser, f"{address}/{page(experiment(address), 'aps-finetune')}", IMAGES / "mlflow.png")
     else:
         print("chromium is missing: report.png and mlflow.png stay", file=sys.stderr)
 
 
 def photograph(browser: str, address: str, picture: Path) -> None:
-    """What a window of 1280 x 800 shows of a page once it has loaded, in 256 colours."""
+    """Save a page as a picture of a window of 1280 x 800 pixels, after it has loaded, in 256 colours."""
     with tempfile.TemporaryDirectory() as profile:
         command = [
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
@@ -65,45 +61,14 @@ def photograph(browser: str, address: str, picture: Path) -> None:
     reduced.save(picture, optimize=True)
 
 
-@contextmanager
-def served() -> Iterator[str]:
-    """MLflow's server over the demo's store, and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        f"sqlite:///{STORE}",
-        "--port",
-        str(port),
-    ]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(1)
-        yield address
-    finally:
-        server.terminate()
-        server.wait()
-
-
 def experiment(address: str) -> str:
     """The id of the demo's experiment in MLflow."""
     import mlflow
 
-    found = mlflow.MlflowClient(address).get_experiment_by_name("demo")
-    if found is None:
+    demo = mlflow.MlflowClient(address).get_experiment_by_name("demo")
+    if demo is None:
         sys.exit(f"MLflow in {STORE} has no experiment demo; run make demo first")
-    return str(found.experiment_id)
+    return str(demo.experiment_id)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "manifest.json"
 
 
-# Whole studies, which take minutes: `make test-slow`.
+# Tests that run whole studies and take minutes: `make test-slow`.
 SLOW = ("tests/test_end_to_end.py", "tests/test_interruption.py", "tests/workflow/test_plan.py", "tests/inference/")
-# Slow ones that were not seen to pass since the last parts were put together: `make test-soak`, and not CI, until they are.
+# Slow tests that were not seen to pass since the last merge. Until then `make test-soak` runs them, and CI does not.
 UNSEEN = (
     "tests/inference/",
     "tests/report/",

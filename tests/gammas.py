@@ -1,4 +1,4 @@
-"""A study of three gammas and three seeds whose figures nobody computed: gamma 3 is best on kNN, gamma 0 is cheapest."""
+"""A study of three gammas and three seeds with made-up results: gamma 3 is best on kNN, gamma 0 is cheapest."""
 
 from __future__ import annotations
 
@@ -46,38 +46,38 @@ def write_study(folder: Path) -> Path:
 
 
 def figures(gamma: float, seed: int) -> dict[str, float]:
-    """Final figures of one seed, in percent, and its pretraining's seconds."""
+    """The scores of one seed in percent, and the seconds of its pretraining."""
     chance = random.Random(f"{gamma} {seed}")
     knn = 60 + 8 * math.exp(-abs(gamma - 3) / 3) + 2 * chance.random()
     return {"knn": round(knn, 2), "finetune": round(knn + 15 + chance.random(), 2), "seconds": round(300 + 20 * gamma + 9 * chance.random(), 1)}  # fmt: skip
 
 
 def finish(study: Study) -> None:
-    """The study's results, without MLflow."""
+    """Write the study's results, without MLflow."""
     for name, experiment in study.experiments.items():
         for seed in experiment.seeds:
-            made = None
+            pretraining = None
             for stage in experiment.stages:
-                metrics = _finish(study, name, seed, stage, made)
-                made = made or metrics
+                metrics = _finish(study, name, seed, stage, pretraining)
+                pretraining = pretraining or metrics
 
 
-def _finish(study: Study, name: str, seed: int, stage: str, made: dict[str, Any] | None) -> dict[str, Any]:
-    found = figures(study.experiments[name].sampling.gamma, seed)
-    seconds = {"pretrain": found["seconds"], "finetune": 60.0, "knn": 3.0}[stage]
-    total = round(seconds + (found["seconds"] if made else 0), 1)
+def _finish(study: Study, name: str, seed: int, stage: str, pretraining: dict[str, Any] | None) -> dict[str, Any]:
+    scores = figures(study.experiments[name].sampling.gamma, seed)
+    seconds = {"pretrain": scores["seconds"], "finetune": 60.0, "knn": 3.0}[stage]
+    total = round(seconds + (scores["seconds"] if pretraining else 0), 1)
     folder = stage_folder(study_folder(study), name, seed, stage)
     folder.mkdir(parents=True)
     (folder / "encoder.safetensors").write_text(f"{name} {seed}")
     with (folder / "history.jsonl").open("w") as file:
-        for step, line in _lines(stage, random.Random(f"{name} {seed} {stage}"), found["knn"]):
+        for step, line in _lines(stage, random.Random(f"{name} {seed} {stage}"), scores["knn"]):
             file.write(json.dumps({"step": step, "time": STARTED + step, **line}) + "\n")
     if stage == "pretrain":
         Image.new("RGB", (64, 32), (90, 120, 200)).save(folder / "views.png")
     settings = study.stage_settings(name, seed, stage)
     final = {
-        "pretrain": {"loss": 3.5}, "finetune": {"test_top1": found["finetune"]},
-        "knn": {"knn_top1_k10": found["knn"] - 1, "knn_top1_k20": found["knn"]},
+        "pretrain": {"loss": 3.5}, "finetune": {"test_top1": scores["finetune"]},
+        "knn": {"knn_top1_k10": scores["knn"] - 1, "knn_top1_k20": scores["knn"]},
     }[stage]  # fmt: skip
     metrics = {
         "stage": stage, "experiment": name, "seed": seed, "metrics": final, "settings": settings.relevant(),
@@ -85,8 +85,8 @@ def _finish(study: Study, name: str, seed: int, stage: str, made: dict[str, Any]
         "dataset": {"name": "digits", "digest": "01" * 32}, "files": contents(folder), "commit": "0123456789ab",
         "finished": "2026-11-25T13:00:00+00:00", "version": "0.2.0", "mlflow_run_id": None,
         "command": f"python -m aps {stage} --experiment {name} --seed {seed}", "hardware": {"cpu": "two cores", "host": "n1", "processes": 1},
-        "encoder": {"source": str(folder.parent / "pretrain" / "encoder.safetensors") if made else None,
-                    "sha256": made["files"]["encoder.safetensors"]["sha256"] if made else None},
+        "encoder": {"source": str(folder.parent / "pretrain" / "encoder.safetensors") if pretraining else None,
+                    "sha256": pretraining["files"]["encoder.safetensors"]["sha256"] if pretraining else None},
         "cost": {"seconds": total, "gpu_hours": round(total / 3600, 4), "peak_gpu_gb": 1.2, "flops": 1e9 * total},
     }  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(seal(metrics)))
@@ -109,9 +109,9 @@ def _lines(stage: str, chance: random.Random, knn: float) -> Iterator[tuple[int,
 
 
 def send(file: Path, address: str) -> Study:
-    """Everything into MLflow, as `sync` and `report` do."""
+    """Send everything to MLflow, as `sync` and `report` do."""
     study = load_study([file])
-    found = sync(study, address)
-    assert found.missing == 0, found.reason
+    synced = sync(study, address)
+    assert synced.missing == 0, synced.reason
     log_report(study, address, [])
     return study

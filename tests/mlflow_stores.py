@@ -1,4 +1,4 @@
-"""MLflow for tests: stores, a real server, servers that answer badly, and what they hold."""
+"""MLflow for tests: a real server, servers that answer badly, and the runs and points that a store has."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from aps.tracking.state import State
 
 
 def about(name: str = "aps", seed: int = 0, stage: str = "pretrain", study: str = "tiny", **more: Any) -> About:
-    """Of a run that nobody computed."""
+    """The description of a made-up run."""
     settings = {"stage": stage, "experiment": name, "seed": seed, "upstream": None, stage: {"epochs": 2}}
     metrics = {
         "stage": stage, "experiment": name, "seed": seed, "settings": settings, "settings_digest": "0" * 16,
@@ -35,15 +35,15 @@ def about(name: str = "aps", seed: int = 0, stage: str = "pretrain", study: str 
 
 
 def journal(folder: Path, lines: int, first: int = 1, clock: float = 1.7e9) -> None:
-    """Appends lines of two metrics."""
+    """Append lines with two metrics to the journal."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "history.jsonl").open("a") as file:
         for step in range(first, first + lines):
             file.write(json.dumps({"step": step, "time": clock + step, "loss": 1 / step, "step_ms": clock % 7}) + "\n")
 
 
-def sender(address: str, folder: Path, of: About, finals: dict[str, float] | None = None, **more: Any) -> Sender:
-    return Sender(State(address=address, about=of, finals=finals, **more), folder)
+def sender(address: str, folder: Path, run: About, finals: dict[str, float] | None = None, **more: Any) -> Sender:
+    return Sender(State(address=address, about=run, finals=finals, **more), folder)
 
 
 def runs(address: str, study: str = "tiny") -> list[Any]:
@@ -53,21 +53,21 @@ def runs(address: str, study: str = "tiny") -> list[Any]:
 
 
 def points(address: str, run_id: str, key: str) -> list[tuple[int, float]]:
-    """Every point that MLflow holds of a metric, those that it holds twice too."""
+    """Every point of a metric in MLflow: (step, value); one that is there twice is listed twice."""
     return sorted((m.step, m.value) for m in Server(address).client.get_metric_history(run_id, key))
 
 
-def assert_once(address: str, of: About, steps: int, study: str = "tiny") -> Any:
-    """One run of the job, with each of the journal's points once -> the run."""
-    (run,) = [run for run in runs(address, study) if run.info.run_name == of.name]
+def assert_once(address: str, job: About, steps: int, study: str = "tiny") -> Any:
+    """Assert that MLflow has one run of the job, with each of the journal's points once -> the run."""
+    (run,) = [run for run in runs(address, study) if run.info.run_name == job.name]
     for key in ("loss", "step_ms"):
-        held = Counter(step for step, _ in points(address, run.info.run_id, f"{of.stage}/{key}"))
-        assert held == Counter(range(1, steps + 1)), (key, held)
+        counts = Counter(step for step, _ in points(address, run.info.run_id, f"{job.stage}/{key}"))
+        assert counts == Counter(range(1, steps + 1)), (key, counts)
     return run
 
 
 class RealServer:
-    """`mlflow server` on a free port; killed, it can be started again there with the same store."""
+    """`mlflow server` on a free port. After a kill it can be started again with the same port and store."""
 
     def __init__(self, folder: Path, store: str | None = None, workers: int = 1) -> None:
         self.port = free_port()
@@ -79,7 +79,7 @@ class RealServer:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--backend-store-uri", self.store, "--workers", str(self.workers)]
         command += ["--artifacts-destination", str(self.folder / "artifacts"), *more]
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # ten processes fewer
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # saves ten processes
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, start_new_session=True, cwd=self.folder, env=environment
@@ -94,7 +94,7 @@ class RealServer:
         raise AssertionError((self.folder / "server.log").read_text()[-3000:])
 
     def stop_answering(self) -> None:
-        """Every process of it sleeps: connections are taken, nothing is answered."""
+        """Pause all its processes: connections are accepted, but nothing is answered."""
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGSTOP)
 
@@ -135,12 +135,12 @@ def hang(handler: http.server.BaseHTTPRequestHandler) -> None:
 
 @contextmanager
 def bad_server(answer: Answer) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """A server that answers everything alike -> its address, and the headers of what it was asked."""
-    asked: list[dict[str, str]] = []
+    """A server that gives the same answer to every request -> its address, and the headers of the requests."""
+    requests: list[dict[str, str]] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def _answer(self) -> None:
-            asked.append(dict(self.headers))
+            requests.append(dict(self.headers))
             answer(self)
 
         do_GET = do_POST = do_PATCH = do_PUT = _answer  # noqa: N815
@@ -152,7 +152,7 @@ def bad_server(answer: Answer) -> Iterator[tuple[str, list[dict[str, str]]]]:
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        yield f"http://127.0.0.1:{server.server_address[1]}", requests
     finally:
         server.shutdown()
         server.server_close()

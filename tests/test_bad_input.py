@@ -131,14 +131,14 @@ def spoiled(key: str, value: Any) -> dict[str, Any]:
     path = key_path(key)
     if isinstance(value, dict) and path:  # laid over what is there
         study = STUDY
-        for inner, own in value.items():
-            if isinstance(own, dict) and path == ("defaults",):
-                for last, x in own.items():
+        for inner, block in value.items():
+            if isinstance(block, dict) and path == ("defaults",):
+                for last, x in block.items():
                     study = put(study, (*path, inner, last), x)
-            elif own is GONE:
+            elif block is GONE:
                 study = put(study, path, {k: v for k, v in study["defaults"][path[-1]].items() if k != inner})
             else:
-                study = put(study, (*path, inner), own)
+                study = put(study, (*path, inner), block)
         return study if value else put(STUDY, path, {})
     return dict(put(STUDY, path, value))
 

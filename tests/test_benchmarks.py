@@ -20,7 +20,7 @@ from benchmarks.__main__ import NAMES
 from benchmarks.choices import CHOICES
 from benchmarks.ordinary import sample_image
 from benchmarks.peers import MISSING
-from benchmarks.study import experiment, inputs, trainer
+from benchmarks.study import experiment, inputs, make_trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,10 +72,10 @@ def test_a_choice_taken_back_is_the_same_step(name: str) -> None:
     study = experiment(EncoderSettings(arch="micro", depth=2), 0.25, 8)
     with processes() as distributed:
         tensors = inputs(study, distributed.device)
-        own, other = trainer(study, distributed), trainer(study, distributed)
+        trainer, other = make_trainer(study, distributed), make_trainer(study, distributed)
         CHOICES[name](other)
         for _ in range(2):  # the second sees what the optimizer did
-            ours, theirs = own.step(*tensors, 1e-4), other.step(*tensors, 1e-4)
+            ours, theirs = trainer.step(*tensors, 1e-4), other.step(*tensors, 1e-4)
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 

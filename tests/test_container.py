@@ -105,11 +105,11 @@ def test_the_steps_of_the_dockerfile_make_an_environment_that_plans_a_study(tmp_
     def inside(text: str) -> str:
         return re.sub(r"(?<![\w.])/(opt/aps|work)\b", rf"{tmp_path}/\1", text)
 
-    folder, own = (
+    folder, variables = (
         tmp_path,
         {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")},
     )
-    own["PATH"] = f"{sys.base_prefix}/bin:{own['PATH']}"
+    variables["PATH"] = f"{sys.base_prefix}/bin:{variables['PATH']}"
     for name, text in instructions():
         if name == "WORKDIR":
             folder = Path(inside(text))
@@ -123,16 +123,18 @@ def test_the_steps_of_the_dockerfile_make_an_environment_that_plans_a_study(tmp_
                 else:
                     shutil.copy(ROOT / source, to)
         elif name == "RUN" and not text.startswith("apt-get"):
-            step = subprocess.run(["sh", "-euc", inside(text)], cwd=folder, env=own, capture_output=True, text=True)
+            step = subprocess.run(
+                ["sh", "-euc", inside(text)], cwd=folder, env=variables, capture_output=True, text=True
+            )
             assert step.returncode == 0, f"{text}\n{step.stdout[-3000:]}{step.stderr[-3000:]}"
-    own |= {key: inside(value).replace("$PATH", own["PATH"]) for key, value in environment().items()}
+    variables |= {key: inside(value).replace("$PATH", variables["PATH"]) for key, value in environment().items()}
     for command in (
         "python -m aps --version",
         "python -m aps --help",
         f"snakemake -s {tmp_path}/opt/aps/workflow/Snakefile -n --quiet",
     ):
-        run = subprocess.run(["sh", "-euc", command], cwd=here, env=own, capture_output=True, text=True)
+        run = subprocess.run(["sh", "-euc", command], cwd=here, env=variables, capture_output=True, text=True)
         assert run.returncode == 0, f"{command}\n{run.stdout}{run.stderr}"
         assert str(tmp_path) in subprocess.run(
-            ["sh", "-c", "command -v python"], env=own, capture_output=True, text=True
+            ["sh", "-c", "command -v python"], env=variables, capture_output=True, text=True
         ).stdout  # fmt: skip

@@ -123,8 +123,8 @@ def test_mlflow_has_a_run_of_each_stage_with_params_curves_final_metrics_and_fig
         name, seed, stage = job
         run, found = runs[f"{name}/seed{seed}/{stage}"], metrics(study, *job)
         assert run.info.status == "FINISHED" and run.info.run_id == found["mlflow_run_id"] and found["mlflow_complete"]
-        own = {f"{stage}.{key}" for key, value in found["settings"][stage].items() if value is not None}
-        assert run.data.params["seed"] == "0" and own <= {*run.data.params}
+        stage_settings = {f"{stage}.{key}" for key, value in found["settings"][stage].items() if value is not None}
+        assert run.data.params["seed"] == "0" and stage_settings <= {*run.data.params}
         final = finals(found)
         assert {key: run.data.metrics[key] for key in final} == pytest.approx(final) and "cost/flops" in final
         first = read_history(of(study, *job) / "history.jsonl")[0]
@@ -273,7 +273,7 @@ def test_a_flipped_byte_anywhere_is_recognized_or_changes_nothing(study: Path, t
 
 
 def judged(file: Path) -> bool:
-    """Results, saved runs and prepared data; not MLflow's own store, logs, timings and the page made of results."""
+    """Results, saved runs and prepared data; not MLflow's store, logs, timings and the page made of results."""
     inside = file.relative_to(file.parents[len(file.parents) - 1]).parts
     return (
         not {"logs", "benchmarks", "mlartifacts"} & set(inside)

@@ -74,10 +74,10 @@ def test_the_documented_file_adds_a_method(
         "dataset": {"name": "digits", "train_limit": 100},
         "encoder": small.ENCODER.model_dump(),
     }
-    own = {"method": simclr, "epochs": 20, "batch_size": 32, "warmup_epochs": 2, "projector": [16, 8], "lr": 0.01}
+    pretrain = {"method": simclr, "epochs": 20, "batch_size": 32, "warmup_epochs": 2, "projector": [16, 8], "lr": 0.01}
     with pytest.raises(UserError, match=r"unknown key 'pretrain\.temprature'; did you mean 'pretrain\.temperature'"):
-        study({**small_crops, "pretrain": own | {"temprature": 1.0}})
-    settings = study({**small_crops, "pretrain": own}).stage_settings("mine", 0, "pretrain")
+        study({**small_crops, "pretrain": pretrain | {"temprature": 1.0}})
+    settings = study({**small_crops, "pretrain": pretrain}).stage_settings("mine", 0, "pretrain")
     assert settings.views.crop_scale == (0.08, 1.0) and settings.pretrain.projector == (16, 8)
     results = []
     for name, stop in (("whole", None), ("stopped", 20)):
@@ -100,9 +100,9 @@ def test_the_documented_file_adds_a_method(
 
 def test_the_documented_methods_loss_is_its_definition(simclr: str) -> None:
     method = registry.METHODS.load(simclr)
-    own = method.Settings(method=simclr, temperature=0.5)
+    pretrain = method.Settings(method=simclr, temperature=0.5)
     z = torch.randn(5, 2, 7, dtype=torch.float64)
-    found, _ = method(stage_model(simclr)(stage="pretrain", experiment="x", seed=0, pretrain=own)).loss(z, 0.0)
+    found, _ = method(stage_model(simclr)(stage="pretrain", experiment="x", seed=0, pretrain=pretrain)).loss(z, 0.0)
     flat = torch.nn.functional.normalize(z, dim=-1).transpose(0, 1).flatten(0, 1)
     e = (flat @ flat.T / 0.5).exp()
     expected = -sum((e[i, (i + 5) % 10] / (e[i].sum() - e[i, i])).log() for i in range(10)) / 10
@@ -123,8 +123,8 @@ def test_the_documented_function_adds_a_strategy(tmp_path: Path, monkeypatch: py
     assert kept.view1.shape == kept.view2.shape == (4, 16, 16)
     mask = torch.zeros(16, 4, 64).scatter_(2, kept.view1.transpose(0, 1), 1)
     covered = coverage(one, mask, two, grid)
-    own = covered.gather(2, kept.view2.transpose(0, 1))
-    assert torch.equal(own.sort(2).values, covered.sort(2).values[:, :, :16])
+    kept_cover = covered.gather(2, kept.view2.transpose(0, 1))
+    assert torch.equal(kept_cover.sort(2).values, covered.sort(2).values[:, :, :16])
 
 
 def test_the_documented_row_adds_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,8 +208,8 @@ def package(tmp_path: Path) -> Path:
         "from aps.settings.blocks import SamplingSettings\n\n\n",
     }
     code = {"__init__": "", "simclr": METHOD, "archs": ARCH, "strategies": STRATEGY}
-    for name, own in code.items():
-        (source / "ours" / f"{name}.py").write_text(imports[name] + own)
+    for name, text in code.items():
+        (source / "ours" / f"{name}.py").write_text(imports[name] + text)
     given(
         f"python -m pip install --quiet --no-deps --no-index --no-build-isolation --target {folder} {source}", tmp_path
     )

@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 
-def learner(manifest: Path, folder: Path, **own: object) -> Pretraining:
+def learner(manifest: Path, folder: Path, **pretrain: object) -> Pretraining:
     model = stage_model("aps")
     changes = {
         "batch_size": 32,
@@ -34,7 +34,7 @@ def learner(manifest: Path, folder: Path, **own: object) -> Pretraining:
         "warmup_epochs": 1,
         "projector": (16, 16, 8),
         "predictor": (16, 16, 8),
-        **own,
+        **pretrain,
     }
     settings = model(
         stage="pretrain", experiment="gpu", seed=0, dataset=DatasetSettings(name="digits", train_limit=100),

@@ -38,8 +38,10 @@ def locked() -> dict[str, set[str]]:
 def reached(extras: set[str]) -> set[str]:
     """Packages of the lock that the project needs with these extras."""
     packages = {package["name"]: package for package in LOCK}
-    own = packages[PROJECT["name"]]
-    waiting = list(own["dependencies"]) + [need for extra in extras for need in own["optional-dependencies"][extra]]
+    project = packages[PROJECT["name"]]
+    waiting = list(project["dependencies"]) + [
+        need for extra in extras for need in project["optional-dependencies"][extra]
+    ]
     names: set[str] = set()
     while waiting:
         need = waiting.pop()
@@ -77,9 +79,9 @@ def test_the_lock_was_made_from_these_dependencies() -> None:
     wanted = {plain(Requirement(text), "") for text in PROJECT["dependencies"]}
     for extra, texts in PROJECT["optional-dependencies"].items():
         wanted |= {plain(Requirement(text), extra) for text in texts}
-    (own,) = [package for package in LOCK if package["name"] == PROJECT["name"]]
+    (project,) = [package for package in LOCK if package["name"] == PROJECT["name"]]
     recorded = set()
-    for need in own["metadata"]["requires-dist"]:
+    for need in project["metadata"]["requires-dist"]:
         extra = re.search(r"extra == '(\w+)'", need.get("marker", ""))
         specifier = "git" if "git" in need else ",".join(sorted(need.get("specifier", "").replace(" ", "").split(",")))
         recorded.add((need["name"], frozenset(need.get("extras", ())), specifier, extra[1] if extra else ""))
@@ -98,8 +100,8 @@ def test_versions_tested_are_within_the_bounds() -> None:
 def test_one_version_is_named_everywhere() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     (newest,) = re.findall(r"^## \[(\d[^\]]*)\]", CHANGES, re.M)[:1]
-    (own,) = [package["version"] for package in LOCK if package["name"] == PROJECT["name"]]
-    assert {aps.__version__, PROJECT["version"], citation["version"], newest, own} == {PROJECT["version"]}
+    (locked,) = [package["version"] for package in LOCK if package["name"] == PROJECT["name"]]
+    assert {aps.__version__, PROJECT["version"], citation["version"], newest, locked} == {PROJECT["version"]}
     assert re.search(rf"^## \[{re.escape(newest)}\] - {citation['date-released']}$", CHANGES, re.M)
 
 

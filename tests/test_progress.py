@@ -12,7 +12,7 @@ import termios
 import pytest
 
 import aps.progress
-from aps.progress import BAR, LINE_SECONDS, Progress
+from aps.progress import BAR_LETTERS, LINE_SECONDS, Progress
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_lines_come_every_ten_seconds_after_a_first_early_one(
 def test_the_last_line_says_how_long_it_took(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     run(clock, 80, 60.0)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert f"[{'#' * BAR}] 100%  80/80 batches" in last and last.endswith("1:20:00 in all")
+    assert f"[{'#' * BAR_LETTERS}] 100%  80/80 batches" in last and last.endswith("1:20:00 in all")
 
 
 def test_a_resumed_step_counts_from_where_it_was_and_times_what_is_new(

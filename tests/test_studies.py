@@ -105,8 +105,8 @@ ABLATION = study("ablation.yaml").experiments
 def test_an_ablation_changes_one_thing(name: str) -> None:
     experiment = ABLATION[name]
     schedule = {"pretrain.epochs", "pretrain.warmup_epochs"}  # follows T
-    own = changed(experiment, ABLATION[experiment.inherits]) - schedule  # type: ignore[index]
-    assert len(own) == 1, own
+    changed_keys = changed(experiment, ABLATION[experiment.inherits]) - schedule  # type: ignore[index]
+    assert len(changed_keys) == 1, changed_keys
     assert len(experiment.seeds) == 3
 
 

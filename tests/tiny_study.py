@@ -1,4 +1,4 @@
-"""A study of every stage, seconds each, and a checkout to run it in."""
+"""A study with every stage, of seconds each, a folder to run it in, and results that nobody computed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ STUDY: dict[str, Any] = {
 
 
 def checkout(folder: Path, study: dict[str, Any] = STUDY) -> Path:
-    """The repository as a folder of links and `study.yaml`, so that results and Snakemake's files stay out of it."""
+    """Put links to the repository and `study.yaml` into `folder`, so that the repository stays clean."""
     for name in ("Snakefile", "workflow", "profiles", "slurm", "config", "aps"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
@@ -66,7 +66,7 @@ def checkout(folder: Path, study: dict[str, Any] = STUDY) -> Path:
 
 
 def working_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`folder` as the working directory, with the study in config/config.yaml and MLflow off."""
+    """Make `folder` the working directory, with the study in config/config.yaml and MLflow off."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
     (folder / "config").mkdir()
@@ -75,7 +75,7 @@ def working_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def put(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """A copy of `tree` with `value` at `path`; the last key is made where it is missing."""
+    """A copy of `tree` with `value` at `path`. Missing keys are added."""
     if not path:
         return value
     copy = list(tree) if isinstance(tree, list) else dict(tree)
@@ -86,7 +86,7 @@ def put(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
 def fake_job(
     results: Path, experiment: str = "aps", seed: int = 0, k: int = 5, weights: str = "pretrain", **changes: Any
 ) -> StageJob:
-    """A job whose stage a test plays itself; of kNN, because that has no other outputs than those every stage has."""
+    """A job of kNN, whose stage the test plays: it has only the outputs that every stage has."""
     manifest = results / "data" / "digits" / "manifest.json"
     if not manifest.exists():
         manifest.parent.mkdir(parents=True)
@@ -109,7 +109,7 @@ def fake_job(
 
 
 def pretend_prepared(manifest: Path, digest: str) -> None:
-    """A manifest of no files, with this digest."""
+    """Write a manifest without files and with this digest."""
     name = manifest.parent.name
     content = {
         "name": name, "kind": "detection" if "coco" in name else "classification", "classes": ["a", "b"],
@@ -120,7 +120,7 @@ def pretend_prepared(manifest: Path, digest: str) -> None:
 
 
 def pretend_finished(study: Study) -> list[Path]:
-    """Every result of a study, without computing it: sealed, but with a few letters for weights -> the files."""
+    """Write every result of a study without computing it: sealed, with text for weights -> the files."""
     for dataset in study.dataset_names():
         manifest = manifest_path(study.results, dataset)
         manifest.parent.mkdir(parents=True, exist_ok=True)
@@ -133,13 +133,13 @@ def pretend_finished(study: Study) -> list[Path]:
         for name in (*STAGES[stage].outputs, "history.jsonl"):
             (folder / name).write_text(f"{settings.digest} {name}" if name != "history.jsonl" else "")
         encoder = encoder_file(study, experiment, seed) if STAGES[stage].encoder else None
-        described = {
+        metrics = {
             "stage": stage, "experiment": experiment, "seed": seed, "metrics": {}, "settings": settings.relevant(),
             "settings_digest": settings.digest, "files": contents(folder),
             "dataset": {"name": settings.dataset_name, "digest": f"images of {settings.dataset_name}"},
             "encoder": {"sha256": sha256(encoder) if encoder else None},
         }  # fmt: skip
-        (folder / "metrics.json").write_text(json.dumps(seal(described)))
+        (folder / "metrics.json").write_text(json.dumps(seal(metrics)))
         files += [folder / name for name in STAGES[stage].files]
     (report_folder(study) / "figures").mkdir(parents=True, exist_ok=True)
     for name in ("report.html", "results.csv"):

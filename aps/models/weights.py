@@ -31,6 +31,7 @@ from aps.files import atomic_path, check_weights
 from aps.models.archs import dimensions
 from aps.models.encoder import Encoder, build_encoder
 from aps.settings.blocks import EncoderSettings
+from aps.text import shorten
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _short(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    return shorten(text, 120, "...")
 
 
 def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -1,1 +1,1 @@
-"""The report of a study: one page, one CSV file, figures and a table for the terminal, over whatever has finished."""
+"""The report of a study, from all runs that have finished: a page, a CSV file, figures and a table for the terminal."""

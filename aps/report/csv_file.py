@@ -1,7 +1,7 @@
-"""results.csv: one row a run, with its figures, its cost, and every setting that it depends on.
+"""Makes results.csv: one row for each run, with its scores, its cost and every setting that it depends on.
 
-Columns of settings have a dot in their names (`sampling.gamma`), as in a study's file; an evaluation has those of the
-pretraining that made its encoder too, so one table answers which setting gave which score.
+Columns of settings have names as in a study's file (`sampling.gamma`). The row of an evaluation also has the settings
+of the pretraining that made its encoder, so one table shows which setting gave which score.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ FIXED = ("experiment", "seed", "stage", "dataset", "headline", "value", "wall_se
 
 
 def content(table: Table) -> str:
-    """The file's text. Figures of single classes are left to metrics.json."""
+    """The text of the file. Scores of single classes are only in metrics.json."""
     rows = [_row(table, run) for run in table.runs]
-    groups: list[dict[str, Any]] = [{}, {}, {}]  # metrics, cost, settings: each has its columns together
+    groups: list[dict[str, Any]] = [{}, {}, {}]  # columns of metrics, cost and settings
     for row in rows:
-        for group, own in zip(groups, row[1:], strict=True):
-            group |= dict.fromkeys(own)
+        for group, values in zip(groups, row[1:], strict=True):
+            group |= dict.fromkeys(values)
     out = io.StringIO()
     writer = csv.DictWriter(out, [*FIXED, *(key for group in groups for key in group)], lineterminator="\n")
     writer.writeheader()
@@ -35,12 +35,12 @@ def content(table: Table) -> str:
 
 
 def settings_columns(table: Table, run: Run) -> dict[str, str]:
-    """Settings of a run by their names in a study's file."""
+    """The settings of a run, by their names in a study's file."""
     tree = {key: value for key, value in run["settings"].items() if key not in NOT_COMPARED}
     source = table.study.pretrain_source(run["experiment"]) if run["stage"] != "pretrain" else None
-    made = table.findings.get((source, run["seed"], "pretrain")) if source is not None else None
-    if made is not None and made.metrics is not None:
-        tree = inherit(tree, made.metrics["settings"])
+    pretraining = table.findings.get((source, run["seed"], "pretrain")) if source is not None else None
+    if pretraining is not None and pretraining.metrics is not None:
+        tree = inherit(tree, pretraining.metrics["settings"])
     return {key: shown(value) for key, value in flatten(tree).items()}
 
 

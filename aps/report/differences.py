@@ -1,7 +1,7 @@
-"""In what a study's experiments differ, and which of its settings are swept.
+"""Finds the settings in which a study's experiments differ, and those that are swept.
 
-Only settings of stages that ran count, and only those that the stage reads. An evaluation also has the settings of the
-pretraining that made its encoder.
+Only settings count that a finished stage reads. An evaluation also has the settings of the pretraining that made its
+encoder.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from aps.results import flatten
 from aps.settings.blocks import SamplingSettings
 
 ABSENT = "(not read)"
-LEAST = 3  # values that make a sweep
+FEWEST_VALUES = 3  # of a sweep
 # Where several settings change together, the first of these is the axis.
 FIRST = ("pretrain.method", "sampling.", "pretrain.", "views.", "encoder.")
 NOT_COMPARED = ("stage", "experiment", "seed", "upstream")
 
 
 class Sweep(NamedTuple):
-    """Experiments that differ in one setting, with those that follow it (fewer samplings a batch, more epochs)."""
+    """Experiments that differ in one setting, and perhaps in others that change with it (more epochs)."""
 
     key: str
-    with_it: tuple[str, ...]  # settings that change with it
-    lines: dict[str, dict[str, Any]]  # what sets a line apart -> {experiment: its value}
+    with_it: tuple[str, ...]  # other settings that change with `key`
+    lines: dict[str, dict[str, Any]]  # label of a line -> {experiment: its value of `key`}
 
     @property
     def numeric(self) -> bool:
@@ -36,7 +36,7 @@ class Sweep(NamedTuple):
 
 
 def settings_of(table: Table, name: str) -> dict[str, Any]:
-    """Flat settings of an experiment: of its stages that have run, and of the pretraining that it starts from."""
+    """Settings of an experiment as `a.b` keys: of its finished stages, and of the pretraining that it starts from."""
     study, flat = table.study, dict[str, Any]()
     source = study.pretrain_source(name)
     stages = [(source, "pretrain")] if source not in (None, name) else []
@@ -52,65 +52,63 @@ def settings_of(table: Table, name: str) -> dict[str, Any]:
         if not ran:
             continue
         tree = study.stage_settings(owner, ran[0], stage).relevant()
-        own = flatten({key: value for key, value in tree.items() if key not in NOT_COMPARED})
+        stage_settings = flatten({key: value for key, value in tree.items() if key not in NOT_COMPARED})
         if isinstance(sampling := tree.get("sampling"), dict):
-            own = {
-                k: v
-                for k, v in own.items()
-                if k.removeprefix("sampling.") not in SamplingSettings.unread(sampling["strategy"])
-            }
-        for key, value in own.items():
-            # The dataset of one stage may be another one than that of the others.
+            unread = {f"sampling.{key}" for key in SamplingSettings.unread(sampling["strategy"])}
+            stage_settings = {key: value for key, value in stage_settings.items() if key not in unread}
+        for key, value in stage_settings.items():
+            # One stage may use another dataset than the others.
             flat.setdefault(key if flat.get(key, value) == value else f"{stage}.{key}", value)
     return flat
 
 
 def differing(table: Table) -> dict[str, dict[str, list[str]]]:
-    """Key -> value as text -> the experiments that have it; only keys of which there are several values."""
-    flat = {name: own for name in table.study.experiments if (own := settings_of(table, name))}
-    keys = dict.fromkeys(key for own in flat.values() for key in own)
-    found: dict[str, dict[str, list[str]]] = {}
+    """Key -> value as text -> the experiments that have it. Only keys with several values."""
+    flat = {name: settings for name in table.study.experiments if (settings := settings_of(table, name))}
+    keys = dict.fromkeys(key for settings in flat.values() for key in settings)
+    several: dict[str, dict[str, list[str]]] = {}
     for key in sorted(keys, key=_rank):
         values: dict[str, list[str]] = defaultdict(list)
-        for name, own in flat.items():
-            if key in own:
-                values[shown(own[key])].append(name)
+        for name, settings in flat.items():
+            if key in settings:
+                values[shown(settings[key])].append(name)
         if len(values) > 1:
-            found[key] = dict(values)
-    return found
+            several[key] = dict(values)
+    return several
 
 
 def sweeps(table: Table) -> list[Sweep]:
-    """Every setting that takes three values or more while all others stay, or change with it; in the order of `FIRST`."""
-    flat = {name: own for name in table.evaluated() if (own := settings_of(table, name))}
+    """Every setting with three values or more while all others stay the same or change with it; in `FIRST`'s order."""
+    flat = {name: settings for name in table.evaluated() if (settings := settings_of(table, name))}
     keys = [key for key in differing(table) if key != "encoder.weights"]
-    groups = _groups(table, {name: flat[name] for name in flat if not _untrained(table, name)}, keys)
+    groups_by_keys = _groups(table, {name: flat[name] for name in flat if not _untrained(table, name)}, keys)
 
     def value(name: str, key: str) -> Any:
         return flat[name].get(key, ABSENT)
 
-    found = []
-    for changed, lists in groups.items():
-        apart = [key for key in keys if key not in changed and len({shown(value(own[0], key)) for own in lists}) > 1]
+    result = []
+    for swept, groups in groups_by_keys.items():
+        # What tells the lines of the figure apart: settings in which the groups differ from each other.
+        apart = [key for key in keys if key not in swept and len({shown(value(group[0], key)) for group in groups}) > 1]
         lines = {}
-        for names in lists:
-            read = [key for key in apart if key in flat[names[0]]]
-            label = ", ".join(f"{key.rpartition('.')[2]} {shown(value(names[0], key))}" for key in read)
-            lines[label] = {name: value(name, changed[0]) for name in names}
-        found.append(Sweep(changed[0], changed[1:], lines))
-    return sorted(found, key=lambda sweep: (_rank(sweep.key), len(sweep.with_it)))
+        for group in groups:
+            read = [key for key in apart if key in flat[group[0]]]
+            label = ", ".join(f"{key.rpartition('.')[2]} {shown(value(group[0], key))}" for key in read)
+            lines[label] = {name: value(name, swept[0]) for name in group}
+        result.append(Sweep(swept[0], swept[1:], lines))
+    return sorted(result, key=lambda sweep: (_rank(sweep.key), len(sweep.with_it)))
 
 
 def _groups(table: Table, flat: dict[str, dict[str, Any]], keys: list[str]) -> dict[tuple[str, ...], list[list[str]]]:
-    """Settings that change together -> groups of experiments, any two of which differ in all of these and nothing else."""
+    """Settings that change together -> groups of experiments, of which any two differ in exactly these settings."""
 
     def changed(a: str, b: str) -> tuple[str, ...]:
         return tuple(key for key in keys if flat[a].get(key, ABSENT) != flat[b].get(key, ABSENT))
 
-    found: dict[tuple[str, ...], list[list[str]]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[list[str]]] = defaultdict(list)
     stages = {name: table.study.experiments[name].stages for name in flat}
     sets = {changed(a, b) for a, b in itertools.combinations(flat, 2) if stages[a] == stages[b]} - {()}
-    for together in sorted(sets, key=lambda own: (len(own), keys.index(own[0]))):
+    for together in sorted(sets, key=lambda changing: (len(changing), keys.index(changing[0]))):
         for base in flat:
             members = [base]
             for name in flat:
@@ -118,11 +116,11 @@ def _groups(table: Table, flat: dict[str, dict[str, Any]], keys: list[str]) -> d
                     members.append(name)
             members.sort(key=list(flat).index)
             read = all(key in flat[name] for name in members for key in together)
-            # The diagonal of a grid is no sweep: what changes there together also changes alone.
-            diagonal = any(set(own) < set(together) for own, lists in found.items() if lists)
-            if len(members) >= LEAST and read and not diagonal and members not in found[together]:
-                found[together].append(members)
-    return {together: lists for together, lists in found.items() if lists}
+            # The diagonal of a grid is no sweep: the settings that change together there also change alone.
+            diagonal = any(set(fewer) < set(together) for fewer, members_of in groups.items() if members_of)
+            if len(members) >= FEWEST_VALUES and read and not diagonal and members not in groups[together]:
+                groups[together].append(members)
+    return {together: members_of for together, members_of in groups.items() if members_of}
 
 
 def _untrained(table: Table, name: str) -> bool:
@@ -130,7 +128,7 @@ def _untrained(table: Table, name: str) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A setting's value as people write it."""
+    """A setting's value as a study's file has it."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, str):

@@ -1,8 +1,8 @@
-"""How figures are drawn: panels of a telephone's width, as SVG within a page and as PNG files.
+"""Draws figures from panels that fit a telephone's width: as SVG in a page, and as PNG files.
 
-Design: a page shows each panel as an SVG of its own, so that panels flow, three in a row on a screen and one below the other
-on a telephone, at the same size of letters. Ink is drawn in one colour that becomes the page's own, so a figure follows dark
-mode and print. The same panels side by side are a PNG file, on white.
+Design: each panel is a separate SVG in the page. So three stand side by side on a screen and one below the other on a
+telephone, with letters of the same size. Ink has a placeholder colour that is replaced by the page's text colour, so a
+figure follows dark mode and print. The PNG file has the same panels side by side, on white.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-INK, LINE = "#010203", "#010204"  # no other colour is like them: they become the page's
+INK, LINE = "#010203", "#010204"  # placeholders, replaced by the page's colours; nothing else uses them
 PAGE = {INK: "currentColor", LINE: "var(--line)"}
 PAPER = {INK: "#1d2429", LINE: "#d5dce0"}
-# Told from each other by people who see no red or no green, and legible on white and on black.
+# Distinct also for people who do not see red or green, and legible on white and on black.
 COLOURS = ("#2a7fd4", "#d9730d", "#1f9d6b", "#c2468f", "#8a63d2", "#a8860b", "#d0453c", "#2a9db0", "#7f8a91", "#9a6750")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-WIDTH = 3.6  # inches of a panel
-IN_A_ROW = 3  # panels of a PNG file
-LEAST_POINTS = 10.0  # that an axis of percentages spans
+PANEL_WIDTH = 3.6  # inches
+PANELS_IN_A_ROW = 3  # in a PNG file
+LEAST_POINTS = 10.0  # percentage points that an axis spans
 
-STYLE: dict[str, Any] = {
+MATPLOTLIB_STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8, "xtick.labelsize": 7.5,
     "ytick.labelsize": 7.5, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
     "axes.titlelocation": "left", "axes.axisbelow": True, "grid.linewidth": 0.5, "legend.frameon": False,
@@ -36,19 +36,19 @@ STYLE: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Look(NamedTuple):
-    """Of one experiment in every figure."""
+class Style(NamedTuple):
+    """How one experiment is drawn, the same in every figure."""
 
     colour: str
     dash: Any  # as matplotlib writes it
     marker: str
 
 
-def looks(names: Sequence[str]) -> dict[str, Look]:
-    """Colours first; where they are used up, the kind of line changes."""
+def make_styles(names: Sequence[str]) -> dict[str, Style]:
+    """A style for each name. When all colours are used, they start again with another kind of line."""
     count = len(COLOURS)
     return {
-        name: Look(COLOURS[i % count], DASHES[i // count % len(DASHES)], MARKERS[i % len(MARKERS)])
+        name: Style(COLOURS[i % count], DASHES[i // count % len(DASHES)], MARKERS[i % len(MARKERS)])
         for i, name in enumerate(names)
     }
 
@@ -58,10 +58,10 @@ class Panel:
     """One pair of axes, or several that belong together.
 
     Attributes:
-        draw: onto the axes; what it draws has the ink's colour unless it says otherwise.
-        height: inches.
-        shape: rows and columns of axes; `draw` gets an array of axes where it is not (1, 1).
-        label: in words, for who does not see the figure.
+        label: what it shows, for readers who do not see it.
+        draw: draws onto the axes it is given; the default colour is that of ink.
+        height: in inches.
+        shape: rows and columns of axes. If it is not (1, 1), `draw` gets an array of axes.
     """
 
     label: str
@@ -75,10 +75,10 @@ class Picture:
     """A figure of the report.
 
     Attributes:
-        name: of its file.
+        name: name of its file.
         category: heading under which `snakemake --report` lists it.
-        legend: what the colours of all panels mean.
-        dots: whether these are colours of dots and not of lines.
+        legend: the styles of all panels, by name.
+        dots: whether the panels have dots and not lines.
     """
 
     name: str
@@ -86,39 +86,39 @@ class Picture:
     title: str
     caption: str
     panels: Sequence[Panel]
-    legend: Mapping[str, Look] = field(default_factory=dict)
+    legend: Mapping[str, Style] = field(default_factory=dict)
     dots: bool = False
 
     def inline(self) -> list[tuple[str, str]]:
-        """(label, SVG to stand in a page) of every panel."""
+        """(label, SVG for a page) of every panel."""
         return [(panel.label, _svg(panel, f"{self.name}{i}")) for i, panel in enumerate(self.panels)]
 
     def png(self) -> bytes:
-        """All panels on white, with the legend and the title."""
-        columns = min(IN_A_ROW, len(self.panels))
+        """A PNG of all panels on white, with legend and title."""
+        columns = min(PANELS_IN_A_ROW, len(self.panels))
         rows = -(-len(self.panels) // columns)
         heights = [max(p.height for p in self.panels[i * columns : (i + 1) * columns]) for i in range(rows)]
         with matplotlib.rc_context(_style(PAPER)):
             longest = max((len(name) for name in self.legend), default=0)
-            beside = max(1, int(columns * WIDTH / (0.5 + 0.075 * longest)))  # names in a line
-            legend = 0.2 * -(-len(self.legend) // beside) + 0.1 * bool(self.legend)
-            figure = Figure(figsize=(WIDTH * columns, sum(heights) + legend + 0.3), layout="constrained", dpi=150)
+            per_line = max(1, int(columns * PANEL_WIDTH / (0.5 + 0.075 * longest)))  # names of the legend
+            legend = 0.2 * -(-len(self.legend) // per_line) + 0.1 * bool(self.legend)
+            figure = Figure(figsize=(PANEL_WIDTH * columns, sum(heights) + legend + 0.3), layout="constrained", dpi=150)
             figure.suptitle(self.title, fontsize=10, x=0.01, ha="left")
-            places = figure.subfigures(rows, columns, squeeze=False, height_ratios=heights)
-            for panel, place in zip(self.panels, places.flat, strict=False):
-                panel.draw(_axes(panel, place))
+            subfigures = figure.subfigures(rows, columns, squeeze=False, height_ratios=heights)
+            for panel, subfigure in zip(self.panels, subfigures.flat, strict=False):
+                panel.draw(_axes(panel, subfigure))
             if self.legend:
                 lines = [
                     matplotlib.lines.Line2D(
                         [],
                         [],
-                        color=look.colour,
-                        **({"marker": "o", "linestyle": "none"} if self.dots else {"linestyle": look.dash}),
+                        color=style.colour,
+                        **({"marker": "o", "linestyle": "none"} if self.dots else {"linestyle": style.dash}),
                     )
-                    for look in self.legend.values()
+                    for style in self.legend.values()
                 ]
-                names = [_plain(name) for name in self.legend]
-                figure.legend(lines, names, loc="outside lower center", ncols=min(beside, len(names)), fontsize=8)
+                names = [_escaped(name).lstrip("_") for name in self.legend]
+                figure.legend(lines, names, loc="outside lower center", ncols=min(per_line, len(names)), fontsize=8)
             out = io.BytesIO()
             figure.savefig(out, format="png")
         return out.getvalue()
@@ -128,9 +128,11 @@ def grid_lines(axes: Axes, axis: str) -> None:
     axes.grid(axis=axis, color=matplotlib.rcParams["grid.color"])  # type: ignore[arg-type]
 
 
-def room(values: Sequence[float], least: float, share: float = 0.12) -> tuple[float, float]:
-    """Limits of an axis of percentages that holds `values`, at least `least` points long, within 0 to 100 where they are:
-    one point never looks like much."""
+def axis_limits(values: Sequence[float], least: float, share: float = 0.12) -> tuple[float, float]:
+    """Limits of an axis of percentages that holds `values`; at least `least` points, so that one point looks small.
+
+    If the values are within 0 to 100, so are the limits. share: margin on each side, as a share of the values' range.
+    """
     low, high = min(values), max(values)
     margin = max(least - (high - low), 2 * share * (high - low)) / 2
     low, high = low - margin, high + margin
@@ -142,31 +144,31 @@ def room(values: Sequence[float], least: float, share: float = 0.12) -> tuple[fl
 
 
 def short(text: str, letters: int = 40) -> str:
-    """Of a name within a figure: cut in the middle where it is long; dollars would start a formula."""
-    text = text if len(text) <= letters else f"{text[: letters - 9]}…{text[-8:]}"
+    """A name for a figure; a long one is cut in the middle."""
+    return _escaped(text if len(text) <= letters else f"{text[: letters - 9]}…{text[-8:]}")
+
+
+def _escaped(text: str) -> str:
+    """A dollar would start a formula."""
     return text.replace("$", r"\$")
 
 
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$").lstrip("_")
-
-
-def _axes(panel: Panel, place: Any) -> Any:
+def _axes(panel: Panel, figure: Any) -> Any:
     if panel.shape == (1, 1):
-        return place.subplots()
-    return place.subplots(*panel.shape, squeeze=False)
+        return figure.subplots()
+    return figure.subplots(*panel.shape, squeeze=False)
 
 
 def _style(inks: Mapping[str, str]) -> Any:
     ink, line = (INK, LINE) if inks is PAGE else (inks[INK], inks[LINE])
-    own = dict.fromkeys(
+    in_ink = dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), ink
     )
-    return STYLE | own | {"grid.color": line}
+    return MATPLOTLIB_STYLE | in_ink | {"grid.color": line}
 
 
 def standalone(figure: Callable[[], Figure], kind: str) -> bytes:
-    """A figure as a file of its own, `png` on white or `svg` that follows its viewer's dark mode."""
+    """The content of a file with one figure: `png` on white, or `svg` that follows its viewer's dark mode."""
     paper = kind == "png"
     with matplotlib.rc_context(_style(PAPER if paper else PAGE)):
         out, drawn = io.BytesIO(), figure()
@@ -184,9 +186,7 @@ def standalone(figure: Callable[[], Figure], kind: str) -> bytes:
 
 def _svg(panel: Panel, name: str) -> str:
     with matplotlib.rc_context(_style(PAGE)):
-        figure = Figure(
-            figsize=(WIDTH, panel.height), layout="constrained", dpi=200
-        )  # the dpi is that of pictures in it
+        figure = Figure(figsize=(PANEL_WIDTH, panel.height), layout="constrained", dpi=200)  # dpi of the images in it
         panel.draw(_axes(panel, figure))
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
@@ -195,7 +195,7 @@ def _svg(panel: Panel, name: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    # Several figures stand in one page, and the page is one name space.
+    # The ids of all figures in a page must differ.
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     return re.sub(r"url\(#", f"url(#{name}-", text)

@@ -1,8 +1,8 @@
-"""The report's figures of images: kept cells, class-token attention, nearest neighbours, detections beside the truth.
+"""Draws the report's figures of images: kept cells, class-token attention, nearest neighbours, detections.
 
-They are drawn by what the stages themselves call: the sampler, the encoder, the features, the annotations. A few images
-each, on the CPU, so that a report can be made on a login node. What can't be drawn (data that are gone, a network without
-class token) is left out with a sentence.
+They use the code that the stages use: the sampler, the encoder, the features, the annotations. Each shows a few images,
+on the CPU, so that a report can be made on a login node. What can't be drawn, because its data are gone or its network
+has no class token, is left out with a message.
 """
 
 from __future__ import annotations
@@ -31,44 +31,46 @@ from aps.inference.neighbours import Index
 from aps.layout import manifest_of
 from aps.registry import METHODS
 from aps.report.drawing import INK, Panel, Picture
-from aps.report.figures import Whole
+from aps.report.figures import IsIntact
 from aps.report.table import Table
+from aps.text import shorten
 
-IMAGES = 3  # of each figure
-HEADS = 2  # whose attention is shown beside the mean
+IMAGES = 3  # in each figure
+HEADS = 2  # shown beside the mean of all heads
+LONGEST_LABEL = 9  # letters
 QUERIES, NEIGHBOURS = 4, 5
 WRONG = "#d0453c"
 
 
-def examples(table: Table, whole: Whole) -> list[Picture]:
-    """Those that there is something to show in."""
+def examples(table: Table, is_intact: IsIntact) -> list[Picture]:
+    """All figures of images for which there are results."""
     makers = (
         ("kept-cells", "What the encoder sees", "Training images with the boxes of both views (blue and orange), and the cells of each that are kept.", "pretrain", "encoder.safetensors", _kept),
         ("attention", "What the class token attends to", "Test images; the last block's attention, mean of all heads and the first heads.", "pretrain", "encoder.safetensors", _attention),
         ("neighbours", "Nearest neighbours", "Test images, left, and those most similar to each by cosine; red: of another class.", "embed", "features.parquet", _neighbours),
         ("detections", "Detections beside the truth", "As many of the best detections as there are instances.", "detection", "predictions.json", _detections),
     )  # fmt: skip
-    found = []
+    pictures = []
     for name, title, caption, stage, file, make in makers:
-        panels = list(_panels(table, whole, stage, file, make))
+        panels = list(_panels(table, is_intact, stage, file, make))
         if panels:
-            found.append(Picture(name, "examples", title, caption, panels))
-    return found
+            pictures.append(Picture(name, "examples", title, caption, panels))
+    return pictures
 
 
 def _panels(
-    table: Table, whole: Whole, stage: str, file: str, make: Callable[[Table, Finding, Path], Panel | None]
+    table: Table, is_intact: IsIntact, stage: str, file: str, make: Callable[[Table, Finding, Path], Panel | None]
 ) -> Iterator[Panel]:
-    """Of each experiment's first seed that has run the stage on the data that are there."""
+    """A panel for each experiment, from its first seed that has run the stage, if the dataset is still the same."""
     for name, experiment in table.study.experiments.items():
         for seed in experiment.seeds:
             finding = table.findings.get((name, seed, stage))
-            if finding is None or finding.metrics is None or not whole(finding, file):
+            if finding is None or finding.metrics is None or not is_intact(finding, file):
                 continue
             manifest = manifest_of(table.study, finding.metrics["dataset"]["name"])
             try:
-                there = manifest.exists() and Manifest.read(manifest).digest == finding.metrics["dataset"]["digest"]
-                panel = make(table, finding, manifest) if there else None
+                same_data = manifest.exists() and Manifest.read(manifest).digest == finding.metrics["dataset"]["digest"]
+                panel = make(table, finding, manifest) if same_data else None
             except UserError as error:
                 print(f"{finding.label}: not drawn in the report: {error}", file=sys.stderr)
                 break
@@ -81,46 +83,46 @@ def _kept(table: Table, finding: Finding, manifest: Path) -> Panel | None:
     settings = table.study.experiments[finding.experiment]
     if "sampling" not in METHODS.load(settings.pretrain.method).blocks:
         return None
-    shown = show_views.examples(_spread(load_split(manifest, "train"), IMAGES), settings, finding.seed)
-    places = (0, 2, 5)  # of show_views.COLUMNS
+    drawn = show_views.examples(_spread(load_split(manifest, "train"), IMAGES), settings, finding.seed)
+    columns = (0, 2, 5)  # of show_views.COLUMNS
 
     def draw(axes: np.ndarray) -> None:
-        for row, example in zip(axes, shown, strict=True):
-            show_views.draw_row(dict(zip(places, row, strict=True)), example, settings.encoder.grid)
-        for spot, place in zip(axes[0], places, strict=True):
-            colour = {2: show_views.COLORS[0], 5: show_views.COLORS[1]}.get(place, INK)
-            spot.set_title(show_views.COLUMNS[place], fontsize=7.5, color=colour, loc="center")
+        for row, example in zip(axes, drawn, strict=True):
+            show_views.draw_row(dict(zip(columns, row, strict=True)), example, settings.encoder.grid)
+        for ax, column in zip(axes[0], columns, strict=True):
+            colour = {2: show_views.COLORS[0], 5: show_views.COLORS[1]}.get(column, INK)
+            ax.set_title(show_views.COLUMNS[column], fontsize=7.5, color=colour, loc="center")
         _heading(axes, finding.experiment)
 
-    return Panel(f"Kept cells of {finding.experiment}", draw, 0.5 + 1.2 * len(shown), (len(shown), len(places)))
+    return Panel(f"Kept cells of {finding.experiment}", draw, 0.5 + 1.2 * len(drawn), (len(drawn), len(columns)))
 
 
 def _attention(table: Table, finding: Finding, manifest: Path) -> Panel | None:
     model = load(finding.folder, "cpu")
     assert isinstance(model, Model)
-    where = "test" if "test" in Manifest.read(manifest).splits else "train"
-    split = _spread(load_split(manifest, where), IMAGES)
+    split_name = "test" if "test" in Manifest.read(manifest).splits else "train"
+    split = _spread(load_split(manifest, split_name), IMAGES)
     pixels = [model.preprocessing.pixels(split.read(i), f"image {i}") for i in range(len(split))]
     maps = model.attention_of(pixels)  # (M, heads, G, G)
     heads = min(HEADS, maps.shape[1]) if maps.shape[1] > 1 else 0
     names = ["image", "mean of heads", *(f"head {i}" for i in range(heads))] if heads else ["image", "attention"]
 
     def draw(axes: np.ndarray) -> None:
-        for line, image, own in zip(axes, pixels, maps, strict=True):
-            shown = image.permute(1, 2, 0).clamp(0, 1).numpy()
-            _image(line[0], shown)
-            for spot, weights in zip(line[1:], [own.mean(0), *own[:heads]], strict=True):
-                _image(spot, shown.mean(-1, keepdims=True).repeat(3, -1))
-                side = len(shown)
-                spot.imshow(
+        for row, image, attention in zip(axes, pixels, maps, strict=True):
+            colours = image.permute(1, 2, 0).clamp(0, 1).numpy()
+            _image(row[0], colours)
+            for ax, weights in zip(row[1:], [attention.mean(0), *attention[:heads]], strict=True):
+                _image(ax, colours.mean(-1, keepdims=True).repeat(3, -1))
+                side = len(colours)
+                ax.imshow(
                     weights.numpy(),
                     cmap="inferno",
                     alpha=0.65,
                     extent=(-0.5, side - 0.5, side - 0.5, -0.5),
                     interpolation="nearest",
                 )
-        for spot, name in zip(axes[0], names, strict=True):
-            spot.set_title(name, fontsize=7.5, loc="center")
+        for ax, name in zip(axes[0], names, strict=True):
+            ax.set_title(name, fontsize=7.5, loc="center")
         _heading(axes, finding.experiment)
 
     return Panel(
@@ -137,23 +139,25 @@ def _neighbours(table: Table, finding: Finding, manifest: Path) -> Panel | None:
     if len(split) != len(index) or len(index) < 2:
         return None
     rows = _rows(len(index), QUERIES)
-    named = index.describe(rows)
-    lines = []
-    for row, found in zip(rows, index.neighbours(index.vectors(rows), NEIGHBOURS + 1), strict=True):
-        others = [n for n in found if n.row != row][:NEIGHBOURS]
-        lines.append([(row, named[row][1], None), *((n.row, n.label, n.label == named[row][1]) for n in others)])
+    described = index.describe(rows)
+    lines = []  # of (row, label, whether it is the query's; None for the query)
+    for row, neighbours in zip(rows, index.neighbours(index.vectors(rows), NEIGHBOURS + 1), strict=True):
+        label = described[row][1]
+        others = [n for n in neighbours if n.row != row][:NEIGHBOURS]
+        lines.append([(row, label, None), *((n.row, n.label, n.label == label) for n in others)])
     width = max(len(line) for line in lines)
 
     def draw(axes: np.ndarray) -> None:
-        for line, spots in zip(lines, axes, strict=True):
-            for spot in spots:
-                spot.axis("off")
-            for (row, label, same), spot in zip(line, spots, strict=False):
-                spot.axis("on")
-                _image(spot, small(split.read(row)))
+        for line, axes_of_line in zip(lines, axes, strict=True):
+            for ax in axes_of_line:
+                ax.axis("off")
+            for (row, label, same), ax in zip(line, axes_of_line, strict=False):
+                ax.axis("on")
+                _image(ax, small(split.read(row)))
                 wrong = same is False and label is not None
-                spot.set_title(_short(label), fontsize=6.5, loc="center", pad=2, color=WRONG if wrong else INK)
-                spot.spines[:].set(visible=same is None or wrong, color=WRONG if wrong else INK, linewidth=1.5)
+                title = shorten((label or "").replace("$", r"\$"), LONGEST_LABEL)
+                ax.set_title(title, fontsize=6.5, loc="center", pad=2, color=WRONG if wrong else INK)
+                ax.spines[:].set(visible=same is None or wrong, color=WRONG if wrong else INK, linewidth=1.5)
         _heading(axes, finding.experiment)
 
     return Panel(f"Nearest neighbours by {finding.experiment}", draw, 0.4 + 0.7 * len(lines), (len(lines), width))
@@ -169,16 +173,16 @@ def _detections(table: Table, finding: Finding, manifest: Path) -> Panel | None:
             by_image[result["image_id"]].append(result)
 
     def draw(axes: np.ndarray) -> None:
-        for line, index in zip(axes, chosen, strict=True):
+        for row, index in zip(axes, chosen, strict=True):
             image = split.read(index).permute(1, 2, 0).numpy()
             truth = [a for a in split.coco.imgToAnns[split.ids[index]] if not a.get("iscrowd", 0)]
-            found = sorted(by_image[split.ids[index]], key=lambda result: -result["score"])[: len(truth)]
-            draw_instances(line[0], image, split, truth)
-            draw_instances(line[1], image, split, found)
-            for spot in line:
-                spot.spines[:].set_visible(False)
-        for spot, title in zip(axes[0], ("truth", "detections"), strict=True):
-            spot.set_title(title, fontsize=7.5, loc="center")
+            best = sorted(by_image[split.ids[index]], key=lambda result: -result["score"])[: len(truth)]
+            draw_instances(row[0], image, split, truth)
+            draw_instances(row[1], image, split, best)
+            for ax in row:
+                ax.spines[:].set_visible(False)
+        for ax, title in zip(axes[0], ("truth", "detections"), strict=True):
+            ax.set_title(title, fontsize=7.5, loc="center")
         _heading(axes, finding.experiment)
 
     return Panel(
@@ -190,7 +194,7 @@ def _detections(table: Table, finding: Finding, manifest: Path) -> Panel | None:
 
 
 def _rows(count: int, shown: int) -> list[int]:
-    """Spread evenly over `count`, ascending."""
+    """At most `shown` of `count` rows, evenly spread and ascending."""
     return sorted(set(np.linspace(0, count - 1, min(shown, count)).round().astype(int).tolist()))
 
 
@@ -207,8 +211,3 @@ def _image(axes: Axes, pixels: np.ndarray) -> None:
 
 def _heading(axes: np.ndarray, name: str) -> None:
     axes[0, 0].figure.suptitle(name.replace("$", r"\$"), fontsize=9, x=0.02, ha="left")
-
-
-def _short(text: str | None, letters: int = 9) -> str:
-    text = (text or "").replace("$", r"\$")
-    return text if len(text) <= letters else f"{text[: letters - 1]}…"

@@ -1,7 +1,7 @@
-"""The report's figures of numbers: scores, curves, accuracy against cost, sweeps, confusions, the map of features.
+"""Draws the report's figures of numbers: scores, curves, accuracy against cost, sweeps, confusions, map of features.
 
-Each function gives a picture, or None where no run has what it shows. They read metrics.json, history.jsonl and
-features.parquet; what needs a network is in `aps.report.examples`.
+Each function returns a picture, or None if no run has what it shows. They read metrics.json, history.jsonl and
+features.parquet. Figures that need a network are in `aps.report.examples`.
 """
 
 from __future__ import annotations
@@ -18,50 +18,52 @@ from matplotlib.colors import to_rgb
 
 from aps.findings import Finding
 from aps.journal import read_history
-from aps.report.drawing import COLOURS, LEAST_POINTS, Look, Panel, Picture, grid_lines, looks, room, short
+from aps.report.drawing import COLOURS, LEAST_POINTS, Panel, Picture, Style, axis_limits, grid_lines, make_styles, short
 from aps.report.sweep_figures import sweep_figures
 from aps.report.table import Column, Table
 from aps.stages import STAGES
 
 MONITOR = "knn_train_top1"
-WITH_NUMBERS = 12  # classes of a confusion matrix whose cells have room for a number
-ROW = 0.4  # inches of an experiment
+MOST_WITH_NUMBERS = 12  # classes of a confusion matrix; with more, numbers do not fit in its cells
+ROW = 0.4  # inches for each experiment
 
-Whole = Callable[[Finding, str], bool]  # whether a file of a run is the one that was written
+IsIntact = Callable[[Finding, str], bool]  # whether a file of a run is the one that was written
 
 
 class Curve(NamedTuple):
-    """A line of one run."""
+    """The line of one run in a panel."""
 
     experiment: str
     x: list[float]
     y: list[float]
 
 
-def all_figures(table: Table, whole: Whole) -> list[Picture]:
-    """Those that there is something to show in, in the order of the page."""
-    made = [
+def all_figures(table: Table, is_intact: IsIntact) -> list[Picture]:
+    """All figures for which there are results, in the order of the page."""
+    pictures = [
         scores(table),
         *sweep_figures(table),
-        during(table, whole),
+        during_pretraining(table, is_intact),
         against_cost(table),
-        curves(table, whole),
+        curves(table, is_intact),
         *confusions(table),
-        *maps(table, whole),
+        *maps(table, is_intact),
     ]
-    return [picture for picture in made if picture is not None]
+    return [picture for picture in pictures if picture is not None]
 
 
 # --------------------------------------------------------------------------------------------------
 
 
 def scores(table: Table) -> Picture | None:
-    """Every seed as a dot, the mean as a tick, a panel for each score."""
-    look, panels = looks(list(table.study.experiments)), []
+    """A panel for each score: every seed as a dot, the mean as a tick."""
+    styles, panels = make_styles(list(table.study.experiments)), []
     for score in table.scores:
         names = [name for name in table.evaluated() if score in table.cells[name]]
         if names:
-            panels.append(Panel(_said(table, score, names), _rows(table, score, names, look), 0.55 + ROW * len(names)))
+            panels.append(
+                Panel(_description(table, score, names), _rows(table, score, names, styles), 0.55 + ROW * len(names))
+            )
     if not panels:
         return None
     return Picture(
@@ -69,30 +71,30 @@ def scores(table: Table) -> Picture | None:
     )
 
 
-def _said(table: Table, score: Column, names: Sequence[str]) -> str:
+def _description(table: Table, score: Column, names: Sequence[str]) -> str:
     return f"{score.label}, percent: " + ", ".join(f"{name} {table.cells[name][score]}" for name in names)
 
 
-def _rows(table: Table, score: Column, names: Sequence[str], look: dict[str, Look]) -> Callable[[Axes], None]:
+def _rows(table: Table, score: Column, names: Sequence[str], styles: dict[str, Style]) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for row, name in enumerate(names):
-            sample, own = table.cells[name][score], look[name]
+            sample, style = table.cells[name][score], styles[name]
             axes.plot(
                 sample.values,
                 [row] * len(sample.values),
                 "o",
-                color=own.colour,
+                color=style.colour,
                 markersize=4.5,
                 alpha=0.65,
                 markeredgewidth=0,
             )
-            axes.plot(sample.mean, row, "|", color=own.colour, markersize=12, markeredgewidth=2)
+            axes.plot(sample.mean, row, "|", color=style.colour, markersize=12, markeredgewidth=2)
             if interval := table.interval(name, score):
-                axes.plot([interval.low, interval.high], [row, row], color=own.colour, linewidth=1, alpha=0.5)
+                axes.plot([interval.low, interval.high], [row, row], color=style.colour, linewidth=1, alpha=0.5)
         _name_rows(axes, [f"{short(name)}  {table.cells[name][score]}" for name in names])
         values = [value for name in names for value in table.cells[name][score].values]
-        values += [edge for name in names if (found := table.interval(name, score)) for edge in found[:2]]
-        axes.set_xlim(room(values, LEAST_POINTS))
+        values += [edge for name in names if (interval := table.interval(name, score)) for edge in interval[:2]]
+        axes.set_xlim(axis_limits(values, LEAST_POINTS))
         grid_lines(axes, "x")
         axes.set_title(f"{score.label}, %")
 
@@ -100,7 +102,7 @@ def _rows(table: Table, score: Column, names: Sequence[str], look: dict[str, Loo
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Writes each row's name above it, from the top down, in place of an axis."""
+    """Write each row's name above it, instead of an axis. Rows go from the top down."""
     for row, name in enumerate(names):
         axes.text(0, row - 0.36, name, transform=axes.get_yaxis_transform(), va="center", fontsize=7.5)
     axes.set_yticks([])
@@ -108,81 +110,82 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.6, -0.75)
 
 
-def curves(table: Table, whole: Whole) -> Picture | None:
-    """Curves of history.jsonl over the steps: one thin line a seed, a panel for each kind."""
-    look = looks(list(table.study.experiments))
-    found: dict[tuple[str, str], list[Curve]] = defaultdict(list)
-    for finding, history in _histories(table, whole):
+def curves(table: Table, is_intact: IsIntact) -> Picture | None:
+    """Curves of history.jsonl over the steps: a panel for each kind, a line for each seed."""
+    styles = make_styles(list(table.study.experiments))
+    by_kind: dict[tuple[str, str], list[Curve]] = defaultdict(list)
+    for finding, history in _histories(table, is_intact):
         for key, label in STAGES[finding.stage].curves:
             points = [(float(line["step"]), float(line[key])) for line in history if key in line]
             if len(points) > 1:
-                found[finding.stage, label].append(
+                by_kind[finding.stage, label].append(
                     Curve(finding.experiment, [x for x, _ in points], [y for _, y in points])
                 )
     ordered = [
-        (label, found[stage.name, label])
+        (label, by_kind[stage.name, label])
         for stage in STAGES.values()
         for _, label in stage.curves
-        if (stage.name, label) in found
+        if (stage.name, label) in by_kind
     ]
     if not ordered:
         return None
     panels = [
-        Panel(f"{label} over the steps", _lines(label, "optimizer step", lines, look)) for label, lines in ordered
+        Panel(f"{label} over the steps", _lines(label, "optimizer step", lines, styles)) for label, lines in ordered
     ]
     return Picture(
-        "curves", "curves", "Learning curves", "One line a seed, from each run's history.jsonl.", panels, _legend(look, [line for _, lines in ordered for line in lines]),
+        "curves", "curves", "Learning curves", "One line a seed, from each run's history.jsonl.", panels,
+        _legend(styles, [line for _, lines in ordered for line in lines]),
     )  # fmt: skip
 
 
 def _lines(
-    label: str, x: str, lines: Sequence[Curve], look: dict[str, Look], percent: bool = False
+    label: str, x: str, lines: Sequence[Curve], styles: dict[str, Style], percent: bool = False
 ) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for name, xs, ys in lines:
-            axes.plot(xs, ys, look[name].dash, color=look[name].colour, linewidth=1.1, alpha=0.85)
+            axes.plot(xs, ys, styles[name].dash, color=styles[name].colour, linewidth=1.1, alpha=0.85)
         axes.set_title(label)
         axes.set_xlabel(x)
         axes.set_xlim(left=0)
         if percent or "%" in label:
-            axes.set_ylim(room([y for line in lines for y in line.y], LEAST_POINTS))
+            axes.set_ylim(axis_limits([y for line in lines for y in line.y], LEAST_POINTS))
         grid_lines(axes, "y")
 
     return draw
 
 
-def _legend(look: dict[str, Look], lines: Sequence[Curve]) -> dict[str, Look]:
-    shown_there = {line.experiment for line in lines}
-    return {name: own for name, own in look.items() if name in shown_there}
+def _legend(styles: dict[str, Style], lines: Sequence[Curve]) -> dict[str, Style]:
+    drawn = {line.experiment for line in lines}
+    return {name: style for name, style in styles.items() if name in drawn}
 
 
-def during(table: Table, whole: Whole) -> Picture | None:
-    """kNN while pretraining, against operations and time, and the peak of memory."""
-    look = looks(list(table.study.experiments))
-    by: dict[str, list[Curve]] = {"flops": [], "seconds": []}
+def during_pretraining(table: Table, is_intact: IsIntact) -> Picture | None:
+    """kNN accuracy while pretraining, against operations and time, and the peak memory."""
+    styles = make_styles(list(table.study.experiments))
+    by_axis: dict[str, list[Curve]] = {"flops": [], "seconds": []}
     peaks: dict[str, list[float]] = defaultdict(list)
-    for finding, history in _histories(table, whole):
+    for finding, history in _histories(table, is_intact):
         if finding.stage != "pretrain" or finding.metrics is None:
             continue
         points = [line for line in history if MONITOR in line]
-        for axis, lines in by.items():
-            own = [(line[axis], line[MONITOR]) for line in points if axis in line]
-            if len(own) > 1:
-                lines.append(Curve(finding.experiment, [x for x, _ in own], [y for _, y in own]))
+        for axis, lines in by_axis.items():
+            measured = [(line[axis], line[MONITOR]) for line in points if axis in line]
+            if len(measured) > 1:
+                lines.append(Curve(finding.experiment, [x for x, _ in measured], [y for _, y in measured]))
         cost = finding.metrics.get("cost") or {}
         if peak := cost.get("peak_gpu_gb", cost.get("peak_memory_gb")):
             peaks[finding.experiment].append(float(peak))
-    if not any(by.values()):
+    if not any(by_axis.values()):
         return None
     names = {"flops": "operations", "seconds": "seconds of training"}
     label = "kNN on held-out train images, %"
     panels = [
-        Panel(f"{label} against {names[axis]}", _lines(label, names[axis], lines, look, percent=True))
-        for axis, lines in by.items()
+        Panel(f"{label} against {names[axis]}", _lines(label, names[axis], lines, styles, percent=True))
+        for axis, lines in by_axis.items()
         if lines
     ]
     if peaks:
-        panels.append(Panel("Peak memory of pretraining", _bars(peaks, look), max(1.6, 0.6 + ROW * len(peaks))))
+        panels.append(Panel("Peak memory of pretraining", _bars(peaks, styles), max(1.6, 0.6 + ROW * len(peaks))))
     caption = (
         "One line a seed. Operations are counted (a multiply-add is two); peak memory is the GPU's where there is one, else the "
         "process's, in gigabytes."
@@ -193,15 +196,16 @@ def during(table: Table, whole: Whole) -> Picture | None:
         "Accuracy against cost, while pretraining",
         caption,
         panels,
-        _legend(look, [x for y in by.values() for x in y]),
+        _legend(styles, [line for lines in by_axis.values() for line in lines]),
     )
 
 
-def _bars(values: dict[str, list[float]], look: dict[str, Look]) -> Callable[[Axes], None]:
+def _bars(values: dict[str, list[float]], styles: dict[str, Style]) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        for row, (name, own) in enumerate(values.items()):
-            axes.barh(row, statistics.fmean(own), height=0.3, color=look[name].colour)
-        _name_rows(axes, [f"{short(name)}  {statistics.fmean(own):.2f} GB" for name, own in values.items()])
+        means = {name: statistics.fmean(of_seeds) for name, of_seeds in values.items()}
+        for row, (name, mean) in enumerate(means.items()):
+            axes.barh(row, mean, height=0.3, color=styles[name].colour)
+        _name_rows(axes, [f"{short(name)}  {mean:.2f} GB" for name, mean in means.items()])
         axes.set_title("peak memory of pretraining, GB")
         grid_lines(axes, "x")
 
@@ -209,35 +213,35 @@ def _bars(values: dict[str, list[float]], look: dict[str, Look]) -> Callable[[Ax
 
 
 def against_cost(table: Table) -> Picture | None:
-    """Final scores against what one seed cost, pretraining and evaluations."""
-    look = looks(list(table.study.experiments))
-    spent = {name: found for name in table.evaluated() if (found := table.spent(name)) is not None}
-    counted = all(found.flops is not None for found in spent.values())
-    cost = {name: (found.flops if counted and found.flops else found.seconds).mean for name, found in spent.items()}
+    """Final scores against the cost of one seed, pretraining and evaluations."""
+    styles = make_styles(list(table.study.experiments))
+    costs = {name: spent for name in table.evaluated() if (spent := table.spent(name)) is not None}
+    counted = all(spent.flops is not None for spent in costs.values())
+    cost = {name: (spent.flops if counted and spent.flops else spent.seconds).mean for name, spent in costs.items()}
     axis = "operations of one seed" if counted else "seconds of one seed"
-    panels, legend = [], dict[str, Look]()
+    panels, legend = [], dict[str, Style]()
     for score in table.scores:
         names = [name for name in cost if score in table.cells[name]]
         if len(names) > 1:
-            panels.append(Panel(f"{score.label} against {axis}", _scatter(table, score, names, cost, axis, look)))
-            legend |= {name: look[name] for name in names}
+            panels.append(Panel(f"{score.label} against {axis}", _scatter(table, score, names, cost, axis, styles)))
+            legend |= {name: styles[name] for name in names}
     if not panels:
         return None
     caption = "Means over seeds, with their range; cost is that of pretraining and all evaluations of one seed."
     return Picture(
-        "score-cost", "cost", "Scores against cost", caption, panels, {n: look[n] for n in look if n in legend}
+        "score-cost", "cost", "Scores against cost", caption, panels, {n: styles[n] for n in styles if n in legend}
     )
 
 
 def _scatter(
-    table: Table, score: Column, names: Sequence[str], cost: dict[str, float], axis: str, look: dict[str, Look]
+    table: Table, score: Column, names: Sequence[str], cost: dict[str, float], axis: str, styles: dict[str, Style]
 ) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for name in names:
-            sample, own = table.cells[name][score], look[name]
-            axes.plot([cost[name]] * 2, [min(sample.values), max(sample.values)], color=own.colour, linewidth=1)
-            axes.plot(cost[name], sample.mean, own.marker, color=own.colour, markersize=5.5)
-        axes.set_ylim(room([v for name in names for v in table.cells[name][score].values], LEAST_POINTS))
+            sample, style = table.cells[name][score], styles[name]
+            axes.plot([cost[name]] * 2, [min(sample.values), max(sample.values)], color=style.colour, linewidth=1)
+            axes.plot(cost[name], sample.mean, style.marker, color=style.colour, markersize=5.5)
+        axes.set_ylim(axis_limits([v for name in names for v in table.cells[name][score].values], LEAST_POINTS))
         axes.set_xlim(0, 1.08 * max(cost[name] for name in names))
         axes.set_title(f"{score.label}, %")
         axes.set_xlabel(axis)
@@ -250,7 +254,7 @@ def _scatter(
 
 
 def confusions(table: Table) -> list[Picture]:
-    """What finetuned models take for what, over all seeds of an experiment."""
+    """The confusion matrix of each experiment's finetuned models, summed over its seeds."""
     panels = []
     for name in table.study.experiments:
         runs = [run for run in table.runs if run["experiment"] == name and run.get("confusion")]
@@ -266,7 +270,7 @@ def confusions(table: Table) -> list[Picture]:
 
 
 def confusion_panel(name: str, counts: np.ndarray, classes: Sequence[str]) -> Panel:
-    """counts: (C, C), images of the row's class that are taken for the column's."""
+    """counts: (C, C), the number of images of the row's class that were classified as the column's."""
     return Panel(f"Confusion matrix of {name}. {_worst(counts, classes)}", _matrix(name, counts, classes), 3.7)
 
 
@@ -286,8 +290,8 @@ def _matrix(name: str, counts: np.ndarray, classes: Sequence[str]) -> Callable[[
         colours = np.concatenate([np.tile(to_rgb(COLOURS[0]), (c * c, 1)), 0.85 * shares.reshape(-1, 1)], axis=1)
         mesh = axes.pcolormesh(np.arange(c + 1), np.arange(c + 1), shares)
         mesh.set_array(None)
-        mesh.set_facecolor(colours.tolist())  # clear where nothing is, so that the page's own colour shows
-        for i, j in np.ndindex(c, c) if c <= WITH_NUMBERS else ():
+        mesh.set_facecolor(colours.tolist())  # transparent where the share is 0, so that the page's colour shows
+        for i, j in np.ndindex(c, c) if c <= MOST_WITH_NUMBERS else ():
             if shares[i, j] >= 0.005:
                 axes.text(j + 0.5, i + 0.5, f"{100 * shares[i, j]:.0f}", ha="center", va="center", fontsize=7)
         labelled = range(0, c, max(1, -(-c // 20)))
@@ -308,18 +312,18 @@ def _matrix(name: str, counts: np.ndarray, classes: Sequence[str]) -> Callable[[
     return draw
 
 
-def maps(table: Table, whole: Whole) -> list[Picture]:
-    """The plane of the first two principal components, of an experiment's first seed that was embedded."""
-    panels, legend = [], dict[str, Look]()
+def maps(table: Table, is_intact: IsIntact) -> list[Picture]:
+    """The first two principal components of the features, for each experiment's first seed with embeddings."""
+    panels, legend = [], dict[str, Style]()
     for name, experiment in table.study.experiments.items():
         for seed in experiment.seeds:
             finding = table.findings.get((name, seed, "embed"))
-            if finding is not None and whole(finding, "features.parquet"):
-                places, labels = _places(finding.folder / "features.parquet")
+            if finding is not None and is_intact(finding, "features.parquet"):
+                points, labels = _points(finding.folder / "features.parquet")
                 classes = sorted({label for label in labels if label is not None})
-                own = looks(classes) if 0 < len(classes) <= len(COLOURS) else {}
-                legend |= own
-                panels.append(Panel(f"Map of the test images by {name}", _map(name, places, labels, own), 3.2))
+                class_styles = make_styles(classes) if 0 < len(classes) <= len(COLOURS) else {}
+                legend |= class_styles
+                panels.append(Panel(f"Map of the test images by {name}", _map(name, points, labels, class_styles), 3.2))
                 break
     if not panels:
         return []
@@ -327,22 +331,25 @@ def maps(table: Table, whole: Whole) -> list[Picture]:
     return [Picture("map", "examples", "Map of the test images", caption, panels, legend, dots=True)]
 
 
-def _places(file: Path) -> tuple[np.ndarray, list[str | None]]:
-    import pyarrow.parquet as pq  # read here alone
+def _points(file: Path) -> tuple[np.ndarray, list[str | None]]:
+    """Coordinates (N, 2) and labels of the embedded images."""
+    import pyarrow.parquet as pq  # slow to import
 
-    found = pq.read_table(file, columns=["xy", "label"])
-    return np.array(found["xy"].to_pylist(), dtype=np.float32), found["label"].to_pylist()
+    columns = pq.read_table(file, columns=["xy", "label"])
+    return np.array(columns["xy"].to_pylist(), dtype=np.float32), columns["label"].to_pylist()
 
 
-def _map(name: str, places: np.ndarray, labels: Sequence[str | None], look: dict[str, Look]) -> Callable[[Axes], None]:
+def _map(
+    name: str, points: np.ndarray, labels: Sequence[str | None], styles: dict[str, Style]
+) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        size = float(np.clip(3000 / max(1, len(places)), 1, 14))
-        own = np.array([label or "" for label in labels])
-        for label, (colour, _, _) in (look or {"": Look(COLOURS[0], "-", "o")}).items():
-            rows = own == label if look else slice(None)
+        size = float(np.clip(3000 / max(1, len(points)), 1, 14))
+        label_of = np.array([label or "" for label in labels])
+        for label, (colour, _, _) in (styles or {"": Style(COLOURS[0], "-", "o")}).items():
+            rows = label_of == label if styles else slice(None)
             axes.scatter(
-                places[rows, 0],
-                places[rows, 1],
+                points[rows, 0],
+                points[rows, 1],
                 s=size,
                 color=colour,
                 alpha=0.7,
@@ -359,7 +366,7 @@ def _map(name: str, places: np.ndarray, labels: Sequence[str | None], look: dict
 # --------------------------------------------------------------------------------------------------
 
 
-def _histories(table: Table, whole: Whole) -> Iterator[tuple[Finding, list[dict[str, Any]]]]:
+def _histories(table: Table, is_intact: IsIntact) -> Iterator[tuple[Finding, list[dict[str, Any]]]]:
     for finding in table.findings.values():
-        if finding.metrics is not None and whole(finding, "history.jsonl"):
+        if finding.metrics is not None and is_intact(finding, "history.jsonl"):
             yield finding, read_history(finding.folder / "history.jsonl")

@@ -1,8 +1,8 @@
 """Writes the report: report.html, results.csv and a PNG file of every figure.
 
-It reads what finished runs left and nothing else, so a report can be made anywhere, at any time, of whatever has finished.
-The page is one file that asks for no other: it can be mailed, printed, and read on a telephone. Beside each number stands
-what made it: its files, its run in MLflow, its settings, and the command that makes it again.
+It reads only the files of finished runs, so a report can be made at any time, on any machine, of the runs that have
+finished. The page is a single file that can be mailed, printed and read on a telephone. Beside each number it shows
+where the number comes from: its files, its run in MLflow, its settings, and the command that computes it again.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from aps.results import flatten
 from aps.seals import damage
 from aps.settings.study import Study
 from aps.tracking.addresses import run_page, settled
-from aps.tracking.browsing import how_to_look
+from aps.tracking.browsing import how_to_browse
 from aps.tracking.state import read_state
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
-NAMED = 6  # results that are not shown for one reason
-FIGURES = "figures"  # of the report's folder: CATEGORY/NAME.png
+MOST_LABELS = 6  # of results that are not shown for the same reason
+FIGURES = "figures"  # in the report's folder, with CATEGORY/NAME.png
 
 
 def write_report(study: Study, folder: Path, address: str, options: str = "") -> tuple[list[Path], list[Run]]:
-    """Writes report.html, results.csv and figures/CATEGORY/NAME.png into `folder`; returns these files and the runs shown.
+    """Write report.html, results.csv and figures/CATEGORY/NAME.png into `folder`; return the files and the runs shown.
 
     Args:
-        address: of MLflow's server or store, for the page to link to.
-        options: of the command line that name the study, for the commands that the page shows.
+        address: address of MLflow's server or store, for links.
+        options: options of the command line that name the study, for the commands that the page shows.
 
     Raises:
         UserError: a metrics.json is broken, a published entry is unknown, or the folder can't be written.
     """
     findings = Findings(study)
     table = Table(study, findings)
-    pictures = all_figures(table, whole) + _examples(table)
+    pictures = all_figures(table, is_intact) + _examples(table)
     _remove_figures(folder)
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     files = [folder / "report.html", folder / "results.csv"]
@@ -67,7 +67,7 @@ def write_report(study: Study, folder: Path, address: str, options: str = "") ->
 
 
 def _remove_figures(folder: Path) -> None:
-    """Those of an earlier report, by what it said to have written: the folder may be somebody's own."""
+    """Delete the figures that an earlier report lists as its files. Others may be the user's."""
     try:
         names = [str(name) for name in read_json(folder / STAMP)["files"] if str(name).endswith(".png")]
     except (UserError, KeyError, TypeError):
@@ -77,8 +77,8 @@ def _remove_figures(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def whole(finding: Finding, file: str) -> bool:
-    """Whether the run's figures are the study's, and this file of it is the one that was written."""
+def is_intact(finding: Finding, file: str) -> bool:
+    """Whether the run's result counts and this file of it is the one that was written; if not, prints a message."""
     if finding.metrics is None or file not in finding.metrics["files"]:
         return False
     problem = damage(finding.folder, {"files": {file: finding.metrics["files"][file]}}, whole=True)
@@ -88,7 +88,7 @@ def whole(finding: Finding, file: str) -> bool:
 
 
 def _examples(table: Table) -> list[Picture]:
-    """Figures of images need torch, which is imported where there are some to draw."""
+    """The figures of images. They need torch, which is imported only if there are some to draw."""
     if not any(
         run["files"].get("encoder.safetensors")
         or run["files"].get("features.parquet")
@@ -98,7 +98,7 @@ def _examples(table: Table) -> list[Picture]:
         return []
     from aps.report.examples import examples
 
-    return examples(table, whole)
+    return examples(table, is_intact)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def _page(table: Table, pictures: Sequence[Picture], folder: Path, address: str,
         table=table,
         rows=table.evaluated(),
         beside={
-            (name, score): _beside(table, name, score, floor, published)
+            (name, score): _notes(table, name, score, floor, published)
             for name in study.experiments
             for score in table.scores
         },
@@ -135,16 +135,16 @@ def _page(table: Table, pictures: Sequence[Picture], folder: Path, address: str,
         planned=len(study.jobs()),
         facts=_facts(table),
         groups=_groups(table, folder, address, options),
-        pages=_neighbours(table, folder),
+        pages=_neighbour_pages(table, folder),
         stale=_reasons(table),
-        look=how_to_look(study, address),
+        mlflow=how_to_browse(study, address),
         options=options,
         version=__version__,
     )
 
 
 def operations(flops: float) -> str:
-    """In a unit that leaves one to three digits before the point."""
+    """A number of operations, in a unit that leaves one to three digits before the point."""
     for power, unit in ((21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
         if flops >= 10**power:
             return f"{flops / 10**power:.3g} {unit}FLOP"
@@ -155,10 +155,10 @@ def anchor(experiment: str, stage: str) -> str:
     return f"run-{experiment}-{stage}"
 
 
-def _beside(
+def _notes(
     table: Table, name: str, score: Column, floor: Sequence[dict[str, Any]], published: Sequence[dict[str, Any]]
 ) -> list[str]:
-    """What stands in small letters under a score."""
+    """The lines in small letters under a score."""
     lines = []
     if interval := table.interval(name, score):
         lines.append(f"95 %: {interval}")
@@ -173,35 +173,37 @@ def _beside(
 
 
 def _chips(picture: Picture) -> list[tuple[str, str, str]]:
-    """(name, colour, dashes of SVG) of a picture's legend."""
+    """(name, colour, stroke-dasharray in SVG) of each entry of a picture's legend."""
     dashes = {"-": "", "--": "5 3", ":": "1.5 2.5", "-.": "6 2 1.5 2"}
-    return [(name, look.colour, dashes[look.dash]) for name, look in picture.legend.items()]
+    return [(name, style.colour, dashes[style.dash]) for name, style in picture.legend.items()]
 
 
 def _facts(table: Table) -> dict[str, list[str]]:
-    """When, of which commit and where the runs were made."""
+    """When the runs finished, and the commits and machines that made them."""
     runs = table.runs
     if not runs:
         return {}
     ended = sorted(run["finished"] for run in runs)
-    first, last = (moment[:16].replace("T", " ") for moment in (ended[0], ended[-1]))
-    when = f"{last} UTC" if first == last else f"{first} to {last[11:] if first[:10] == last[:10] else last} UTC"
+    first, last = (time[:16].replace("T", " ") for time in (ended[0], ended[-1]))
+    period = f"{last} UTC" if first == last else f"{first} to {last[11:] if first[:10] == last[:10] else last} UTC"
     return {
-        "finished": [when],
+        "finished": [period],
         "commit": sorted({run["commit"] or f"version {run['version']}" for run in runs}),
         "machine": sorted({machine(run) for run in runs}),
     }
 
 
 def _groups(table: Table, folder: Path, address: str, options: str) -> list[dict[str, Any]]:
-    """The runs of each stage of each experiment, and what made them."""
+    """For each stage of each experiment: its runs, where they come from, and their settings."""
     groups = []
     for name, experiment in table.study.experiments.items():
         for stage in experiment.stages:
-            found = [table.findings[name, seed, stage] for seed in experiment.seeds]
-            runs = [_run(table, finding, folder, address, options) for finding in found if finding.metrics is not None]
+            findings = [table.findings[name, seed, stage] for seed in experiment.seeds]
+            runs = [
+                _run(table, finding, folder, address, options) for finding in findings if finding.metrics is not None
+            ]
             if runs:
-                settings = next(f.metrics for f in found if f.metrics is not None)["settings"]
+                settings = next(f.metrics for f in findings if f.metrics is not None)["settings"]
                 flat = flatten({k: v for k, v in settings.items() if k not in ("stage", "experiment", "seed")})
                 groups.append(
                     {"id": anchor(name, stage), "experiment": name, "stage": stage, "runs": runs, "settings": flat}
@@ -212,8 +214,8 @@ def _groups(table: Table, folder: Path, address: str, options: str) -> list[dict
 def _run(table: Table, finding: Finding, folder: Path, address: str, options: str) -> dict[str, Any]:
     metrics = finding.metrics
     assert metrics is not None
-    own = [(s.label, metrics["metrics"].get(s.metric)) for s in table.scores if s.stage == finding.stage]
-    figures = own or [("loss", metrics["metrics"].get("loss"))]
+    scores = [(s.label, metrics["metrics"].get(s.metric)) for s in table.scores if s.stage == finding.stage]
+    figures = scores or [("loss", metrics["metrics"].get("loss"))]
     command = f"python -m aps {finding.stage} --experiment {finding.experiment} --seed {finding.seed} --again {options}"
     return {
         "seed": finding.seed,
@@ -232,7 +234,7 @@ def _run(table: Table, finding: Finding, folder: Path, address: str, options: st
 
 
 def mlflow_page(finding: Finding, address: str) -> str | None:
-    """The run's page, where a server has it; a store without a server has no address."""
+    """Address of the run's page in MLflow; None if no server has the run."""
     address = settled(address)
     state = read_state(finding.folder / "tracking.json") if address.startswith("http") else None
     if state is None or state.address != address or state.run_id is None or state.experiment_id is None:
@@ -241,18 +243,19 @@ def mlflow_page(finding: Finding, address: str) -> str | None:
 
 
 def _reasons(table: Table) -> dict[str, str]:
-    """Why results that are there are not shown -> which these are."""
-    found: dict[str, list[str]] = {}
+    """Why results are not shown -> the labels of these results."""
+    labels_of: dict[str, list[str]] = {}
     for finding in table.stale():
-        found.setdefault(finding.problem or "", []).append(finding.label)
+        labels_of.setdefault(finding.problem or "", []).append(finding.label)
     return {
-        problem: ", ".join(labels[:NAMED]) + (f" and {len(labels) - NAMED} more" if len(labels) > NAMED else "")
-        for problem, labels in found.items()
+        problem: ", ".join(labels[:MOST_LABELS])
+        + (f" and {len(labels) - MOST_LABELS} more" if len(labels) > MOST_LABELS else "")
+        for problem, labels in labels_of.items()
     }
 
 
-def _neighbours(table: Table, folder: Path) -> list[tuple[str, str]]:
-    """(experiment and seed, address) of the pages that the embed stage wrote."""
+def _neighbour_pages(table: Table, folder: Path) -> list[tuple[str, str]]:
+    """(experiment and seed, address) of each page that the embed stage wrote."""
     return [
         (f"{finding.experiment}, seed {finding.seed}", _relative(finding.folder / "neighbours.html", folder))
         for finding in table.findings.values()

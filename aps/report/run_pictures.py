@@ -1,7 +1,7 @@
-"""The picture of one run, which stands beside its outputs and in MLflow: views, confusion matrix, or nearest neighbours.
+"""Draws the picture among a run's outputs, which MLflow shows too: views, confusion matrix or nearest neighbours.
 
-A row of `aps.stages` names the function. It gets the job, what metrics.json will say, and the PNG file to write; it writes
-nothing where there is nothing to show.
+A row of `aps.stages` names the function. It gets the job, the content of metrics.json, and the PNG file to write. If
+there is nothing to show, it writes no file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RIGHT, WRONG = "#2f7d4f", "#d0453c"
 
 
 def views(job: StageJob, metrics: dict[str, Any], file: Path) -> None:
-    """Training images with both views and the cells that are kept; of methods that sample patches."""
+    """Training images with both views and the cells that are kept, for methods that sample patches."""
     if "sampling" not in METHODS.load(job.settings.pretrain.method).blocks:
         return
     count = min(IMAGES, Manifest.read(job.manifest).splits["train"].count)
@@ -36,15 +36,15 @@ def views(job: StageJob, metrics: dict[str, Any], file: Path) -> None:
 
 
 def confusion(job: StageJob, metrics: dict[str, Any], file: Path) -> None:
-    """Shares of the test images of each class that are taken for each class."""
-    if counted := metrics.get("confusion"):
-        panel = confusion_panel(job.label, np.array(counted["counts"]), counted["classes"])
+    """The confusion matrix of the test images, if the stage counted it."""
+    if matrix := metrics.get("confusion"):
+        panel = confusion_panel(job.label, np.array(matrix["counts"]), matrix["classes"])
         caption = "Rows are the truth, columns the guess; shares of a row, in percent."
         write_bytes(file, Picture("confusion", "examples", "Test images", caption, [panel]).png())
 
 
 def neighbours(job: StageJob, metrics: dict[str, Any], file: Path) -> None:
-    """Test images, each with the training images whose features are most similar to its own."""
+    """Test images, each with the training images that have the most similar features."""
     examples = metrics.get("examples")
     if not examples:
         return
@@ -55,9 +55,8 @@ def neighbours(job: StageJob, metrics: dict[str, Any], file: Path) -> None:
         query, label = example["test"], int(test.labels[example["test"]])
         cells = [Cell(test.read(query), classes[label], "black")]
         for row, similarity in zip(example["train"], example["similarity"], strict=True):
-            found = int(train.labels[row])
-            cells.append(
-                Cell(train.read(row), f"{classes[found]} {similarity:.2f}", RIGHT if found == label else WRONG)
-            )
+            neighbour = int(train.labels[row])
+            colour = RIGHT if neighbour == label else WRONG
+            cells.append(Cell(train.read(row), f"{classes[neighbour]} {similarity:.2f}", colour))
         lines.append(("", cells))
     grid(file, lines, f"{job.label}: test images and the training images most similar to each (cosine)")

@@ -1,6 +1,6 @@
-"""The picture of `python -m aps status --picture`: experiments by stages, a square a seed, coloured by its state.
+"""Draws `python -m aps status --picture`: experiments by stages, with a square for each seed, coloured by state.
 
-In place of `snakemake --dag`, whose graph of a whole study can't be read.
+The graph of `snakemake --dag` is too large to read for a whole study.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ KINDS = ("svg", "png")
 COLOURS = {DONE: "#1a8a5c", RUNNING: "#2a7fd4", QUEUED: "#87939a", FAILED: "#c8382f", OUTDATED: "#b3650b"}
 SIGNS = {DONE: "\N{HEAVY CHECK MARK}", RUNNING: "\N{BLACK RIGHT-POINTING TRIANGLE}", QUEUED: "\N{HORIZONTAL ELLIPSIS}",
          FAILED: "\N{MULTIPLICATION X}", OUTDATED: "\N{ANTICLOCKWISE OPEN CIRCLE ARROW}"}  # fmt: skip
-COLUMN, ROW = 1.15, 0.3  # inches of a stage and of an experiment
-MOST = 12  # seeds whose squares have room for a sign
+COLUMN, ROW = 1.15, 0.3  # inches for a stage and for an experiment
+MOST_WITH_SIGNS = 12  # seeds; with more, signs do not fit in the squares
 
 
-def draw_status(study: Study, found: list[Status], file: Path) -> None:
-    """Writes the picture. Raises UserError where the file is neither .svg nor .png, or can't be written."""
+def draw_status(study: Study, statuses: list[Status], file: Path) -> None:
+    """Write the picture. Raises UserError if the file is neither .svg nor .png, or can't be written."""
     kind = file.suffix.lower().removeprefix(".")
     if kind not in KINDS:
         raise UserError(f"--picture {file}: pictures are written as SVG or PNG; name a .svg or .png file")
-    write_bytes(file, standalone(lambda: _figure(study, found), kind))
+    write_bytes(file, standalone(lambda: _figure(study, statuses), kind))
 
 
-def _figure(study: Study, found: list[Status]) -> Figure:
-    stages = [stage for stage in STAGES if any(one.stage == stage for one in found)]
+def _figure(study: Study, statuses: list[Status]) -> Figure:
+    stages = [stage for stage in STAGES if any(status.stage == stage for status in statuses)]
     names = list(study.experiments)
     left = 0.25 + 0.072 * max(len(name) for name in names)
-    width = max(left + COLUMN * len(stages) + 0.15, 5.4)  # of the legend
+    width = max(left + COLUMN * len(stages) + 0.15, 5.4)  # the legend's
     top, bottom = 0.75, 0.5
     height = top + ROW * len(names) + bottom
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((left / width, bottom / height, COLUMN * len(stages) / width, ROW * len(names) / height))
     axes.set(xlim=(0, COLUMN * len(stages)), ylim=(ROW * len(names), 0))
     axes.axis("off")
-    by = {(one.experiment, one.seed, one.stage): one for one in found}
+    by_job = {(status.experiment, status.seed, status.stage): status for status in statuses}
     for column, stage in enumerate(stages):
         axes.text(COLUMN * (column + 0.46), -0.08, stage, ha="center", va="bottom", fontsize=8.5)
         for row, name in enumerate(names):
-            seeds = [seed for seed in study.experiments[name].seeds if (name, seed, stage) in by]
+            seeds = [seed for seed in study.experiments[name].seeds if (name, seed, stage) in by_job]
             side = (COLUMN - 0.1) / max(1, len(seeds))
             for number, seed in enumerate(seeds):
                 _square(
                     axes,
-                    by[name, seed, stage],
+                    by_job[name, seed, stage],
                     COLUMN * column + side * number,
                     ROW * row + 0.03,
                     side - 0.025,
@@ -63,24 +63,26 @@ def _figure(study: Study, found: list[Status]) -> Figure:
     for row, name in enumerate(names):
         axes.text(-0.1, ROW * (row + 0.5), name.replace("$", r"\$"), ha="right", va="center", fontsize=8.5)
     figure.text(
-        0.15 / width, 1 - 0.14 / height, f"Study {study.study}: {counts(found)}", ha="left", va="top", fontsize=10
+        0.15 / width, 1 - 0.14 / height, f"Study {study.study}: {counts(statuses)}", ha="left", va="top", fontsize=10
     )
     figure.text(0.15 / width, 1 - 0.35 / height, "a square is a seed", ha="left", va="top", fontsize=7.5)
     _legend(figure, width, height)
     return figure
 
 
-def _square(axes, one: Status, x: float, y: float, width: float, height: float, seeds: int) -> None:  # type: ignore[no-untyped-def]
-    partly = one.state == RUNNING and one.share is not None
-    axes.add_patch(Rectangle((x, y), width, height, color=COLOURS[one.state], alpha=0.45 if partly else 1, linewidth=0))
+def _square(axes, status: Status, x: float, y: float, width: float, height: float, seeds: int) -> None:  # type: ignore[no-untyped-def]
+    partly = status.state == RUNNING and status.share is not None
+    axes.add_patch(
+        Rectangle((x, y), width, height, color=COLOURS[status.state], alpha=0.45 if partly else 1, linewidth=0)
+    )
     if partly:
-        axes.add_patch(Rectangle((x, y), width * (one.share or 0), height, color=COLOURS[one.state], linewidth=0))
-    said = f"{SIGNS[one.state]} {one.share:.0%}" if partly and seeds <= 2 else SIGNS[one.state]
-    if seeds <= MOST:
+        axes.add_patch(Rectangle((x, y), width * (status.share or 0), height, color=COLOURS[status.state], linewidth=0))
+    label = f"{SIGNS[status.state]} {status.share:.0%}" if partly and seeds <= 2 else SIGNS[status.state]
+    if seeds <= MOST_WITH_SIGNS:
         axes.text(
             x + width / 2,
             y + height / 2,
-            said,
+            label,
             ha="center",
             va="center",
             color="white",

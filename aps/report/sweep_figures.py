@@ -1,4 +1,4 @@
-"""Figures of swept settings: each score over the values of a setting, one line for each value of the others."""
+"""Draws the figures of swept settings: each score over the values of a setting, a line for each value of the others."""
 
 from __future__ import annotations
 
@@ -8,90 +8,96 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from aps.report.differences import Sweep, shown, sweeps
-from aps.report.drawing import LEAST_POINTS, Look, Panel, Picture, grid_lines, looks, room, short
+from aps.report.drawing import LEAST_POINTS, Panel, Picture, Style, axis_limits, grid_lines, make_styles, short
 from aps.report.table import Column, Table
 
-LINES = 8  # in one panel
+MOST_LINES = 8  # in one panel
 
 
 def sweep_figures(table: Table) -> Iterator[Picture]:
-    """A picture for each setting that a study sweeps, a panel for each score."""
+    """A picture for each setting that the study sweeps, with a panel for each score."""
     for number, sweep in enumerate(sweeps(table)):
-        lines = dict(list(sweep.lines.items())[:LINES])
-        look, panels = looks(list(lines)), []
+        lines = dict(list(sweep.lines.items())[:MOST_LINES])
+        styles, panels = make_styles(list(lines)), []
         for score in table.scores:
-            present = {label: {n: v for n, v in own.items() if score in table.cells[n]} for label, own in lines.items()}
-            present = {label: own for label, own in present.items() if len(own) > 1}
-            if present:
-                panels.append(Panel(f"{score.label} for each {sweep.key}", _sweep(table, score, sweep, present, look)))
+            scored = {
+                label: {name: value for name, value in values.items() if score in table.cells[name]}
+                for label, values in lines.items()
+            }
+            scored = {label: values for label, values in scored.items() if len(values) > 1}
+            if scored:
+                panels.append(Panel(f"{score.label} for each {sweep.key}", _sweep(table, score, sweep, scored, styles)))
         if not panels:
             continue
         caption = "Means over seeds, dots are seeds; an axis of percentages spans ten points or more."
         if sweep.with_it:
             caption = f"{', '.join(sweep.with_it)} changes with it. {caption}"
-        if len(sweep.lines) > LINES:
-            caption += f" The first {LINES} of {len(sweep.lines)} lines."
+        if len(sweep.lines) > MOST_LINES:
+            caption += f" The first {MOST_LINES} of {len(sweep.lines)} lines."
         yield Picture(
             f"sweep-{sweep.key}{f'-{number}' if number else ''}",
             "sweeps",
             f"What {sweep.key} does",
             caption,
             panels,
-            look if len(lines) > 1 else {},
+            styles if len(lines) > 1 else {},
         )
 
 
 def _sweep(
-    table: Table, score: Column, sweep: Sweep, lines: dict[str, dict[str, Any]], looks_of: dict[str, Look]
+    table: Table, score: Column, sweep: Sweep, lines: dict[str, dict[str, Any]], styles: dict[str, Style]
 ) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        every = list(dict.fromkeys(shown(v) for own in lines.values() for v in own.values()))
+        ticks = list(dict.fromkeys(shown(value) for values in lines.values() for value in values.values()))
         if sweep.numeric:
-            every = [shown(v) for v in sorted({v for own in lines.values() for v in own.values()})]
-        numbers = [float(text) for text in every] if sweep.numeric else []
-        even = bool(numbers) and min(numbers) > 0 and max(numbers) / min(numbers) >= 8  # their ratios count
-        for label, own in lines.items():
-            look = looks_of[label]
+            ticks = [
+                shown(number) for number in sorted({value for values in lines.values() for value in values.values()})
+            ]
+        numbers = [float(text) for text in ticks] if sweep.numeric else []
+        logarithmic = bool(numbers) and min(numbers) > 0 and max(numbers) / min(numbers) >= 8
+        for label, values in lines.items():
+            style = styles[label]
             points = sorted(
-                (float(v) if sweep.numeric else float(every.index(shown(v))), table.cells[n][score])
-                for n, v in own.items()
+                (float(value) if sweep.numeric else float(ticks.index(shown(value))), table.cells[name][score])
+                for name, value in values.items()
             )
             for x, sample in points:
                 axes.plot(
                     [x] * len(sample.values),
                     sample.values,
                     "o",
-                    color=look.colour,
+                    color=style.colour,
                     markersize=3.5,
                     alpha=0.5,
                     markeredgewidth=0,
                 )
-            line = look.dash if sweep.numeric else "none"
             axes.plot(
                 [x for x, _ in points],
                 [s.mean for _, s in points],
-                linestyle=line,
-                marker=look.marker,
-                color=look.colour,
+                linestyle=style.dash if sweep.numeric else "none",
+                marker=style.marker,
+                color=style.colour,
                 linewidth=1.2,
                 markersize=4.5,
             )
         if not sweep.numeric:
             axes.set_xticks(
-                range(len(every)),
-                [short(text) for text in every],
-                rotation=30 if max(map(len, every)) > 6 else 0,
-                ha="right" if max(map(len, every)) > 6 else "center",
+                range(len(ticks)),
+                [short(text) for text in ticks],
+                rotation=30 if max(map(len, ticks)) > 6 else 0,
+                ha="right" if max(map(len, ticks)) > 6 else "center",
             )
-            axes.set_xlim(-0.5, len(every) - 0.5)
-        elif even:
+            axes.set_xlim(-0.5, len(ticks) - 0.5)
+        elif logarithmic:
             axes.set_xscale("log")
-            axes.set_xticks(numbers, every)
+            axes.set_xticks(numbers, ticks)
             axes.set_xticks([], minor=True)
         else:
             axes.set_xticks(_apart(numbers))
         axes.set_ylim(
-            room([v for own in lines.values() for n in own for v in table.cells[n][score].values], LEAST_POINTS)
+            axis_limits(
+                [v for names in lines.values() for name in names for v in table.cells[name][score].values], LEAST_POINTS
+            )
         )
         axes.set_xlabel(sweep.key)
         axes.set_title(f"{score.label}, %")
@@ -101,7 +107,7 @@ def _sweep(
 
 
 def _apart(numbers: Sequence[float]) -> list[float]:
-    """Those of ascending numbers whose labels don't overlap on an axis."""
+    """Of ascending numbers, those whose labels don't overlap on an axis."""
     kept: list[float] = []
     for x in numbers:
         if not kept or x - kept[-1] >= 0.1 * (numbers[-1] - numbers[0]):

@@ -1,7 +1,7 @@
-"""A study's scores over its seeds: means and spreads, cost, the floor, published numbers, and which experiment is best.
+"""Computes a study's scores: means and spreads over seeds, cost, the floor, published numbers, the best experiment.
 
-Nothing here is drawn or written. Every figure comes from `aps.findings`, so it is the study's own. It imports nothing heavy
-and does not know pages, figures or files.
+Nothing here is drawn or written. Results come from `aps.findings`, so only those that count for the study are used. It
+imports nothing heavy and does not know pages, figures or files.
 
 Letters: n test images, k of them right.
 """
@@ -25,21 +25,21 @@ from aps.stages import STAGES
 
 Run = dict[str, Any]  # the content of a metrics.json
 
-SMALL_TEST = 5000  # test images; of fewer, chance among them moves a score by more than 0.8 points (95 %, at 90 %)
-Z = 1.959964  # of the normal distribution: 95 % lie within
+SMALL_TEST = 5000  # test images; with fewer, chance moves a score of 90 % by more than 0.8 points (95 % interval)
+Z = 1.959964  # 95 % of a normal distribution are within Z standard deviations
 
 
 class Column(NamedTuple):
-    """A headline figure of a stage as this study has it."""
+    """A score of a stage, as a column of this study's table."""
 
     stage: str
     metric: str
     label: str
-    share: bool = False  # whether it is the percentage of test images that are right
+    share: bool = False  # whether it is an accuracy over test images
 
 
 class Sample(NamedTuple):
-    """One figure over the seeds of one experiment."""
+    """The values of one score over the seeds of one experiment."""
 
     values: tuple[float, ...]
 
@@ -49,7 +49,7 @@ class Sample(NamedTuple):
 
     @property
     def range(self) -> float:
-        """Greatest minus least."""
+        """Largest minus smallest value."""
         return max(self.values) - min(self.values)
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Sample(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """Where the score of endless test images would lie, in percent, with 95 % probability."""
+    """The 95 % interval of a score in percent, as it would be with endlessly many test images."""
 
     low: float
     high: float
@@ -69,23 +69,23 @@ class Interval(NamedTuple):
 
 
 class Spent(NamedTuple):
-    """What one seed of an experiment cost: pretraining and all its evaluations."""
+    """The cost of one seed of an experiment: pretraining and all its evaluations."""
 
     seconds: Sample
-    flops: Sample | None  # None where a stage's operations are unknown
+    flops: Sample | None  # None if a stage's operations are unknown
 
 
 class Verdict(NamedTuple):
-    """What may be said of a score: who is best, if anybody is."""
+    """Which experiment is best by a score, if one is."""
 
     score: Column
     dataset: str
     best: str | None
-    reason: str  # a sentence without its subject: what the score is of
+    reason: str  # a sentence that does not name score and dataset
 
 
 class Table:
-    """The study's scores: `cells[experiment][score]` over the seeds that have finished."""
+    """The study's scores: `cells[experiment][score]` is a Sample over the seeds that have finished."""
 
     def __init__(self, study: Study, findings: Iterable[Finding]) -> None:
         self.study = study
@@ -93,40 +93,41 @@ class Table:
         self.runs: list[Run] = [f.metrics for f in self.findings.values() if f.metrics is not None]
         self.scores = columns(study)
         self.test_images = cache(self._test_images)
-        found: dict[str, dict[Column, list[float]]] = defaultdict(lambda: defaultdict(list))
+        values: dict[str, dict[Column, list[float]]] = defaultdict(lambda: defaultdict(list))
         for run in self.runs:
             for score in self.scores:
                 if score.stage == run["stage"] and score.metric in run["metrics"]:
-                    found[run["experiment"]][score].append(run["metrics"][score.metric])
+                    values[run["experiment"]][score].append(run["metrics"][score.metric])
         self.cells = {
-            name: {score: Sample(tuple(values)) for score, values in found[name].items()} for name in study.experiments
+            name: {score: Sample(tuple(of_seeds)) for score, of_seeds in values[name].items()}
+            for name in study.experiments
         }
 
     def evaluated(self) -> list[str]:
-        """Experiments that have a column at all: one may only pretrain for others."""
+        """Experiments that have a score. Others may only pretrain for them."""
         stages = {score.stage for score in self.scores}
         return [name for name, e in self.study.experiments.items() if stages & set(e.stages)]
 
     def text(self, name: str, score: Column) -> str:
-        """The score; or in two words why there is none."""
+        """The score, or in two words why there is none."""
         if score in self.cells[name]:
             return str(self.cells[name][score])
         if score.stage not in self.study.experiments[name].stages:
             return ""
         runs = [(name, seed, score.stage) for seed in self.study.experiments[name].seeds]
-        found = [self.findings[run] for run in runs if run in self.findings]
-        return next((f.problem.partition(":")[0] for f in found if f.stale and f.problem), NOT_RUN)
+        findings = [self.findings[run] for run in runs if run in self.findings]
+        return next((f.problem.partition(":")[0] for f in findings if f.stale and f.problem), NOT_RUN)
 
     def stale(self) -> list[Finding]:
-        """Runs that are there, but not the study's."""
+        """Results that are there but do not count for the study."""
         return [finding for finding in self.findings.values() if finding.stale]
 
     # -- chance -----------------------------------------------------------------------------------
 
     def interval(self, name: str, score: Column) -> Interval | None:
-        """Of the mean score, by the test images alone (Wilson); None where there are many of them, or they don't count.
+        """The interval of the mean score for the number of test images (Wilson); None if they are many or uncounted.
 
-        Seeds share the test images, so more seeds do not narrow it.
+        All seeds have the same test images, so more seeds do not make it narrower.
         """
         if not score.share or score not in self.cells[name]:
             return None
@@ -136,7 +137,7 @@ class Table:
         return Interval(*wilson(self.cells[name][score].mean / 100, n), n)
 
     def _test_images(self, name: str, stage: str) -> int | None:
-        """How many a stage's score is over: by its own figures, else by the dataset's manifest, where that is still it."""
+        """The number of test images behind a score: from its metrics, or else from the manifest of the same dataset."""
         run = next((r for r in self.runs if (r["experiment"], r["stage"]) == (name, stage)), None)
         if run is None:
             return None
@@ -145,61 +146,64 @@ class Table:
         try:
             manifest = read_json(manifest_of(self.study, run["dataset"]["name"]))
             splits = manifest["splits"]
-            own = splits.get("test") or splits["val"]
-            return int(own["count"]) if manifest["digest"] == run["dataset"]["digest"] else None
+            split = splits.get("test") or splits["val"]
+            return int(split["count"]) if manifest["digest"] == run["dataset"]["digest"] else None
         except (UserError, KeyError, TypeError, ValueError):
             return None
 
     def verdicts(self) -> list[Verdict]:
-        """For each score, and each dataset it is of: which experiment is best beyond the spread, or why none is."""
-        found = []
+        """For each score and dataset: which experiment is best by more than the spread over seeds, or why none is."""
+        verdicts = []
         for score in self.scores:
             groups: dict[str, list[str]] = defaultdict(list)
             for name in self.study.experiments:
                 if score in self.cells[name]:
                     groups[self.study.experiments[name].dataset_of(score.stage)].append(name)
-            found += [self._verdict(score, dataset, names) for dataset, names in groups.items() if len(names) > 1]
-        return found
+            verdicts += [self._verdict(score, dataset, names) for dataset, names in groups.items() if len(names) > 1]
+        return verdicts
 
     def _verdict(self, score: Column, dataset: str, names: Sequence[str]) -> Verdict:
-        def of(name: str) -> Sample:
+        def sample(name: str) -> Sample:
             return self.cells[name][score]
 
-        single = [name for name in names if len(of(name).values) == 1]
-        several = sorted((name for name in names if name not in single), key=lambda name: -of(name).mean)
+        single = [name for name in names if len(sample(name).values) == 1]
+        several = sorted((name for name in names if name not in single), key=lambda name: -sample(name).mean)
         if len(several) < 2:
-            who = "one seed" if not several else f"one seed of all but {several[0]}"
-            return Verdict(score, dataset, None, f"{who}, so there is no spread and no best")
+            which = "one seed" if not several else f"one seed of all but {several[0]}"
+            return Verdict(score, dataset, None, f"{which}, so there is no spread and no best")
         first, *others = several
-        beside = f" (not compared, one seed: {', '.join(single)})" if single else ""
+        not_compared = f" (not compared, one seed: {', '.join(single)})" if single else ""
         for other in others:
-            difference, spread = of(first).mean - of(other).mean, max(of(first).range, of(other).range)
-            both = f"{first} {of(first)} and {other} {of(other)} differ by {difference:.1f}"
+            difference, spread = sample(first).mean - sample(other).mean, max(sample(first).range, sample(other).range)
+            both = f"{first} {sample(first)} and {other} {sample(other)} differ by {difference:.1f}"
             if difference <= spread:
-                why = f"none is best beyond the spread: {both}, seeds of one of them by {spread:.1f}"
-                return Verdict(score, dataset, None, why + beside)
+                reason = f"none is best beyond the spread: {both}, seeds of one of them by {spread:.1f}"
+                return Verdict(score, dataset, None, reason + not_compared)
             ours, theirs = self.interval(first, score), self.interval(other, score)
             if ours is not None and theirs is not None and ours.low <= theirs.high:
-                why = f"none is best for certain: {both}, but on {ours.images} test images their 95 % intervals overlap"
-                return Verdict(score, dataset, None, why + beside)
+                reason = (
+                    f"none is best for certain: {both}, but on {ours.images} test images their 95 % intervals overlap"
+                )
+                return Verdict(score, dataset, None, reason + not_compared)
         second = others[0]
-        difference, spread = of(first).mean - of(second).mean, max(of(first).range, of(second).range)
-        above = f"{difference:.1f} above {second} ({of(second)})"
-        why = f"{first} is best: {of(first)}, {above}, while seeds differ by {spread:.1f} at most"
-        return Verdict(score, dataset, first, why + beside)
+        difference, spread = sample(first).mean - sample(second).mean, max(sample(first).range, sample(second).range)
+        above = f"{difference:.1f} above {second} ({sample(second)})"
+        reason = f"{first} is best: {sample(first)}, {above}, while seeds differ by {spread:.1f} at most"
+        return Verdict(score, dataset, first, reason + not_compared)
 
     # -- cost -------------------------------------------------------------------------------------
 
     def spent(self, name: str) -> Spent | None:
-        """Mean over the seeds of which everything has finished; None where no seed has."""
+        """The cost over the seeds of which all stages have finished; None if there is no such seed."""
         experiment = self.study.experiments[name]
         costs = []
         for seed in experiment.seeds:
             runs = [self.findings[name, seed, stage].metrics for stage in experiment.stages]
             source = self.study.pretrain_source(name)
-            made = self.findings.get((source, seed, "pretrain")) if source is not None else None
-            if all(run is not None for run in runs) and (made is None or made.metrics is not None):
-                costs.append(_of_seed([run for run in runs if run is not None], made.metrics if made else None))
+            pretraining = self.findings.get((source, seed, "pretrain")) if source is not None else None
+            if all(run is not None for run in runs) and (pretraining is None or pretraining.metrics is not None):
+                finished = [run for run in runs if run is not None]
+                costs.append(_seed_cost(finished, pretraining.metrics if pretraining else None))
         if not costs:
             return None
         flops = [flops for _, flops in costs if flops is not None]
@@ -208,12 +212,12 @@ class Table:
             Sample(tuple(flops)) if len(flops) == len(costs) else None,
         )
 
-    # -- beside ours ------------------------------------------------------------------------------
+    # -- comparisons -----------------------------------------------------------------------------
 
     def above_floor(self) -> list[dict[str, Any]]:
-        """Each experiment's scores against the same evaluation of a random encoder.
+        """Each experiment's scores compared with the same evaluation of a random encoder, the floor.
 
-        `times` is the difference in units of the larger range over seeds of the two; None where only one seed ran.
+        `times` is the difference divided by the larger of the two ranges over seeds; None if that range is 0.
         """
         rows = []
         for floor, experiment in self.study.experiments.items():
@@ -228,18 +232,18 @@ class Table:
                     if score in self.cells[name] and score in self.cells[floor]:
                         ours, base = self.cells[name][score], self.cells[floor][score]
                         spread = max(ours.range, base.range)
-                        more = ours.mean - base.mean
+                        difference = ours.mean - base.mean
                         rows.append(
                             {
                                 "experiment": name, "floor": floor, "score": score.label, "ours": ours, "base": base,
-                                "difference": more, "spread": spread, "times": more / spread if spread else None,
+                                "difference": difference, "spread": spread, "times": difference / spread if spread else None,
                                 "column": score,
                             }
                         )  # fmt: skip
         return rows
 
     def beside_published(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
-        """A row for each published number that an experiment repeats: theirs, ours, the difference, the runs."""
+        """A row for each published number that an experiment repeats: the number, ours, the difference, the runs."""
         repeats = {name: e for name, e in self.study.experiments.items() if e.published is not None}
         entries = published.load() if repeats else {}
         rows = []
@@ -250,8 +254,10 @@ class Table:
                 stage, _, metric = key.partition(".")
                 if stage not in experiment.stages:
                     continue
-                made = [r for r in runs if (r["experiment"], r["stage"]) == (name, stage) and metric in r["metrics"]]
-                ours = Sample(tuple(r["metrics"][metric] for r in made)) if made else None
+                repeated = [
+                    r for r in runs if (r["experiment"], r["stage"]) == (name, stage) and metric in r["metrics"]
+                ]
+                ours = Sample(tuple(r["metrics"][metric] for r in repeated)) if repeated else None
                 compared = ours is not None and not differences
                 rows.append(
                     {
@@ -261,30 +267,30 @@ class Table:
                         "remark": "; ".join([*(["not compared: " + ", ".join(differences)] if differences else []),
                                              *filter(None, [entry.note])]),
                         "source": entry.source,
-                        "runs": [r["mlflow_run_id"] or f"seed {r['seed']}" for r in made],
-                        "made": made,
+                        "runs": [r["mlflow_run_id"] or f"seed {r['seed']}" for r in repeated],
+                        "made": repeated,
                     }
                 )  # fmt: skip
         return rows
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share of n independent trials, in percent (Wilson, 1927): never outside 0 to 100."""
+    """95 % interval, in percent and within 0 to 100, of a share in [0, 1] of n independent trials (Wilson, 1927)."""
     centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
     return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
 
 
 def columns(study: Study) -> list[Column]:
-    """The scores of every stage that some experiment runs (`aps.stages`)."""
-    found = []
+    """The scores of every stage that an experiment of the study runs."""
+    scores = []
     for stage in STAGES.values():
         ran = [e for e in study.experiments.values() if stage.name in e.stages]
         for score in stage.scores if ran else ():
             values = getattr(getattr(ran[0], stage.name), "k", None) or (score.prefer,)
             k = score.prefer if score.prefer in values else values[0]
-            found.append(Column(stage.name, score.metric.format(k=k), score.label.format(k=k), score.share))
-    return found
+            scores.append(Column(stage.name, score.metric.format(k=k), score.label.format(k=k), score.share))
+    return scores
 
 
 def machine(run: Run) -> str:
@@ -293,28 +299,31 @@ def machine(run: Run) -> str:
     return f"{hardware.get('gpu') or hardware['cpu']}, {count} process{'es' * (count > 1)}"
 
 
-def _of_seed(runs: Sequence[Run], made: Run | None) -> tuple[float, float | None]:
-    """Seconds and operations of one seed: an evaluation's cost has its pretraining's in it, which is counted once."""
-    before = _cost(made) if made is not None else (0.0, 0.0)
-    seconds, flops = before
+def _seed_cost(runs: Sequence[Run], pretraining: Run | None) -> tuple[float, float | None]:
+    """Seconds and operations of one seed. Every evaluation's cost includes its pretraining's, which is counted once."""
+    pretraining_cost = _cost(pretraining) if pretraining is not None else (0.0, 0.0)
+    seconds, flops = pretraining_cost
     for run in runs:
         if run["stage"] == "pretrain":
-            continue  # that is `made`
-        own = _cost(run)
-        shared = before if run.get("cost") else (0.0, 0.0)
-        seconds += own[0] - shared[0]
-        flops = None if None in (flops, own[1], shared[1]) else flops + own[1] - shared[1]  # type: ignore[operator]
+            continue  # counted already
+        run_seconds, run_flops = _cost(run)
+        included_seconds, included_flops = pretraining_cost if run.get("cost") else (0.0, 0.0)
+        seconds += run_seconds - included_seconds
+        if flops is None or run_flops is None or included_flops is None:
+            flops = None
+        else:
+            flops += run_flops - included_flops
     return seconds, flops
 
 
 def _cost(run: Run) -> tuple[float, float | None]:
-    """Seconds and operations so far; results of earlier versions have only the seconds of the run itself."""
+    """Seconds and operations, with the pretraining's. Results of earlier versions have only the seconds of the run."""
     cost = run.get("cost") or {}
     return float(cost.get("seconds", run["wall_seconds"]) or 0.0), cost.get("flops")
 
 
 def _same_evaluation(a: ExperimentSettings, b: ExperimentSettings, stage: str) -> bool:
-    """Whether a stage of two experiments differs in the encoder's weights alone."""
+    """Whether a stage of two experiments differs only in the encoder's weights."""
     if stage not in a.stages or stage not in b.stages or getattr(a, stage) != getattr(b, stage):
         return False
     if not STAGES[stage].detects and a.dataset_settings(stage) != b.dataset_settings(stage):

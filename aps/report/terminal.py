@@ -1,19 +1,22 @@
-"""The table of results for the terminal: `python -m aps results`."""
+"""Makes the table of results for the terminal: `python -m aps results`."""
 
 from __future__ import annotations
 
-from aps.columns import columns_of
 from aps.findings import Findings
 from aps.layout import report_folder, study_folder
 from aps.report.table import Table
 from aps.settings.study import Study
-from aps.tracking.browsing import how_to_look
+from aps.text import table_lines
+from aps.tracking.browsing import how_to_browse
 
-REASONS = 12  # lines
+MOST_REASONS = 12
 
 
 def terminal(study: Study, address: str) -> str:
-    """The table, what is best, where everything lies and how to browse it in MLflow."""
+    """The table, which experiment is best, where the files are, and how to browse the runs in MLflow.
+
+    address: of MLflow's server or store.
+    """
     findings = Findings(study)
     table = Table(study, findings)
     header = ["experiment", *(score.label for score in table.scores)]
@@ -27,31 +30,31 @@ def terminal(study: Study, address: str) -> str:
             f"In percent{', mean ± standard deviation over seeds' if seeds > 1 else ''}.",
             *([study.question] if study.question else []),
             "",
-            *columns_of(header, body),
+            *table_lines(header, body),
             *_verdicts(table),
             *_reasons(table),
             "",
             f"Report   {report / 'report.html'}" + ("" if (report / "report.html").exists() else " (not yet made)"),
             f"Table    {report / 'results.csv'}",
             f"Results  {study_folder(study)}/EXPERIMENT/seedN/STAGE/",
-            f"MLflow   {how_to_look(study, address)}",
+            f"MLflow   {how_to_browse(study, address)}",
         ]
     )
 
 
 def _verdicts(table: Table) -> list[str]:
-    """Which experiment is best, for scores of several experiments."""
-    found = table.verdicts()
-    several = len({verdict.dataset for verdict in found}) > 1
-    lines = [f"  {v.score.label}{f' on {v.dataset}' if several else ''}: {v.reason}" for v in found]
+    """Which experiment is best, for each score that several experiments have."""
+    verdicts = table.verdicts()
+    several = len({verdict.dataset for verdict in verdicts}) > 1
+    lines = [f"  {v.score.label}{f' on {v.dataset}' if several else ''}: {v.reason}" for v in verdicts]
     return ["", *lines] if lines else []
 
 
 def _reasons(table: Table) -> list[str]:
-    """Why figures that are there are not shown."""
+    """Why some results are not shown."""
     stale = table.stale()
     if not stale:
         return []
-    lines = [f"  {finding.label}: {finding.problem}" for finding in stale[:REASONS]]
-    more = [f"  and {len(stale) - REASONS} more"] if len(stale) > REASONS else []
+    lines = [f"  {finding.label}: {finding.problem}" for finding in stale[:MOST_REASONS]]
+    more = [f"  and {len(stale) - MOST_REASONS} more"] if len(stale) > MOST_REASONS else []
     return ["", "Not this study's figures, so not shown (`snakemake all` makes them again):", *lines, *more]

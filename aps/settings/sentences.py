@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from aps.registry import nearest
 from aps.settings.base import NAME_LETTERS
+from aps.text import shorten
 
 
 def sentence(where: str, prefix: str, error: ValidationError, model: type[BaseModel]) -> str:
@@ -70,7 +71,7 @@ def shown(value: Any) -> str:
         text = json.dumps(value, default=str, ensure_ascii=False)
     except (ValueError, TypeError):  # the value contains itself
         text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shorten(text, 60, "...")
 
 
 def _nearest_key(path: list[str], model: type[BaseModel]) -> str:

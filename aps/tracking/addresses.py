@@ -1,9 +1,9 @@
-"""Where MLflow is, and what of that may be shown.
+"""The address of MLflow, and the part of it that may be shown.
 
-An address may carry a user and a password, or a token. They go into this process's environment, where mlflow and the jobs
-that this process starts find them; whatever is stored, printed or put on a command line is `shown(address)`.
+An address may hold a user and a password, or a token. They are put into this process's environment, where mlflow and
+the jobs that this process starts find them. What is stored, printed or put on a command line is `shown(address)`.
 
-It imports no mlflow: planning uses it.
+It imports no mlflow, because planning uses it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ OFF = "none"  # tracking_uri that turns MLflow off
 HTTP = ("http", "https")
 BY_NAME = {"orderByKey": "tags.`mlflow.runName`", "orderByAsc": "true"}
 DATABASES = ("postgresql", "mysql", "mssql", "oracle")
-FULL = "APS_TRACKING_URI"  # a database's address with its password, for this process and its children
+FULL = (
+    "APS_TRACKING_URI"  # environment variable with a database's address and password, for this process and its children
+)
 
 _SECRET = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 _USER_INFORMATION = re.compile(r"(?<=://)[^\s'\"<>]*@")
-_LEAST_SECRET = 4  # letters; anything shorter would blot out innocent words
+_SHORTEST_SECRET = 4  # letters; a shorter one would also be replaced within ordinary words
 
 
 def tracking_address(wanted: str | None, results: str | Path) -> str:
@@ -30,12 +32,12 @@ def tracking_address(wanted: str | None, results: str | Path) -> str:
 
 
 def given_address(wanted: str | None) -> str | None:
-    """The address as somebody wrote it, which may hold a password; None where nobody did."""
+    """The address as the user gave it, perhaps with a password; None if none was given."""
     return os.environ.get("MLFLOW_TRACKING_URI") or wanted
 
 
 def settled(address: str) -> str:
-    """The address as it may be shown: absolute, without user information, which goes into the environment."""
+    """The address as it may be shown: absolute, without user information, which is put into the environment."""
     address = address.strip()
     if address.lower() == OFF:
         return OFF
@@ -53,7 +55,7 @@ def settled(address: str) -> str:
 
 
 def shown(address: str) -> str:
-    """Without user information, and without the query and fragment, in which tokens travel."""
+    """The address without user information, and without query and fragment, which may hold tokens."""
     scheme, rest = _split(address)
     if scheme in (None, "file", "sqlite"):
         return address
@@ -62,23 +64,23 @@ def shown(address: str) -> str:
 
 
 def full(address: str) -> str:
-    """What mlflow is given for a settled address: a database's password is in its address, so it is put back."""
+    """The address that mlflow needs for a settled one: a database's address with its password."""
     kept = os.environ.get(FULL) or os.environ.get("MLFLOW_TRACKING_URI") or ""
     scheme, _ = _split(address)
     return kept if scheme and _is_database(scheme) and shown(kept) == address else address
 
 
 def scrubbed(text: str) -> str:
-    """`text` without user information of addresses and without the values of variables that hold secrets."""
+    """`text` without user information of addresses and without the values of environment variables with secrets."""
     text = _USER_INFORMATION.sub("", text)
     for name, value in os.environ.items():
-        if _SECRET.search(name) and len(value) >= _LEAST_SECRET:
+        if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET:
             text = text.replace(value, "***")
     return text
 
 
 def problem(address: str) -> str | None:
-    """Why MLflow cannot be at this address, whatever runs there; None where it can."""
+    """Why the address cannot be one of MLflow's; None if it can."""
     scheme, rest = _split(address)
     if scheme is None or scheme in (*HTTP, "file", "databricks", "databricks-uc", "uc") or _is_database(scheme):
         return None
@@ -91,19 +93,19 @@ def problem(address: str) -> str | None:
 
 
 def database_file(address: str) -> Path | None:
-    """The file of a SQLite store."""
+    """The file of a SQLite store; None for other addresses."""
     scheme, rest = _split(address)
     return Path(rest.removeprefix("///").partition("?")[0]) if scheme == "sqlite" and rest.startswith("///") else None
 
 
 def page(experiment_id: str, view: str | None = None, search: str | None = None) -> str:
-    """The part of an address that leads to an experiment's runs: as a view shows them, or those that are searched.
+    """The fragment of the address of an experiment's runs: in a view, or only those that a search finds.
 
-    What is searched is sorted by name: sorted by time, MLflow folds runs away under their parent.
+    The results of a search are sorted by name, because MLflow hides runs under their parent when it sorts by time.
     """
-    more = {"viewStateShareKey": view} if view else {"searchFilter": search, **BY_NAME} if search else {}
-    shared = "".join(f"&{key}={quote(value)}" for key, value in more.items())
-    return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning{shared}"
+    parameters = {"viewStateShareKey": view} if view else {"searchFilter": search, **BY_NAME} if search else {}
+    query = "".join(f"&{key}={quote(value)}" for key, value in parameters.items())
+    return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning{query}"
 
 
 def run_page(experiment_id: str, run_id: str) -> str:
@@ -111,7 +113,7 @@ def run_page(experiment_id: str, run_id: str) -> str:
 
 
 def _split(address: str) -> tuple[str | None, str]:
-    """Scheme in small letters, None where there is none, and what follows its colon."""
+    """The scheme in small letters, None if there is none, and what follows its colon."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", address, re.DOTALL)
     return (match[1].lower(), match[2]) if match else (None, address)
 
@@ -121,7 +123,7 @@ def _is_database(scheme: str) -> bool:
 
 
 def _absolute_database(address: str) -> str:
-    """sqlite:///x.db is relative to where the command runs; its jobs may run elsewhere."""
+    """sqlite:///x.db is relative to the working directory, which the jobs may not share."""
     file = database_file(address)
     if file is None or ":memory:" in address:
         return address
@@ -130,7 +132,7 @@ def _absolute_database(address: str) -> str:
 
 
 def _keep_credentials(rest: str) -> None:
-    """A user and a password, or a token in the user's place, into the variables that mlflow reads."""
+    """Put user and password, or a token in place of the user, into the environment variables that mlflow reads."""
     information, at, _ = rest.removeprefix("//").rpartition("@")
     if not at:
         return

@@ -1,14 +1,18 @@
-"""How to look at a study's runs in MLflow: the command, the address, and the server for a store without one."""
+"""Opens a study's runs in MLflow: the command and the address of the page, and a server for a store that has none."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from aps.errors import UserError
@@ -25,19 +29,19 @@ PORT = 5000
 START_SECONDS = 120.0
 
 
-def how_to_look(study: Study, address: str) -> str:
-    """The command and the address of the page, for people."""
+def how_to_browse(study: Study, address: str) -> str:
+    """How to open the study's page: the command that starts a server, if one is needed, and the address."""
     address = settled(address)
     if address == OFF:
         return "off (tracking_uri: none)"
     if address.startswith("http"):
         return f"{address}/{_page(study, address)}"
-    command = " ".join([_program(), *_options(address, PORT)])
-    return f"{command}    (or make ui), then open http://127.0.0.1:{PORT}/{_page(study, address)}"
+    options = ["--backend-store-uri", _relative(address), "--port", str(PORT), *_artifact_options(address)]
+    return f"{' '.join([_program(), 'server', *options])}    (or make ui), then open http://127.0.0.1:{PORT}/{_page(study, address)}"
 
 
 def show(study: Study, address: str, port: int = PORT) -> None:
-    """Prints the address of the page; where a store has no server, starts one and stays until it ends or Ctrl-C.
+    """Print the address of the study's page. For a store without a server, start one, and wait until it ends or Ctrl-C.
 
     Raises:
         UserError: tracking is off, MLflow can't be reached, or the port is taken.
@@ -56,46 +60,59 @@ def show(study: Study, address: str, port: int = PORT) -> None:
         raise UserError(f"MLflow at {address} cannot be shown ({why(error)}); mend that and try again") from None
     if experiment is None:
         print(f"MLflow at {address} has no runs of study '{study.study}' yet", file=sys.stderr)
-    fragment = _of(study, experiment)
+    fragment = _fragment(study, experiment)
     if address.startswith("http"):
         print(f"{address}/{fragment}")
         return
-    _serve(address, port, f"http://127.0.0.1:{port}/{fragment}")
-
-
-def _serve(address: str, port: int, shown: str) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            raise UserError(f"port {port} is taken, maybe by another MLflow; name another by --port") from None
-    quiet_mlflow()
-    options = [option for option in _options(address, port) if option not in ("--backend-store-uri", _short(address))]
-    # In the environment, because a database's address may hold a password, and command lines are seen by everybody.
-    # Without the ten processes that judge traces of language models.
-    environment = (
-        {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | os.environ | {"MLFLOW_BACKEND_STORE_URI": full(address)}
-    )
-    command = [sys.executable, "-m", "mlflow", *options]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        if not _answers(port, process):
-            process.terminate()
-            said = process.communicate()[1].strip().splitlines()
-            raise UserError(f"mlflow server did not start ({said[-1] if said else 'no word'}); try another --port")
-        print(f"open {shown}\nCtrl-C ends it", flush=True)
-        process.communicate()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        process.terminate()
+    with contextlib.suppress(KeyboardInterrupt), serving(address, port) as (server_address, process):
+        print(f"open {server_address}/{fragment}\nCtrl-C ends it", flush=True)
         process.wait()
 
 
+@contextmanager
+def serving(address: str, port: int | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Runs `mlflow server` over the store at `address`, until the block ends -> the server's address, its process.
+
+    port: None: any free one.
+
+    Raises:
+        UserError: the port is taken, or the server does not start.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port or 0))
+        except OSError:
+            raise UserError(f"port {port} is taken, maybe by another MLflow; name another by --port") from None
+        port = int(probe.getsockname()[1])
+    quiet_mlflow()
+    # The store is given in the environment: a database's address may hold a password, and everybody sees command lines.
+    # Job execution would start ten processes that judge traces of language models.
+    environment = (
+        {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | os.environ | {"MLFLOW_BACKEND_STORE_URI": full(address)}
+    )
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), *_artifact_options(address)]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log, text=True)
+        try:
+            if not _answers(port, process):
+                process.terminate()
+                process.wait()
+                log.seek(0)
+                lines = log.read().strip().splitlines()
+                raise UserError(
+                    f"mlflow server did not start ({lines[-1] if lines else 'no word'}); try another --port"
+                )
+            yield f"http://127.0.0.1:{port}", process
+        finally:
+            process.terminate()
+            process.wait()
+
+
 def _answers(port: int, process: subprocess.Popen[str]) -> bool:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
+    """Whether the server is ready within START_SECONDS; waits for it."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
                 return bool(answer.status == 200)
@@ -104,15 +121,14 @@ def _answers(port: int, process: subprocess.Popen[str]) -> bool:
     return False
 
 
-def _options(address: str, port: int) -> list[str]:
-    """Of `mlflow server`. Artifacts lie beside a SQLite store, so that both can be moved."""
+def _artifact_options(address: str) -> list[str]:
+    """Options of `mlflow server`. Artifacts lie beside a SQLite store, so that both can be moved."""
     file = database_file(address)
-    artifacts = ["--artifacts-destination", _short(str(file.parent / ARTIFACTS))] if file else []
-    return ["server", "--backend-store-uri", _short(address), "--port", str(port), *artifacts]
+    return ["--artifacts-destination", _relative(str(file.parent / ARTIFACTS))] if file else []
 
 
-def _short(text: str) -> str:
-    """A path, or an address with one, relative to the working directory where it lies under it."""
+def _relative(text: str) -> str:
+    """A path, or an address with one, relative to the working directory if it lies in it."""
     here = f"{Path.cwd()}/"
     for start in ("sqlite:///", "file://", ""):
         if text.startswith(start + here):
@@ -127,15 +143,15 @@ def _program() -> str:
 
 
 def _page(study: Study, address: str) -> str:
-    """By what the runs know: no server is asked."""
+    """The fragment of the study's page, from the tracking.json of a run: no server is asked."""
     for file in sorted(study_folder(study).glob("*/seed*/*/tracking.json")):
         state = read_state(file)
         if state is not None and state.address == address and state.experiment_id is not None:
-            return _of(study, state.experiment_id)
-    return _of(study, None)
+            return _fragment(study, state.experiment_id)
+    return _fragment(study, None)
 
 
-def _of(study: Study, experiment: str | None) -> str:
+def _fragment(study: Study, experiment: str | None) -> str:
     if experiment is None:
         return "#/experiments?workflowType=machine_learning"
     views = views_of(study)

@@ -1,8 +1,8 @@
-"""What MLflow is told about a run: its name, parameters, tags, description, datasets, cost. Plain data from metrics.json.
+"""Describes a run for MLflow: name, parameters, tags, description, datasets, cost. Plain data, made from metrics.json.
 
-Design: an evaluation carries what made it. Beside its own settings stand those of its pretraining and the cost so far, so
-that a table, a search or a parallel-coordinates plot over evaluations answers by itself which pretraining is best. Internals
-are tags that start with `mlflow.`, which MLflow's page keeps out of sight.
+Design: an evaluation also has the settings and the cost of its pretraining. So a table, a search or a
+parallel-coordinates plot over evaluations shows which pretraining is best. Internal tags start with `mlflow.`, which
+MLflow's page hides.
 
 It knows no server and imports no mlflow.
 """
@@ -26,24 +26,24 @@ from pydantic import BaseModel, ConfigDict
 from aps.settings.blocks import SamplingSettings
 from aps.tracking.addresses import page, run_page, scrubbed
 
-KEY = "mlflow.aps.key"  # tag by which a run is found again
+KEY = "mlflow.aps.key"  # the tag that identifies a run
 PARENT = "mlflow.parentRunId"
 NOTE = "mlflow.note.content"
 EPOCH = "epoch"
-INHERITED = ("pretrain", "sampling", "views")  # blocks of the pretraining that an evaluation's run carries too
+INHERITED = ("pretrain", "sampling", "views")  # blocks of the pretraining's settings that an evaluation also has
 LONGEST_TAG, LONGEST_PARAM = 5000, 6000  # letters that MLflow takes
 LONGEST_DIGEST = 36
 
 
 class About(BaseModel):
-    """A run before anything is known of its figures."""
+    """The description of a run, without its metrics."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     study: str  # MLflow's experiment
     name: str
     stage: str
-    key: str  # the same for the same job, whatever was lost
+    key: str  # identifies the job: the same in every attempt
     started: int  # ms
     params: dict[str, str] = {}
     tags: dict[str, str] = {}
@@ -52,14 +52,14 @@ class About(BaseModel):
 
 
 def prefix(stage: str) -> str:
-    """Of a stage's metrics: the last word of its name (`linear_probe`: probe)."""
+    """The prefix of a stage's metrics in MLflow: the last word of its name (`linear_probe`: probe)."""
     return stage.rpartition("_")[2]
 
 
 def metric_name(stage: str, key: str) -> str:
-    """What a key of history.jsonl or of metrics.json is called in MLflow: `finetune/test_top1`, `knn/top1_k20`.
+    """The name in MLflow of a key of history.jsonl or metrics.json: `finetune/test_top1`, `knn/top1_k20`.
 
-    The epoch has no stage, so that it can be the axis of every curve.
+    The epoch has no prefix, so that it can be the axis of every curve.
     """
     if key == EPOCH:
         return EPOCH
@@ -68,7 +68,7 @@ def metric_name(stage: str, key: str) -> str:
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers among them."""
+    """The values that are finite numbers."""
     return {
         key: float(value)
         for key, value in values.items()
@@ -77,33 +77,33 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def finals(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Final figures of metrics.json by MLflow's names, with the cost so far; a setting among them is a parameter already.
+    """The final metrics and the cost, by their names in MLflow. Settings among them are left out: they are parameters.
 
     metrics: the content of metrics.json.
     """
     stage, settings = str(metrics["stage"]), metrics["settings"].get(metrics["stage"], {})
-    figures = {
+    scores = {
         metric_name(stage, key): value for key, value in numbers(metrics["metrics"]).items() if key not in settings
     }
-    return figures | {f"cost/{key}": value for key, value in numbers(metrics.get("cost") or {}).items()}
+    return scores | {f"cost/{key}": value for key, value in numbers(metrics.get("cost") or {}).items()}
 
 
 def describe(
     metrics: Mapping[str, Any],
     study: str,
-    made: Mapping[str, Any] | None = None,
+    pretraining: Mapping[str, Any] | None = None,
     description: str = "",
     manifest: Mapping[str, Any] | None = None,
 ) -> About:
-    """What MLflow is told of a run.
+    """The description of a run.
 
     Args:
-        metrics: the content of metrics.json, or the part of it that is known when the stage starts: stage, experiment,
+        metrics: the content of metrics.json, or the entries that are known when the stage starts: stage, experiment,
             seed, settings, settings_digest, started, dataset, encoder, commit, hardware.
         study: MLflow's experiment.
-        made: metrics.json of the pretraining that made its encoder.
-        description: of the experiment.
-        manifest: of its dataset.
+        pretraining: metrics.json of the pretraining that made its encoder.
+        description: description of the experiment.
+        manifest: content of its dataset's manifest.
     """
     stage, experiment, seed = str(metrics["stage"]), str(metrics["experiment"]), metrics["seed"]
     name = f"{experiment}/seed{seed}/{stage}"
@@ -113,29 +113,34 @@ def describe(
         stage=stage,
         key=_digest(study, name, metrics["settings_digest"], metrics["started"]),
         started=_milliseconds(metrics["started"]),
-        params=parameters(metrics["settings"], made["settings"] if made else None),
-        tags=_tags(metrics, made),
+        params=parameters(metrics["settings"], pretraining["settings"] if pretraining else None),
+        tags=_tags(metrics, pretraining),
         note=description,
         datasets=[_dataset(metrics, manifest or {})] if metrics.get("dataset") else [],
     )
 
 
-def inherit(settings: Mapping[str, Any], made: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Blocks of a run's settings and, where it has none of its own, those of the pretraining that made its encoder."""
-    theirs = made or {}
-    return {**settings, **{block: theirs[block] for block in INHERITED if block in theirs and block not in settings}}
+def inherit(settings: Mapping[str, Any], pretraining: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A run's settings, with those blocks of its pretraining's settings that the run does not have."""
+    blocks = pretraining or {}
+    return {**settings, **{name: blocks[name] for name in INHERITED if name in blocks and name not in settings}}
 
 
-def parameters(settings: Mapping[str, Any], made: Mapping[str, Any] | None) -> dict[str, str]:
-    """Settings that the run depends on, as `block.key`, with those of its pretraining, and `method` for short."""
+def parameters(settings: Mapping[str, Any], pretraining: Mapping[str, Any] | None) -> dict[str, str]:
+    """The settings of a run and of its pretraining as MLflow's parameters, named `block.key`; also `method`.
+
+    Args:
+        settings: of the run.
+        pretraining: settings of the pretraining that made its encoder.
+    """
     stage = settings["stage"]
-    tree = inherit({key: value for key, value in settings.items() if key not in ("stage", "upstream")}, made)
+    tree = inherit({key: value for key, value in settings.items() if key not in ("stage", "upstream")}, pretraining)
     if isinstance(tree.get("sampling"), Mapping):
         unread = SamplingSettings.unread(tree["sampling"].get("strategy", ""))
         tree["sampling"] = {key: value for key, value in tree["sampling"].items() if key not in unread}
     flat = {key: value for key, value in _flat(tree) if value is not None}
-    if made and made.get("dataset") != settings.get("dataset") and made.get("dataset"):
-        flat["pretrain.dataset"] = made["dataset"]["name"]
+    if pretraining and pretraining.get("dataset") != settings.get("dataset") and pretraining.get("dataset"):
+        flat["pretrain.dataset"] = pretraining["dataset"]["name"]
     if "pretrain.method" in flat:
         flat["method"] = flat["pretrain.method"]
     elif stage != "pretrain" and "encoder.weights" in flat:
@@ -143,7 +148,7 @@ def parameters(settings: Mapping[str, Any], made: Mapping[str, Any] | None) -> d
     return {key: str(value)[:LONGEST_PARAM] for key, value in flat.items()}
 
 
-def _tags(metrics: Mapping[str, Any], made: Mapping[str, Any] | None) -> dict[str, str]:
+def _tags(metrics: Mapping[str, Any], pretraining: Mapping[str, Any] | None) -> dict[str, str]:
     hardware, encoder = metrics.get("hardware") or {}, metrics.get("encoder") or {}
     commit, _, dirty = str(metrics.get("commit") or "").partition("-dirty")
     tags = {
@@ -166,21 +171,21 @@ def _tags(metrics: Mapping[str, Any], made: Mapping[str, Any] | None) -> dict[st
         "mlflow.aps.encoder_digest": encoder.get("sha256"),
         "mlflow.aps.host": hardware.get("host"),
         "mlflow.aps.version": metrics.get("version"),
-        "pretraining": f"{made['experiment']}/seed{made['seed']}/{made['stage']}" if made else None,
-        "encoder_run_id": made.get("mlflow_run_id") if made else None,
-        PARENT: made.get("mlflow_run_id") if made else None,  # MLflow's page links both ways
+        "pretraining": "{experiment}/seed{seed}/{stage}".format_map(pretraining) if pretraining else None,
+        "encoder_run_id": pretraining.get("mlflow_run_id") if pretraining else None,
+        PARENT: pretraining.get("mlflow_run_id") if pretraining else None,  # MLflow's page links both ways
     }
     return {key: scrubbed(str(value))[:LONGEST_TAG] for key, value in tags.items() if value not in (None, "")}
 
 
 def note(about: About, experiment_id: str, run_id: str) -> str:
-    """The description on the run's page: the experiment's, with links to what it was made from and what was made of it."""
+    """The text on the run's page: the description, with a link to its encoder's run, or to the runs that use it."""
     parts = [about.note]
     if PARENT in about.tags:
         parts.append(f"Its encoder: [{about.tags['pretraining']}]({run_page(experiment_id, about.tags[PARENT])})")
     if about.stage == "pretrain":
-        made_of_it = page(experiment_id, search=f"tags.`{PARENT}` = '{run_id}'")
-        parts.append(f"[What was made of its encoder]({made_of_it})")
+        evaluations = page(experiment_id, search=f"tags.`{PARENT}` = '{run_id}'")
+        parts.append(f"[What was made of its encoder]({evaluations})")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -190,7 +195,7 @@ def command() -> str:
 
 
 def _dataset(metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Of MLflow's kind: name, digest, source, and a profile of what its manifest says."""
+    """The fields of MLflow's dataset: name, digest, source, and a profile with the sizes from its manifest."""
     dataset = metrics["dataset"]
     source = manifest.get("source") or manifest.get("origin") or dataset["name"]
     profile = {split: content.get("count") for split, content in (manifest.get("splits") or {}).items()}
@@ -222,7 +227,7 @@ def _milliseconds(started: str) -> int:
 
 
 def _user() -> str | None:
-    """None where the machine has no name for it."""
+    """The name of the user; None if the machine does not know it."""
     try:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):

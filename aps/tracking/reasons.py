@@ -1,6 +1,6 @@
-"""Why MLflow did not take something: one clause, without secrets and without a server's page of HTML.
+"""Turns an exception of mlflow's into one clause that says why a request failed, without secrets or HTML.
 
-mlflow wraps what went wrong below it into one kind of exception, so this reads texts. It imports no mlflow.
+mlflow raises the same exception for most causes, so this reads the texts of exceptions. It imports no mlflow.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import re
 
 from aps.tracking.addresses import scrubbed
 
-LONGEST = 160  # letters of a text that is not ours
+LONGEST_TEXT = 160  # letters of an unknown exception's text
 
 
 class NotMlflow(Exception):
-    """The server answers, but not as MLflow does."""
+    """Something answers, but it is not MLflow."""
 
 
 class Unusable(Exception):
     """The address can't be MLflow's; the message says why."""
 
 
-# (pattern in the exception's text, clause, whether trying again within seconds is in vain)
+# (pattern in the exception's text, clause, whether the cause will last, so that trying again soon is useless)
 _KNOWN: tuple[tuple[str, str, bool], ...] = (
     (r"NameResolution|Name or service not known|getaddrinfo|nodename nor servname", "its host name is unknown (DNS)", True),
     (r"Connection refused|actively refused", "nothing listens there (connection refused)", True),
@@ -50,33 +50,33 @@ _KNOWN: tuple[tuple[str, str, bool], ...] = (
 
 
 def why(error: BaseException) -> str:
-    """A clause to follow a colon: small letters, no full stop."""
-    return _look(error)[0]
+    """The reason, as a clause that starts with a small letter and has no full stop."""
+    return _explain(error)[0]
 
 
-def in_vain(error: BaseException) -> bool:
-    """Whether to try again within seconds is in vain."""
-    return _look(error)[1]
+def will_last(error: BaseException) -> bool:
+    """Whether the cause will last, so that trying again within seconds is useless."""
+    return _explain(error)[1]
 
 
-def _look(error: BaseException) -> tuple[str, bool]:
+def _explain(error: BaseException) -> tuple[str, bool]:
     text = _text(error)
     if isinstance(error, Unusable):
         return scrubbed(text), True
     if isinstance(error, NotMlflow):
         return "it answers, but not as MLflow does", False
-    for pattern, clause, vain in _KNOWN:
+    for pattern, clause, lasts in _KNOWN:
         if match := re.search(pattern, text, re.IGNORECASE):
-            found = next((group for group in match.groups() if group), "") if match.groups() else ""
-            return clause.format(found), vain
+            detail = next((group for group in match.groups() if group), "")
+            return clause.format(detail), lasts
     if re.search(r"<html|<!doctype|JSONDecodeError|Expecting value|valid JSON|Failed to parse", text, re.IGNORECASE):
         return "it answers, but not as MLflow does", False
     first = scrubbed(text.strip().splitlines()[0] if text.strip() else type(error).__name__)
-    return (first if len(first) <= LONGEST else f"{first[:LONGEST]}...").rstrip(". "), False
+    return (first if len(first) <= LONGEST_TEXT else f"{first[:LONGEST_TEXT]}...").rstrip(". "), False
 
 
 def _text(error: BaseException) -> str:
-    """Of the exception and what caused it."""
+    """The texts of the exception and of its causes."""
     texts, seen = [], set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:

@@ -1,9 +1,9 @@
-"""One run brought up to date, each point once.
+"""Sends what MLflow lacks of one run, each point once. A point is a metric at a step.
 
-Design: what MLflow has is asked of MLflow. A point is a metric at a step; at the start of a process, after a failure and at
-the end the run's points are read back, and what the journal has beyond them is sent. So nothing is sent twice that an
-earlier process sent, that an unheard answer confirmed, or that a journal cut back to a checkpoint grows again; and what a
-proxy swallowed is sent again. A journal that grows again may differ in what the clock measures: MLflow keeps the first.
+Design: at the start of a process, after a failure and at the end, the run's points are read from MLflow, and those that
+only the journal has are sent. So a point is not sent twice if an earlier process sent it, if the answer to a request
+was lost, or if a journal that was cut to a checkpoint repeats it. And a point that a proxy lost is sent again. Measured
+times may differ when a step is repeated: MLflow keeps the first.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from aps.tracking.describing import KEY, NOTE, metric_name, numbers
 from aps.tracking.server import Server
 from aps.tracking.state import FINISHED, RUNNING, State
 
-BATCH, PARAMS, TAGS = 900, 100, 100  # metrics, parameters, tags of a request; MLflow takes 1000 in all
-SYSTEM = "system.jsonl"  # beside the journal: what the machine was busy with
+BATCH, PARAMS, TAGS = 900, 100, 100  # most metrics, parameters and tags in a request; MLflow takes 1000 in all
+SYSTEM = "system.jsonl"  # beside the journal: how busy the machine was
 
 
 class Point(NamedTuple):
@@ -31,28 +31,30 @@ class Point(NamedTuple):
 
 
 class Tail:
-    """The lines of a file of JSON that were not read yet; bad ones, and the last while it is being written, left out."""
+    """Reads the new lines of a growing file of JSON lines, without damaged ones and an incomplete last one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: tuple[int, int] | None = None  # device and inode: a journal that is cut is another file
+        self._file: tuple[int, int] | None = None  # device and inode: cutting the journal makes a new file
         self._offset = 0
 
-    def again(self) -> None:
+    def restart(self) -> None:
+        """Read the file from its start again."""
         self._file = None
 
     def lines(self) -> Iterator[dict[str, Any]]:
+        """The complete lines that were not read yet."""
         try:
             with self.path.open("rb") as file:
                 status = self.path.stat()
                 if self._file != (status.st_dev, status.st_ino) or status.st_size < self._offset:
                     self._file, self._offset = (status.st_dev, status.st_ino), 0
                 file.seek(self._offset)
-                whole = file.read().rpartition(b"\n")[0]
+                complete = file.read().rpartition(b"\n")[0]
         except FileNotFoundError:
             return
-        self._offset += len(whole) + 1 if whole else 0
-        for text in whole.splitlines():
+        self._offset += len(complete) + 1 if complete else 0
+        for text in complete.splitlines():
             try:
                 line = json.loads(text)
             except ValueError:
@@ -62,25 +64,27 @@ class Tail:
 
 
 def points_of(line: dict[str, Any], stage: str | None) -> Iterator[Point]:
-    """Of a line of the journal; stage None: the names are MLflow's already."""
-    step, moment = line.get("step"), line.get("time")
-    if not isinstance(step, int) or not isinstance(moment, int | float):
+    """The points of a line of the journal. stage: None if the line has MLflow's names already."""
+    step, seconds = line.get("step"), line.get("time")
+    if not isinstance(step, int) or not isinstance(seconds, int | float):
         return
     for key, value in numbers({k: v for k, v in line.items() if k not in ("step", "time")}).items():
-        yield Point(key if stage is None else metric_name(stage, key), step, value, int(moment * 1000))
+        yield Point(key if stage is None else metric_name(stage, key), step, value, int(seconds * 1000))
 
 
 def pictures(folder: Path) -> list[Path]:
-    """A run's pictures, which MLflow shows."""
+    """The pictures among a run's outputs, to be sent to MLflow."""
     return sorted(folder.glob("*.png"))
 
 
 class Sender:
-    """Brings the MLflow run of `state` up to date, as often as `send` is called; `state` changes as it goes.
+    """Each `send` brings the run in MLflow up to date, and changes `state` accordingly.
 
     Args:
-        folder: with history.jsonl.
-        files: to show with the run, once it is done.
+        folder: has history.jsonl.
+
+    Attributes:
+        files: pictures to send when the run is finished.
     """
 
     def __init__(self, state: State, folder: Path) -> None:
@@ -90,27 +94,27 @@ class Sender:
         self._waiting: list[Point] = []
         self._server: Server | None = None
         self._run: Any = None
-        self._held: dict[str, set[int]] = {}  # steps that the run has of each metric, where they are known
-        self._last: dict[str, Point] = {}  # of the journal
+        self._held: dict[str, set[int]] = {}  # the steps of each metric that MLflow has, where they are known
+        self._last: dict[str, Point] = {}  # the last point of each metric in the journal
         self._described = False
 
-    def again(self) -> None:
-        """The journal was cut: read it from its start. Points that the run has are not sent again."""
+    def restart(self) -> None:
+        """Read the journal from its start, because it was cut. Points that the run has are not sent again."""
         for tail in self._tails.values():
-            tail.again()
+            tail.restart()
 
     def send(self) -> bool:
-        """Send what is new; returns whether that was the last of it, and the run has all.
+        """Send what is new. Returns whether the stage is finished and MLflow has everything.
 
         Raises:
-            Exception: whatever mlflow raises where the server does not take it. Nothing is lost: the next call goes on.
+            Exception: any of mlflow's, if a request fails. Nothing is lost: the next call goes on.
         """
         try:
             return self._send()
         except Exception:
-            self._run, self._described = None, False  # what it has, is asked again
+            self._run, self._described = None, False  # ask MLflow again what it has
             self._held.clear()
-            self.again()
+            self.restart()
             self._waiting.clear()
             raise
 
@@ -127,7 +131,7 @@ class Sender:
             return self._finish()
         if state.status != RUNNING:
             self.server.client.set_terminated(self._run.info.run_id, state.status)
-            state.status, self._described = RUNNING, False  # a run that goes on is set running again
+            state.status, self._described = RUNNING, False  # if the run goes on, it is set running again
         return False
 
     @property
@@ -140,8 +144,8 @@ class Sender:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
         run, about, client = self._run, self.state.about, self.server.client
-        has = run.data.params  # parameters cannot change
-        params = [Param(key, value) for key, value in about.params.items() if key not in has]
+        existing = run.data.params  # they cannot change
+        params = [Param(key, value) for key, value in about.params.items() if key not in existing]
         tags = about.tags | {
             KEY: about.key,
             NOTE: describing.note(about, self.state.experiment_id or "", run.info.run_id),
@@ -157,7 +161,7 @@ class Sender:
                 )
                 for dataset in about.datasets
             ]
-            _where_it_can(lambda: client.log_inputs(run.info.run_id, inputs))
+            _if_supported(lambda: client.log_inputs(run.info.run_id, inputs))
         if run.info.status != RUNNING and self.state.finals is None and self.state.status == RUNNING:
             client.update_run(run.info.run_id, status=RUNNING)
         self._described = True
@@ -176,14 +180,15 @@ class Sender:
     def _log(self, points: list[Point]) -> None:
         from mlflow.entities import Metric
 
-        once = {(point.key, point.step): point for point in reversed(points)}  # of two lines the first counts
-        metrics = [Metric(p.key, p.value, p.time, p.step) for p in reversed(once.values())]
+        unique = {(point.key, point.step): point for point in reversed(points)}  # of two lines the first counts
+        metrics = [Metric(p.key, p.value, p.time, p.step) for p in reversed(unique.values())]
         if metrics:
             self.server.client.log_batch(self._run.info.run_id, metrics=metrics)
-        for key, step in once:
+        for key, step in unique:
             self._steps(key).add(step)
 
     def _steps(self, key: str) -> set[int]:
+        """The steps of a metric that MLflow has."""
         if key not in self._held:
             client, run = self.server.client, self._run
             history = client.get_metric_history(run.info.run_id, key) if key in run.data.metrics else []
@@ -191,29 +196,29 @@ class Sender:
         return self._held[key]
 
     def _finish(self) -> bool:
-        """The final figures, a look at what the run has, its end, its files."""
+        """Send the final metrics, check that MLflow has everything, end the run and send its files."""
         state, server, run_id = self.state, self.server, self._run.info.run_id
         self._send_finals()
-        self._look_again()
-        server.only(state.experiment_id or "", state.about, run_id)
+        self._send_lost_points()
+        server.delete_other_runs(state.experiment_id or "", state.about, run_id)
         server.client.set_terminated(run_id, FINISHED, self._ended)
         for file in self.files:
             server.add_artifact(self._run, file, "figures")
         state.complete = True
         return True
 
-    def _look_again(self) -> None:
-        """Sends what the run lacks though it was sent: whoever sits between may have swallowed it."""
+    def _send_lost_points(self) -> None:
+        """Send again what MLflow lacks although it was sent: a proxy may have lost it."""
         sent, self._run = self._held, self.server.client.get_run(self._run.info.run_id)
         self._held = {key: steps for key, steps in sent.items() if len(steps) == 1 and key in self._run.data.metrics}
         if all(steps <= self._steps(key) for key, steps in sent.items()):
             return
-        self.again()
+        self.restart()
         self._send_points()
         self._send_finals()
 
     def _send_finals(self) -> None:
-        """Those that the journal does not have, at step 0, so that MLflow draws bars: they are no curves."""
+        """Send the final metrics that the journal does not have, at step 0: without a curve, MLflow draws bars."""
         finals = (self.state.finals or {}).items()
         self._log([Point(k, 0, v, self._ended) for k, v in finals if k not in self._last and 0 not in self._steps(k)])
 
@@ -224,12 +229,12 @@ class Sender:
         return self.state.ended
 
 
-def _where_it_can(ask: Callable[[], Any]) -> None:
-    """An older server lacks what it never heard of, and keeps the rest."""
+def _if_supported(request: Callable[[], Any]) -> None:
+    """Make a request that an older server may not know; then it is left out."""
     from mlflow.exceptions import MlflowException
 
     try:
-        ask()
+        request()
     except MlflowException as error:
         if error.error_code not in ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "FEATURE_DISABLED"):
             raise

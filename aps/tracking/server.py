@@ -1,6 +1,6 @@
-"""A server or store of MLflow's: its experiments and runs, found, restored or made.
+"""A server or store of MLflow: finds, restores or creates experiments and runs.
 
-Whatever it answers is looked at before it is believed: a proxy or another program may sit at the address.
+Its answers are checked, because a proxy or another program may answer at the address.
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ from aps.tracking.reasons import NotMlflow, Unusable
 
 ARTIFACTS = "mlartifacts"  # beside a SQLite store; `aps ui` serves it
 PROXIED = "mlflow-artifacts:/"  # an artifact's address that does not say where the server keeps it
-LOCK_SECONDS = 20  # that a SQLite store waits for another writer; mlflow's own are as many
-REQUEST_SECONDS = 10  # of a request to a server, unless MLFLOW_HTTP_REQUEST_TIMEOUT says otherwise
+LOCK_SECONDS = 20  # how long to wait for another writer of a SQLite store, as mlflow does
+REQUEST_SECONDS = 10  # time limit of a request, unless MLFLOW_HTTP_REQUEST_TIMEOUT is set
 
 
 class Server:
-    """What is at an address.
+    """The MLflow at an address.
 
-    Raises, as every method does, whatever mlflow raises where the server does not take it (`aps.tracking.reasons`).
+    It and its methods raise whatever mlflow raises if a request fails (see `aps.tracking.reasons`).
     """
 
     def __init__(self, address: str, say: Callable[[str], None] | None = None) -> None:
         self.address, self._say = address, say or (lambda text: print(text, file=sys.stderr))
-        if (wrong := problem(address)) is not None:
-            raise Unusable(wrong)
+        if (reason := problem(address)) is not None:
+            raise Unusable(reason)
         self.client = _client(address)
 
     def experiment(self, name: str, make: bool = True) -> str | None:
-        """Id of the experiment of this name: restored where it was deleted, made where there is none and `make`."""
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
+        """The id of the experiment of this name, which is restored if it was deleted, and created if `make`."""
+        existing = self.client.get_experiment_by_name(name)
+        if existing is None:
             if not make:
                 return None
             try:
                 return _identifier(self.client.create_experiment(name, artifact_location=self._artifacts(name)))
-            except Exception:  # two stages may both find none: whoever comes second takes the first one's
-                found = self.client.get_experiment_by_name(name)
-                if found is None:
+            except Exception:  # another stage may have created it meanwhile
+                existing = self.client.get_experiment_by_name(name)
+                if existing is None:
                     raise
-        if found.name != name:
+        if existing.name != name:
             raise NotMlflow
-        identifier = _identifier(found.experiment_id)
-        if found.lifecycle_stage == "deleted":
+        identifier = _identifier(existing.experiment_id)
+        if existing.lifecycle_stage == "deleted":
             self.client.restore_experiment(identifier)
             self._say(f"MLflow: experiment '{name}' had been deleted there; it is restored")
         return identifier
 
     def run(self, experiment: str, about: About, known: str | None) -> Any:
-        """The job's run: the one that is `known`, else the one with its key, restored where it was deleted, else a new one.
+        """The job's run, restored if it was deleted: that with the id `known`, or with the job's key, or a new one.
 
-        Other runs with its key are deleted: a request that was given up may have been carried out later.
+        More than one run may have the key: a request that timed out may have been carried out later.
         """
         run = self._known(known, about) if known else None
         if run is None:
@@ -80,8 +80,8 @@ class Server:
             self._say(f"MLflow: run '{about.name}' had been deleted there; it is restored")
         return run
 
-    def only(self, experiment: str, about: About, run_id: str) -> None:
-        """Deletes other runs of the job."""
+    def delete_other_runs(self, experiment: str, about: About, run_id: str) -> None:
+        """Delete all runs of the job except `run_id`."""
         for other in self._with_key(experiment, about, deleted=False):
             if other.info.run_id != run_id:
                 self.client.delete_run(other.info.run_id)
@@ -114,20 +114,20 @@ class Server:
         return next(iter(active or self._with_key(experiment, about, deleted=True)), None)
 
     def _with_key(self, experiment: str, about: About, deleted: bool) -> list[Any]:
-        """Runs of the job, the same one first whoever asks."""
+        """The runs of the job, in an order that is the same for every process."""
         from mlflow.entities import ViewType
 
         view = ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
-        found = self.client.search_runs([experiment], f"tags.`{KEY}` = '{about.key}'", view)
-        return sorted((run for run in found if run.data.tags.get(KEY) == about.key), key=lambda run: run.info.run_id)
+        runs = self.client.search_runs([experiment], f"tags.`{KEY}` = '{about.key}'", view)
+        return sorted((run for run in runs if run.data.tags.get(KEY) == about.key), key=lambda run: run.info.run_id)
 
     def _artifacts(self, experiment: str) -> str | None:
-        """Where an experiment's artifacts lie: for a SQLite store beside it, wherever it is moved; else the server knows."""
+        """Location of an experiment's artifacts: beside a SQLite store, wherever it is; None: the server decides."""
         return f"{PROXIED}{experiment}" if database_file(self.address) else None
 
 
 def _identifier(value: Any) -> str:
-    """Raises NotMlflow where an answer lacks what MLflow always gives."""
+    """The value as an id. Raises NotMlflow if it is none."""
     if not isinstance(value, str | int) or not str(value):
         raise NotMlflow
     return str(value)
@@ -144,20 +144,20 @@ def _client(address: str) -> Any:
 
 
 def quiet_mlflow() -> None:
-    """Fail within seconds, and without a word: this room has its own patience and its own sentences."""
+    """Make mlflow fail within seconds and print nothing: this package repeats requests and reports errors itself."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # who names a folder means it
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow refuses folders by default
     logging.getLogger("alembic").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="mlflow")
 
 
 @cache
 def prepare_store(file: Path) -> None:
-    """Create a SQLite store, one process at a time: a race in MLflow's schema migration leaves it broken for good.
+    """Create a SQLite store, one process at a time. Two at once would break its schema for good.
 
     Raises:
         UserError: it cannot be created.

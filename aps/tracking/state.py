@@ -1,7 +1,7 @@
-"""tracking.json: how far a run got in MLflow, beside its journal.
+"""tracking.json, beside a run's journal: the run's id in MLflow, and what was sent.
 
-It holds nothing that MLflow could not be asked for, so that losing it loses nothing: a damaged file is warned about and
-replaced, and the run is found again by its key.
+Nothing is lost with the file: if it is missing or damaged, it is written again, and the run is found in MLflow by its
+key.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from aps.files import write_json
 from aps.tracking.addresses import settled
 from aps.tracking.describing import About
 
-RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"  # as MLflow calls them
+RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"  # MLflow's names of a run's status
 
 
 class State(BaseModel):
-    """Of one run at one address."""
+    """The state of one run at one address."""
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
 
@@ -29,40 +29,42 @@ class State(BaseModel):
     experiment_id: str | None = None
     status: str = RUNNING
     ended: int | None = None  # ms
-    finals: dict[str, float] | None = None  # once the stage is done
-    complete: bool = False  # whether MLflow was seen to have everything
+    finals: dict[str, float] | None = None  # final metrics, when the stage is finished
+    complete: bool = False  # whether MLflow has everything
 
     def write(self, path: Path) -> None:
         write_json(path, self.model_dump())
 
     def moved(self, address: str) -> None:
-        """To another address, where nothing is known of the run."""
+        """Change to another address, where the run may not be."""
         self.address, self.complete = address, False
 
 
 def read_state(path: Path) -> State | None:
-    """None where there is no file, or, with a warning, where it is not what `State.write` writes."""
+    """The state in a file. None if there is no file or, with a warning, if it is damaged."""
     if not path.exists():
         return None
     try:
         return State.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-        print(f"warning: {path}: damaged ({what}); it is replaced, and its run is looked up in MLflow", file=sys.stderr)
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+        print(
+            f"warning: {path}: damaged ({reason}); it is replaced, and its run is looked up in MLflow", file=sys.stderr
+        )
         return None
 
 
-def adopt(kept: Path, made: Path, about: About, address: str) -> State:
-    """The state of a finished run beside its outputs, in the file `kept`.
+def adopt(result: Path, saved: Path, about: About, address: str) -> State:
+    """The state of a finished run of this study; it is written to the file `result`, beside the run's outputs.
 
-    What is kept there already counts, else what the run left in `made`, where either is of this job in this study; else
-    the run is a new one to MLflow.
+    It comes from `result`, or else from `saved` in the folder of the run, if it is of this job in this study. Otherwise
+    the run is a new one for MLflow.
     """
-    for file in (kept, made):
+    for file in (result, saved):
         state = read_state(file)
         if state is not None and state.about.key == about.key:
             break
     else:
         state = State(address=settled(address), about=about)
-    state.write(kept)
+    state.write(result)
     return state

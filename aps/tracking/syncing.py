@@ -1,6 +1,6 @@
-"""What MLflow missed of a study's finished runs, its report, and what its page opens with.
+"""Sends what MLflow lacks of a study's finished runs, the study's report, and the views of its page.
 
-Design: the first sign that the server is away ends the waiting; what it refuses of one run does not keep it from the others.
+Design: if the server can't be reached, no further run is tried. If it refuses one run, the others are still sent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from aps.seals import read_metrics, seal
 from aps.settings.study import Study
 from aps.tracking.addresses import OFF, settled
 from aps.tracking.describing import About, describe, finals
-from aps.tracking.reasons import in_vain, why
+from aps.tracking.reasons import why, will_last
 from aps.tracking.sending import Sender, pictures
 from aps.tracking.server import Server
 from aps.tracking.state import State, read_state
@@ -27,77 +27,79 @@ from aps.tracking.views import tags, views_of
 
 @dataclass
 class Synced:
-    """Of a study's finished runs."""
+    """What was sent of a study's finished runs."""
 
     sent: int = 0
     missing: int = 0
-    reason: str = ""  # why the last of the missing is
-    away: bool = False  # whether it is in vain to ask the server more
+    reason: str = ""  # why the last of the missing runs was not sent
+    away: bool = False  # whether the server can't be used, so that further requests are useless
 
 
 def sync(study: Study, address: str) -> Synced:
-    """Send what MLflow misses of a study's finished runs, a sentence on standard error for each that it does not take."""
-    address, found = settled(address), Synced()
-    pretrained_first = sorted(study.jobs(), key=lambda job: job[2] != "pretrain")
-    for experiment, seed, stage in pretrained_first if address != OFF else ():
+    """Send what MLflow lacks of a study's finished runs. Prints a sentence for each run that could not be sent."""
+    address, synced = settled(address), Synced()
+    pretraining_first = sorted(study.jobs(), key=lambda job: job[2] != "pretrain")
+    for experiment, seed, stage in pretraining_first if address != OFF else ():
         folder = stage_folder(study_folder(study), experiment, seed, stage)
         if metrics := _metrics(folder):
             description = study.experiments[experiment].description
-            about = describe(metrics, study.study, maker(metrics, folder), description, _manifest(study, metrics))
-            _sync_run(about, address, folder, metrics, found)
-    return found
+            about = describe(
+                metrics, study.study, pretraining_of(metrics, folder), description, _manifest(study, metrics)
+            )
+            _sync_run(about, address, folder, metrics, synced)
+    return synced
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
-    """Of a finished run; empty where there is none, or a damaged one, which the report speaks of."""
+    """metrics.json of a finished run; empty if there is none or it is damaged, which the report tells."""
     try:
         return read_metrics(folder / "metrics.json")
     except UserError:
         return {}
 
 
-def _sync_run(about: About, address: str, folder: Path, metrics: dict[str, Any], found: Synced) -> None:
+def _sync_run(about: About, address: str, folder: Path, metrics: dict[str, Any], synced: Synced) -> None:
     file = folder / "tracking.json"
     state = read_state(file)
     if state is None or state.about.key != about.key:
         state = State(address=address, about=about)
     if state.complete and state.address == address:
         return
-    if found.away:
-        found.missing += 1
+    if synced.away:
+        synced.missing += 1
         return
-    state.moved(address)  # it ran without tracking, its results went to another server, or were moved
+    state.moved(address)  # the run had no tracking or another server, or its results were moved
     state.about, state.finals = about, finals(metrics)
     try:
         sender = Sender(state, folder)
         sender.files = pictures(folder)
         sender.send()
-        found.sent += 1
-    except Exception as error:  # whatever a server or a locked database answers
-        found.missing += 1
-        found.reason, found.away = why(error), in_vain(error)
-        print(f"{about.name}: MLflow at {address} did not take it: {found.reason}", file=sys.stderr)
+        synced.sent += 1
+    except Exception as error:  # anything that a server or a locked database may raise
+        synced.missing += 1
+        synced.reason, synced.away = why(error), will_last(error)
+        print(f"{about.name}: MLflow at {address} did not take it: {synced.reason}", file=sys.stderr)
     finally:
         state.write(file)
-    said = {"mlflow_run_id": state.run_id, "mlflow_complete": state.complete}
-    if said.items() - {key: metrics.get(key) for key in said}.items():
-        write_json(folder / "metrics.json", seal(metrics | said))
+    entries = {"mlflow_run_id": state.run_id, "mlflow_complete": state.complete}
+    if entries.items() - {key: metrics.get(key) for key in entries}.items():
+        write_json(folder / "metrics.json", seal(metrics | entries))
 
 
-def maker(metrics: dict[str, Any], folder: Path) -> dict[str, Any] | None:
-    """metrics.json of the pretraining that made a run's encoder, where it is still the same one."""
+def pretraining_of(metrics: dict[str, Any], folder: Path) -> dict[str, Any] | None:
+    """metrics.json of the pretraining that made a run's encoder; None if it is gone or has another encoder now."""
     encoder = metrics.get("encoder") or {}
     source = Path(encoder.get("source") or "")
     candidates = (source.parent, folder.parent / "pretrain")  # results may have been moved
     for candidate in candidates if encoder.get("sha256") else ():
-        made = _metrics(candidate)
-        if made and made["files"].get(source.name, {}).get("sha256") == encoder["sha256"]:
-            return made
+        metrics_there = _metrics(candidate)
+        if metrics_there and metrics_there["files"].get(source.name, {}).get("sha256") == encoder["sha256"]:
+            return metrics_there
     return None
 
 
 def _manifest(study: Study, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Of a run's dataset, where it is there still; empty where it is another one now."""
+    """The manifest of a run's dataset; empty if it is gone or has changed since."""
     try:
         manifest = read_json(manifest_of(study, metrics["dataset"]["name"]))
         return dict(manifest) if manifest["digest"] == metrics["dataset"]["digest"] else {}
@@ -106,7 +108,7 @@ def _manifest(study: Study, metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def log_report(study: Study, address: str, files: Sequence[Path]) -> None:
-    """The study's table and figures as one run, and its views; a sentence where the server does not take it."""
+    """Send the report's files as one run, and the study's views. If that fails, print a sentence."""
     address = settled(address)
     if address == OFF:
         return
@@ -116,8 +118,7 @@ def log_report(study: Study, address: str, files: Sequence[Path]) -> None:
         if experiment is None:
             return
         old = server.client.search_runs([experiment], "tags.stage = 'report'", max_results=1)
-        mark = {"stage": "report"}
-        run = old[0] if old else server.client.create_run(experiment, run_name="report", tags=mark)
+        run = old[0] if old else server.client.create_run(experiment, run_name="report", tags={"stage": "report"})
         for file in files:
             server.add_artifact(run, file)
         server.client.set_terminated(run.info.run_id, "FINISHED")
@@ -127,8 +128,8 @@ def log_report(study: Study, address: str, files: Sequence[Path]) -> None:
 
 
 def show_views(study: Study, server: Server, experiment: str) -> None:
-    """Tell MLflow what its page of the study opens with."""
-    has = server.client.get_experiment(experiment).tags
+    """Write the views of the study's page to MLflow."""
+    existing = server.client.get_experiment(experiment).tags
     for key, value in tags(views_of(study), experiment).items():
-        if has.get(key) != value:
+        if existing.get(key) != value:
             server.client.set_experiment_tag(experiment, key, value)

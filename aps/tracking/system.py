@@ -1,7 +1,8 @@
-"""What the machine is busy with while a stage runs: processor, GPU, memory, by MLflow's own monitors.
+"""Samples how busy the machine is while a stage runs: processor, GPU and memory, by MLflow's monitors.
 
-Sampled by a thread into system.jsonl beside the journal, under the names that MLflow's page shows as system metrics, and
-sent like the journal, so a server that is away misses none. Stages of under a minute have no samples.
+A thread writes the samples into system.jsonl beside the journal, under the names that MLflow shows as system metrics.
+The file is sent like the journal, so nothing is lost while the server can't be reached. Stages under a minute have no
+samples.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from typing import Any
 
 from aps.tracking.sending import SYSTEM
 
-FIRST_SECONDS = 60.0  # into the stage
+FIRST_SECONDS = 60.0  # from the start of the stage to the first sample
 SAMPLE_SECONDS = 10.0
-SAMPLES = 3  # in the mean that is written
+SAMPLES = 3  # in each mean that is written
 
 
 class Sampler:
-    """Writes a line each SAMPLES samples."""
+    """A thread that writes a line for every SAMPLES samples."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / SYSTEM
@@ -38,7 +39,7 @@ class Sampler:
     def _loop(self) -> None:
         if self._end.wait(FIRST_SECONDS):
             return
-        with contextlib.suppress(Exception):  # no sensor, no disk: training goes on
+        with contextlib.suppress(Exception):  # without a sensor or disk space, training goes on
             monitors = _monitors()
             step = len(self._path.read_bytes().splitlines()) if self._path.exists() else 0
             while True:

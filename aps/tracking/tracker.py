@@ -1,7 +1,7 @@
-"""Sends one stage's journal to MLflow from a thread of its own, which training never waits for.
+"""Sends one stage's journal to MLflow from a thread, for which training never waits.
 
-While the server is away the thread tries again now and then, at the end of the stage for a bounded time, and what is still
-missing then is sent by `python -m aps sync` or the next report.
+If the server can't be reached, the thread tries again: every half minute, and at the end of the stage for a limited
+time. What is missing then is sent by `python -m aps sync` or the next report.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from pathlib import Path
 
 from aps.tracking.addresses import OFF, settled
 from aps.tracking.describing import About
-from aps.tracking.reasons import in_vain, why
+from aps.tracking.reasons import why, will_last
 from aps.tracking.sending import Sender
 from aps.tracking.state import RUNNING, State, read_state
 from aps.tracking.system import Sampler
 
-SEND_SECONDS = 5.0  # between two looks at the journal
-RETRY_SECONDS = 30.0  # after the server did not take it
+SEND_SECONDS = 5.0  # between two readings of the journal
+RETRY_SECONDS = 30.0  # after a failed request
 FINISH_SECONDS = 30.0  # how long the end of a stage waits for the server
-AGAIN_SECONDS = 2.0  # between two tries at the end
+LAST_RETRY_SECONDS = 2.0  # after a failed request at the end of the stage
 
 
 class Tracker:
     """One stage's run in MLflow.
 
     Args:
-        address: of the server or store, or OFF.
-        folder: where history.jsonl grows and tracking.json is kept; a folder that has a tracking.json goes on with its run.
-        about: the run.
+        address: address of the server or store, or OFF.
+        folder: has history.jsonl and tracking.json, if the run was begun before.
+        about: description of the run.
     """
 
     def __init__(self, address: str, folder: Path, about: About) -> None:
@@ -42,12 +42,12 @@ class Tracker:
         if state.address != address:
             state.moved(address)
         state.about, state.status, state.ended, state.finals, state.complete = about, RUNNING, None, None, False
-        self.state, self.reason = state, ""  # why MLflow lacks something, as far as is known
+        self.state, self.reason = state, ""  # why the last request failed
         self._sender = Sender(state.model_copy(), folder)
         self._sampler = Sampler(folder)
-        self._wake, self._end, self._over = threading.Event(), threading.Event(), threading.Event()
+        self._wake, self._end, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._cut = False
-        self._lock = threading.Lock()  # of `state`; never held while the server is talked to
+        self._lock = threading.Lock()  # protects `state`; never held during a request
         self._thread = threading.Thread(target=self._loop, daemon=True, name="mlflow")
 
     @property
@@ -65,11 +65,11 @@ class Tracker:
             self._thread.start()
 
     def rewind(self, lines: int) -> None:
-        """The journal was cut to `lines` lines."""
+        """The journal was cut to `lines` lines, and has to be read again."""
         self._cut = True
 
     def finish(self, finals: dict[str, float], figures: list[Path]) -> bool:
-        """Hand over the final figures by MLflow's names and wait a bounded time. Returns whether MLflow has everything."""
+        """Send final metrics, by MLflow's names, and pictures, in limited time. Returns whether MLflow has everything."""
         with self._lock:
             self.state.finals, self.state.ended = finals, int(time.time() * 1000)
             self.state.write(self.state_file)
@@ -78,12 +78,12 @@ class Tracker:
             return True
         self._sampler.stop()
         self._wake.set()
-        if not self._over.wait(FINISH_SECONDS):
+        if not self._ended.wait(FINISH_SECONDS):
             self.reason = self.reason or "it does not answer (timed out)"
         return self.state.complete
 
     def stop(self, status: str | None = None) -> None:
-        """End the thread. `status`: what became of a run that did not finish, told if the server can be told now."""
+        """End the thread. status: FAILED or KILLED if the run did not finish; it is sent if the server answers."""
         if self.off:
             return
         self._sampler.stop()
@@ -96,30 +96,30 @@ class Tracker:
             self._thread.join(timeout=5 if status else 1)
 
     def _loop(self) -> None:
-        while not self._over.is_set():
-            ending, asked = self._end.is_set(), self.state.finals is not None
+        while not self._ended.is_set():
+            stopping, finishing = self._end.is_set(), self.state.finals is not None
             try:
-                complete, pause, vain = self._send(), SEND_SECONDS, False
+                complete, pause, lasting = self._send(), SEND_SECONDS, False
                 self.reason = ""
-            except Exception as error:  # whatever a server or a locked database answers, training goes on
+            except Exception as error:  # anything that a server or a locked database may raise: training goes on
                 self.reason = why(error)
-                complete, vain = False, in_vain(error)
-                pause = RETRY_SECONDS if self.state.finals is None else 0.0 if not asked else AGAIN_SECONDS
-            if complete or ending or (asked and vain):
-                self._over.set()
+                complete, lasting = False, will_last(error)
+                pause = RETRY_SECONDS if self.state.finals is None else 0.0 if not finishing else LAST_RETRY_SECONDS
+            if complete or stopping or (finishing and lasting):
+                self._ended.set()
                 return
             self._wake.wait(pause)
             self._wake.clear()
 
     def _send(self) -> bool:
-        """Send what is new; returns whether that was the last of it. What became of it is kept where it fails."""
+        """Send what is new, and write the state. Returns whether the stage is finished and MLflow has everything."""
         sender = self._sender
         with self._lock:
-            told = self.state.status
-            sender.state.finals, sender.state.ended, sender.state.status = self.state.finals, self.state.ended, told
+            status = self.state.status
+            sender.state.finals, sender.state.ended, sender.state.status = self.state.finals, self.state.ended, status
             if self._cut:
                 self._cut = False
-                sender.again()
+                sender.restart()
         try:
             return sender.send()
         finally:
@@ -127,12 +127,12 @@ class Tracker:
                 new = sender.state
                 self.state.run_id, self.state.experiment_id = new.run_id, new.experiment_id
                 self.state.complete = new.complete
-                if told != RUNNING:
+                if status != RUNNING:
                     self.state.status = new.status
                 if self.state_file.parent.exists():
                     self.state.write(self.state_file)
 
 
 def say_missing(label: str, reason: str) -> None:
-    """The last line of a stage whose run MLflow lacks in part."""
+    """Print that MLflow lacks a part of the run; it is the last line of a stage."""
     print(f"{label}: MLflow did not take everything ({reason}); `python -m aps sync` sends it later", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""What MLflow's page opens with: for each stage a table of its runs by what differs, with scores and cost, and its plots.
+"""The views that MLflow's page shows first: for each stage, a table of its runs with scores and cost, and plots.
 
-Design: MLflow keeps a view that people share as a tag of the experiment, and an address names it. These views are written
-there, so the first screen answers which setting is best and at what cost, over seeds, and no click is needed. A later
-MLflow that doesn't know the tag shows its ordinary table.
+Design: MLflow stores a shared view as a tag of the experiment, and an address can name the view. The views are written
+as such tags, so the first screen shows which setting is best, at what cost and over which seeds, without a click. A
+later MLflow that does not know the tag shows its ordinary table.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from aps.tracking.addresses import page
 from aps.tracking.describing import EPOCH, metric_name, parameters, prefix
 
 SHARED = "mlflow.sharedViewState."
-MACHINE_LEARNING = "custom_model_development"  # else MLflow opens its pages for language models
+MACHINE_LEARNING = "custom_model_development"  # otherwise MLflow shows its pages for language models
 COSTS = ("cost/seconds", "cost/gpu_hours")
-COLUMNS = 5  # settings that differ; of more, a table shows the first
+MOST_PARAMETERS = 5  # that a table shows, of those that differ
 
 
 @dataclass(frozen=True)
 class View:
-    """Of one stage's runs.
+    """The view of one stage's runs.
 
     Attributes:
-        scores: headline metrics, by MLflow's names.
-        curves: metrics over the steps.
+        scores: final metrics, by MLflow's names.
+        curves: metrics over the steps, by MLflow's names.
         varied: parameters that differ between experiments.
     """
 
@@ -44,10 +44,10 @@ class View:
         return f"aps-{prefix(self.stage)}"
 
     def state(self) -> dict[str, Any]:
-        """As MLflow's page keeps it: what is searched, columns, groups, charts."""
+        """The view as MLflow stores it: search, columns, groups, charts."""
         shown = self.scores or self.curves[:1]
         metrics = [*shown[:1], *COSTS, *shown[1:]]
-        varied = list(self.varied[:COLUMNS])
+        varied = list(self.varied[:MOST_PARAMETERS])
         groups = [{"mode": "param", "groupByData": "experiment"}]
         columns = [*_columns("params", varied), *_columns("metrics", metrics), *_columns("params", ["seed"])]
         charts = [*self._charts(varied), *self._hidden()]
@@ -79,14 +79,14 @@ class View:
     def _charts(self, varied: Sequence[str]) -> list[dict[str, Any]]:
         section = prefix(self.stage)
         axis = [key for key in varied if "." in key] or ["seed"]
-        shown = [self._chart("BAR", section, metricKey=key, displayName=key) for key in self.scores]
+        charts = [self._chart("BAR", section, metricKey=key, displayName=key) for key in self.scores]
         if self.scores:
-            shown.append(
+            charts.append(
                 self._chart(
                     "SCATTER", section, xaxis=_axis(COSTS[0]), yaxis=_axis(self.scores[0]), runsCountToCompare=100
                 )
             )
-            shown.append(
+            charts.append(
                 self._chart(
                     "PARALLEL",
                     section,
@@ -95,55 +95,55 @@ class View:
                     showAllRuns=True,
                 )
             )
-        return shown + [
+        return charts + [
             self._chart("LINE", section, metricKey=key, selectedMetricKeys=[key], displayName=key)
             for key in self.curves
         ]
 
     def _hidden(self) -> list[dict[str, Any]]:
-        """The epoch is an axis to choose, not a plot."""
+        """The epoch can be chosen as an axis, but has no chart."""
         return [self._chart("LINE", "Model metrics", metricKey=EPOCH, displayName=EPOCH) | {"deleted": True}]
 
-    def _chart(self, kind: str, section: str, **more: Any) -> dict[str, Any]:
-        identity = hashlib.sha256(json.dumps([kind, section, more], sort_keys=True).encode()).hexdigest()[:16]
-        plain = {"runsCountToCompare": 30, "deleted": False, "isGenerated": False}
-        return {"type": kind, "uuid": identity, "metricSectionId": section} | plain | more
+    def _chart(self, kind: str, section: str, **fields: Any) -> dict[str, Any]:
+        identity = hashlib.sha256(json.dumps([kind, section, fields], sort_keys=True).encode()).hexdigest()[:16]
+        defaults = {"runsCountToCompare": 30, "deleted": False, "isGenerated": False}
+        return {"type": kind, "uuid": identity, "metricSectionId": section} | defaults | fields
 
 
 def views_of(study: Study) -> list[View]:
     """A view for each stage that the study runs, the evaluations first."""
-    found = []
+    views = []
     for row in sorted(ROWS, key=lambda row: not row.scores):
         ran = [e for e in study.experiments.values() if row.name in e.stages]
         if not ran:
             continue
         scores = [metric_name(row.name, key) for key in headlines(row, ran[0])]
         curves = [metric_name(row.name, curve.key) for curve in row.curves]
-        found.append(View(row.name, tuple(scores), tuple(curves), varying(study_parameters(study, row.name))))
-    return found
+        views.append(View(row.name, tuple(scores), tuple(curves), varying(study_parameters(study, row.name))))
+    return views
 
 
 def headlines(row: Stage, experiment: ExperimentSettings) -> list[str]:
-    """Keys of metrics.json that are a stage's scores; of a list of neighbours the preferred one comes first."""
-    found = []
+    """Keys of metrics.json that are a stage's scores. Of several k of kNN, the preferred one comes first."""
+    keys = []
     for score in row.scores:
         values = getattr(getattr(experiment, row.name), "k", None) or ()
         ks = sorted(values, key=lambda k: k != score.prefer)
-        found += [score.metric.format(k=k) for k in ks] if "{k}" in score.metric else [score.metric]
-    return found
+        keys += [score.metric.format(k=k) for k in ks] if "{k}" in score.metric else [score.metric]
+    return keys
 
 
 def study_parameters(study: Study, stage: str) -> dict[str, dict[str, str]]:
-    """What MLflow is told of the settings of each experiment that runs a stage."""
-    found = {}
+    """MLflow's parameters of each experiment that runs a stage."""
+    result = {}
     for name, experiment in study.experiments.items():
         if stage not in experiment.stages:
             continue
         source = study.pretrain_source(name) if stage != "pretrain" else None
         seed = experiment.seeds[0]
-        made = study.stage_settings(source, seed, "pretrain").relevant() if source else None
-        found[name] = parameters(study.stage_settings(name, seed, stage).relevant(), made)
-    return found
+        pretraining = study.stage_settings(source, seed, "pretrain").relevant() if source else None
+        result[name] = parameters(study.stage_settings(name, seed, stage).relevant(), pretraining)
+    return result
 
 
 def _columns(kind: str, keys: Sequence[str]) -> list[str]:
@@ -155,7 +155,7 @@ def _axis(metric: str) -> dict[str, str]:
 
 
 def tags(views: Sequence[View], experiment_id: str) -> dict[str, str]:
-    """Of the experiment: its views, and a description with a link to each."""
+    """Tags of the experiment: its views, and a description with a link to each."""
     links = " · ".join(f"[{view.stage}]({page(experiment_id, view.name)})" for view in views)
     return {
         "mlflow.experimentKind": MACHINE_LEARNING,
@@ -164,7 +164,10 @@ def tags(views: Sequence[View], experiment_id: str) -> dict[str, str]:
 
 
 def varying(parameters: Mapping[str, Mapping[str, str]]) -> tuple[str, ...]:
-    """Parameters that differ between experiments, those of the pretraining first. parameters: by experiment."""
+    """The parameters that differ between experiments, those of the pretraining first.
+
+    parameters: experiment -> its parameters.
+    """
     first = ("method", "sampling.", "pretrain.", "views.", "encoder.")
     keys = dict.fromkeys(key for values in parameters.values() for key in values if key not in ("experiment", "seed"))
     differing = [key for key in keys if len({values[key] for values in parameters.values() if key in values}) > 1]

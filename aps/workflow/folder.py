@@ -1,4 +1,4 @@
-"""`aps init`: a folder with a study, a Snakefile that includes the packaged workflow, profiles and a README."""
+"""Lays out a folder for `aps init`: a study, a Snakefile that includes the packaged workflow, profiles and a README."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ An encoder is used by `aps embed`, `aps neighbours`, `aps predict` and `aps.load
 
 
 def lay_out(folder: Path, study: str) -> None:
-    """Write the folder.
+    """Write the folder's files.
 
     Raises:
-        UserError: the study is unknown, or the folder holds a study already or can't be written.
+        UserError: `study` is no key of STUDIES, or the folder has a study already or can't be written.
     """
     if study not in STUDIES:
         raise UserError(f"--study {study}: choose {', '.join(STUDIES)}")

@@ -1,9 +1,10 @@
-"""What the workflow's rules ask: paths, settings, resources, options. Rules hold no logic; it is here, and tested.
+"""The logic behind the workflow's rules: paths, inputs, resources and options of every job.
 
-Functions that Snakemake calls for each job are closures with the argument names it knows. One that takes `resources`
-gives values Snakemake does not count as a change: they say how a job runs, not what it computes.
+Snakemake calls some methods for each job, and finds their arguments by name: `wildcards`, `resources`. If a method of
+`params` takes `resources`, Snakemake does not see a changed value as a changed job. So such values may say how a job
+runs, not what it computes.
 
-Imports nothing heavy, for planning on a login node.
+It imports nothing heavy, so that a login node can plan.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from aps.findings import Findings
 from aps.layout import (
     data_folder,
     encoder_file,
+    find_old_layout,
     manifest_of,
-    of_the_old_layout,
     report_folder,
     stage_folder,
     study_folder,
@@ -55,7 +56,7 @@ from aps.workflow.resources import (
 
 DEFAULT_STUDY = Path("config/config.yaml")
 DEFAULT_IMAGE = "aps.sif"
-EXPLAINED = 20  # lines
+MOST_EXPLAINED = 20  # runs, in lines
 PREPARE = "prepare_dataset"  # the rule of the target `data`
 
 
@@ -64,11 +65,11 @@ RULE_OF_TARGET = {"data": PREPARE} | {name: row.rule for name, row in STAGES.ite
 
 
 class Plan:
-    """A study as the rules see it."""
+    """A study, as the rules need it."""
 
     def __init__(self, study: Study, files: list[Path], overrides: dict[str, Any]) -> None:
         self.study = study
-        self.written = study  # with the results folder as rules name it; a module's `prefix` is put before that
+        self.written = study  # with the results folder as rules write it: Snakemake adds a module's `prefix`
         self._files, self._overrides = files, overrides
         self._python = sys.executable
         self.is_module = False
@@ -78,17 +79,17 @@ class Plan:
         self.datasets = {data_folder(name, study.source(name)): name for name in study.dataset_names()}  # by folder
         self._tracking = tracking_address(study.tracking_uri, study.results)
         self._forced: frozenset[str] = frozenset()
-        # Whatever has to be made again has this file among its inputs, which a job of its own makes first.
+        # Jobs that have to run again have this file among their inputs; the rule `outdated` makes it.
         self.mark = f".outdated-{uuid.uuid4().hex[:8]}"
         self.turns = False  # whether an encoder's small stages take turns in one job
-        self.is_main = True  # of Snakemake's processes; the others run what it has planned
-        self._first: dict[str, tuple[str, int, str]] = {}  # of the study's jobs, by the digest of their settings
+        self.is_main = True  # the process that plans; the others run its jobs
+        self._first: dict[str, tuple[str, int, str]] = {}  # settings digest -> the first job with these settings
         for job in study.jobs():
             self._first.setdefault(study.stage_settings(*job).digest, job)
 
     @classmethod
     def of(cls, workflow: Any, config: Mapping[str, Any]) -> Plan:
-        """The study of a Snakemake workflow: `--configfile` and `--config`, or the `config:` of a `module` statement.
+        """The plan of a Snakemake workflow. Its study is in `--configfile` and `--config`, or in a module's `config:`.
 
         Raises:
             UserError: settings are wrong, or a module has no study.
@@ -116,24 +117,24 @@ class Plan:
 
     @classmethod
     def load(cls, configfiles: Iterable[str | Path], overrides: Mapping[str, Any], beside: Path = Path()) -> Plan:
-        """The study of `--configfile` with `--config` laid over it.
+        """The plan of the study in `configfiles`, with the settings of `overrides` (`--config`) laid over it.
 
-        Without one it is config/config.yaml of the working directory, or else of the repository that has the Snakefile
-        in its folder `beside` or above that.
+        Without files it is config/config.yaml in the working directory, or else in the repository that has the
+        Snakefile in its folder `beside` or one level above.
 
         Raises:
             UserError: settings are wrong.
         """
         files = [_relative(Path(file)) for file in configfiles]
         if not files:
-            places = [place / DEFAULT_STUDY for place in (Path(), beside, beside.parent)]
-            files = [_relative(place) for place in places if place.exists()][:1] or [DEFAULT_STUDY]
+            candidates = [folder / DEFAULT_STUDY for folder in (Path(), beside, beside.parent)]
+            files = [_relative(file) for file in candidates if file.exists()][:1] or [DEFAULT_STUDY]
         plain = {key: _plain(value, f"--config {key}") for key, value in overrides.items()}
         return cls(_checked(files, plain), files, plain)
 
     @classmethod
     def _of_module(cls, config: dict[str, Any], paths: Any) -> Plan:
-        """`paths` is Snakemake's modifier of a module's paths: it puts the `prefix` before them."""
+        """The plan of a module. `paths` is Snakemake's modifier of its paths, which adds the `prefix`."""
         written = _checked([], config)
         results = paths.replace_prefix(f"{written.results}/.").removesuffix("/.")
         plan = cls(written.model_copy(update={"results": results}), [], config | {"results": results})
@@ -141,7 +142,7 @@ class Plan:
         return plan
 
     def check_environment(self, jobs: Iterable[Any]) -> None:
-        """Raises UserError where a package that one of Snakemake's `jobs` needs is not installed."""
+        """Raises UserError if a package that one of Snakemake's `jobs` needs is not installed."""
         from aps.detection import check_engine
 
         for job in jobs:
@@ -149,13 +150,13 @@ class Plan:
                 check_engine(self.study.experiments[job.wildcards.experiment].detection.engine)
 
     def hold_results(self) -> None:
-        """Keeps another snakemake out of the results folder for as long as this process lives.
+        """Lock the study's results folder against other Snakemake processes, until this process ends.
 
-        In place of Snakemake's own lock, which stays behind when Snakemake is killed, so that the same command would not
-        go on, and which belongs to the working directory.
+        Snakemake's lock is not used: it stays when Snakemake is killed, so that the same command could not go on, and
+        it locks the working directory.
 
         Raises:
-            UserError: another one is at work there, or the folder cannot be written.
+            UserError: another process works in it, or the folder cannot be written.
         """
         path = self.folder / ".lock"
         try:
@@ -180,12 +181,12 @@ class Plan:
         print(f"process {os.getpid()} on {platform.node()}", file=self._lock, flush=True)
 
     def sweep(self) -> None:
-        """Remove the marks of what had to be made again, of this run and of killed ones."""
+        """Remove the marks of outdated results, of this process and of killed ones."""
         for mark in self.folder.glob(".outdated-*"):
             mark.unlink(missing_ok=True)
 
     def warn_of_environment(self) -> None:
-        """The same sentence about the whole study, on standard error: a study is planned where its packages are not."""
+        """Warn of secrets in `--config` and of missing packages. Planning goes on: jobs may run on other machines."""
         given = self._overrides.get("tracking_uri")
         if isinstance(given, str) and shown(given) != given.rstrip("/"):
             print(
@@ -203,7 +204,7 @@ class Plan:
                 print(f"warning: {error}", file=sys.stderr)
 
     # -- targets ----------------------------------------------------------------------------------
-    # Paths as rules name them.
+    # Paths as rules write them.
 
     @property
     def outdated(self) -> str:
@@ -212,28 +213,28 @@ class Plan:
     def manifests(self) -> list[str]:
         names = self.study.dataset_names()
         files = [str(manifest_of(self.written, name)) for name in names]
-        return files + self._mark(any(self.findings.of_data(name) for name in names))
+        return files + self._mark(any(self.findings.why_outdated(name) for name in names))
 
     def everything(self) -> list[str]:
-        """What every run ends with."""
+        """The targets of all stages."""
         return [file for stage in STAGES for file in self.outputs(stage)]
 
     def outputs(self, stage: str) -> list[str]:
-        """metrics.json of every run of a stage, and the mark where one of them has to be made again: for any of its files.
+        """metrics.json of every run of a stage, and the mark if one of the runs has to be repeated.
 
-        Each file that a target names costs Snakemake as much as half a job.
+        Only metrics.json is named, because each file of a target takes Snakemake as long as half a job.
         """
         jobs = [job for job in self.study.jobs() if job[2] == stage]
         files = [str(self._stage(*job) / "metrics.json") for job in jobs]
-        return files + self._mark(any(self.findings.of(*job).stale or self._other_images(*job) for job in jobs))
+        return files + self._mark(any(self.findings.finding(*job).stale or self._other_images(*job) for job in jobs))
 
     def pages(self) -> list[str]:
-        """The report's files, and the mark where they have to be made again."""
+        """The report's files, and the mark if they have to be made again."""
         files = [str(report_folder(self.written) / name) for name in ("report.html", "results.csv")]
         return files + self._mark(self._report_is_old())
 
     def _mark(self, stale: bool) -> list[str]:
-        """Snakemake makes a file that is missing between two others only if something at the end asks for it."""
+        """The mark as a target: Snakemake makes a missing intermediate file again only if a target needs it."""
         return [self.outdated] if stale and self.is_main else []
 
     def metrics(self) -> list[str]:
@@ -245,12 +246,12 @@ class Plan:
     # -- what the user forces ---------------------------------------------------------------------
 
     def force(self, names: Iterable[str]) -> frozenset[str]:
-        """What Snakemake is to force where the user forces `names`: the jobs instead of their targets."""
+        """The names that Snakemake has to force if the user forces `names`: rules instead of their targets."""
         self._forced = frozenset(RULE_OF_TARGET.get(name, name) for name in names)
         return self._forced
 
     def forget_forced(self, workflow: Any) -> None:
-        """Drop the saved state of what the user forces, so that it is computed and not found finished."""
+        """Delete the saved runs of the jobs that the user forces, so that they are computed again."""
         settings = workflow.dag_settings
         files = self._forced | (settings.targets if settings.forcetargets else frozenset())
         everything = settings.forceall
@@ -268,17 +269,17 @@ class Plan:
             forget(
                 saved_run(self.study.results, settings, Path(job.input.manifest), Path(encoder) if encoder else None)
             )
-        except UserError:  # an input is still to be made, so there is no run of it yet
+        except UserError:  # an input is not there yet, so there is no saved run
             return
 
     def explain(self) -> list[str]:
-        """Why results that are there have to be made again, a line each."""
+        """A line for each result that has to be made again, with the reason."""
         stale = self.findings.stale()
-        changes = {name: self.findings.of_data(name) for name in self.study.dataset_names()}
+        changes = {name: self.findings.why_outdated(name) for name in self.study.dataset_names()}
         lines = [f"data {name}: {reason}" for name, reason in changes.items() if reason is not None]
-        lines += [f"{finding.label}: {finding.reason}" for finding in stale[:EXPLAINED]]
-        lines += [f"and {len(stale) - EXPLAINED} runs more"] if len(stale) > EXPLAINED else []
-        if (old := of_the_old_layout(self.study.results)) is not None:
+        lines += [f"{finding.label}: {finding.reason}" for finding in stale[:MOST_EXPLAINED]]
+        lines += [f"and {len(stale) - MOST_EXPLAINED} runs more"] if len(stale) > MOST_EXPLAINED else []
+        if (old := find_old_layout(self.study.results)) is not None:
             lines.append(
                 f"{old}: a result of version 0.1, whose folders did not say which study they are of; it is not used, move it "
                 "away or delete it"
@@ -286,12 +287,12 @@ class Plan:
         return lines
 
     # -- every job's command ----------------------------------------------------------------------
-    # `resources` is among the arguments so that none of it counts as a change.
+    # `resources` is an argument so that a changed value does not count as a changed job.
 
     def start(self, wildcards: Any, resources: Any) -> str:
-        """What the shell does first, in these rules alone and not in those of a workflow around a module; then Python.
+        """The start of a rule's shell command: a prefix for these rules alone, then Python.
 
-        It is the one that runs Snakemake, or that of the job's own environment (`--sdm conda`, `--sdm apptainer`).
+        Python is the one that runs Snakemake, or that of the job's environment (`--sdm conda`, `--sdm apptainer`).
         """
         return f"{SHELL_PREFIX}{shlex.quote(self._python)}"
 
@@ -300,13 +301,13 @@ class Plan:
         return self.study.container or DEFAULT_IMAGE
 
     def repository(self) -> str:
-        """Where pyproject.toml and constraints.txt are, if the package was not installed without them."""
+        """The folder with pyproject.toml and constraints.txt, if the package runs from a clone."""
         return str(Path(__file__).parents[2])
 
     # -- one stage's rule -------------------------------------------------------------------------
 
     def output(self, stage: str) -> dict[str, str]:
-        """The stage's files, by names that rules may use; `{stage}` is a wildcard that the rule binds to its own."""
+        """The stage's files, by names that rules may use. The rule restricts the wildcard `{stage}` to its stage."""
         folder = f"{study_folder(self.written)}/{{experiment}}/seed{{seed}}/{{stage}}"
         return {file.replace(".", "_"): f"{folder}/{file}" for file in STAGES[stage].files}
 
@@ -314,81 +315,87 @@ class Plan:
         return self.study.stage_settings(wildcards.experiment, int(wildcards.seed), wildcards.stage)
 
     def inputs(self, wildcards: Any) -> dict[str, Any]:
-        """The dataset's manifest and, where the stage starts from one, the encoder."""
+        """The dataset's manifest and, if the stage starts from one, the encoder."""
         settings = self._settings(wildcards)
         files = {"manifest": manifest_of(self.written, settings.dataset_name)}
         if STAGES[settings.stage].encoder:
             encoder = encoder_file(self.written, settings.experiment, settings.seed)
             files |= {"encoder": encoder} if encoder else {}
         first = self._first[settings.digest]
-        if first != (settings.experiment, settings.seed, settings.stage):  # the same run under another name: once
+        if first != (
+            settings.experiment,
+            settings.seed,
+            settings.stage,
+        ):  # the same run under another name: it is computed once
             files["after"] = self._stage(*first) / "metrics.json"
         job = (settings.experiment, settings.seed, settings.stage)
-        found = self.findings.of(*job)
-        right = found.metrics is not None and not (self.is_main and self._other_images(*job))
-        return self._weighed({key: str(file) for key, file in files.items()}, right, found.stale)
+        finding = self.findings.finding(*job)
+        current = finding.metrics is not None and not (self.is_main and self._other_images(*job))
+        return self._inputs({key: str(file) for key, file in files.items()}, current, finding.stale)
 
     def _other_images(self, experiment: str, seed: int, stage: str) -> bool:
-        """Whether images that a run was made of are prepared again first; then it may turn out to be another run, or not."""
+        """Whether a dataset of the run or of its pretraining is prepared again first, so that the run may change."""
         datasets = {self.study.experiments[experiment].dataset_of(stage)}
         if STAGES[stage].encoder and (source := self.study.pretrain_source(experiment)) is not None:
             datasets.add(self.study.experiments[source].dataset_of("pretrain"))
-        return any(self.findings.of_data(name) is not None for name in datasets)
+        return any(self.findings.why_outdated(name) is not None for name in datasets)
 
     def data_inputs(self, wildcards: Any) -> dict[str, str]:
-        """The mark where the files that a dataset was prepared from have changed since."""
-        changed = self.is_main and self.findings.of_data(self.datasets[wildcards.dataset])
+        """The mark, if the files from which the dataset was prepared have changed."""
+        changed = self.is_main and self.findings.why_outdated(self.datasets[wildcards.dataset])
         return {"outdated": self.outdated} if changed else {}
 
     def report_inputs(self, wildcards: Any) -> dict[str, Any]:
-        """Every metrics.json; the report is made again where it shows something else than what is there."""
-        shown, old = (self.report / "report.html").exists(), self._report_is_old()
-        right = shown and not old and not (self.is_main and any(self._other_images(*job) for job in self.study.jobs()))
-        return self._weighed({"metrics": self.metrics()}, right, old)
+        """Every metrics.json. The report is made again if it does not show the results as they are now."""
+        exists, old = (self.report / "report.html").exists(), self._report_is_old()
+        current = exists and not old
+        if current and self.is_main:
+            current = not any(self._other_images(*job) for job in self.study.jobs())
+        return self._inputs({"metrics": self.metrics()}, current, old)
 
     def _report_is_old(self) -> bool:
-        return (self.report / "report.html").exists() and not self.findings.report_is_theirs(self.report)
+        return (self.report / "report.html").exists() and not self.findings.report_is_current(self.report)
 
-    def _weighed(self, files: dict[str, Any], right: bool, stale: bool) -> dict[str, Any]:
-        """Inputs such that Snakemake runs a job where its result is not `right`, and only there.
+    def _inputs(self, files: dict[str, Any], current: bool, stale: bool) -> dict[str, Any]:
+        """`files` as inputs by which Snakemake runs a job exactly if its result is not `current`.
 
-        Snakemake goes by times, which say nothing of results that were copied. Inputs of a right result are marked as
-        ancient, so that their times do not count; a stale one gets an input that has to be made first.
+        Snakemake compares times of files, which mean nothing after results were copied. The inputs of a current result
+        are marked as ancient, so that their times do not count. A stale result gets an input that has to be made first.
         """
         if not self.is_main:
             return files
-        if right and not self._forced:
+        if current and not self._forced:
             return {key: ancient(file) for key, file in files.items()}
         return files | ({"outdated": self.outdated} if stale else {})
 
     def options(self, wildcards: Any, resources: Any) -> str:
-        """Of a stage: its study, and the way it runs."""
-        given = {
+        """Options of a stage's command: those that name its study, and those that say how it runs."""
+        values = {
             "tracking": self._tracking,
             **{key: getattr(resources, key, None) for key in ("processes", "nodes", "workers", "checkpoint_minutes")},
         }
-        words = [f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items() if v is not None]
-        return " ".join([self._config_options, *words])
+        options = [f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in values.items() if v is not None]
+        return " ".join([self._config_options, *options])
 
     def group(self, stage: str) -> str | None:
-        """Where the profile gives a job turns: elsewhere each stage is a job of its own."""
+        """The group of a stage, if the profile has the resource `turn`; otherwise each stage is a separate job."""
         return group(self.study, stage) if self.turns else None
 
     def threads(self, stage: str) -> Any:
         return simplest(self.study, stage, rule_threads(self.study, stage))
 
     def resources(self, stage: str) -> dict[str, Any]:
-        """What is None for all experiments is left out; memory grows with the attempt."""
-        found = {
+        """The resources of a stage's rule, without those that are None for all experiments."""
+        values = {
             name: value if name in BY_ATTEMPT else simplest(self.study, stage, value)
             for name, value in rule_resources(self.study, stage, self.group(stage) is not None).items()
         }
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None}
 
     # -- data and report --------------------------------------------------------------------------
 
     def dataset_name(self, wildcards: Any, resources: Any) -> str:
-        """Name of the dataset that a folder under results/data is of."""
+        """The name of the dataset in a folder under results/data."""
         return self.datasets[wildcards.dataset]
 
     def runs_here(self, stage: str) -> bool:
@@ -406,26 +413,26 @@ class Plan:
 
     @cached_property
     def _config_options(self) -> str:
-        """Options by which a verb reads the same study. A module's is all in `--set`, with no file under it."""
+        """Options by which a verb reads the same study. Those of a module have no file, but all settings in `--set`."""
         address = self._overrides.get("tracking_uri")
-        given = self._overrides | ({"tracking_uri": settled(address)} if isinstance(address, str) else {})
-        pairs = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+        overrides = self._overrides | ({"tracking_uri": settled(address)} if isinstance(address, str) else {})
+        pairs = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
         return shlex.join(["--configfile", *map(str, self._files), *(["--set", *pairs] if pairs else [])])
 
 
 def one_of(names: Iterable[str]) -> str:
     """A regular expression that matches the names and nothing else.
 
-    What they begin with alike is written once: a plain a|b|c is tried name by name, for each file of each job.
+    Common beginnings are written once. A plain a|b|c would be tried name by name, for each file of each job.
     """
-    after: dict[str, list[str]] = {}
+    rests: dict[str, list[str]] = {}  # first letter -> rests of the names
     for name in names:
-        after.setdefault(name[:1], []).append(name[1:])
-    ends = after.pop("", None) is not None
-    branches = [re.escape(first) + one_of(rest) for first, rest in sorted(after.items())]
-    if not branches or (len(branches) == 1 and not ends):
+        rests.setdefault(name[:1], []).append(name[1:])
+    optional = rests.pop("", None) is not None  # a name ends here
+    branches = [re.escape(first) + one_of(rest) for first, rest in sorted(rests.items())]
+    if not branches or (len(branches) == 1 and not optional):
         return "".join(branches)
-    return f"(?:{'|'.join(branches)})" + "?" * ends
+    return f"(?:{'|'.join(branches)})" + "?" * optional
 
 
 def _checked(files: list[Path], overrides: dict[str, Any]) -> Study:
@@ -436,7 +443,7 @@ def _checked(files: list[Path], overrides: dict[str, Any]) -> Study:
 
 
 def _numbers(value: Any) -> Any:
-    """What Snakemake read of a `configfile`, with 1e-3 as the number it is: its YAML takes it for text."""
+    """Settings that Snakemake read from a `configfile`, with numbers such as 1e-3, which its YAML reads as text."""
     if isinstance(value, Mapping):
         return {key: _numbers(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -445,7 +452,7 @@ def _numbers(value: Any) -> Any:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """Snakemake's immutable maps as plain dictionaries, and what it leaves as text (`{epochs: 10}`) as YAML reads it."""
+    """Settings of `--config` as plain types: dictionaries for Snakemake's immutable maps, and text read as YAML."""
     if isinstance(value, Mapping):
         return {key: _plain(inner, where) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -454,7 +461,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _relative(path: Path) -> Path:
-    """As people wrote it, for messages."""
+    """The path relative to the working directory, if it lies in it, for messages."""
     try:
         return path.relative_to(Path.cwd())
     except ValueError:

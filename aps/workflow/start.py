@@ -1,7 +1,7 @@
-"""Snakemake's command line for a study: `aps run` and `aps.run`.
+"""Makes Snakemake's command line for a study, for `aps run` and `aps.run`.
 
-Whatever it is given goes to Snakemake; only what is missing is filled in: the Snakefile of this folder or else the one that
-the package carries, with its profile.
+All arguments go to Snakemake. What is missing is added: if the working directory has no Snakefile, the package's
+Snakefile and its profile.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from aps.errors import UserError
 from aps.layout import SHARE
 
-SNAKEFILES = ("Snakefile", "workflow/Snakefile")  # where Snakemake looks
+SNAKEFILES = ("Snakefile", "workflow/Snakefile")  # the paths that Snakemake looks for
 DEFAULT_STUDY = Path("config/config.yaml")
 
 
 def command(arguments: Sequence[str]) -> list[str]:
-    """The command that runs Snakemake with `arguments`: targets and options, as its own command line has them.
+    """The command that runs Snakemake with `arguments`, the targets and options of its command line.
 
     Raises:
         UserError: no study is named, and there is none in the working directory.

@@ -73,7 +73,7 @@ def test_one_name_for_different_folders_is_two_datasets(here: Path, key: str) ->
     assert [found[letter].splits["train"].count for letter in "ab"] == [8, 16]
     assert found["a"].digest != found["b"].digest
     for letter in "ab":  # neither has to be prepared again because of the other
-        assert Findings(load_study([f"{letter}.yaml"])).of_data(name) is None
+        assert Findings(load_study([f"{letter}.yaml"])).why_outdated(name) is None
 
 
 def test_the_plain_name_leads_to_what_was_prepared_last(here: Path) -> None:

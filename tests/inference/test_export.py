@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aps.detection.placement import place
+from aps.detection.placement import load_backbone
 from aps.detection.vitdet import SimpleFeaturePyramid
 from aps.errors import UserError
 from aps.inference.export import export
@@ -171,7 +171,7 @@ def test_a_vitdet_file_fits_the_backbone_by_name(stages: Path, tmp_path: Path) -
             self.backbone = SimpleFeaturePyramid(model.source.settings, detection)
 
     tensors: dict[str, Tensor] = {name.removeprefix("backbone.net."): x for name, x in state.items()}
-    placed = place(Holder(), tensors, detection)
+    placed = load_backbone(Holder(), tensors, detection)
     assert not [name for name in placed.new if name.startswith("backbone.net.")]
 
 

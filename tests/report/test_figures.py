@@ -15,9 +15,9 @@ from PIL import Image
 from aps.findings import Findings
 from aps.layout import stage_folder, study_folder
 from aps.report.differences import sweeps
-from aps.report.drawing import COLOURS, INK, Panel, Picture, looks, room
+from aps.report.drawing import COLOURS, INK, Panel, Picture, axis_limits, make_styles
 from aps.report.figures import all_figures
-from aps.report.page import whole
+from aps.report.page import is_intact
 from aps.report.table import Table
 from aps.seals import contents, seal
 from aps.settings.reading import load_study
@@ -25,7 +25,7 @@ from aps.settings.study import Study
 
 
 def names(study: Study) -> list[str]:
-    return [picture.name for picture in all_figures(table(study), whole)]
+    return [picture.name for picture in all_figures(table(study), is_intact)]
 
 
 def again(folder: Path, **more: Any) -> None:
@@ -44,7 +44,7 @@ def test_a_figure_is_shown_only_where_its_run_exists(study: Study) -> None:
     ]
     (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     again(folder, cost={"seconds": 4.0, "flops": 2e9, "peak_memory_gb": 1.5})
-    during = next(p for p in all_figures(table(study), whole) if p.name == "knn-cost")
+    during = next(p for p in all_figures(table(study), is_intact) if p.name == "knn-cost")
     assert [panel.label for panel in during.panels] == [
         "kNN on held-out train images, % against operations",
         "kNN on held-out train images, % against seconds of training",
@@ -78,7 +78,7 @@ def test_a_confusion_matrix_sums_the_seeds_and_names_the_most_frequent_mistake(s
             finish(study, "aps", seed, "finetune", test_top1=50.0),
             confusion={"classes": ["cat", "dog"], "counts": counts},
         )
-    (picture,) = [p for p in all_figures(table(study), whole) if p.name == "confusion"]
+    (picture,) = [p for p in all_figures(table(study), is_intact) if p.name == "confusion"]
     assert picture.panels[0].label == "Confusion matrix of aps. Most often cat is taken for dog."
     assert picture.png().startswith(b"\x89PNG")
 
@@ -88,18 +88,18 @@ def test_a_confusion_matrix_sums_the_seeds_and_names_the_most_frequent_mistake(s
     [((50.0, 51.0), 45.5, 55.5), ((50.0,), 45.0, 55.0), ((99.5, 100.0), 90.0, 102.0), ((0.0, 0.5), 0.0, 10.0)],
 )
 def test_an_axis_spans_ten_points_or_more(values: tuple[float, ...], low: float, high: float) -> None:
-    found = room(values, 10.0)
+    found = axis_limits(values, 10.0)
     assert found == pytest.approx((low, high), abs=1.5)
     assert found[1] - found[0] >= 10 and found[0] <= min(values) and found[1] >= max(values)
 
 
 def test_a_wide_spread_is_shown_whole(study: Study) -> None:
-    low, high = room((20.0, 90.0), 10.0)
+    low, high = axis_limits((20.0, 90.0), 10.0)
     assert low < 20 and high > 90
 
 
 def test_experiments_are_told_apart_by_colour_and_beyond_that_by_the_kind_of_line() -> None:
-    found = looks([f"e{i}" for i in range(40)])
+    found = make_styles([f"e{i}" for i in range(40)])
     assert len({(look.colour, look.dash) for look in found.values()}) == 40
     assert len({look.colour for look in list(found.values())[: len(COLOURS)]}) == len(COLOURS)
 
@@ -119,7 +119,7 @@ def test_an_inline_figure_has_no_ink_of_its_own_and_no_name_twice() -> None:
 
 def test_a_file_has_all_panels_on_white(tmp_path: Path) -> None:
     panels = [Panel(str(i), lambda axes: axes.plot([1, 2])) for i in range(4)]
-    (tmp_path / "it.png").write_bytes(Picture("it", "scores", "It", "", panels, looks(["a", "_b"])).png())
+    (tmp_path / "it.png").write_bytes(Picture("it", "scores", "It", "", panels, make_styles(["a", "_b"])).png())
     with Image.open(tmp_path / "it.png") as picture:
         assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
         assert picture.width > picture.height
@@ -189,7 +189,7 @@ def test_a_grid_has_a_line_for_each_value_of_the_others(tmp_path: Path) -> None:
 def test_a_sweep_is_drawn_over_its_setting(tmp_path: Path) -> None:
     study = load_study([gammas.write_study(tmp_path)])
     gammas.finish(study)
-    (picture,) = [p for p in all_figures(table(study), whole) if p.category == "sweeps"]
+    (picture,) = [p for p in all_figures(table(study), is_intact) if p.category == "sweeps"]
     assert picture.name == "sweep-sampling.gamma"
     assert [panel.label for panel in picture.panels] == [
         "finetuned top-1 for each sampling.gamma", "kNN top-1, k = 20 for each sampling.gamma",

@@ -143,8 +143,8 @@ def test_another_question_makes_the_report_anew(study: Study, tmp_path: Path) ->
     folder = report_folder(study)
     write(study, folder)
     Findings(study).stamp_report(folder)
-    assert Findings(study).report_is_theirs(folder)
-    assert not Findings(study.model_copy(update={"question": "Why?"})).report_is_theirs(folder)
+    assert Findings(study).report_is_current(folder)
+    assert not Findings(study.model_copy(update={"question": "Why?"})).report_is_current(folder)
 
 
 def test_a_study_under_another_does_not_lend_it_its_question(tmp_path: Path) -> None:
@@ -246,6 +246,6 @@ def test_a_changed_picture_makes_the_report_anew(study: Study) -> None:
     folder = report_folder(study)
     write(study, folder)
     Findings(study).stamp_report(folder)
-    assert Findings(study).report_is_theirs(folder)
+    assert Findings(study).report_is_current(folder)
     (folder / "figures/scores/scores.png").write_bytes(b"another")
-    assert not Findings(study).report_is_theirs(folder)
+    assert not Findings(study).report_is_current(folder)

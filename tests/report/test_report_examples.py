@@ -13,7 +13,7 @@ from tiny_study import STUDY
 from aps.cli import main
 from aps.layout import manifest_path, stage_folder, study_folder
 from aps.report.examples import examples
-from aps.report.page import whole, write_report
+from aps.report.page import is_intact, write_report
 from aps.settings.reading import load_study
 from aps.settings.study import Study
 
@@ -36,7 +36,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def names(study: Study) -> list[str]:
-    return [picture.name for picture in examples(table(study), whole)]
+    return [picture.name for picture in examples(table(study), is_intact)]
 
 
 def test_every_figure_of_images_is_in_the_report(ran: Study, tmp_path: Path) -> None:

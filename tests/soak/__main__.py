@@ -1,13 +1,13 @@
-"""Kills stages at random and looks at what they end with: `make soak`, or `python -m tests.soak --minutes N`.
+"""Kills stages at random and checks their results: `make soak`, or `python -m tests.soak --minutes N`.
 
-A trial is a stage in a results folder of its own. It is started, hit by a random signal at a random moment, and started
-again by the same command, until it is let finish. Then weights, figures, journal and the points in a real MLflow server are
-held against an undisturbed run's: whatever differs is a loss. One JSON line a trial goes to trials.jsonl in the folder
-`--out`; started again with the same folder it goes on where it was. Trials with a loss keep their folder.
+A trial is a stage in a separate results folder. It is started, gets a random signal at a random moment, and is started
+again by the same command, until it may finish. Then its weights, figures, journal and points in a real MLflow server
+are compared with those of an undisturbed run: each difference is a loss. Each trial adds a JSON line to trials.jsonl in
+the folder `--out`. With the same folder, another call continues. The folders of trials with a loss are kept.
 
-Design: most attempts are forked from an interpreter that has imported everything (starter.py), some are real commands under
-the shell of the workflow's rules. The server is stopped for seconds and killed now and then. After each trial `sync` runs in
-this process, at times without what it knew of the run, so that memory and open files of both sides are seen over time.
+Design: most attempts are forked from an interpreter that has imported everything (starter.py); some are real commands
+under the shell of the workflow's rules. At times the server is paused or killed. After each trial, `sync` runs in this
+process, at times without the run's tracking.json. So memory and open files of both sides are seen over time.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from aps.settings.reading import load_study  # noqa: E402
 from aps.tracking.syncing import sync  # noqa: E402
 from tests.soak import attempts, study  # noqa: E402
 from tests.soak.attempts import FORKED, REAL, SIGNALS, Hit, Outcome, Starter  # noqa: E402
-from tests.soak.study import JOBS, Job, Left, differences, left  # noqa: E402
+from tests.soak.study import JOBS, Job, Result, differences, read_result  # noqa: E402
 
 CHECKPOINT_MINUTES = "0.003"
-REAL_SHARE = 0.04  # of attempts that could be forked
-HITS = 10  # at most, of a trial
+REAL_SHARE = 0.04  # share of real commands among attempts that could be forked
+MOST_HITS = 10  # signals in a trial
 SERVER_SLEEPS, SERVER_DIES = 0.06, 0.015  # shares of trials
 REFUSED = "already at work"
 
@@ -49,8 +49,8 @@ class Soak:
     """Trials in a folder.
 
     Args:
-        folder: server, undisturbed runs, trials.jsonl, and what was kept of trials with a loss.
-        seed: of the choices of the trials to come.
+        folder: holds the server's files, the undisturbed runs, trials.jsonl, and the folders of trials with a loss.
+        seed: seed of all random choices.
         real: whether real commands are among the attempts.
     """
 
@@ -68,8 +68,8 @@ class Soak:
         }  # fmt: skip
         os.environ.update(environment)
         self.starter = Starter({**os.environ, **environment})
-        self.lasts: dict[tuple[str, str], float] = {}  # seconds of a job, by its start
-        self.wanted: dict[str, Left] = {}
+        self.durations: dict[tuple[str, str], float] = {}  # (job, kind of start) -> seconds
+        self.expected: dict[str, Result] = {}  # job -> result of its undisturbed run
 
     def close(self) -> None:
         self.starter.close()
@@ -78,20 +78,22 @@ class Soak:
     # -- undisturbed ------------------------------------------------------------------------------
 
     def prepare(self, jobs: tuple[Job, ...] = JOBS) -> None:
-        """The datasets and an undisturbed run of each job."""
+        """Prepare the datasets, and run each job undisturbed."""
         if not (self.folder / "study.yaml").exists():
             study.lay_out(self.folder)
         reference = self.folder / "reference"
         for name in ("digits", "digits_coco", "photos"):
             if not self.manifest(name).exists():
-                self.must(["data", name, "--configfile", "study.yaml", "--out", str(self.manifest(name).parent)])
+                self.run_undisturbed(
+                    ["data", name, "--configfile", "study.yaml", "--out", str(self.manifest(name).parent)]
+                )
         for job in jobs:
             outcome = None
             if not (job.result(reference, "soak-reference") / "metrics.json").exists():
-                outcome = self.must(self.arguments(job, reference, "soak-reference"), job)
-            self.lasts[job.name, REAL if job.real else FORKED] = outcome.seconds if outcome else 3.0
+                outcome = self.run_undisturbed(self.arguments(job, reference, "soak-reference"), job)
+            self.durations[job.name, REAL if job.real else FORKED] = outcome.seconds if outcome else 3.0
             self.sync(reference, "soak-reference", job)
-            self.wanted[job.name] = left(reference, "soak-reference", job, self.server.uri)
+            self.expected[job.name] = read_result(reference, "soak-reference", job, self.server.uri)
 
     def manifest(self, dataset: str) -> Path:
         return self.folder / "data" / dataset / "manifest.json"
@@ -106,7 +108,7 @@ class Soak:
             *(() if job.stage == "pretrain" else ("--encoder", str(encoder))), *job.options,
         ]  # fmt: skip
 
-    def must(self, arguments: list[str], job: Job | None = None) -> Outcome:
+    def run_undisturbed(self, arguments: list[str], job: Job | None = None) -> Outcome:
         start = REAL if job is not None and job.real else FORKED
         outcome = attempts.attempt(self.starter, arguments, self.folder, start, None, self.chance)
         if outcome.status:
@@ -116,49 +118,50 @@ class Soak:
     # -- trials -----------------------------------------------------------------------------------
 
     def trial(self, job: Job | None = None) -> dict[str, Any]:
-        """One run that is hit again and again, then let finish -> its record."""
+        """One run that gets signals again and again, and then may finish -> its record."""
         begun, chance = time.monotonic(), self.chance
-        choice = [one for one in JOBS if one.name in self.wanted]
-        job = job or chance.choices(choice, [one.weight for one in choice])[0]
+        candidates = [candidate for candidate in JOBS if candidate.name in self.expected]
+        job = job or chance.choices(candidates, [candidate.weight for candidate in candidates])[0]
         name = f"soak-{self.number}"
         results = self.folder / "trials" / name
-        arguments, said, outcomes = self.arguments(job, results, name), [], list[Outcome]()
+        arguments, losses, outcomes = self.arguments(job, results, name), [], list[Outcome]()
         if self.real and chance.random() < SERVER_SLEEPS + SERVER_DIES:
             self.disturb_server()
-        hits = 1 if job.real else chance.randint(2, HITS)
+        hits = 1 if job.real else chance.randint(2, MOST_HITS)
         while True:
             hit = self.hit(job) if hits > 0 else None
             start = REAL if job.real or (self.real and chance.random() < REAL_SHARE) else FORKED
             if hit is not None:
-                hit.seconds *= self.lasts.get((job.name, start), self.lasts.get((job.name, FORKED), 3.0) + 8)
+                forked = self.durations.get((job.name, FORKED), 3.0)
+                hit.seconds *= self.durations.get((job.name, start), forked + 8)
                 if hit.target == "parent" and start == FORKED:
                     hit.target = "stage"
             outcome = attempts.attempt(
                 self.starter, arguments, self.folder, start, hit, chance, self.moment(job, results)
             )
             outcomes.append(outcome)
-            said += self.judge(outcome, results)
+            losses += self.judge(outcome, results)
             hits -= hit is not None and hit.delivered
             if outcome.status == 0 and (results / name).exists() and self.finished(job, results, name):
                 if hit is None or not hit.delivered:
-                    self.lasts[job.name, start] = outcome.seconds
+                    self.durations[job.name, start] = outcome.seconds
                 break
             self.wait_for_orphans(results)
-            if len(outcomes) > 3 * HITS + 5:
-                said.append(f"never finished; the last attempt ended with {outcome.status}: {outcome.log[-300:]}")
+            if len(outcomes) > 3 * MOST_HITS + 5:
+                losses.append(f"never finished; the last attempt ended with {outcome.status}: {outcome.log[-300:]}")
                 break
         if self.finished(job, results, name):
-            said += self.sync(results, name, job, forget=chance.random() < 0.3)
-            said += differences(left(results, name, job, self.server.uri), self.wanted[job.name])
+            losses += self.sync(results, name, job, forget=chance.random() < 0.3)
+            losses += differences(read_result(results, name, job, self.server.uri), self.expected[job.name])
         record = {
             "trial": self.number, "time": datetime.now(UTC).isoformat(timespec="seconds"), "job": job.name,
             "seconds": round(time.monotonic() - begun, 2), "attempts": [outcome.record() for outcome in outcomes],
-            "kills": sum(1 for o in outcomes if o.hit is not None and o.hit.delivered), "losses": said,
+            "kills": sum(1 for o in outcomes if o.hit is not None and o.hit.delivered), "losses": losses,
             "server": self.server_usage(), "sync": usage([psutil.Process()]),
         }  # fmt: skip
         with self.file.open("a") as file:
             print(json.dumps(record), file=file)
-        if said:
+        if losses:
             (results / "attempts.log").write_text("\n".join(f"--- {o.record()}\n{o.log}" for o in outcomes))
         else:
             shutil.rmtree(results, ignore_errors=True)
@@ -170,27 +173,28 @@ class Soak:
         number = chance.choices(SIGNALS, (4, 2, 2, 2))[0]
         targets = {"stage": 6, "group": 2, "parent": 2 if not job.real else 1, "child": 3 if job.options else 0}
         target = chance.choices(list(targets), list(targets.values()))[0]
-        return Hit(number.name, target, chance.random() * 1.05)  # seconds: a share of what the job lasts
+        return Hit(number.name, target, chance.random() * 1.05)  # seconds: as a share of the job's duration
 
     def moment(self, job: Job, results: Path) -> Any:
-        """At times the end is what is aimed at: the outputs are being written and put in their place."""
+        """At times the signal waits until the outputs are written -> a function that says when, or None."""
         if self.chance.random() > 0.15:
             return None
         return lambda: any(results.glob(f"runs/{job.stage}/*/outputs"))
 
     def judge(self, outcome: Outcome, results: Path) -> list[str]:
-        said = []
+        """What was wrong with an attempt, whatever its result."""
+        losses = []
         if not outcome.expected and REFUSED not in outcome.log:
-            said.append(f"exit status {outcome.status} after {outcome.hit}: {outcome.log[-300:]}")
+            losses.append(f"exit status {outcome.status} after {outcome.hit}: {outcome.log[-300:]}")
         if "Traceback" in outcome.log and "KeyboardInterrupt" not in outcome.log:
-            said.append(f"a traceback: {outcome.log[-600:]}")
-        return said
+            losses.append(f"a traceback: {outcome.log[-600:]}")
+        return losses
 
     def finished(self, job: Job, results: Path, name: str) -> bool:
         return (job.result(results, name) / "metrics.json").exists()
 
     def wait_for_orphans(self, results: Path) -> None:
-        """A stage whose shell was killed goes on; it is let finish, or killed too."""
+        """A stage goes on when its shell was killed. Wait until it ends, or kill it too."""
         for process in psutil.process_iter():
             try:
                 if process.pid != os.getpid() and any(str(results.name) in word for word in process.cmdline()):
@@ -203,19 +207,19 @@ class Soak:
     # -- MLflow -----------------------------------------------------------------------------------
 
     def sync(self, results: Path, name: str, job: Job, forget: bool = False) -> list[str]:
-        """What `aps sync` does, in this process; `forget`: as if nothing were known of the run."""
+        """Do what `aps sync` does, in this process. forget: delete the run's tracking.json first."""
         if forget:
             (job.result(results, name) / "tracking.json").unlink(missing_ok=True)
-        own = load_study([self.folder / "study.yaml"], {"study": name, "results": str(results)})
+        loaded = load_study([self.folder / "study.yaml"], {"study": name, "results": str(results)})
         for _ in range(60):
-            found = sync(own, self.server.uri)
-            if not found.missing:
+            synced = sync(loaded, self.server.uri)
+            if not synced.missing:
                 return []
             time.sleep(1)
-        return [f"sync could not send it: {found.reason}"]
+        return [f"sync could not send it: {synced.reason}"]
 
     def disturb_server(self) -> None:
-        """For some seconds it does not answer; or it dies and comes back."""
+        """Let the server not answer for some seconds; or kill it and start it again."""
         dies = self.chance.random() < SERVER_DIES / (SERVER_SLEEPS + SERVER_DIES)
 
         def disturb() -> None:
@@ -242,7 +246,7 @@ class Soak:
 
 
 def usage(processes: list[psutil.Process]) -> dict[str, Any]:
-    """Bytes that are these processes' own, and their open files."""
+    """Bytes of these processes' unshared memory, and the number of their open files."""
     memory, files = 0, 0
     for process in processes:
         try:
@@ -253,23 +257,23 @@ def usage(processes: list[psutil.Process]) -> dict[str, Any]:
 
 
 def summary(file: Path) -> str:
-    """Of all trials in a folder."""
+    """A summary of all trials in a file, as text."""
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     if not records:
         return "no trials yet"
     kills, seconds = sum(r["kills"] for r in records), sum(r["seconds"] for r in records)
-    tried = [a for r in records for a in r["attempts"]]
-    hits = [a["hit"] for a in tried if a["hit"] and a["hit"]["delivered"]]
+    attempts_made = [a for r in records for a in r["attempts"]]
+    hits = [a["hit"] for a in attempts_made if a["hit"] and a["hit"]["delivered"]]
     losses = [r for r in records if r["losses"]]
     lines = [
-        f"{len(records)} trials, {len(tried)} attempts, {kills} kills in {seconds / 3600:.2f} h "
+        f"{len(records)} trials, {len(attempts_made)} attempts, {kills} kills in {seconds / 3600:.2f} h "
         f"({3600 * kills / max(1, seconds):.0f} an hour), {len(losses)} with a loss",
         *(
             f"  {what}: " + ", ".join(f"{key} {count}" for key, count in counted(hits, what))
             for what in ("signal", "target")
         ),
         "  job: " + ", ".join(f"{key} {count}" for key, count in counted(records, "job")),
-        "  start: " + ", ".join(f"{key} {count}" for key, count in counted(tried, "start")),
+        "  start: " + ", ".join(f"{key} {count}" for key, count in counted(attempts_made, "start")),
     ]
     tenth = max(1, len(records) // 10)
     for who in ("server", "sync"):
@@ -279,7 +283,7 @@ def summary(file: Path) -> str:
                 lines.append(
                     f"  {who} {what}: {first[len(first) // 2] / scale:.0f} -> {last[len(last) // 2] / scale:.0f} {unit}"
                 )
-    peaks = sorted(a["peak"] for a in tried if a["peak"])
+    peaks = sorted(a["peak"] for a in attempts_made if a["peak"])
     lines.append(
         f"  peak memory of a stage: median {peaks[len(peaks) // 2] / 1e3:.0f} MB, most {peaks[-1] / 1e3:.0f} MB"
     )
@@ -288,6 +292,7 @@ def summary(file: Path) -> str:
 
 
 def counted(records: list[dict[str, Any]], key: str) -> list[tuple[str, int]]:
+    """The values of a key with their numbers, the most frequent first."""
     values = [record[key] for record in records]
     return sorted(((value, values.count(value)) for value in set(values)), key=lambda pair: -pair[1])
 
@@ -313,8 +318,8 @@ def main() -> int:
         soak.prepare(
             tuple(job for job in JOBS if not args.only or (job.experiment == "aps" and job.stage in args.only))
         )
-        until = time.monotonic() + 60 * args.minutes
-        while time.monotonic() < until and soak.number < last:
+        deadline = time.monotonic() + 60 * args.minutes
+        while time.monotonic() < deadline and soak.number < last:
             record = soak.trial()
             print(
                 f"trial {record['trial']}: {record['job']}, {record['kills']} kills in {record['seconds']:.0f} s"
@@ -325,9 +330,9 @@ def main() -> int:
         pass
     finally:
         soak.close()
-    said = summary(soak.file)
-    print(said)
-    return 1 if "loss in trial" in said else 0
+    text = summary(soak.file)
+    print(text)
+    return 1 if "loss in trial" in text else 0
 
 
 if __name__ == "__main__":

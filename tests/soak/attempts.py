@@ -1,4 +1,4 @@
-"""One attempt at a stage: started in one of several ways, hit by a signal at some moment, and what became of it."""
+"""Makes one attempt at a stage: starts it in one of several ways, sends it a signal, and records how it ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from aps.runtime.launch import SHELL_PREFIX
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Exit status that a signal to the stage itself may end in: at its default action, saved and stopped, or too late.
+# Exit statuses after a signal to the stage: from the default action, after saving its state, or because it had
+# finished.
 ALLOWED = {
     signal.SIGKILL: {-9, 137},
     signal.SIGTERM: {-15, 143, 75, 0},
@@ -36,7 +37,7 @@ FORKED = "forked"  # from the interpreter that has imported everything
 
 @dataclass
 class Hit:
-    """A signal to one process of an attempt, or to all."""
+    """A signal to one process of an attempt, or to all of them."""
 
     signal: str
     target: str  # stage, group, child, parent
@@ -51,8 +52,8 @@ class Outcome:
     seconds: float
     hit: Hit | None = None
     peak: int | None = None  # KiB, where it is known
-    memory: int | None = None  # bytes, and open files, right before the hit
-    files: int | None = None
+    memory: int | None = None  # bytes, right before the hit
+    files: int | None = None  # open ones, right before the hit
     log: str = field(default="", repr=False)
 
     def record(self) -> dict[str, Any]:
@@ -60,22 +61,23 @@ class Outcome:
 
     @property
     def expected(self) -> bool:
-        """Whether the exit status is one that this hit may end in."""
+        """Whether the exit status is a possible one after this hit."""
         if self.hit is None or not self.hit.delivered:
             return self.status == 0
         if self.hit.target == "stage" and self.start == FORKED:
             return self.status in ALLOWED[signal.Signals[self.hit.signal]]
-        return True  # of a group, a child or a parent: anything but a result that differs
+        return True  # after a hit to a group, a child or a parent, any exit status is right
 
 
 class Starter:
-    """The interpreter that has imported everything; started again where it is gone."""
+    """The interpreter that has imported everything; it is started again if it has ended."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment
         self._process: subprocess.Popen[str] | None = None
 
-    def ask(self, asked: dict[str, Any]) -> int:
+    def start(self, request: dict[str, Any]) -> int:
+        """Fork an attempt -> its process id."""
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("starter.py"))], stdin=subprocess.PIPE,
@@ -83,11 +85,11 @@ class Starter:
             )  # fmt: skip
             assert self._answer() == "ready\n"
         assert self._process.stdin is not None
-        print(json.dumps(asked), file=self._process.stdin, flush=True)
+        print(json.dumps(request), file=self._process.stdin, flush=True)
         return int(json.loads(self._answer())["pid"])
 
     def outcome(self) -> tuple[int, int]:
-        """Waits for the end -> exit status, peak memory in KiB."""
+        """Wait for the end of the attempt -> exit status, peak memory in KiB."""
         answer = json.loads(self._answer())
         return answer["status"], answer["peak"]
 
@@ -106,14 +108,14 @@ def attempt(
     starter: Starter, arguments: list[str], folder: Path, start: str, hit: Hit | None, chance: random.Random,
     moment: Callable[[], bool] | None = None,
 ) -> Outcome:  # fmt: skip
-    """Runs `python -m aps ARGUMENTS` in a folder; `moment`: what to wait for before the hit's seconds begin to count."""
+    """Run `python -m aps ARGUMENTS` in a folder. moment: says when the hit's seconds begin to count; None: at once."""
     log = folder / "attempt.log"
     log.write_text("")
     begun = time.monotonic()
     shell: subprocess.Popen[bytes] | None = None
     if start == FORKED:
-        asked = {"arguments": arguments, "folder": str(folder), "log": str(log), "environment": {}}
-        pid = session = starter.ask(asked)
+        request = {"arguments": arguments, "folder": str(folder), "log": str(log), "environment": {}}
+        pid = session = starter.start(request)
     else:
         command = shlex.join([sys.executable, "-m", "aps", *arguments])
         shell = subprocess.Popen(
@@ -122,7 +124,7 @@ def attempt(
         )  # fmt: skip
         pid = session = shell.pid
     outcome = Outcome(start, 0, 0.0, hit)
-    thread = threading.Thread(target=_strike, args=(outcome, pid, session, chance, moment, shell is None))
+    thread = threading.Thread(target=_send_signal, args=(outcome, pid, session, chance, moment, shell is None))
     if hit is not None:
         thread.start()
     if shell is None:
@@ -136,13 +138,13 @@ def attempt(
     return outcome
 
 
-def _strike(
+def _send_signal(
     outcome: Outcome, pid: int, session: int, chance: random.Random, moment: Callable[[], bool] | None, forked: bool
 ) -> None:
     hit = outcome.hit
     assert hit is not None
-    until = time.monotonic() + 60
-    while moment is not None and not moment() and _alive(pid) and time.monotonic() < until:
+    deadline = time.monotonic() + 60
+    while moment is not None and not moment() and _alive(pid) and time.monotonic() < deadline:
         time.sleep(0.002)
     _sleep_while(lambda: _alive(pid), hit.seconds)
     processes = members(session)
@@ -159,7 +161,7 @@ def _strike(
             os.killpg(session, number)
         elif hit.target == "child" and others:
             chance.choice(others).send_signal(number)
-        elif hit.target == "parent":  # of the stage: the shell of its rule
+        elif hit.target == "parent":  # the shell of the stage's rule
             os.kill(pid, number)
         else:
             hit.target = "stage"
@@ -170,8 +172,8 @@ def _strike(
 
 
 def _sleep_while(alive: Callable[[], bool], seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0 and alive():
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0 and alive():
         time.sleep(min(left, 0.01))
 
 
@@ -190,12 +192,12 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 def members(session: int) -> list[psutil.Process]:
-    """Living processes of a session, eldest first."""
-    found = []
+    """The living processes of a session, in the order of their ids."""
+    processes = []
     for process in psutil.process_iter():
         try:
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                processes.append(process)
         except (OSError, psutil.Error):
             continue
-    return sorted(found, key=lambda process: process.pid)
+    return sorted(processes, key=lambda process: process.pid)

@@ -1,11 +1,11 @@
-"""Starts attempts from one interpreter that has imported everything: a fork each, so a process starts in milliseconds.
+"""Starts attempts as forks of an interpreter that has imported everything, which takes milliseconds.
 
-Reads a line of JSON for each attempt (arguments of `python -m aps`, environment, log) and answers two: its process id, and,
-when it has ended, its exit status (minus the signal that killed it) and peak memory in KiB.
+For each attempt it reads a line of JSON (arguments of `python -m aps`, environment, log) and prints two: the process
+id, and at its end the exit status (minus the signal that killed it) and the peak memory in KiB.
 
-Design: what is left out of a real start is the import alone. A fork happens before any thread or any state of a stage
-exists; the child is a process of its own session, with fresh signal handlers, and ends as any interpreter does. It knows
-nothing of kills.
+Design: a fork differs from a real start only in the imports. It happens before a stage has threads or any state. The
+child has a new session and fresh signal handlers, and ends as any interpreter does. This module does not know about
+kills.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 PRELOADED = (
     "aps.cli", "aps.training.pretrain", "aps.training.finetune", "aps.training.linear_probe", "aps.training.knn",
     "aps.methods.aps", "aps.detection.stage", "aps.detection.engines.torchvision", "aps.inference.serving",
-    "aps.inference.stage",     "aps.tracking.sending", "aps.settings.reading", "aps.findings", "mlflow.tracking", "mlflow.entities",
+    "aps.inference.stage", "aps.tracking.sending", "aps.settings.reading", "aps.findings", "mlflow.tracking", "mlflow.entities",
 )  # fmt: skip
 
 
@@ -30,28 +30,28 @@ def main() -> None:
     gc.freeze()
     print("ready", flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         child = os.fork()
         if child == 0:
-            return become(asked)
+            return become(request)
         print(json.dumps({"pid": child}), flush=True)
         _, status, used = os.wait4(child, 0)
         print(json.dumps({"status": os.waitstatus_to_exitcode(status), "peak": used.ru_maxrss}), flush=True)
 
 
-def become(asked: dict) -> None:  # type: ignore[type-arg]
-    """Turns this process into `python -m aps ARGUMENTS`."""
+def become(request: dict) -> None:  # type: ignore[type-arg]
+    """Make this process `python -m aps ARGUMENTS`."""
     os.setsid()
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     null = os.open(os.devnull, os.O_RDONLY)
     for target, source in ((0, null), (1, log), (2, log)):
         os.dup2(source, target)
     os.closerange(3, 256)
-    os.chdir(asked["folder"])
-    os.environ.update(asked["environment"])
-    sys.argv = ["aps", *asked["arguments"]]
+    os.chdir(request["folder"])
+    os.environ.update(request["environment"])
+    sys.argv = ["aps", *request["arguments"]]
     from aps.__main__ import run
 
     run()

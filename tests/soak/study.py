@@ -1,4 +1,4 @@
-"""The study whose stages are killed: seconds each, on images in memory, on image files with decoding workers, on two processes."""
+"""The study whose stages are killed: on images in memory, on image files with workers, on two processes."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class Job:
 
     experiment: str
     stage: str
-    weight: int  # how often it is chosen
+    weight: int  # how often it is chosen, relative to the others
     options: tuple[str, ...] = ()
-    real: bool = False  # whether it can't be forked from a warm interpreter
+    real: bool = False  # whether it has to be a real command, not a fork
 
     @property
     def name(self) -> str:
@@ -79,7 +79,7 @@ JOBS = (
 
 
 def lay_out(folder: Path) -> None:
-    """The study's file and its image files."""
+    """Write the study's file and its image files."""
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 12), ("test", 4)):
         for label in range(10):
@@ -94,21 +94,21 @@ def lay_out(folder: Path) -> None:
 
 
 @dataclass
-class Left:
-    """What a finished run left: all that has to be the same however often it was killed."""
+class Result:
+    """What has to be the same in every finished run of a job, however often it was killed."""
 
     tensors: dict[str, torch.Tensor]
     figures: dict[str, Any]
     journal: list[dict[str, Any]]
-    points: dict[str, dict[int, float]]  # of MLflow, by metric and step, without those of the clock
-    problems: list[str]  # what is wrong whatever it is compared with
+    points: dict[str, dict[int, float]]  # in MLflow: metric -> step -> value; 0 for measured times
+    problems: list[str]  # what is wrong in itself
 
 
-def plain(values: dict[str, Any]) -> dict[str, Any]:
+def without_times(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not CLOCK.search(key)}
 
 
-def left(results: Path, study: str, job: Job, address: str) -> Left:
+def read_result(results: Path, study: str, job: Job, address: str) -> Result:
     folder, problems = job.result(results, study), []
     tensors = {
         f"{file.name} {name}": value
@@ -116,12 +116,12 @@ def left(results: Path, study: str, job: Job, address: str) -> Left:
         for name, value in load_file(file).items()
     }
     metrics = json.loads((folder / "metrics.json").read_text())
-    journal = [plain(json.loads(line)) for line in (folder / "history.jsonl").read_text().splitlines()]
+    journal = [without_times(json.loads(line)) for line in (folder / "history.jsonl").read_text().splitlines()]
     if predictions := folder / "predictions.json" if (folder / "predictions.json").exists() else None:
         metrics["metrics"] |= {"predictions": predictions.read_text()}
     points = _points(study, job, address, problems)
     problems += [f"left behind: {path.relative_to(results)}" for path in _leftovers(results)]
-    return Left(tensors, plain(metrics["metrics"]), journal, points, problems)
+    return Result(tensors, without_times(metrics["metrics"]), journal, points, problems)
 
 
 def _points(study: str, job: Job, address: str, problems: list[str]) -> dict[str, dict[int, float]]:
@@ -134,44 +134,48 @@ def _points(study: str, job: Job, address: str, problems: list[str]) -> dict[str
     points: dict[str, dict[int, float]] = {}
     for run in runs[:1]:
         for key in run.data.metrics:
-            held = client.get_metric_history(run.info.run_id, key)
-            times = Counter(point.step for point in held)
-            if twice := [step for step, count in times.items() if count > 1]:
+            history = client.get_metric_history(run.info.run_id, key)
+            counts = Counter(point.step for point in history)
+            if twice := [step for step, count in counts.items() if count > 1]:
                 problems.append(f"MLflow has {key} more than once at steps {twice[:5]}")
             clock = CLOCK.search(key) is not None
             if not key.startswith("system/"):
-                points[key] = {point.step: 0.0 if clock else point.value for point in held}
+                points[key] = {point.step: 0.0 if clock else point.value for point in history}
     return points
 
 
 def _leftovers(results: Path) -> list[Path]:
-    found = [path for path in results.rglob(".*") if TEMPORARY.fullmatch(path.name)]
+    paths = [path for path in results.rglob(".*") if TEMPORARY.fullmatch(path.name)]
     for pattern in ("attempt.json", "state-*", "outputs"):
-        found += (results / "runs").rglob(pattern)
-    return found
+        paths += (results / "runs").rglob(pattern)
+    return paths
 
 
-def differences(found: Left, wanted: Left) -> list[str]:
+def differences(result: Result, expected: Result) -> list[str]:
     """One sentence for each thing that was lost, doubled or changed."""
-    said = list(found.problems)
-    if found.tensors.keys() != wanted.tensors.keys():
-        said.append(f"other weights: {sorted(found.tensors.keys() ^ wanted.tensors.keys())[:5]}")
+    sentences = list(result.problems)
+    if result.tensors.keys() != expected.tensors.keys():
+        sentences.append(f"other weights: {sorted(result.tensors.keys() ^ expected.tensors.keys())[:5]}")
     other = [
-        name for name, x in wanted.tensors.items() if name in found.tensors and not torch.equal(found.tensors[name], x)
+        name
+        for name, x in expected.tensors.items()
+        if name in result.tensors and not torch.equal(result.tensors[name], x)
     ]
     if other:
-        said.append(f"{len(other)} of {len(wanted.tensors)} tensors differ: {other[:3]}")
-    if found.figures != wanted.figures:
-        pairs = [key for key in wanted.figures if found.figures.get(key) != wanted.figures[key]]
-        said.append(f"figures differ: {pairs[:5] or sorted(found.figures.keys() ^ wanted.figures.keys())[:5]}")
-    if found.journal != wanted.journal:
+        sentences.append(f"{len(other)} of {len(expected.tensors)} tensors differ: {other[:3]}")
+    if result.figures != expected.figures:
+        pairs = [key for key in expected.figures if result.figures.get(key) != expected.figures[key]]
+        sentences.append(f"figures differ: {pairs[:5] or sorted(result.figures.keys() ^ expected.figures.keys())[:5]}")
+    if result.journal != expected.journal:
         first = next(
-            (i for i, (a, b) in enumerate(zip(found.journal, wanted.journal, strict=False)) if a != b), "the end"
+            (i for i, (a, b) in enumerate(zip(result.journal, expected.journal, strict=False)) if a != b), "the end"
         )
-        said.append(f"journal: {len(found.journal)} lines for {len(wanted.journal)}, the first difference at {first}")
-    for key in sorted(found.points.keys() | wanted.points.keys()):
-        has, should = found.points.get(key, {}), wanted.points.get(key, {})
+        sentences.append(
+            f"journal: {len(result.journal)} lines for {len(expected.journal)}, the first difference at {first}"
+        )
+    for key in sorted(result.points.keys() | expected.points.keys()):
+        has, should = result.points.get(key, {}), expected.points.get(key, {})
         if has != should:
-            odd = sorted(has.items() ^ should.items())[:3]
-            said.append(f"MLflow: {key} has {len(has)} points for {len(should)}, e.g. {odd}")
-    return said
+            different = sorted(has.items() ^ should.items())[:3]
+            sentences.append(f"MLflow: {key} has {len(has)} points for {len(should)}, e.g. {different}")
+    return sentences

@@ -19,7 +19,7 @@ from mlflow_stores import free_port
 
 from aps.layout import stage_folder, study_folder
 from aps.settings.reading import load_study
-from aps.tracking.browsing import how_to_look
+from aps.tracking.browsing import how_to_browse
 from aps.tracking.describing import PARENT
 from aps.tracking.server import Server
 from aps.tracking.state import read_state
@@ -39,15 +39,15 @@ def test_the_printed_line_names_the_page_of_the_studys_runs(
     file = gammas.write_study(tmp_path)
     study = load_study([file])
     fragment = "#/experiments/{}/runs?workflowType=machine_learning&viewStateShareKey=aps-finetune"
-    assert how_to_look(study, "http://host:5000").endswith(
+    assert how_to_browse(study, "http://host:5000").endswith(
         "http://host:5000/#/experiments?workflowType=machine_learning"
     )
-    assert how_to_look(study, "none") == "off (tracking_uri: none)"
+    assert how_to_browse(study, "none") == "off (tracking_uri: none)"
     gammas.finish(study)
     gammas.send(file, store)
     state = read_state(stage_folder(study_folder(study), "gamma0", 0, "knn") / "tracking.json")
     assert state is not None and state.experiment_id
-    line = how_to_look(study, store)
+    line = how_to_browse(study, store)
     assert (
         "server --backend-store-uri sqlite:///results/mlflow.db --port 5000 --artifacts-destination results/mlartifacts"
         in line

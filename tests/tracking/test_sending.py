@@ -13,7 +13,7 @@ from mlflow_stores import about, assert_once, bad_server, hang, journal, points,
 
 from aps.tracking import sending
 from aps.tracking.describing import KEY
-from aps.tracking.reasons import in_vain, why
+from aps.tracking.reasons import why, will_last
 from aps.tracking.sending import Tail
 from aps.tracking.server import Server
 from aps.tracking.state import State, read_state
@@ -207,7 +207,7 @@ def test_an_address_that_leads_nowhere_is_a_reason_at_once(tmp_path: Path, addre
     journal(tmp_path, 1)
     with pytest.raises(Exception) as error:
         sender(address, tmp_path, about()).send()
-    assert why(error.value) == reason and in_vain(error.value)
+    assert why(error.value) == reason and will_last(error.value)
 
 
 @pytest.mark.soak

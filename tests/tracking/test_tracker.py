@@ -70,7 +70,7 @@ def assert_whole(address: str, job: StageJob) -> Any:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SEND_SECONDS", "RETRY_SECONDS", "AGAIN_SECONDS"):
+    for name in ("SEND_SECONDS", "RETRY_SECONDS", "LAST_RETRY_SECONDS"):
         monkeypatch.setattr(tracker, name, 0.01)
     monkeypatch.setattr(tracker, "FINISH_SECONDS", 1.0)
 
@@ -266,7 +266,7 @@ def test_a_kill_while_the_end_waits_for_the_server_opens_no_second_run(
         for step in range(1, LINES + 1):
             stage.log(step, loss=1.0 / step, step_ms=1.0)
         monkeypatch.setattr(stage.tracker, "stop", lambda *_: stage.tracker._end.set())
-        monkeypatch.setattr(stage.tracker._over, "wait", die)
+        monkeypatch.setattr(stage.tracker._ended, "wait", die)
         monkeypatch.setattr(stage.tracker._sender, "send", lambda: False)  # it hangs
         stage.finish({"knn_top1_k5": 50.0})
     stage.tracker._thread.join(60)

@@ -16,7 +16,7 @@ from aps.settings.study import Study
 from aps.stages import STAGES
 from aps.workflow.plan import Plan, one_of
 from aps.workflow.resources import TOGETHER, TURN, group, rule_resources
-from benchmarks.planning import RAN, finish, lay_out
+from benchmarks.planning import STAGES_RUN, finish, lay_out
 
 ALL = ["pretrain", "finetune", "linear_probe", "knn", "embed"]
 SMALL = {"linear_probe", "knn", "embed"}
@@ -98,7 +98,7 @@ def test_the_slurm_profile_names_the_group_and_the_turn() -> None:
     assert profile["resources"] == [f"{TURN}=1"] and profile["set-resource-scopes"] == [f"{TURN}=local"]
 
 
-@pytest.mark.parametrize(("stage", "file"), [(stage, file) for stage in RAN for file in STAGES[stage].files])
+@pytest.mark.parametrize(("stage", "file"), [(stage, file) for stage in STAGES_RUN for file in STAGES[stage].files])
 def test_a_target_notices_any_missing_file_of_its_runs(
     stage: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,10 +106,10 @@ def test_a_target_notices_any_missing_file_of_its_runs(
     monkeypatch.chdir(tmp_path)
     finish(lay_out(tmp_path, 2))
     made = Plan.load(["many.yaml"], {})
-    assert not [ran for ran in RAN if made.outdated in made.outputs(ran)]
+    assert not [ran for ran in STAGES_RUN if made.outdated in made.outputs(ran)]
     Path("results/many/e0001/seed2", stage, file).unlink()
     made = Plan.load(["many.yaml"], {})
-    marked = {ran for ran in RAN if made.outdated in made.outputs(ran)}
+    marked = {ran for ran in STAGES_RUN if made.outdated in made.outputs(ran)}
     if file == "metrics.json":
         assert stage not in marked and f"results/many/e0001/seed2/{stage}/metrics.json" in made.outputs(stage)
     else:

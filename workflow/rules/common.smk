@@ -23,18 +23,18 @@ if workflow.is_main_process:
 RESULTS = PLAN.written.results
 FOLDER = study_folder(PLAN.written)
 
-# A job that is asked to stop saves its state first: Snakemake has to outlive it, and its shell by params.start.
+# A job that is asked to stop first saves its state. Snakemake must not end before it; params.start protects its shell.
 launch.shield()
 
-# For envs/aps.post-deploy.sh, which is told nothing else.
+# For envs/aps.post-deploy.sh, which has no other way to know it.
 os.environ.setdefault("APS_SOURCE", PLAN.repository())
 
 if workflow.is_main_process and not PLAN.is_module:
     force_by(workflow, PLAN.force)
 
 
-# Before the first job of a real run; a dry run does not come here, and plans on any machine. Nor does a module: the
-# workflow around it has its own.
+# Before the first job. A dry run does not call it, so any machine can plan. Nor does a module: the workflow that
+# includes it has its own `onstart`.
 onstart:
     try:
         PLAN.hold_results()

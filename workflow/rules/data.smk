@@ -13,7 +13,7 @@ rule prepare_dataset:
         manifest=f"{RESULTS}/data/{{dataset}}/manifest.json",
     params:
         start=PLAN.start,
-        # depends on resources only so that Snakemake does not take a moved source for a changed result
+        # takes `resources`, so that Snakemake does not see a moved source as a changed job
         source=PLAN.source_options,
         name=PLAN.dataset_name,
         folder=lambda wildcards, output: Path(output.manifest).parent,

@@ -1,5 +1,5 @@
-# Results that are there, but were made of other settings, images or weights than the study's (aps/findings.py): their
-# jobs have this rule's file among their inputs, so Snakemake runs them, whatever it remembers of them.
+# Jobs whose results were made with other settings, images or weights than the study's (aps/findings.py) have this
+# rule's file among their inputs. So Snakemake runs them, whatever its records say.
 
 
 rule outdated:

@@ -1,0 +1,103 @@
+"""The command line, `python -m aps VERB`: runs a verb and turns its errors into sentences and exit statuses.
+
+    table.py     the table of verbs: name, function, help, options
+    options.py   the options of each verb
+    verbs.py     what each tool does
+    stage.py     what the verb of a stage does
+    study.py     the study that a command names, and commands that work as printed
+
+Heavy imports happen inside the verb that needs them, so that `--help` and planning stay quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import sys
+
+from aps.cli.study import runnable
+from aps.cli.table import parse, parser
+from aps.errors import Preempted, UserError
+from aps.files import DISK_ERRORS
+from aps.runtime.memory import lost_worker, out_of_memory
+from aps.runtime.ranks import ranks, started_by_torchrun
+
+__all__ = ["main", "parser"]
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+MISTAKE = 2  # the user's: the same command fails again
+PREEMPTED = 75  # EX_TEMPFAIL: the work is saved, start the same command again
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 2 a mistake the user can fix, 75 preempted (run it again to go on).
+
+    docs/reliability.md has all of them.
+    """
+    args = parse(sys.argv[1:] if arguments is None else list(arguments))
+    if (mistake := _noted_mistake(args)) is not None:
+        print(f"error: {mistake}\nnot tried again, since another attempt changes nothing of it", file=sys.stderr)
+        return MISTAKE
+    try:
+        args.run(args)
+    except UserError as error:
+        return _refused(runnable(str(error), args), args)
+    except Preempted as error:
+        if ranks().rank == 0:
+            print(f"stopped: {error}", file=sys.stderr)
+        return 0 if started_by_torchrun() else PREEMPTED  # torchrun would take another status for a failure
+    except KeyboardInterrupt:
+        print("stopped by the keyboard; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        if (sentence := out_of_memory(error, args.verb)) is not None:
+            print(f"error: {sentence}", file=sys.stderr)
+            return MISTAKE  # not noted: a further attempt asks for more memory
+        if (sentence := lost_worker(error, args.verb)) is not None:
+            print(f"error: {sentence}", file=sys.stderr)
+            return 1
+        if (sentence := _disk_sentence(error)) is None:
+            raise
+        return _refused(sentence, args)
+    return 0
+
+
+def _refused(sentence: str, args: argparse.Namespace) -> int:
+    """Prints a mistake of the user's, and notes it for further attempts of the same job."""
+    if ranks().rank == 0:
+        print(f"error: {sentence}", file=sys.stderr)
+        if (note := getattr(args, "mistake", None)) is not None:
+            with contextlib.suppress(OSError):  # the disk may be what is wrong
+                note.write_text(sentence)
+    return MISTAKE
+
+
+def _noted_mistake(args: argparse.Namespace) -> str | None:
+    """The mistake for which an earlier attempt of this job was refused.
+
+    Snakemake's retries start a failed job again whatever its exit status was. The first attempt has number 1.
+    """
+    note = getattr(args, "mistake", None)
+    if note is None or started_by_torchrun():
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        if args.attempt > 1:
+            return str(note.read_text())
+        note.unlink(missing_ok=True)
+    return None
+
+
+def _disk_sentence(error: Exception) -> str | None:
+    """A sentence for an error of the user's disk or folders; None for any other error."""
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return "a path begins with ~, and HOME is not set; set HOME, or write the path in full"
+    if not isinstance(error, OSError) or error.errno not in {*DISK_ERRORS, errno.EEXIST}:
+        return None
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:60]}...: {error.strerror}; choose a shorter name or folder"
+    if error.filename is None:
+        return f"a file: {error.strerror}; free space or choose another folder" if error.errno in DISK_FULL else None
+    return f"{error.filename2 or error.filename}: {error.strerror}; free space or choose another folder"

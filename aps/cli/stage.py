@@ -1,0 +1,131 @@
+"""The verb of a stage: it runs the stage, or brings its finished results back.
+
+A stage's verb works in two ways. Rules give all of it (`--settings`, `--manifest`, `--out` ...). People give a study,
+an experiment and a seed, and the same paths follow from those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aps.cli.study import load, tracking_address
+from aps.errors import Preempted, UserError
+from aps.files import check_weights
+from aps.runtime.ranks import started_by_torchrun
+from aps.stages import STAGES, Stage
+
+if TYPE_CHECKING:  # settings take half of the time that `--help` does
+    from aps.results import StageJob
+    from aps.settings.study import Study
+
+
+def stage_verb(name: str) -> Callable[[argparse.Namespace], None]:
+    """The function of a stage's verb."""
+
+    def run(args: argparse.Namespace) -> None:
+        from aps.inference.serving import track_model
+        from aps.results import forget, restore_finished
+        from aps.runtime import launch
+        from aps.runtime.slurm import Claim
+
+        stage = STAGES[name]
+        job = stage_job(stage, args)
+        if started_by_torchrun():
+            importlib.import_module(stage.module).run(job)
+            return
+        with Claim(job.checkpoints, stage.name):
+            if args.again:
+                forget(job.checkpoints)
+            if restore_finished(job):
+                message = "finished before with these settings; its results are back in"
+                print(f"{job.label}: {message} {job.out} (--again computes them again)", file=sys.stderr)
+            elif args.processes > 1 or args.nodes > 1:
+                launch.run(args.processes, args.nodes)
+                if not restore_finished(job):
+                    raise Preempted(f"{job.label} on {args.processes} processes")
+                track_model(job.out, job.tracking, job.label)
+            else:
+                importlib.import_module(stage.module).run(job)
+                track_model(job.out, job.tracking, job.label)
+
+    return run
+
+
+def stage_job(stage: Stage, args: argparse.Namespace) -> StageJob:
+    """The job that a command describes.
+
+    Raises:
+        UserError: an option doesn't fit the stage, or an input is missing or not the study's.
+    """
+    from aps.layout import encoder_file, manifest_of, manifest_path, stage_folder, study_folder
+    from aps.results import StageJob, saved_run
+    from aps.settings.study import StageSettings
+    from aps.tracking.addresses import OFF
+
+    if args.profile is not None and not stage.traced:
+        traced = ", ".join(row.name for row in STAGES.values() if row.traced)
+        raise UserError(f"--profile traces {traced}, not {stage.name}; leave it out")
+    if args.settings is not None:
+        settings, study_name, results = StageSettings.from_json(args.settings), args.study, args.results
+        description = ""
+        folder, manifest = results / study_name, manifest_path(results, settings.dataset_name)
+        encoder, tracking = args.encoder, args.tracking or os.environ.get("MLFLOW_TRACKING_URI", OFF)
+        made_by_stage = True  # the encoder, by a stage of this study; else the file is the user's
+        if settings.stage != stage.name:
+            raise UserError(
+                f"--settings are for stage {settings.stage}, but the verb is {stage.name}; use the same stage for both"
+            )
+    else:
+        study = load(args)
+        name = args.experiment or next(iter(study.experiments))
+        seed = args.seed if args.seed is not None else study.experiment(name).seeds[0]
+        settings, study_name, results = study.stage_settings(name, seed, stage.name), study.study, Path(study.results)
+        address = tracking_address(study)  # also where --tracking is given: it keeps the study's credentials
+        encoder, tracking = args.encoder, args.tracking or address
+        made_by_stage = encoder is None and study.pretrain_source(name) is not None
+        folder, description = study_folder(study), study.experiments[name].description
+        manifest = manifest_of(study, settings.dataset_name)
+        if encoder is None and stage.encoder:
+            encoder = encoder_file(study, name, seed)
+            if not started_by_torchrun():
+                _check_encoder(study, name, seed, f"{stage.name} {name}/seed{seed}")
+    manifest = args.manifest or manifest
+    for path in (manifest, encoder if made_by_stage else None):
+        if path is not None and not path.exists():
+            raise UserError(f"{path} is missing; run the stage that makes it (`snakemake {path}`)")
+    if encoder is not None:
+        check_weights(encoder)
+    return StageJob(
+        settings=settings,
+        study=study_name,
+        description=description,
+        tracking=tracking,
+        manifest=manifest,
+        encoder=encoder,
+        out=args.out or stage_folder(folder, settings.experiment, settings.seed, stage.name),
+        checkpoints=saved_run(results, settings, manifest, encoder),
+        workers=args.workers,
+        checkpoint_minutes=args.checkpoint_minutes,
+        profile=args.profile,
+    )
+
+
+def _check_encoder(study: Study, experiment: str, seed: int, label: str) -> None:
+    """Raises UserError where the study's encoder is there but was not made as the study says."""
+    from aps.findings import Findings
+
+    source = study.pretrain_source(experiment)
+    if source is None:
+        return
+    finding = Findings(study).finding(source, seed, "pretrain")
+    if finding.stale:
+        raise UserError(
+            f"{label}: its encoder in {finding.folder} is not this study's ({finding.problem}); run pretrain first: "
+            f"the same command with `pretrain --experiment {source} --seed {seed}`"
+        )

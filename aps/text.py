@@ -1,0 +1,18 @@
+"""Text for terminals and figures: tables with aligned columns, and long text cut short."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table_lines(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; each column is as wide as its longest cell."""
+    widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *body]]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return lines
+
+
+def shorten(text: str, letters: int, ellipsis: str = "…") -> str:
+    """`text`, cut at its end to at most `letters` letters. Errors use `...`, since logs may not be UTF-8."""
+    return text if len(text) <= letters else text[: letters - len(ellipsis)] + ellipsis
