@@ -36,13 +36,6 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Tests that run whole studies and take minutes: `make test-slow`.
 SLOW = ("tests/test_end_to_end.py", "tests/test_interruption.py", "tests/workflow/test_plan.py", "tests/inference/")
-# Slow tests that were not seen to pass since the last merge. Until then `make test-soak` runs them, and CI does not.
-UNSEEN = (
-    "tests/inference/",
-    "tests/report/",
-    "tests/test_disk_and_memory.py",
-    "tests/test_soak.py",
-)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,5 +44,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = str(item.path.relative_to(root))
         if path.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
-        if path.startswith(UNSEEN) and item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.soak)

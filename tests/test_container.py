@@ -122,6 +122,9 @@ def test_the_steps_of_the_dockerfile_make_an_environment_that_plans_a_study(tmp_
                     shutil.copytree(ROOT / source, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
                 else:
                     shutil.copy(ROOT / source, to)
+        elif name == "ARG":  # as an argument that is not given
+            variable, _, value = text.partition("=")
+            variables[variable] = value
         elif name == "RUN" and not text.startswith("apt-get"):
             step = subprocess.run(
                 ["sh", "-euc", inside(text)], cwd=folder, env=variables, capture_output=True, text=True

@@ -97,7 +97,6 @@ def test_a_dry_run_plans_the_whole_study_for_lsf(checkout: Path) -> None:
     assert {"pretrain_encoder", "knn_encoder", "report"} <= set(re.findall(r"^(\w+) +[12]$", done.stdout, re.MULTILINE))
 
 
-@pytest.mark.soak
 @needs_generic
 @pytest.mark.slow
 def test_lsf_runs_a_stage_with_what_it_asks_for(checkout: Path) -> None:
@@ -109,12 +108,12 @@ def test_lsf_runs_a_stage_with_what_it_asks_for(checkout: Path) -> None:
     path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     arguments = ["--profile", "profiles/lsf", "--configfile", "study.yaml", "--seconds-between-status-checks", "1"]
     done = snakemake(
-        checkout, *arguments, "--latency-wait", "5", "results/tiny/floor/seed0/knn/metrics.json", PATH=path
+        checkout, *arguments, "--latency-wait", "5", "results/elsewhere/floor/seed0/knn/metrics.json", PATH=path
     )
     assert done.returncode == 0, done.stdout + "".join(f.read_text() for f in programs.glob("*.log"))
     (asked,) = (programs / "asked").read_text().splitlines()
     assert "-n 2 -R span[hosts=1] -M 3000MB -R rusage[mem=3000MB] -W 30 -q short -P lab -gpu num=1:gmodel=a100" in asked
-    assert (checkout / "results/tiny/floor/seed0/knn/metrics.json").exists()
+    assert (checkout / "results/elsewhere/floor/seed0/knn/metrics.json").exists()
 
 
 def test_no_rule_names_a_scheduler() -> None:

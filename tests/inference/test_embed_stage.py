@@ -97,6 +97,6 @@ def test_the_report_shows_the_map_and_links_to_the_page(finished: Path, monkeypa
     assert main(["report", "--configfile", "study.yaml"]) == 0
     report = finished / "results/photos/report/report.html"
     page = report.read_text()
-    assert "Features of the test images" in page
+    assert "Map of the test images" in page
     (link,) = {href for href in re.findall(r'href="([^"]*neighbours.html)"', page) if "mine" in href}
     assert (report.parent / link).resolve() == finished / "results/photos/mine/seed0/embed/neighbours.html"

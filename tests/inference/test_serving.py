@@ -273,7 +273,6 @@ def ask(address: str, request: dict[str, Any]) -> Any:
         return json.loads(answer.read())["predictions"]
 
 
-@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["finetune", "linear_probe", "pretrain", "detection"])
 def test_mlflow_serves_an_image_over_http(stages: Path, photo: Path, tmp_path: Path, stage: str) -> None:

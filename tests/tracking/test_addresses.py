@@ -145,7 +145,6 @@ def test_command_lines_of_jobs_carry_no_secret(
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == SECRET  # for the jobs
 
 
-@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.end_to_end
 def test_a_password_in_a_study_is_nowhere_on_disk_but_in_the_study(tmp_path: Path) -> None:

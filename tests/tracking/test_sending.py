@@ -210,7 +210,6 @@ def test_an_address_that_leads_nowhere_is_a_reason_at_once(tmp_path: Path, addre
     assert why(error.value) == reason and will_last(error.value)
 
 
-@pytest.mark.soak
 @pytest.mark.slow  # mlflow waits 20 s for another writer
 def test_a_locked_store_says_so_and_is_none_the_worse(tmp_path: Path, store: str) -> None:
     journal(tmp_path, 1)

@@ -382,7 +382,6 @@ def sync_study(tmp_path: Path, results: Path, address: str, seeds: list[int]) ->
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
-@pytest.mark.soak
 @pytest.mark.slow
 def test_a_server_down_at_the_start_killed_in_the_middle_and_restarted_loses_nothing(
     tmp_path: Path, real_server: RealServer, monkeypatch: pytest.MonkeyPatch
@@ -424,7 +423,6 @@ def test_a_server_down_at_the_start_killed_in_the_middle_and_restarted_loses_not
         assert_whole(real_server.uri, job)
 
 
-@pytest.mark.soak
 @pytest.mark.slow
 def test_stages_killed_again_and_again_against_a_real_server_that_sleeps_now_and_then_send_each_point_once(
     tmp_path: Path, real_server: RealServer
