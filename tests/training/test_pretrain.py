@@ -129,8 +129,8 @@ def test_the_sampler_gets_the_geometry_of_the_views_that_are_trained_on(
 
     monkeypatch.setattr(Batches, "epoch", seen)
     small.run(small.job("pretrain", digits, tmp_path, epochs=1))
-    assert len(asked) == len(pairs) == 3
-    for (one, two), pair in zip(asked, pairs, strict=True):
+    assert len(pairs) == 3  # what is asked after that is for the picture of views
+    for (one, two), pair in zip(asked[:3], pairs, strict=True):
         assert one is pair.geometries[0] and two is pair.geometries[1]
 
 
