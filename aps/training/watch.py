@@ -105,12 +105,14 @@ class Watch:
 def spread(features: Tensor) -> dict[str, float]:
     """How much of their D dimensions the features (M, D) of M images use.
 
-    effective_rank: exp of the entropy of the singular values (RankMe, arXiv 2210.02885), from 1 to min(M, D).
+    effective_rank: exp of the entropy of the singular values (RankMe, arXiv 2210.02885) of the features minus their mean,
+        from 1 to min(M, D). With the mean, which a ViT's features share, it is near 1 for good encoders too.
     dead_dimensions: share of the dimensions in which features of unit length have a standard deviation over the images
         below a hundredth of 1/sqrt(D).
     """
     x = features.double()
-    values = torch.linalg.eigvalsh(x.T @ x).clamp(min=0).sqrt()  # a D x D matrix, because there may be many images
+    centred = x - x.mean(0)
+    values = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0).sqrt()  # a D x D matrix, because there may be many images
     p = values / values.sum().clamp(min=1e-300)
     entropy = -(p * p.clamp(min=1e-300).log()).sum()
     deviation = F.normalize(x, dim=1).std(0, correction=0)

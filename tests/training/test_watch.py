@@ -110,11 +110,13 @@ def test_weights_that_are_no_numbers_are_never_saved(
 def test_the_spread_of_features_is_that_of_matrices_whose_rank_is_known() -> None:
     generator = torch.Generator().manual_seed(0)
     even = spread(torch.eye(8).repeat(4, 1))
-    assert even["effective_rank"] == pytest.approx(8) and even["dead_dimensions"] == 0
+    assert even["effective_rank"] == pytest.approx(7) and even["dead_dimensions"] == 0  # one of 8 is their mean's
+    shifted = spread(torch.eye(8).repeat(4, 1) + 100)
+    assert shifted["effective_rank"] == pytest.approx(7)  # what all images share does not count
     flat = spread(torch.randn(50, 2, generator=generator) @ torch.randn(2, 16, generator=generator))
     assert 1 < flat["effective_rank"] <= 2.001
     constant = spread(torch.ones(50, 16) + 1e-6 * torch.randn(50, 16, generator=generator))
-    assert constant["effective_rank"] == pytest.approx(1, abs=1e-3) and constant["dead_dimensions"] == 1
+    assert constant["dead_dimensions"] == 1
     half = torch.cat([torch.randn(500, 8, generator=generator), torch.zeros(500, 8)], 1)
     assert spread(half)["dead_dimensions"] == 0.5
     assert spread(torch.zeros(5, 4))["dead_dimensions"] == 1
