@@ -117,9 +117,9 @@ def test_installed_in_a_fresh_environment_it_lays_out_plans_and_runs(wheel: Path
     python = tmp_path / "venv/bin/python"
     site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
     install = [f"--python={python}", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run([sys.executable, "-m", "pip", *install], check=True)
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True, env=kept)
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     kept |= {"PATH": f"{python.parent}:{os.environ['PATH']}", "MLFLOW_TRACKING_URI": "none"}
 
     def given(line: str, folder: Path) -> str:
