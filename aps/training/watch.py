@@ -112,7 +112,8 @@ def spread(features: Tensor) -> dict[str, float]:
     """
     x = features.double()
     centred = x - x.mean(0)
-    values = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0).sqrt()  # a D x D matrix, because there may be many images
+    # Of a D x D matrix, because there may be many images.
+    values = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0).sqrt()
     p = values / values.sum().clamp(min=1e-300)
     entropy = -(p * p.clamp(min=1e-300).log()).sum()
     deviation = F.normalize(x, dim=1).std(0, correction=0)
