@@ -23,7 +23,7 @@ from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.files import atomic_path
 from aps.sampling import coverage, sample
-from aps.settings.study import ExperimentSettings, StageSettings
+from aps.settings.study import Blocks, ExperimentSettings
 from aps.views import apply_view, draw_parameters
 
 COLORS = ("#1f6feb", "#f0640c")  # view 1 and view 2, in every panel
@@ -92,9 +92,7 @@ def show_views(manifest: Path, settings: ExperimentSettings, out: Path, images: 
     return shared([tuple(split.read(i).shape[1:]) for i in range(len(split))], settings, seed)
 
 
-def write_picture(
-    out: Path, split: ArraySplit | FileSplit, settings: ExperimentSettings | StageSettings, seed: int
-) -> None:
+def write_picture(out: Path, split: ArraySplit | FileSplit, settings: Blocks, seed: int) -> None:
     """Write a PNG file with a row for each image of a split."""
     figure = draw(examples(split, settings, seed), settings.encoder.grid)
     with atomic_path(out) as temporary:
@@ -115,13 +113,13 @@ def shared(sizes: list[tuple[int, ...]], settings: ExperimentSettings, seed: int
     return Shared(*torch.cat(shares, dim=1).mean(1).tolist())
 
 
-def examples(split: ArraySplit | FileSplit, settings: ExperimentSettings | StageSettings, seed: int) -> list[Example]:
+def examples(split: ArraySplit | FileSplit, settings: Blocks, seed: int) -> list[Example]:
     """Two views and one sampling of every image of a split."""
     generator = torch.Generator().manual_seed(seed)
     return [_example(split.read(i), settings, generator) for i in range(len(split))]
 
 
-def _example(source: Tensor, settings: ExperimentSettings | StageSettings, generator: torch.Generator) -> Example:
+def _example(source: Tensor, settings: Blocks, generator: torch.Generator) -> Example:
     """source: (3, H, W) uint8."""
     height, width = source.shape[1:]
     size, grid = settings.encoder.image_size, settings.encoder.grid

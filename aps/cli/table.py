@@ -27,6 +27,7 @@ class Verb(NamedTuple):
     options: tuple[Callable[[argparse.ArgumentParser], None], ...]  # each adds some
 
 
+MORE_OPTIONS = {"embed": (inference.add_embed,)}  # of stages; this one also takes images without a study
 VERBS = (
     Verb("init", verbs.init,
          "lay out a folder: a study, a Snakefile that includes the packaged workflow, profiles, a README",
@@ -36,7 +37,8 @@ VERBS = (
          (options.run,)),
     Verb("data", verbs.data, "prepare a dataset: fetch or find it, verify it, write its manifest",
          (options.data, options.study, options.attempt)),
-    *(Verb(row.name, stage_verb(row.name), row.help, (options.stage,)) for row in STAGES.values()),
+    *(Verb(row.name, stage_verb(row.name), row.help, (options.stage, *MORE_OPTIONS.get(row.name, ())))
+      for row in STAGES.values()),
     Verb("import-weights", verbs.import_weights,
          "turn a checkpoint of the authors' release into weights of this project",
          (options.import_weights,)),
@@ -88,8 +90,6 @@ def parser() -> argparse.ArgumentParser:
             verb_parser = add(row.name, row.run, row.help)
             for add_options in row.options:
                 add_options(verb_parser)
-            if row.name == "embed":  # also takes images without a study
-                inference.add_embed(verb_parser)
 
     add_all(VERBS)
     inference.add(add)

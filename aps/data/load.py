@@ -73,6 +73,11 @@ class FileSplit:
         return read_image(self.path(i), at_least)
 
 
+def spread_rows(count: int, most: int) -> list[int]:
+    """At most `most` of `count` rows, evenly spread and ascending."""
+    return list(np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist())
+
+
 def load_split(
     manifest_path: Path, split: str, limit: int | None = None, seed: int = 0, labelled: bool = False
 ) -> ArraySplit | FileSplit:

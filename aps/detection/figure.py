@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pycocotools import mask as rle
 
+from aps.data.load import spread_rows
 from aps.detection.annotations import CocoSplit
 
 SHOWN = 6  # images
@@ -23,7 +24,7 @@ def predictions_figure(path: Path, split: CocoSplit, results: list[dict[str, Any
     Args:
         results: detections in COCO's result format.
     """
-    indices = np.linspace(0, len(split) - 1, min(SHOWN, len(split))).round().astype(int)
+    indices = spread_rows(len(split), SHOWN)
     by_image: dict[int, list[dict[str, Any]]] = {split.ids[i]: [] for i in indices}
     for row in results:
         if row["image_id"] in by_image:
@@ -31,7 +32,7 @@ def predictions_figure(path: Path, split: CocoSplit, results: list[dict[str, Any
     figure = Figure(figsize=(2.6 * len(indices), 5.6), layout="constrained")
     axes = figure.subplots(2, len(indices), squeeze=False)
     for column, index in enumerate(indices):
-        image = split.read(int(index)).permute(1, 2, 0).numpy()
+        image = split.read(index).permute(1, 2, 0).numpy()
         truth = [a for a in split.coco.imgToAnns[split.ids[index]] if not a.get("iscrowd", 0)]
         draw_instances(axes[0, column], image, split, truth)
         found = sorted(by_image[split.ids[index]], key=lambda row: -row["score"])

@@ -20,7 +20,7 @@ import PIL.Image
 import pyarrow.parquet as pq
 import torch
 
-from aps.data.load import ArraySplit, FileSplit, load_split
+from aps.data.load import ArraySplit, FileSplit, load_split, spread_rows
 from aps.data.manifest import Manifest
 from aps.inference import figures
 from aps.inference.features import Item, files, write_features
@@ -107,7 +107,7 @@ STYLE = (
 
 def _page(path: Path, index: Index, split: ArraySplit | FileSplit, queries: int, k: int, title: str) -> None:
     """Write a self-contained HTML page: images spread over the split, each with its nearest neighbours."""
-    chosen = np.linspace(0, len(index) - 1, min(queries, len(index))).round().astype(int).tolist()
+    chosen = spread_rows(len(index), queries)
     vectors = index.vectors(chosen)
     named = index.describe(chosen)
     rows = []

@@ -22,6 +22,7 @@ PAGE = {INK: "currentColor", LINE: "var(--line)"}
 PAPER = {INK: "#1d2429", LINE: "#d5dce0"}
 # Distinct also for people who do not see red or green, and legible on white and on black.
 COLOURS = ("#2a7fd4", "#d9730d", "#1f9d6b", "#c2468f", "#8a63d2", "#a8860b", "#d0453c", "#2a9db0", "#7f8a91", "#9a6750")
+WRONG = COLOURS[6]  # red: a neighbour of another class
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 PANEL_WIDTH = 3.6  # inches

@@ -18,7 +18,7 @@ import torch
 from matplotlib.axes import Axes
 
 from aps import show_views
-from aps.data.load import ArraySplit, FileSplit, load_split
+from aps.data.load import ArraySplit, FileSplit, load_split, spread_rows
 from aps.data.manifest import Manifest
 from aps.detection.annotations import CocoSplit
 from aps.detection.figure import draw_instances
@@ -30,7 +30,7 @@ from aps.inference.model import Model
 from aps.inference.neighbours import Index
 from aps.layout import manifest_of
 from aps.registry import METHODS
-from aps.report.drawing import INK, Panel, Picture
+from aps.report.drawing import INK, WRONG, Panel, Picture
 from aps.report.figures import IsIntact
 from aps.report.table import Table
 from aps.text import shorten
@@ -39,7 +39,6 @@ IMAGES = 3  # in each figure
 HEADS = 2  # shown beside the mean of all heads
 LONGEST_LABEL = 9  # letters
 QUERIES, NEIGHBOURS = 4, 5
-WRONG = "#d0453c"
 
 
 def examples(table: Table, is_intact: IsIntact) -> list[Picture]:
@@ -138,7 +137,7 @@ def _neighbours(table: Table, finding: Finding, manifest: Path) -> Panel | None:
     split = load_split(manifest, "test" if "test" in Manifest.read(manifest).splits else "train")
     if len(split) != len(index) or len(index) < 2:
         return None
-    rows = _rows(len(index), QUERIES)
+    rows = spread_rows(len(index), QUERIES)
     described = index.describe(rows)
     lines = []  # of (row, label, whether it is the query's; None for the query)
     for row, neighbours in zip(rows, index.neighbours(index.vectors(rows), NEIGHBOURS + 1), strict=True):
@@ -166,7 +165,7 @@ def _neighbours(table: Table, finding: Finding, manifest: Path) -> Panel | None:
 def _detections(table: Table, finding: Finding, manifest: Path) -> Panel | None:
     results = json.loads((finding.folder / "predictions.json").read_text())
     split = CocoSplit(manifest, "val", training=False)
-    chosen = _rows(len(split), IMAGES)
+    chosen = spread_rows(len(split), IMAGES)
     by_image: dict[int, list[dict[str, Any]]] = {split.ids[i]: [] for i in chosen}
     for result in results:
         if result["image_id"] in by_image:
@@ -193,13 +192,8 @@ def _detections(table: Table, finding: Finding, manifest: Path) -> Panel | None:
 # --------------------------------------------------------------------------------------------------
 
 
-def _rows(count: int, shown: int) -> list[int]:
-    """At most `shown` of `count` rows, evenly spread and ascending."""
-    return sorted(set(np.linspace(0, count - 1, min(shown, count)).round().astype(int).tolist()))
-
-
 def _spread(split: ArraySplit | FileSplit, shown: int) -> ArraySplit | FileSplit:
-    return split.select(torch.tensor(_rows(len(split), shown)))
+    return split.select(torch.tensor(spread_rows(len(split), shown)))
 
 
 def _image(axes: Axes, pixels: np.ndarray) -> None:

@@ -17,12 +17,12 @@ from aps.data.manifest import Manifest
 from aps.files import write_bytes
 from aps.inference.figures import Cell, grid
 from aps.registry import METHODS
-from aps.report.drawing import Picture
+from aps.report.drawing import WRONG, Picture
 from aps.report.figures import confusion_panel
 from aps.results import StageJob
 
 IMAGES = 6
-RIGHT, WRONG = "#2f7d4f", "#d0453c"
+RIGHT = "#2f7d4f"
 
 
 def views(job: StageJob, metrics: dict[str, Any], file: Path) -> None:

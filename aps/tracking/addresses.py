@@ -17,9 +17,8 @@ OFF = "none"  # tracking_uri that turns MLflow off
 HTTP = ("http", "https")
 BY_NAME = {"orderByKey": "tags.`mlflow.runName`", "orderByAsc": "true"}
 DATABASES = ("postgresql", "mysql", "mssql", "oracle")
-FULL = (
-    "APS_TRACKING_URI"  # environment variable with a database's address and password, for this process and its children
-)
+# The environment variable with a database's address and password, for this process and its children.
+FULL = "APS_TRACKING_URI"
 
 _SECRET = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 _USER_INFORMATION = re.compile(r"(?<=://)[^\s'\"<>]*@")

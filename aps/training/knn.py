@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aps.data.load import ArraySplit, FileSplit
+from aps.data.load import ArraySplit, FileSplit, spread_rows
 from aps.errors import UserError
 from aps.models.encoder import Encoder
 from aps.models.weights import check_finite
@@ -34,7 +34,8 @@ def run(job: StageJob) -> None:
     with processes() as distributed, StageRun(job) as stage:
         settings = job.settings.knn
         bank, labels, queries, truth = labelled_features(job, distributed, settings.precision)
-        accuracies = knn_accuracy(bank, labels, queries, truth, settings.k, settings.temperature)
+        bank, queries = _unit_vectors(bank, queries)
+        accuracies = _accuracy(bank, labels, queries, truth, settings.k, settings.temperature)
         for k, accuracy in accuracies.items():
             stage.log(k, knn_top1=accuracy)
         by_k = {f"knn_top1_k{k}": accuracy for k, accuracy in accuracies.items()}
@@ -51,17 +52,18 @@ def run(job: StageJob) -> None:
 
 
 def _examples(bank: Tensor, queries: Tensor) -> list[dict[str, Any]]:
-    """A few test images, spread over the split, with the training images most similar to each: rows and cosines."""
-    rows = torch.linspace(0, len(queries) - 1, min(EXAMPLES, len(queries))).round().long()
-    chosen, bank = F.normalize(queries[rows.to(queries.device)], dim=1), F.normalize(bank, dim=1)
-    similarity, nearest = neighbours(chosen, bank, min(NEIGHBOURS, len(bank)))
+    """A few test images, spread over the split, with the training images most similar to each: rows and cosines.
+
+    bank, queries: unit vectors.
+    """
+    rows = spread_rows(len(queries), EXAMPLES)
+    similarity, nearest = neighbours(queries[rows], bank, min(NEIGHBOURS, len(bank)))
     return [
         {"test": row, "train": train_rows, "similarity": [round(x, 4) for x in cosines]}
-        for row, train_rows, cosines in zip(rows.tolist(), nearest.tolist(), similarity.tolist(), strict=True)
+        for row, train_rows, cosines in zip(rows, nearest.tolist(), similarity.tolist(), strict=True)
     ]
 
 
-@torch.inference_mode()
 def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, ks: tuple[int, ...], temperature: float
 ) -> dict[int, float]:
@@ -72,9 +74,22 @@ def knn_accuracy(
     Raises:
         UserError: a feature is not a finite number.
     """
+    bank, queries = _unit_vectors(bank, queries)
+    return _accuracy(bank, bank_labels, queries, labels, ks, temperature)
+
+
+@torch.inference_mode()
+def _unit_vectors(bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     for x, what in ((bank, "features of the train images"), (queries, "features of the test images")):
         check_finite(x, what, BROKEN_ENCODER)
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    return F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+
+
+@torch.inference_mode()
+def _accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, ks: tuple[int, ...], temperature: float
+) -> dict[int, float]:
+    """`knn_accuracy` of unit vectors."""
     bank_labels, labels = bank_labels.to(bank.device), labels.to(bank.device)
     classes = int(max(bank_labels.max(), labels.max())) + 1
     right = dict.fromkeys(ks, 0)

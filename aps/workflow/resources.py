@@ -54,9 +54,8 @@ def rule_resources(study: Study, stage: str, together: bool = False) -> dict[str
     return (
         memory
         | {
-            "attempt": lambda wildcards, attempt: (
-                attempt
-            ),  # for the verb, which does not repeat an attempt that ended in a mistake
+            # For the verb, which does not repeat an attempt that ended in a mistake.
+            "attempt": lambda wildcards, attempt: attempt,
             "processes": resource(_processes),
             "workers": resource(lambda r: r.workers),
             "checkpoint_minutes": resource(lambda r: str(r.checkpoint_minutes) if r.checkpoint_minutes else None),
