@@ -244,6 +244,8 @@ def server(model: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # the model brings its code
+    programs = Path(sys.executable).parent  # mlflow starts uvicorn by its name, as in an activated environment
+    environment["PATH"] = os.pathsep.join([str(programs), environment.get("PATH", os.defpath)])
     command = ["models", "serve", "-m", str(model), "--env-manager", "local", "--port", str(port), "--workers", "1"]
     log = model.parent / "server.log"
     with log.open("w") as out:
