@@ -23,10 +23,11 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=list(TYPES))
+    gpu = torch.cuda.is_available()
+    half = gpu or torch.backends.cpu.get_cpu_capability() != "AVX2"  # AVX2 computes bf16 in software, for hours
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"] if half else ["fp32"], choices=list(TYPES))
     parser.add_argument("--compile", action="store_true", help="pretrain.compile")
     args = parser.parse_args()
-    gpu = torch.cuda.is_available()
     batch = args.batch_size or (2 if args.quick else 512 if gpu else 128)
     side = 64 if args.quick else 8192 if gpu else 2048
     repeats = 2 if args.quick else 5

@@ -149,7 +149,7 @@ def write(name: str, result: dict[str, Any], settings: dict[str, Any], folder: P
 def table_line(row: dict[str, Any]) -> str:
     """A row as text: what is compared, median and quartiles, target."""
     ratio, unit = row["ratio"], row["unit"]
-    text = f"{row['what']:<66} {ratio['median']:>7.3g}{unit} ({ratio['low']:.3g} to {ratio['high']:.3g})"
+    text = f"{row['what']:<66} {digits(ratio['median']):>7}{unit} ({digits(ratio['low'])} to {digits(ratio['high'])})"
     return text if row["target"] is None else f"{text}, target {row['target']:g}{unit}"
 
 
@@ -174,6 +174,11 @@ def _commit() -> str | None:
         return None
 
 
+def digits(value: float) -> str:
+    """A figure with three digits, or as a whole number: 0.123, 12.3, 47,200."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def plot(
     name: str, bars: dict[str, dict[str, float]], unit: str, title: str, ours: set[str], folder: Path = RESULTS
 ) -> Path:
@@ -192,7 +197,7 @@ def plot(
     ]
     axes.barh(labels, values, xerr=errors, color=[OURS if key in ours else OTHER for key in labels], height=0.6)
     for position, value in enumerate(values):
-        axes.annotate(f"  {value:.3g}", (value + errors[1][position], position), va="center", fontsize=9)
+        axes.annotate(f"  {digits(value)}", (value + errors[1][position], position), va="center", fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlabel(unit)
