@@ -78,7 +78,9 @@ class ExperimentSettings(Blocks):
     published: str | None = Field(
         None, description="entry of `published.yaml` that this experiment repeats, shown beside it in the report"
     )
-    dataset: DatasetSettings
+    dataset: DatasetSettings = Field(
+        DatasetSettings(name=""), description="its images; needed by all stages but detection"
+    )
     resources: dict[Stage, ResourceSettings] = Field({}, description="what its stages ask for, over the study's")
 
     @field_validator("dataset", mode="before")
@@ -90,6 +92,8 @@ class ExperimentSettings(Blocks):
     def _check(self) -> ExperimentSettings:
         check_distinct("seeds", self.seeds)
         check_distinct("stages", self.stages)
+        if any(not STAGES[stage].detects and not self.dataset_settings(stage).name for stage in self.stages):
+            raise ValueError("'dataset' is missing; add it")
         if "pretrain" in self.stages and self.encoder.weights != "pretrain":
             raise ValueError(
                 f"encoder.weights is '{self.encoder.weights}' but stages lists pretrain; "

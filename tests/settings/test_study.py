@@ -411,6 +411,13 @@ def test_detections_rules_bind_only_where_detection_runs(tmp_path: Path) -> None
     load(tmp_path, one(**MICRO, detection={"pyramid_scales": [3.0], "engine": "other", "dataset": "none"}))
 
 
+def test_an_experiment_of_detection_alone_needs_no_other_images(tmp_path: Path) -> None:
+    detection = {"dataset": "digits_coco", "pyramid_scales": [1.0, 0.5]}
+    alone = {"stages": ["detection"], "detection": detection, "encoder": {"weights": "random"}}
+    study = load(tmp_path, {"experiments": {"e": alone}})
+    assert study.dataset_names() == ["digits_coco"]
+
+
 def test_a_file_that_is_missing_a_folder_or_not_text_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     for name, said in (("gone.yaml", "cannot be read"), ("", "cannot be read"), ("binary.yaml", "save it as UTF-8")):

@@ -300,7 +300,7 @@ def test_a_finished_study_has_nothing_to_do_here_or_on_another_machine(study: St
 @pytest.fixture(scope="module")
 def broken(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Study:
     study = Study(checkout(tmp_path_factory.mktemp("broken")))
-    return conduct(study, command("broken.yaml", "--retries", "0", "pretrain", "knn"))
+    return conduct(study, command("broken.yaml", "--retries", "2", "pretrain", "knn"))
 
 
 def test_a_failed_job_shows_its_message_log_and_job_id_and_stops_only_what_needs_it(broken: Study) -> None:
@@ -310,6 +310,12 @@ def test_a_failed_job_shows_its_message_log_and_job_id_and_stops_only_what_needs
     assert re.search(r"external_jobid: \d+", broken.output)
     assert (broken.folder / "results/broken/right/seed0/pretrain/metrics.json").exists()
     assert "rule knn_encoder" not in broken.output
+
+
+def test_retries_do_not_run_a_mistake_again(broken: Study) -> None:
+    log = (broken.folder / "results/broken/logs/wrong/seed0/pretrain.log").read_text()
+    assert broken.output.count("not tried again") >= 2, broken.output
+    assert "not tried again" in log and "Traceback" not in log
 
 
 def test_data_is_a_job_where_the_study_says_so(broken: Study) -> None:
