@@ -27,7 +27,7 @@ from aps.results import run_key
 from aps.runtime.slurm import running_attempt
 from aps.settings.study import Study
 from aps.stages import STAGES
-from aps.text import shorten, table_lines
+from aps.text import number_of, shorten, table_lines
 
 DONE, RUNNING, QUEUED, FAILED, OUTDATED = STATES = ("done", "running", "queued", "failed", "outdated")
 LONGEST_LINE = 160  # letters of a log's line
@@ -188,7 +188,7 @@ def text(study: Study, statuses: list[Status]) -> str:
         for seed in experiment.seeds
     ]
     lines = [
-        f"Study '{study.study}': {len(statuses)} runs: {counts(statuses)}",
+        f"Study '{study.study}': {number_of(len(statuses), 'run')}: {counts(statuses)}",
         "",
         *table_lines(["experiment", "seed", *stages], body),
     ]

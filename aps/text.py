@@ -13,6 +13,11 @@ def table_lines(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[st
     return lines
 
 
+def number_of(count: int, noun: str) -> str:
+    """`1 image`, `2,000 images`; the noun is one whose plural ends in s."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def shorten(text: str, letters: int, ellipsis: str = "…") -> str:
     """`text`, cut at its end to at most `letters` letters. Errors use `...`, since logs may not be UTF-8."""
     return text if len(text) <= letters else text[: letters - len(ellipsis)] + ellipsis

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from aps.cli.study import is_missing, load, runnable, study_options, tracking_address
 from aps.errors import UserError
+from aps.text import number_of
 
 
 def init(args: argparse.Namespace) -> None:
@@ -132,7 +133,8 @@ def check(args: argparse.Namespace) -> None:
     from aps.preflight import hints, problems
 
     print(
-        f"study '{study.study}': {len(study.experiments)} experiments, {len(study.jobs())} runs, results in {study.results}/"
+        f"study '{study.study}': {number_of(len(study.experiments), 'experiment')}, {number_of(len(study.jobs()), 'run')}, "
+        f"results in {study.results}/"
     )
     for name, e in study.experiments.items():
         others = {f"{stage}: {e.dataset_of(stage)}" for stage in e.stages if e.dataset_of(stage) != e.dataset.name}
@@ -163,17 +165,17 @@ def sync(args: argparse.Namespace) -> None:
     runs = sync_runs(study, address)
     models, missing_models = sync_models(study, address) if not runs.missing else (0, 0)
     print(
-        f"MLflow: {runs.sent} runs brought up to date, {models} models logged, "
+        f"MLflow: {number_of(runs.sent, 'run')} brought up to date, {number_of(models, 'model')} logged, "
         f"{runs.missing + missing_models} could not be sent"
     )
     if runs.missing:
         raise UserError(
-            f"MLflow at {address} did not take {runs.missing} runs ({runs.reason}); mend that and run "
+            f"MLflow at {address} did not take {number_of(runs.missing, 'run')} ({runs.reason}); mend that and run "
             "`python -m aps sync` again"
         )
     if missing_models:
         raise UserError(
-            f"MLflow at {address} did not take {missing_models} models; mend that and run `python -m aps sync` again"
+            f"MLflow at {address} did not take {number_of(missing_models, 'model')}; mend that and run `python -m aps sync` again"
         )
 
 
@@ -185,7 +187,7 @@ def gc(args: argparse.Namespace) -> None:
     for entry in folders:
         print(f"{entry.bytes / 1e6:10,.1f} MB  {entry.folder}  ({entry.why})")
     total = sum(entry.bytes for entry in folders)
-    print(f"{total / 1e6:10,.1f} MB in {len(folders)} folders that no study of these files needs")
+    print(f"{total / 1e6:10,.1f} MB in {number_of(len(folders), 'folder')} that no study of these files needs")
     if args.delete:
         print(f"{delete(folders) / 1e6:10,.1f} MB deleted")
     elif folders:

@@ -21,6 +21,7 @@ from aps.data.manifest import Manifest
 from aps.data.walk import Walk, printable
 from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
+from aps.text import number_of
 
 HOLDOUT = 0.2  # of each class, rounded, at least one image
 SPLIT_SEED = 0
@@ -109,7 +110,7 @@ def _labelled(tree: Walk) -> tuple[list[str], dict[str, trees.Listing], list[str
     for name in inside:
         if name not in (train, test) and (count := len(tree.below(name))):
             why = f"{test}/ is the test split" if _role(name) else f"it stands beside {train}/ and {test}/"
-            notes.append(f"{count:,} images of {printable(root / name)} are not used: {why}")
+            notes.append(f"left out: {number_of(count, 'image')} of {printable(root / name)} ({why})")
     return classes, splits, notes
 
 
@@ -120,7 +121,7 @@ def _classes(tree: Walk, inside: str = "") -> list[str]:
     below = {name: tree.inside(f"{inside}/{name}".lstrip("/")) for name in found}
     if not found and (images := len(tree.below(inside)) if inside else len(tree.files)):
         raise UserError(
-            f"{where}: holds {images:,} images and no class folders; put the images of each class in a folder of its "
+            f"{where}: holds {number_of(images, 'image')} and no class folders; put the images of each class in a folder of its "
             "name, or use them without labels (labels: false)"
         )
     trees.class_folders(tree, inside)
@@ -156,7 +157,7 @@ def _outside(tree: Walk, inside: str) -> list[str]:
     start = f"{inside}/" if inside else ""
     count = sum(file.name.startswith(start) and "/" not in file.name[len(start) :] for file in tree.files)
     return (
-        [f"{count:,} images of {printable(tree.root / inside)} are not used: they lie outside its class folders"]
+        [f"left out: {number_of(count, 'image')} of {printable(tree.root / inside)}, outside its class folders"]
         if count
         else []
     )

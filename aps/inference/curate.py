@@ -25,6 +25,7 @@ from torch import Tensor
 from aps.files import atomic_path
 from aps.inference.neighbours import Index
 from aps.progress import Progress
+from aps.text import number_of
 
 SIMILAR = 0.95  # similarity from which two images are near duplicates
 # Shares of the mean variance that are added to the variance of each direction: FLOOR, because a weaker direction is noise;
@@ -196,14 +197,16 @@ def summary(index: Index, found: Curated, outliers: int) -> str:
     """The result as text for the terminal."""
     groups, count = found.groups, len(index)
     spare = int((~found.keep).sum())
-    lines = [f"{count} images: {len(groups)} groups of near duplicates, {spare} images could go"]
+    lines = [
+        f"{number_of(count, 'image')}: {number_of(len(groups), 'group')} of near duplicates, {number_of(spare, 'image')} could go"
+    ]
     named = index.describe(sorted({row for rows in groups[:outliers] for row in rows} | set(found.outliers(outliers))))
     for rows in groups[:outliers]:
         lines.append(f"  keep {named[rows[0]][0]}")
         lines += [f"       {named[row][0]}  ({found.similarity[row]:.3f})" for row in rows[1:SHOWN]]
         lines += [f"       ... and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
     if len(groups) > outliers:
-        lines.append(f"  ... and {len(groups) - outliers} groups more")
+        lines.append(f"  ... and {number_of(len(groups) - outliers, 'group')} more")
     lines.append("farthest from all others (score: 1 - mean similarity to their ten nearest)")
     lines += [f"  {found.outlier[row]:.3f}  {named[row][0]}" for row in found.outliers(outliers)]
     if count > 1:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aps.errors import UserError
+from aps.text import number_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,7 +168,7 @@ def _embed(args: argparse.Namespace) -> None:
     written = _write_features(args, args.out)
     lost = f", {written.unreadable} unreadable, listed in {args.out}.unreadable.txt" if written.unreadable else ""
     known = f" ({written.known} of them known before)" if written.known else ""
-    print(f"{args.out}: {written.images} images{known}{lost}")
+    print(f"{args.out}: {number_of(written.images, 'image')}{known}{lost}")
 
 
 def _write_features(args: argparse.Namespace, out: Path) -> Any:
@@ -315,7 +316,9 @@ def _detect(args: argparse.Namespace) -> None:
                 file.write(json.dumps({"path": str(path), "detections": coco(found)}) + "\n")
                 figures.detections(picture_of(args.out, path), image, found, model.classes, path.name)
                 objects, images = objects + len(found), images + 1
-    print(f"{objects} objects in {images} images: {results}, and a picture of each image in {args.out}")
+    print(
+        f"{number_of(objects, 'object')} in {number_of(images, 'image')}: {results}, and a picture of each image in {args.out}"
+    )
 
 
 def coco(found: Detections) -> list[dict[str, Any]]:

@@ -43,6 +43,7 @@ from aps.settings.reading import load_study, read_value
 from aps.settings.study import StageSettings, Study
 from aps.stages import STAGES
 from aps.tracking.addresses import settled, shown, tracking_address
+from aps.text import number_of
 from aps.workflow.resources import (
     BY_ATTEMPT,
     TURN,
@@ -278,7 +279,7 @@ class Plan:
         changes = {name: self.findings.why_outdated(name) for name in self.study.dataset_names()}
         lines = [f"data {name}: {reason}" for name, reason in changes.items() if reason is not None]
         lines += [f"{finding.label}: {finding.reason}" for finding in stale[:MOST_EXPLAINED]]
-        lines += [f"and {len(stale) - MOST_EXPLAINED} runs more"] if len(stale) > MOST_EXPLAINED else []
+        lines += [f"and {number_of(len(stale) - MOST_EXPLAINED, 'run')} more"] if len(stale) > MOST_EXPLAINED else []
         if (old := find_old_layout(self.study.results)) is not None:
             lines.append(
                 f"{old}: a result of version 0.1, whose folders did not say which study they are of; it is not used, move it "

@@ -163,8 +163,8 @@ def test_a_val_split_beside_test_is_not_used_and_that_is_said(mine: Path, tmp_pa
     tree(mine / "valid", ["cat", "dog"], 1, start=90)
     tree(mine / "raw", ["x"], 3, start=500)
     notes = run(tmp_path).notes
-    assert f"2 images of {mine / 'valid'} are not used: test/ is the test split" in notes
-    assert f"3 images of {mine / 'raw'} are not used: it stands beside train/ and test/" in notes
+    assert f"left out: 2 images of {mine / 'valid'} (test/ is the test split)" in notes
+    assert f"left out: 3 images of {mine / 'raw'} (it stands beside train/ and test/)" in notes
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_what_is_passed_over_is_said_and_counted(
     assert manifest.splits["train"].count == 10 and manifest.classes == ("cat", "dog")
     said = capsys.readouterr().out
     assert "folder: passed over in " in said and "2 .heic, 2 hidden files, 1 .npy, 1 hidden folder" in said
-    assert f"1 images of {mine / 'train'} are not used: they lie outside its class folders" in said
+    assert f"left out: 1 image of {mine / 'train'}, outside its class folders" in said
 
 
 def test_a_suffix_that_this_pillow_does_not_read_is_passed_over_and_counted(

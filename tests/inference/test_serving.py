@@ -205,7 +205,7 @@ def test_a_finished_stage_logs_its_model_and_sync_logs_what_is_missing_once(
     for _ in range(2):
         assert main(["sync", "--configfile", study]) == 0
     assert models_of(server) == {"pretrain": 1, "linear_probe": 1}
-    assert "0 runs brought up to date, 1 models logged, 0 could not be sent" in capsys.readouterr().out
+    assert "0 runs brought up to date, 1 model logged, 0 could not be sent" in capsys.readouterr().out
     folder = tmp_path / "results/small/mine/seed0/linear_probe"
     run = json.loads((folder / "metrics.json").read_text())["mlflow_run_id"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)

@@ -123,7 +123,7 @@ def test_curate_makes_the_features_and_finds_the_copies(here: Path, capsys: pyte
     shutil.copy(here / "photos/red/001.jpg", here / "mine/zzz.jpg")
     aps("curate", "stages/pretrain", "mine")
     out = capsys.readouterr().out
-    assert "16 images: 1 groups of near duplicates, 1 images could go" in out
+    assert "16 images: 1 group of near duplicates, 1 image could go" in out
     assert is_picture(here / "curate.png")
     rows = {Path(row["path"]).name: row for row in csv.DictReader(Path("curate.csv").read_text().splitlines())}
     assert rows["zzz.jpg"]["keep"] == "no" and rows["red001.jpg"]["keep"] == "yes"
