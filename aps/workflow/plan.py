@@ -42,8 +42,8 @@ from aps.settings.blocks import UserDataset
 from aps.settings.reading import load_study, read_value
 from aps.settings.study import StageSettings, Study
 from aps.stages import STAGES
-from aps.tracking.addresses import settled, shown, tracking_address
 from aps.text import number_of
+from aps.tracking.addresses import settled, shown, tracking_address
 from aps.workflow.resources import (
     BY_ATTEMPT,
     TURN,
