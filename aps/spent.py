@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from aps.cost import Counts
+from aps.errors import UserError
 from aps.registry import resolve
 from aps.settings.study import StageSettings
 from aps.stages import STAGES
@@ -36,11 +37,10 @@ def spent(
         pretraining: `cost` in metrics.json of the pretraining that made its encoder.
         flops: operations that the run counted; used where they do not follow from its settings.
     """
-    counted = _flops(settings, counts)
     run: dict[str, float | None] = {
         "seconds": seconds,
         "gpu_hours": seconds * hardware["processes"] / 3600 if "gpu" in hardware else None,
-        "flops": flops if counted is None else counted,
+        "flops": _flops(settings, counts, flops),
         "peak_gpu_gb": hardware["peak_gpu_bytes"] / 1e9 if "peak_gpu_bytes" in hardware else None,
         "peak_memory_gb": _peak_memory(),
     }
@@ -57,13 +57,17 @@ def _sum(run: float | None, pretraining: float | None, has_pretraining: bool) ->
     return run + (pretraining or 0.0)
 
 
-def _flops(settings: StageSettings, counts: Counts | None) -> float | None:
+def _flops(settings: StageSettings, counts: Counts | None, counted_by_the_run: float | None) -> float | None:
     path = STAGES[settings.stage].cost
     if path is None or counts is None:
-        return None
+        return counted_by_the_run
     try:
         return float(resolve(path)(settings, counts).flops)
-    except Exception:  # the run is finished: it does not fail because its cost can't be counted
+    except UserError:  # they do not follow from the settings
+        return counted_by_the_run
+    except Exception as error:  # the run is finished: it does not fail because its cost can't be counted
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"warning: its operations can't be counted and are left out of its cost ({words[:200]})", file=sys.stderr)
         return None
 
 

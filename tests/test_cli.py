@@ -192,6 +192,16 @@ def test_the_keyboard_ends_with_130_and_says_how_to_go_on(
     assert "the same command goes on from the last checkpoint" in sentence
 
 
+def test_the_keyboard_ends_it_while_options_are_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parse", interrupted)
+    assert "stopped by the keyboard" in fails(capsys, "knn", status=130)
+
+
 def test_the_process_itself_ends_with_the_status_and_one_line(folder: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "aps", "check", "--set", "defaults.knn.kk=3"],

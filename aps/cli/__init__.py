@@ -35,6 +35,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     docs/reliability.md has all of them.
     """
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        print("stopped by the keyboard; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _main(arguments: list[str] | None) -> int:
     args = parse(sys.argv[1:] if arguments is None else list(arguments))
     if (mistake := _noted_mistake(args)) is not None:
         print(f"error: {mistake}\nnot tried again, since another attempt changes nothing of it", file=sys.stderr)
@@ -47,9 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
         if ranks().rank == 0:
             print(f"stopped: {error}", file=sys.stderr)
         return 0 if started_by_torchrun() else PREEMPTED  # torchrun would take another status for a failure
-    except KeyboardInterrupt:
-        print("stopped by the keyboard; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         return 1
     except (OSError, MemoryError, RuntimeError, ImportError) as error:

@@ -73,6 +73,11 @@ class Batches:
         batches = self._from_memory(epoch, first) if self._array is not None else self._from_files(epoch, first)
         return prefetch(batches, self.distributed.device)
 
+    def close(self) -> None:
+        """Let the decoding workers end."""
+        if self._loader is not None:
+            self._loader.close()
+
     def _from_memory(self, epoch: int, first: int) -> Iterator[Batch]:
         assert self._array is not None
         rows = self._order.epoch(epoch).to(self.distributed.device)

@@ -93,6 +93,11 @@ class AugmentedExamples:
         """This process's rows of the batches `first`, `first`+1, ... of an epoch."""
         return prefetch(self._epoch(epoch, first), self.distributed.device)
 
+    def close(self) -> None:
+        """Let the decoding workers end."""
+        if self._loader is not None:
+            self._loader.close()
+
     def _epoch(self, epoch: int, first: int) -> Iterator[Examples]:
         rows = self._order.epoch(epoch)
         loaded = self._loader.epoch(epoch, rows[first:]) if self._loader is not None else None

@@ -88,6 +88,9 @@ class Finetuning:
     def batches(self, epoch: int, first: int) -> Iterator[Examples]:
         return self.examples.epoch(epoch, first)
 
+    def close(self) -> None:
+        self.examples.close()
+
     def step(self, batch: Examples, done: int) -> None:
         torch.manual_seed(seed_of(self.job.settings.seed, STEP, done, self.distributed.rank))  # for drop path
         figures = self.tuner.step(batch, finetuning_lr(self.settings, done // self.examples.batches))

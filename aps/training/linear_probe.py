@@ -94,6 +94,9 @@ class Probing:
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         return self.crops.epoch(epoch, self.order.epoch(epoch), first)
 
+    def close(self) -> None:
+        self.crops.close()
+
     def step(self, batch: tuple[Tensor, Tensor], done: int) -> None:
         images, labels = batch
         for group in self.optimizer.param_groups:
@@ -202,6 +205,11 @@ class Crops:
     def epoch(self, epoch: int, rows: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches from `first` on: images (B, 3, S, S) in [0, 1], labels (B,); rows: (batches, B) indices of images."""
         return prefetch(self._epoch(epoch, rows, first), self.device)
+
+    def close(self) -> None:
+        """Let the decoding workers end."""
+        if self._loader is not None:
+            self._loader.close()
 
     def _epoch(self, epoch: int, rows: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         loaded = self._loader.epoch(epoch, rows[first:]) if self._loader is not None else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -38,6 +38,9 @@ class Learner(Protocol):
 
     def batches(self, epoch: int, first: int) -> Iterator[Any]:
         """Batches `first`, `first`+1, ... of an epoch."""
+
+    def close(self) -> None:
+        """End what serves training alone, such as decoding workers."""
 
     def step(self, batch: Any, done: int) -> None:
         """Train on a batch; `done` is the number of batches before it."""
@@ -94,7 +97,7 @@ class Loop:
 
     def train(self, learner: Learner, batches: int) -> None:
         """Train for epochs of `batches` batches until the run is done; the last epoch may be shorter."""
-        with self.running():
+        with closing(learner), self.running():
             while self.done < self.total:
                 epoch, first = divmod(self.done, batches)
                 for batch in learner.batches(epoch, first):

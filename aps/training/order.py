@@ -79,7 +79,7 @@ class KeyedLoader:
     def __init__(self, dataset: Dataset, workers: int | None, device: torch.device) -> None:
         workers = decoding_workers(workers)
         self._keys = _Keys()
-        self._loader = DataLoader(
+        self._loader: DataLoader[Any] | None = DataLoader(
             dataset,
             batch_sampler=self._keys,
             num_workers=workers,
@@ -90,8 +90,14 @@ class KeyedLoader:
 
     def epoch(self, epoch: int, rows: Tensor) -> Iterator[Any]:
         """Collated batches; rows: (batches, B) indices."""
+        assert self._loader is not None, "closed"
         self._keys.epoch, self._keys.rows = epoch, rows
         return iter(self._loader)
+
+    def close(self) -> None:
+        """Let the workers end. As long as there are any, torch raises an error in this process, wherever it is, when one is
+        killed from outside."""
+        self._loader = None
 
 
 class _Keys:

@@ -95,6 +95,9 @@ class Pretraining:
         while (batch := self.meter.fetch(batches)) is not None:
             yield batch
 
+    def close(self) -> None:
+        self.data.close()
+
     def step(self, batch: Batch, done: int) -> None:
         seed, distributed, per_epoch = self.job.settings.seed, self.distributed, self.data.batches
         steps = self.trainer.method.steps

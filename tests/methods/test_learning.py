@@ -21,7 +21,8 @@ HEADS: dict[
     "simclr": {"projector": [256, 64]},
     "mocov3": {"projector": [256, 256, 64], "predictor": [256, 64], "momentum": 0.98},
     "byol": {"projector": [256, 64], "predictor": [256, 64], "momentum": 0.98},
-    "dino": {"head": [256, 256, 64], "prototypes": 256, "momentum": 0.98},
+    # at the others' lr it collapses to a uniform output after some 40 steps
+    "dino": {"head": [256, 256, 64], "prototypes": 256, "momentum": 0.98, "lr": 2e-3},
     "mae": {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2},
 }
 VIEWS: dict[str, dict[str, Any]] = {"dino": {"local_crops": 2}}

@@ -81,13 +81,14 @@ class Soak:
         """Prepare the datasets, and run each job undisturbed."""
         if not (self.folder / "study.yaml").exists():
             study.lay_out(self.folder)
-        reference = self.folder / "reference"
         for name in ("digits", "digits_coco", "photos"):
             if not self.manifest(name).exists():
                 self.run_undisturbed(
                     ["data", name, "--configfile", "study.yaml", "--out", str(self.manifest(name).parent)]
                 )
         for job in jobs:
+            # A folder for each experiment: runs of one folder with equal settings are computed once, whatever their processes.
+            reference = self.folder / "reference" / job.experiment
             outcome = None
             if not (job.result(reference, "soak-reference") / "metrics.json").exists():
                 outcome = self.run_undisturbed(self.arguments(job, reference, "soak-reference"), job)
@@ -101,7 +102,7 @@ class Soak:
     def arguments(self, job: Job, results: Path, name: str) -> list[str]:
         block = study.STUDY["experiments"][job.experiment].get("dataset", study.STUDY["defaults"]["dataset"])
         dataset = study.DETECTION["dataset"] if job.stage == "detection" else block["name"]
-        encoder = JOBS[0].result(self.folder / "reference", "soak-reference") / "encoder.safetensors"
+        encoder = JOBS[0].result(self.folder / "reference" / "aps", "soak-reference") / "encoder.safetensors"
         return [
             job.stage, "--configfile", "study.yaml", "--set", f"study={name}", f"results={results.relative_to(self.folder)}",
             "--experiment", job.experiment, "--manifest", str(self.manifest(dataset)), "--checkpoint-minutes", CHECKPOINT_MINUTES,

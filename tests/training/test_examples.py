@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,14 @@ def test_mistakes_are_one_sentence() -> None:
     with pytest.raises(UserError, match=r"finetune.batch_size 60 exceeds the 50 training images"):
         examples(arrays(), batch_size=60)
     assert examples(arrays(), two, batch_size=6, mixup=0.0, cutmix=0.0).batches == 8
+
+
+def test_no_decoding_worker_is_left_after_training(tmp_path: Path) -> None:
+    """One that is killed later would raise an error wherever the stage is."""
+    found = examples(files(tmp_path), workers=1)
+    batches = found.epoch(0)
+    next(batches)
+    assert multiprocessing.active_children()
+    del batches
+    found.close()
+    assert not multiprocessing.active_children()

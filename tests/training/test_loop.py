@@ -27,6 +27,9 @@ class Counter:
         self.asked.append(f"epoch {epoch} from {first}")
         return iter(range(3 * epoch + first, 3 * epoch + 3))
 
+    def close(self) -> None:
+        self.asked.append("closed")
+
     def step(self, batch: int, done: int) -> None:
         assert batch == done
         if done == self.killed_at:
@@ -85,7 +88,7 @@ def test_a_batch_is_trained_then_logged_then_saved_and_the_last_is_always_saved(
     go(job, learner)
     assert lines(job) == WHOLE
     steps = [entry for i in range(6) for entry in (f"step {i}", f"logged {i + 1}")]
-    expected = ["epoch 0 from 0", *steps[:6], "epoch 1 from 0", *steps[6:], "saved"]
+    expected = ["epoch 0 from 0", *steps[:6], "epoch 1 from 0", *steps[6:], "saved", "closed"]
     assert learner.asked == expected
 
 
@@ -112,7 +115,7 @@ def test_a_run_killed_while_it_finishes_trains_no_more_and_logs_its_end_once(job
     go(job, Counter())
     learner = Counter()
     go(job, learner)
-    assert learner.asked == [] and learner.sum == 15
+    assert learner.asked == ["closed"] and learner.sum == 15
     assert lines(job) == WHOLE
 
 
@@ -124,7 +127,7 @@ def test_asked_to_stop_it_logs_then_saves_then_says_where_it_stands(
     learner = Counter()
     with pytest.raises(Preempted, match="after 3 of 6 batches; run it again to go on"):
         go(job, learner)
-    assert learner.asked[-2:] == ["logged 3", "saved"] and lines(job) == WHOLE[:4]
+    assert learner.asked[-3:] == ["logged 3", "saved", "closed"] and lines(job) == WHOLE[:4]
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])

@@ -1,0 +1,48 @@
+"""What a run cost: an operation count that fails is left out, and said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from aps import spent as module
+from aps.cost import Counts
+from aps.errors import UserError
+from aps.settings.reading import load_study
+from aps.spent import spent
+
+
+@pytest.mark.parametrize(
+    ("error", "flops", "said"),
+    [
+        (None, 7e9, ""),
+        (UserError("the budget is in minutes"), 5e9, ""),
+        (
+            RuntimeError("DataLoader worker (pid 7)\nis killed"),
+            None,
+            "RuntimeError: DataLoader worker (pid 7) is killed",
+        ),
+    ],
+)
+def test_operations_are_those_of_the_settings_or_of_the_run_or_left_out_with_a_word(
+    error: Exception | None,
+    flops: float | None,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def cost(settings: Any, counts: Any) -> Any:
+        if error is not None:
+            raise error
+        return SimpleNamespace(flops=7e9)
+
+    monkeypatch.setattr(module, "resolve", lambda path: cost)
+    (tmp_path / "study.yaml").write_text("study: s\nexperiments: {e: {dataset: digits}}")
+    settings = load_study([tmp_path / "study.yaml"]).stage_settings("e", 0, "pretrain")
+    found = spent(settings, Counts(10, 10, 10, 0), 1.0, {"processes": 1}, flops=5e9)
+    assert found.get("flops") == flops
+    assert said in capsys.readouterr().err
