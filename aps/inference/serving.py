@@ -141,7 +141,7 @@ def log_model(client: Any, address: str, run_id: str, folder: Path, encoder: Pat
     logged = client.create_logged_model(
         client.get_run(run_id).info.experiment_id, NAME, run_id, about, model_type="pyfunc"
     )
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         out = Path(temporary) / "model"
         record = Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
         save_model(out, folder, encoder, mlflow_model=record, metadata=about)
@@ -165,7 +165,7 @@ def save_model(out: Path, folder: Path, encoder: Path | None = None, **more: Any
 
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # otherwise it logs each step
     stage = read_json(folder / "metrics.json")["stage"]
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         mlflow.pyfunc.save_model(
             path=str(out),
             loader_module="aps.inference.served",

@@ -145,7 +145,8 @@ def _points(study: str, job: Job, address: str, problems: list[str]) -> dict[str
 
 
 def _leftovers(results: Path) -> list[Path]:
-    paths = [path for path in results.rglob(".*") if TEMPORARY.fullmatch(path.name)]
+    # In the study's folder another process may be writing, so a temporary file there is removed only after an hour.
+    paths = [path for path in (results / "runs").rglob(".*") if TEMPORARY.fullmatch(path.name)]
     for pattern in ("attempt.json", "state-*", "outputs"):
         paths += (results / "runs").rglob(pattern)
     return paths
