@@ -173,6 +173,11 @@ class Table:
             return Verdict(score, dataset, None, f"{which}, so there is no spread and no best")
         first, *others = several
         not_compared = f" (not compared, one seed: {', '.join(single)})" if single else ""
+        rivals = [name for name in single if sample(name).mean >= sample(first).mean - sample(first).range]
+        if rivals:
+            rival = max(rivals, key=lambda name: sample(name).mean)
+            reason = f"none is best for certain: {rival} has {sample(rival)} with one seed, {first} {sample(first)}"
+            return Verdict(score, dataset, None, f"{reason}; give {rival} more seeds")
         for other in others:
             difference, spread = sample(first).mean - sample(other).mean, max(sample(first).range, sample(other).range)
             both = f"{first} {sample(first)} and {other} {sample(other)} differ by {difference:.1f}"
