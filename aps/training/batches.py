@@ -21,7 +21,7 @@ from aps.data.load import ArraySplit, FileSplit
 from aps.runtime.prefetch import prefetch
 from aps.runtime.processes import Distributed
 from aps.sampling import Geometry
-from aps.training.order import VIEWS, KeyedLoader, Order, seeded
+from aps.training.order import VIEWS, KeyedLoader, MayDecode, Order, seeded
 from aps.views import View, ViewParameters, apply_crops, apply_view, cut_crops, draw_parameters
 
 
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     geometries: tuple[Geometry, ...]  # one for each view
 
 
-class Batches:
+class Batches(MayDecode):
     """The augmented views of every image, batch by batch; the last, smaller batch of an epoch is dropped.
 
     Args:
@@ -72,11 +72,6 @@ class Batches:
         """This process's rows of the batches `first`, `first`+1, ... of an epoch."""
         batches = self._from_memory(epoch, first) if self._array is not None else self._from_files(epoch, first)
         return prefetch(batches, self.distributed.device)
-
-    def close(self) -> None:
-        """Let the decoding workers end."""
-        if self._loader is not None:
-            self._loader.close()
 
     def _from_memory(self, epoch: int, first: int) -> Iterator[Batch]:
         assert self._array is not None

@@ -25,7 +25,7 @@ from aps.runtime.processes import Distributed
 from aps.settings.blocks import FinetuneSettings
 from aps.training import augment
 from aps.training.features import Normalization
-from aps.training.order import IMAGE, NOISE, VIEWS, KeyedLoader, Order, seeded
+from aps.training.order import IMAGE, NOISE, VIEWS, KeyedLoader, MayDecode, Order, seeded
 
 # Pixels that are augmented at once: of small images, several batches, which takes less time for each.
 PIXELS_AT_ONCE = 2**20
@@ -39,7 +39,7 @@ class Examples(NamedTuple):
     labels: Tensor  # (B,) int64
 
 
-class AugmentedExamples:
+class AugmentedExamples(MayDecode):
     """Every image of `rows` once an epoch, shuffled, batch by batch; the last, smaller batch is dropped.
 
     Args:
@@ -92,11 +92,6 @@ class AugmentedExamples:
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Examples]:
         """This process's rows of the batches `first`, `first`+1, ... of an epoch."""
         return prefetch(self._epoch(epoch, first), self.distributed.device)
-
-    def close(self) -> None:
-        """Let the decoding workers end."""
-        if self._loader is not None:
-            self._loader.close()
 
     def _epoch(self, epoch: int, first: int) -> Iterator[Examples]:
         rows = self._order.epoch(epoch)

@@ -31,7 +31,7 @@ from aps.settings.blocks import LinearProbeSettings, ViewSettings
 from aps.training.classify import accuracy
 from aps.training.features import BROKEN_ENCODER, normalization, normalize, pixels
 from aps.training.loop import Line, Loop
-from aps.training.order import IMAGE, VIEWS, KeyedLoader, Order, held_out, seeded
+from aps.training.order import IMAGE, VIEWS, KeyedLoader, MayDecode, Order, held_out, seeded
 from aps.training.schedule import cosine, scaled_lr
 from aps.views import crop_resize, draw_boxes
 
@@ -184,7 +184,7 @@ class Heads(nn.Module):
         return F.linear(x, weight, bias).view(len(x), len(self.heads), -1).transpose(0, 1)
 
 
-class Crops:
+class Crops(MayDecode):
     """Random resized crops with flips, in [0, 1], on the device; cut in batches for arrays, by workers for files."""
 
     def __init__(
@@ -205,11 +205,6 @@ class Crops:
     def epoch(self, epoch: int, rows: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches from `first` on: images (B, 3, S, S) in [0, 1], labels (B,); rows: (batches, B) indices of images."""
         return prefetch(self._epoch(epoch, rows, first), self.device)
-
-    def close(self) -> None:
-        """Let the decoding workers end."""
-        if self._loader is not None:
-            self._loader.close()
 
     def _epoch(self, epoch: int, rows: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         loaded = self._loader.epoch(epoch, rows[first:]) if self._loader is not None else None

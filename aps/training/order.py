@@ -100,6 +100,17 @@ class KeyedLoader:
         self._loader = None
 
 
+class MayDecode:
+    """What makes batches of a split: images in memory, or files that decoding workers read."""
+
+    _loader: KeyedLoader | None
+
+    def close(self) -> None:
+        """Let the decoding workers end."""
+        if self._loader is not None:
+            self._loader.close()
+
+
 class _Keys:
     """The batch sampler. It makes the keys batch by batch, because a list of a million keys takes 100 MB."""
 

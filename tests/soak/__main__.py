@@ -187,10 +187,9 @@ class Soak:
         losses = []
         if not outcome.expected and REFUSED not in outcome.log:
             losses.append(f"exit status {outcome.status} after {outcome.hit}: {outcome.log[-300:]}")
-        # Decoding workers of a stage that was killed may print one of Python's own, of the thread that shares their tensors.
-        if "Traceback" in outcome.log and not any(
-            word in outcome.log for word in ("KeyboardInterrupt", "resource_sharer")
-        ):
+        # When a stage is killed, the thread of a decoding worker that shares its tensors may print one of Python's own.
+        orphaned = outcome.hit is not None and outcome.hit.signal == "SIGKILL" and "resource_sharer" in outcome.log
+        if outcome.log.count("Traceback") > orphaned and "KeyboardInterrupt" not in outcome.log:
             losses.append(f"a traceback: {outcome.log[-600:]}")
         return losses
 

@@ -145,8 +145,13 @@ def _points(study: str, job: Job, address: str, problems: list[str]) -> dict[str
 
 
 def _leftovers(results: Path) -> list[Path]:
-    # In the study's folder another process may be writing, so a temporary file there is removed only after an hour.
-    paths = [path for path in (results / "runs").rglob(".*") if TEMPORARY.fullmatch(path.name)]
+    # `sync` may be writing tracking.json in the study's folder, so a temporary file of it there is removed only after an hour.
+    paths = [
+        path
+        for path in results.rglob(".*")
+        if TEMPORARY.fullmatch(path.name)
+        and ((results / "runs") in path.parents or not path.name.startswith(".tracking.json."))
+    ]
     for pattern in ("attempt.json", "state-*", "outputs"):
         paths += (results / "runs").rglob(pattern)
     return paths
