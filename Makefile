@@ -68,7 +68,7 @@ docs: $(VENV)/.dev  ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo 'site/index.html is its first page; $(BIN)/mkdocs serve shows it while you write'
 
-pictures: demo  ## redraw docs/images from the demo: the DAG, its scores, report and MLflow (needs graphviz, chromium)
+pictures: demo  ## redraw docs/images from the demo: the DAG, its scores and report (needs graphviz, chromium)
 	$(BIN)/python docs/pictures.py
 
 lock:  ## uv.lock, and constraints.txt from it (needs uv); LOCK=--upgrade takes newer versions

@@ -3,13 +3,21 @@
 For each number: listing the tree, preparing it (manifest, statistics of a sample, fingerprint), checking whether it has
 changed (which planning does), loading the split, an epoch's order, the first batch with workers, and their memory.
 Times are CPU times of this process without its workers. The files are small, so that decoding takes little time.
+
+With `--stages`, instead: a whole study of that size by Snakemake, on a tiny encoder with random weights, for which every
+image is read: preparing, an epoch of the linear probe, kNN of 10,000 test images, the report. Wall and CPU times of each
+target, Snakemake's start included, and peak memory of the stages.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +27,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+import yaml
 from PIL import Image
 
 from aps.data import fingerprint, trees
@@ -34,18 +43,31 @@ from benchmarks.common import arguments, plot, row, spread, write
 COUNTS = (10_000, 100_000, 1_281_167)  # the last: ImageNet-1K's train images
 DISTINCT = 64  # files, because a file system allows some ten thousand links to each
 CLASSES = 1_000
+TEST = 10_000  # test images of `--stages`
+STUDY: dict[str, Any] = {
+    "study": "large",
+    "datasets": {"large": {"folder": "photos"}},
+    "defaults": {
+        "dataset": "large",
+        "seeds": [0],
+        "stages": ["linear_probe", "knn"],
+        "encoder": {"arch": "micro", "dim": 64, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8, "weights": "random"},
+    },
+    "experiments": {"floor": {}},
+}
+ROOT = Path(__file__).parent.parent
 
 
-def lay_out(root: Path, count: int, classes: int) -> None:
+def lay_out(root: Path, count: int, classes: int, tree: str = "tree") -> None:
     random = np.random.default_rng(0)
-    (root / "files").mkdir(parents=True)
+    (root / "files").mkdir(parents=True, exist_ok=True)
     for i in range(DISTINCT):
         pixels = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
         content = io.BytesIO()
         Image.fromarray(pixels).resize((64, 48), Image.Resampling.BICUBIC).save(content, "JPEG")
         (root / "files" / f"{i}.jpg").write_bytes(content.getvalue())
     for label in range(classes):
-        folder = root / "tree" / f"n{label:08d}"
+        folder = root / tree / f"n{label:08d}"
         folder.mkdir(parents=True)
         for i in range(label, count, classes):
             os.link(root / "files" / f"{i % DISTINCT}.jpg", folder / f"n{label:08d}_{i:08d}.JPEG")
@@ -100,9 +122,37 @@ def measure(root: Path, count: int, classes: int) -> dict[str, float]:
     return measured
 
 
+def run_stages(root: Path, count: int, classes: int) -> dict[str, float]:
+    """Seconds of each target of the study, and GiB of its stages."""
+    shutil.rmtree(root / "tree")
+    lay_out(root, count, classes, "photos/train")
+    lay_out(root, max(classes, min(TEST, count // 4)), classes, "photos/test")
+    probe = {"epochs": 1, "batch_size": min(512, count // 4)}
+    study = STUDY | {"defaults": {**STUDY["defaults"], "linear_probe": probe}}
+    (root / "large.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SLURM_CONF": os.devnull}
+    snakemake = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--configfile", "large.yaml"]
+    measured: dict[str, float] = {}
+    for target in ("data", "linear_probe", "knn", "report"):
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        done = subprocess.run(
+            [*snakemake, "--cores", "all", "--", target], cwd=root, env=environment, capture_output=True, text=True
+        )
+        wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        if done.returncode:
+            sys.exit(f"{target}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        measured[f"{target}, wall time"] = wall
+        measured[f"{target}, CPU time"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    for stage in ("linear_probe", "knn"):
+        metrics = json.loads((root / f"results/large/floor/seed0/{stage}/metrics.json").read_text())
+        measured[f"{stage}, peak memory, MiB"] = 1000**3 * metrics["cost"]["peak_memory_gb"] / 2**20
+    return measured
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS))
+    parser.add_argument("--stages", action="store_true", help="run a study of that size (at 1.28 million: half an hour)")
     args = parser.parse_args()
     counts = [200] if args.quick else args.counts
     results, rows = {}, []
@@ -111,15 +161,17 @@ def main() -> None:
         try:
             start = time.process_time()
             lay_out(root, count, classes)
-            results[count] = {"links made": time.process_time() - start} | measure(root, count, classes)
+            results[count] = {"links made": time.process_time() - start}
+            results[count] |= (run_stages if args.stages else measure)(root, count, classes)
         finally:
             shutil.rmtree(root)
         for what, figure in results[count].items():
             target = 30 if what.startswith("planning") else None
             rows.append(row(f"{count:,} images: {what}", spread([figure]), "" if "MiB" in what else "s", target))
-    write("large", {"rows": rows, "found": results}, {"counts": counts, "distinct": DISTINCT}, args.out)
+    name = "large-stages" if args.stages else "large"
+    write(name, {"rows": rows, "found": results}, {"counts": counts, "distinct": DISTINCT}, args.out)
     bars = {what: spread([figure]) for what, figure in results[counts[-1]].items() if "MiB" not in what}
-    plot("large", bars, "seconds", f"{counts[-1]:,} images", set(bars), args.out)
+    plot(name, bars, "seconds", f"{counts[-1]:,} images", set(bars), args.out)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 docs/images/dag.png       the rules and their inputs (graphviz)
 docs/images/scores.png    the demo's scores, from its report
 docs/images/report.png    the top of the demo's report in a browser (chromium)
-docs/images/mlflow.png    the demo's runs in MLflow (chromium)
 
 If a program is missing, its pictures stay as they are, and its name is printed.
 """
@@ -18,12 +17,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from aps.tracking.addresses import page, settled
-from aps.tracking.browsing import serving
-
 IMAGES = Path(__file__).parent / "images"
 REPORT = Path("results/demo/report")
-STORE = Path("results/mlflow.db")
 WINDOW = (1280, 800)
 
 
@@ -41,10 +36,8 @@ def main() -> None:
         print("dot (graphviz) is missing: dag.png stays", file=sys.stderr)
     if browser:
         photograph(browser, (REPORT / "report.html").resolve().as_uri(), IMAGES / "report.png")
-        with serving(settled(f"sqlite:///{STORE}")) as (address, _):
-            photograph(browser, f"{address}/{page(experiment(address), 'aps-finetune')}", IMAGES / "mlflow.png")
     else:
-        print("chromium is missing: report.png and mlflow.png stay", file=sys.stderr)
+        print("chromium is missing: report.png stays", file=sys.stderr)
 
 
 def photograph(browser: str, address: str, picture: Path) -> None:
@@ -59,16 +52,6 @@ def photograph(browser: str, address: str, picture: Path) -> None:
     with Image.open(picture) as image:
         reduced = image.convert("RGB").quantize(256)
     reduced.save(picture, optimize=True)
-
-
-def experiment(address: str) -> str:
-    """The id of the demo's experiment in MLflow."""
-    import mlflow
-
-    demo = mlflow.MlflowClient(address).get_experiment_by_name("demo")
-    if demo is None:
-        sys.exit(f"MLflow in {STORE} has no experiment demo; run make demo first")
-    return str(demo.experiment_id)
 
 
 if __name__ == "__main__":
