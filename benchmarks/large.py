@@ -51,7 +51,15 @@ STUDY: dict[str, Any] = {
         "dataset": "large",
         "seeds": [0],
         "stages": ["linear_probe", "knn"],
-        "encoder": {"arch": "micro", "dim": 64, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8, "weights": "random"},
+        "encoder": {
+            "arch": "micro",
+            "dim": 64,
+            "depth": 2,
+            "heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+            "weights": "random",
+        },
     },
     "experiments": {"floor": {}},
 }
@@ -131,7 +139,15 @@ def run_stages(root: Path, count: int, classes: int) -> dict[str, float]:
     study = STUDY | {"defaults": {**STUDY["defaults"], "linear_probe": probe}}
     (root / "large.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SLURM_CONF": os.devnull}
-    snakemake = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--configfile", "large.yaml"]
+    snakemake = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        str(ROOT / "Snakefile"),
+        "--configfile",
+        "large.yaml",
+    ]
     measured: dict[str, float] = {}
     for target in ("data", "linear_probe", "knn", "report"):
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -152,7 +168,9 @@ def run_stages(root: Path, count: int, classes: int) -> dict[str, float]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS))
-    parser.add_argument("--stages", action="store_true", help="run a study of that size (at 1.28 million: half an hour)")
+    parser.add_argument(
+        "--stages", action="store_true", help="run a study of that size (at 1.28 million: half an hour)"
+    )
     args = parser.parse_args()
     counts = [200] if args.quick else args.counts
     results, rows = {}, []
