@@ -24,7 +24,16 @@ PAPER = {INK: "#1d2429", LINE: "#d5dce0"}
 COLOURS = ("#2a7fd4", "#d9730d", "#1f9d6b", "#c2468f", "#8a63d2", "#a8860b", "#d0453c", "#2a9db0", "#7f8a91", "#9a6750")
 WRONG = COLOURS[6]  # red: a neighbour of another class
 DASHES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = {
+    "o": "●",
+    "s": "■",
+    "^": "▲",
+    "D": "◆",
+    "v": "▼",
+    "P": "✚",
+    "X": "✖",
+    "*": "★",
+}  # and the letter that looks like it
 PANEL_WIDTH = 3.6  # inches
 PANELS_IN_A_ROW = 3  # in a PNG file
 LEAST_POINTS = 10.0  # percentage points that an axis spans
@@ -47,9 +56,9 @@ class Style(NamedTuple):
 
 def make_styles(names: Sequence[str]) -> dict[str, Style]:
     """A style for each name. When all colours are used, they start again with another kind of line."""
-    count = len(COLOURS)
+    count, markers = len(COLOURS), list(MARKERS)
     return {
-        name: Style(COLOURS[i % count], DASHES[i // count % len(DASHES)], MARKERS[i % len(MARKERS)])
+        name: Style(COLOURS[i % count], DASHES[i // count % len(DASHES)], markers[i % len(markers)])
         for i, name in enumerate(names)
     }
 
@@ -79,7 +88,7 @@ class Picture:
         name: name of its file.
         category: heading under which `snakemake --report` lists it.
         legend: the styles of all panels, by name.
-        dots: whether the panels have dots and not lines.
+        marks: whether the panels have each style's marker, and not its line.
     """
 
     name: str
@@ -88,7 +97,7 @@ class Picture:
     caption: str
     panels: Sequence[Panel]
     legend: Mapping[str, Style] = field(default_factory=dict)
-    dots: bool = False
+    marks: bool = False
 
     def inline(self) -> list[tuple[str, str]]:
         """(label, SVG for a page) of every panel."""
@@ -114,7 +123,7 @@ class Picture:
                         [],
                         [],
                         color=style.colour,
-                        **({"marker": "o", "linestyle": "none"} if self.dots else {"linestyle": style.dash}),
+                        **({"marker": style.marker, "linestyle": "none"} if self.marks else {"linestyle": style.dash}),
                     )
                     for style in self.legend.values()
                 ]

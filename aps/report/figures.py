@@ -117,7 +117,7 @@ def curves(table: Table, is_intact: IsIntact) -> Picture | None:
     for finding, history in _histories(table, is_intact):
         for key, label in STAGES[finding.stage].curves:
             points = [(float(line["step"]), float(line[key])) for line in history if key in line]
-            if len(points) > 1:
+            if points:
                 by_kind[finding.stage, label].append(
                     Curve(finding.experiment, [x for x, _ in points], [y for _, y in points])
                 )
@@ -143,7 +143,9 @@ def _lines(
 ) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for name, xs, ys in lines:
-            axes.plot(xs, ys, styles[name].dash, color=styles[name].colour, linewidth=1.1, alpha=0.85)
+            marker = "o" if len(xs) == 1 else None  # a line of one point shows nothing
+            style = styles[name]
+            axes.plot(xs, ys, style.dash, color=style.colour, marker=marker, markersize=4, linewidth=1.1, alpha=0.85)
         axes.set_title(label)
         axes.set_xlabel(x)
         axes.set_xlim(left=0)
@@ -170,7 +172,7 @@ def during_pretraining(table: Table, is_intact: IsIntact) -> Picture | None:
         points = [line for line in history if MONITOR in line]
         for axis, lines in by_axis.items():
             measured = [(line[axis], line[MONITOR]) for line in points if axis in line]
-            if len(measured) > 1:
+            if measured:
                 lines.append(Curve(finding.experiment, [x for x, _ in measured], [y for _, y in measured]))
         cost = finding.metrics.get("cost") or {}
         if peak := cost.get("peak_gpu_gb", cost.get("peak_memory_gb")):
@@ -228,9 +230,8 @@ def against_cost(table: Table) -> Picture | None:
     if not panels:
         return None
     caption = "Means over seeds, with their range; cost is that of pretraining and all evaluations of one seed."
-    return Picture(
-        "score-cost", "cost", "Scores against cost", caption, panels, {n: styles[n] for n in styles if n in legend}
-    )
+    drawn = {name: style for name, style in styles.items() if name in legend}
+    return Picture("score-cost", "cost", "Scores against cost", caption, panels, drawn, marks=True)
 
 
 def _scatter(
@@ -328,7 +329,7 @@ def maps(table: Table, is_intact: IsIntact) -> list[Picture]:
     if not panels:
         return []
     caption = "Every test image at its place on the plane of the first two principal components of its features."
-    return [Picture("map", "examples", "Map of the test images", caption, panels, legend, dots=True)]
+    return [Picture("map", "examples", "Map of the test images", caption, panels, legend, marks=True)]
 
 
 def _points(file: Path) -> tuple[np.ndarray, list[str | None]]:
@@ -345,13 +346,14 @@ def _map(
     def draw(axes: Axes) -> None:
         size = float(np.clip(3000 / max(1, len(points)), 1, 14))
         label_of = np.array([label or "" for label in labels])
-        for label, (colour, _, _) in (styles or {"": Style(COLOURS[0], "-", "o")}).items():
+        for label, (colour, _, marker) in (styles or {"": Style(COLOURS[0], "-", "o")}).items():
             rows = label_of == label if styles else slice(None)
             axes.scatter(
                 points[rows, 0],
                 points[rows, 1],
                 s=size,
                 color=colour,
+                marker=marker,
                 alpha=0.7,
                 linewidths=0,
                 rasterized=True,

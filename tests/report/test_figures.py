@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import gammas
+import numpy as np
 import pytest
 from made_up import STUDY, finish, table
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from aps.findings import Findings
@@ -17,7 +20,7 @@ from aps.layout import stage_folder, study_folder
 from aps.report.differences import sweeps
 from aps.report.drawing import COLOURS, INK, Panel, Picture, axis_limits, make_styles
 from aps.report.figures import all_figures
-from aps.report.page import is_intact
+from aps.report.page import _chips, is_intact
 from aps.report.table import Table
 from aps.seals import contents, seal
 from aps.settings.reading import load_study
@@ -53,6 +56,39 @@ def test_a_figure_is_shown_only_where_its_run_exists(study: Study) -> None:
     assert list(during.legend) == ["aps"]
     finish(study, "untrained", 0, "knn", knn_top1_k20=50.0)
     assert names(study) == ["scores", "knn-cost", "curves"]
+
+
+def drawn(panel: Panel) -> list[Line2D]:
+    axes = Figure().subplots()
+    panel.draw(axes)
+    return axes.lines
+
+
+def test_a_run_with_a_single_point_is_seen_in_its_curve(study: Study) -> None:
+    """A budget can end before the second evaluation."""
+    folder = finish(study, "aps", 0, "pretrain", loss=1.0)
+    line = {"step": 7, "time": 0.0, "loss": 3.0, "knn_train_top1": 40.0, "flops": 1e9, "seconds": 2.0}
+    (folder / "history.jsonl").write_text(json.dumps(line) + "\n")
+    again(folder, cost={"seconds": 4.0, "flops": 2e9, "peak_memory_gb": 1.5})
+    shown = {picture.name: picture for picture in all_figures(table(study), is_intact)}
+    for name, count in (("knn-cost", 2), ("curves", len(shown["curves"].panels))):
+        assert list(shown[name].legend) == ["aps"]
+        for panel in shown[name].panels[:count]:
+            (point,) = drawn(panel)
+            assert len(np.atleast_1d(point.get_xdata())) == 1 and point.get_marker() != "None"
+
+
+def test_a_legend_shows_what_is_drawn(study: Study) -> None:
+    """Lines for lines; for marks the mark of each experiment, on paper and in the page."""
+    for name, stages in (("untrained", ("finetune", "knn")), ("longer", ("pretrain", "finetune"))):
+        for stage in stages:
+            finish(study, name, 0, stage, test_top1=50.0, cost={"seconds": 1.0, "flops": 1e9})
+    for picture in all_figures(table(study), is_intact):
+        marks = {(str(line.get_color()), line.get_marker()) for panel in picture.panels for line in drawn(panel)}
+        if picture.marks:
+            assert {(style.colour, style.marker) for style in picture.legend.values()} <= marks
+    chips = _chips(next(p for p in all_figures(table(study), is_intact) if p.name == "score-cost"))
+    assert len({(colour, letter) for _, colour, _, letter in chips}) == len(chips) > 1
 
 
 def test_scores_against_cost_need_two_experiments_of_which_all_has_run(study: Study) -> None:
