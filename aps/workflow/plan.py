@@ -297,6 +297,11 @@ class Plan:
         """
         return f"{SHELL_PREFIX}{shlex.quote(self._python)}"
 
+    def attempt(self, wildcards: Any, resources: Any) -> str:
+        """The option by which a verb knows a retry. `use rule ... with: resources:` takes the resource away."""
+        number = getattr(resources, "attempt", None)
+        return f"--attempt {number}" if number is not None else ""
+
     def image(self) -> str:
         """The container of `--sdm apptainer`."""
         return self.study.container or DEFAULT_IMAGE
@@ -321,6 +326,8 @@ class Plan:
         files = {"manifest": manifest_of(self.written, settings.dataset_name)}
         if STAGES[settings.stage].encoder:
             encoder = encoder_file(self.written, settings.experiment, settings.seed)
+            if encoder and self.is_module and self.study.pretrain_source(settings.experiment) is None:
+                encoder = encoder.absolute()  # the user's own file, to which Snakemake is not to add the `prefix`
             files |= {"encoder": encoder} if encoder else {}
         first = self._first[settings.digest]
         if first != (
@@ -449,7 +456,9 @@ def _numbers(value: Any) -> Any:
         return {key: _numbers(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_numbers(inner) for inner in value]
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
+    return (
+        float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value) else value
+    )
 
 
 def _plain(value: Any, where: str) -> Any:
