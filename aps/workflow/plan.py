@@ -99,7 +99,7 @@ class Plan:
             settings = workflow.config_settings
             plan = cls.load(settings.configfiles, settings.config, Path(workflow.basedir))
         elif config:
-            plan = cls._of_module(_numbers(config), workflow.modifier.path_modifier)
+            plan = cls._of_module(_as_in_a_file(config), workflow.modifier.path_modifier)
         else:
             raise UserError(
                 "module: no study; give it one by `config:`, for example `config: config` after `configfile:`"
@@ -450,15 +450,17 @@ def _checked(files: list[Path], overrides: dict[str, Any]) -> Study:
     return study
 
 
-def _numbers(value: Any) -> Any:
-    """Settings that Snakemake read from a `configfile`, with numbers such as 1e-3, which its YAML reads as text."""
+def _as_in_a_file(value: Any) -> Any:
+    """A module's settings as a study's file has them. Snakemake's YAML takes numbers such as 1e-3 for text, and a study
+    made in Python may have paths."""
     if isinstance(value, Mapping):
-        return {key: _numbers(inner) for key, inner in value.items()}
+        return {key: _as_in_a_file(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_numbers(inner) for inner in value]
-    return (
-        float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value) else value
-    )
+        return [_as_in_a_file(inner) for inner in value]
+    if isinstance(value, Path):
+        return str(value)
+    number = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
+    return float(value) if number else value
 
 
 def _plain(value: Any, where: str) -> Any:

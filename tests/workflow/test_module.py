@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from tiny_study import STUDY, put
 
 from aps.cli import parser
 from aps.settings.reading import load_study, parse_overrides, read_value
-from aps.workflow.plan import Plan, _numbers
+from aps.workflow.plan import Plan, _as_in_a_file
 
 ROOT = Path(__file__).parents[2]
 SNAKEFILE = ROOT / "workflow/Snakefile"
@@ -101,8 +102,20 @@ def test_a_rule_takes_other_resources_and_the_users_weights_are_found_beside_the
 )
 def test_a_number_of_a_module_is_the_number_of_a_file(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(f"lr: {text}\n")
-    read = _numbers(load_configfile(str(tmp_path / "config.yaml")))["lr"]
+    read = _as_in_a_file(load_configfile(str(tmp_path / "config.yaml")))["lr"]
     assert read == read_value(text, "here") and type(read) is type(read_value(text, "here"))
+
+
+def test_a_study_may_be_made_in_python() -> None:
+    made = OrderedDict(
+        results=Path("out"),
+        defaults={"dataset": "digits", "pretrain": {"lr": 1e-3, "betas": (0.9, 0.99)}},
+        experiments={"e": None},
+        sources={"digits": {"path": Path("/data")}},
+    )
+    study = load_study([], _as_in_a_file(made))
+    assert (study.results, study.source("digits").path) == ("out", "/data")
+    assert study.experiment("e").pretrain.betas == (0.9, 0.99)
 
 
 def test_the_demo_is_the_same_study_as_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
