@@ -20,6 +20,7 @@ RUN mkdir aps && touch aps/__init__.py \
 COPY aps aps
 COPY config config
 COPY workflow workflow
+COPY Snakefile ./
 
 FROM ${BASE}
 RUN apt-get update \

@@ -71,6 +71,16 @@ def test_tests_that_do_not_end_in_time_fail_the_run(checkout: Checkout, target: 
     assert status == 1 and f"error: 'make {target}' did not end in" in text
 
 
+@pytest.mark.parametrize(
+    "end", ["!!! xdist.dsession.Interrupted: maximum crashed workers reached: 8 !!!", "INTERNALERROR> Traceback"]
+)
+def test_tests_that_are_broken_off_get_no_second_try(checkout: Checkout, end: str) -> None:
+    """It would run what failed alone, and the rest would never have run."""
+    checkout.script("make", f"echo '{FIRST}'; echo '{end}'; exit 2")
+    status, text = checkout.run()
+    assert status == 1 and "error: 'make test' was broken off" in text and "once more" not in text
+
+
 def test_style_and_types_get_no_second_try(checkout: Checkout) -> None:
     checkout.script("make", "echo 'E501 Line too long'; exit 2")
     checkout.script("python", "echo tried again", ".venv/bin")

@@ -96,6 +96,12 @@ def test_the_build_context_holds_what_is_copied_and_nothing_else() -> None:
     assert all((ROOT / source).exists() for source in copied())
 
 
+def test_every_link_of_the_package_leads_into_the_image() -> None:
+    """COPY keeps links. `aps init` and `aps run` read the workflow through those of aps/share."""
+    links = [file for name in copied() for file in (ROOT / name).rglob("*") if file.is_symlink()]
+    assert links and {link.resolve().relative_to(ROOT).parts[0] for link in links} <= set(copied())
+
+
 @pytest.mark.soak
 @pytest.mark.slow
 def test_the_steps_of_the_dockerfile_make_an_environment_that_plans_a_study(tmp_path: Path) -> None:
@@ -119,7 +125,8 @@ def test_the_steps_of_the_dockerfile_make_an_environment_that_plans_a_study(tmp_
             for source in sources:
                 to = folder / target
                 if (ROOT / source).is_dir():
-                    shutil.copytree(ROOT / source, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+                    left = shutil.ignore_patterns("__pycache__")
+                    shutil.copytree(ROOT / source, to, symlinks=True, dirs_exist_ok=True, ignore=left)
                 else:
                     shutil.copy(ROOT / source, to)
         elif name == "ARG":  # as an argument that is not given
@@ -135,6 +142,7 @@ def test_the_steps_of_the_dockerfile_make_an_environment_that_plans_a_study(tmp_
         "python -m aps --version",
         "python -m aps --help",
         f"snakemake -s {tmp_path}/opt/aps/workflow/Snakefile -n --quiet",
+        "aps init mine && cd mine && aps run -n --quiet",
     ):
         run = subprocess.run(["sh", "-euc", command], cwd=here, env=variables, capture_output=True, text=True)
         assert run.returncode == 0, f"{command}\n{run.stdout}{run.stderr}"

@@ -84,3 +84,18 @@ def test_docs_and_configs_link_to_files_that_exist() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
             if not re.match(r"\w+:", target):
                 assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_every_file_that_a_text_names_by_its_path_is_there() -> None:
+    """Code in pages and docstrings too, but for files that a page has its reader write (`title=`)."""
+    path = re.compile(r"(?<![\w./{}-])(?:aps|tests|benchmarks|docs|workflow)/[a-z\d_/]+\.(?:py|smk|md|yaml|j2|rst)\b")
+    texts = {name: ROOT / name for name in tracked() if not name.startswith("tests/")}
+    for name, file in texts.items():
+        if file.suffix not in (".py", ".md", ".smk", ".yaml", ".yml", ".toml", ".def", ""):
+            continue
+        if not file.is_file() or file.name == "CHANGELOG.md":  # it names what was there once
+            continue
+        text = file.read_text()
+        written = set(re.findall(r'title="([^"]+)"', text))
+        gone = {found for found in path.findall(text) if not (ROOT / found).exists()} - written
+        assert not gone, f"{name} names {', '.join(sorted(gone))}"

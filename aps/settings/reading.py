@@ -33,6 +33,7 @@ RESERVED_NAMES = (
     "logs",
     "benchmarks",
 )  # folders of results
+SHARED_FOLDERS = ("data", "runs", "mlflow.db", "mlartifacts")  # of all studies, where a study's folder lies too
 
 
 def load_study(files: Sequence[str | Path], overrides: dict[str, Any] | None = None) -> Study:
@@ -237,7 +238,15 @@ def _validate(raw: dict[str, Any], where: str) -> Study:
             raise UserError(
                 f"{where}: experiment name '{name if len(name) <= 60 else name[:57] + '...'}' can't be used as a folder; use at most {NAME_LETTERS} letters, digits, _ . - and none of {', '.join(RESERVED_NAMES)}"
             )
-    defaults = raw.get("defaults") or {}
+    if raw.get("study") in SHARED_FOLDERS:
+        raise UserError(
+            f"{where}: study = {shown(raw['study'])}: is a folder of `results` that all studies share; choose another name"
+        )
+    defaults = raw["defaults"] if raw.get("defaults") is not None else {}
+    if not isinstance(defaults, dict):
+        raise UserError(
+            f"{where}: defaults = {shown(defaults)}: should be a block of settings; write KEY: VALUE under it"
+        )
     resolved = {}
     for name in experiments:
         merged = _inherit(name, experiments, defaults, where)
@@ -268,7 +277,7 @@ def _check_defaults(defaults: dict[str, Any], where: str) -> None:
         errors: list[Any] = [
             {key: one[key] for key in ("type", "loc", "input", "ctx") if key in one}
             for one in error.errors()
-            if one["type"] not in elsewhere and one["loc"] and one["loc"][0] not in ("pretrain", "views")
+            if one["type"] not in elsewhere and (one["loc"][1:] == () or one["loc"][0] not in ("pretrain", "views"))
         ]
         if errors:
             raise UserError(

@@ -14,7 +14,9 @@ from pydantic import BaseModel
 
 from aps.files import atomic_path
 from aps.registry import METHODS
+from aps.settings.base import NAME
 from aps.settings.blocks import CocoFiles, ResourceSettings, SourceSettings, UserDataset
+from aps.settings.reading import RESERVED_NAMES, SHARED_FOLDERS
 from aps.settings.study import ExperimentSettings, StudySettings, experiment_model
 from aps.stages import STAGES
 
@@ -62,7 +64,8 @@ def markdown() -> str:
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of a study's file. No key of an experiment is required, because experiments inherit keys."""
+    """JSON schema of a study's file. No key of an experiment is required, because experiments inherit keys. A block may
+    be null, which is what remains of it when all of its keys are commented out."""
     methods = {method: experiment_model(method).model_json_schema() for method in METHODS.names()}
     default = methods[str(_block(ExperimentSettings, "pretrain").model_fields["method"].default)]
     definitions = dict(default.pop("$defs", {}))
@@ -78,8 +81,16 @@ def schema() -> dict[str, Any]:
     block["properties"]["views"] = {"$ref": "#/$defs/Views"}
     whole = StudySettings.model_json_schema()
     definitions = whole.pop("$defs", {}) | definitions | {"Experiment": block}
-    whole["properties"]["experiments"] = {"type": "object", "additionalProperties": {"$ref": "#/$defs/Experiment"}}
-    whole["properties"]["defaults"] = {"$ref": "#/$defs/Experiment"}
+    for shared in (*BLOCKS, "resources"):
+        block["properties"][shared] = _or_null(block["properties"][shared])
+    names = {"pattern": f"^{NAME}$", "not": {"enum": list(RESERVED_NAMES)}}
+    experiment = {"$ref": "#/$defs/Experiment"}
+    whole["properties"]["experiments"] = {"type": "object", "propertyNames": names, "additionalProperties": experiment}
+    whole["properties"]["defaults"] = experiment
+    whole["properties"]["study"]["not"] = {"enum": list(SHARED_FOLDERS)}
+    whole["properties"]["datasets"]["additionalProperties"] = False
+    for shared in ("sources", "datasets", "resources", "include"):
+        whole["properties"][shared] = _or_null(whole["properties"][shared])
     whole.pop("required", None)
     for definition in definitions.values():
         definition.pop("required", None)
@@ -89,6 +100,14 @@ def schema() -> dict[str, Any]:
         **{key: value for key, value in whole.items() if key not in ("title", "description")},
         "$defs": definitions,
     }
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    if "anyOf" in schema:
+        return schema | {"anyOf": [*schema["anyOf"], {"type": "null"}]}
+    kept: dict[str, Any] = {key: schema[key] for key in ("title", "description", "default") if key in schema}
+    rest = {key: value for key, value in schema.items() if key not in kept}
+    return {**kept, "anyOf": [rest, {"type": "null"}]}
 
 
 def _of_all(blocks: Iterable[type[BaseModel]]) -> dict[str, Any]:

@@ -27,15 +27,22 @@ def sentence(where: str, prefix: str, error: ValidationError, model: type[BaseMo
         return f"{where}: {prefix}unknown key '{key}'; {_nearest_key(path, model)}{more}"
     if first["loc"] and first["loc"][-1] == "[key]":  # in a block whose keys are names, such as resources
         known = re.findall(r"'(\w+)'", str(first["msg"]))
+        if first["type"] == "string_pattern_mismatch":  # the user's own names
+            return f"{where}: {prefix}{'.'.join(path[:-1])}: the name {shown(path[-1])} {_message(first)}{more}"
         return f"{where}: {prefix}unknown key '{key}'; {nearest(path[-1], known)}{more}"
     if first["type"] == "missing":
         return f"{where}: {prefix}'{key}' is missing; add it{more}"
-    message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"{where}: {prefix}{key + ': ' if key else ''}{message}{more}"
+        return f"{where}: {prefix}{key + ': ' if key else ''}{str(first['msg']).removeprefix('Value error, ')}{more}"
+    return f"{where}: {prefix}{key + ' = ' if key else ''}{shown(first['input'])}: {_message(first)}{more}"
+
+
+def _message(error: Any) -> str:
+    """What pydantic says of a value, in our words."""
+    message = str(error["msg"])
     for pydantic, ours in WORDS:
         message = re.sub(pydantic, ours, message)
-    return f"{where}: {prefix}{key + ' = ' if key else ''}{shown(first['input'])}: {message}{more}"
+    return message
 
 
 WORDS = (

@@ -99,7 +99,7 @@ class Plan:
             settings = workflow.config_settings
             plan = cls.load(settings.configfiles, settings.config, Path(workflow.basedir))
         elif config:
-            plan = cls._of_module(_numbers(config), workflow.modifier.path_modifier)
+            plan = cls._of_module(_as_in_a_file(config), workflow.modifier.path_modifier)
         else:
             raise UserError(
                 "module: no study; give it one by `config:`, for example `config: config` after `configfile:`"
@@ -297,6 +297,11 @@ class Plan:
         """
         return f"{SHELL_PREFIX}{shlex.quote(self._python)}"
 
+    def attempt(self, wildcards: Any, resources: Any) -> str:
+        """The option by which a verb knows a retry. `use rule ... with: resources:` takes the resource away."""
+        number = getattr(resources, "attempt", None)
+        return f"--attempt {number}" if number is not None else ""
+
     def image(self) -> str:
         """The container of `--sdm apptainer`."""
         return self.study.container or DEFAULT_IMAGE
@@ -321,6 +326,8 @@ class Plan:
         files = {"manifest": manifest_of(self.written, settings.dataset_name)}
         if STAGES[settings.stage].encoder:
             encoder = encoder_file(self.written, settings.experiment, settings.seed)
+            if encoder and self.is_module and self.study.pretrain_source(settings.experiment) is None:
+                encoder = encoder.absolute()  # the user's own file, to which Snakemake is not to add the `prefix`
             files |= {"encoder": encoder} if encoder else {}
         first = self._first[settings.digest]
         if first != (
@@ -443,13 +450,17 @@ def _checked(files: list[Path], overrides: dict[str, Any]) -> Study:
     return study
 
 
-def _numbers(value: Any) -> Any:
-    """Settings that Snakemake read from a `configfile`, with numbers such as 1e-3, which its YAML reads as text."""
+def _as_in_a_file(value: Any) -> Any:
+    """A module's settings as a study's file has them. Snakemake's YAML takes numbers such as 1e-3 for text, and a study
+    made in Python may have paths."""
     if isinstance(value, Mapping):
-        return {key: _numbers(inner) for key, inner in value.items()}
+        return {key: _as_in_a_file(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_numbers(inner) for inner in value]
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
+        return [_as_in_a_file(inner) for inner in value]
+    if isinstance(value, Path):
+        return str(value)
+    number = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
+    return float(value) if number else value
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -249,6 +249,12 @@ def test_a_merge_key_lays_another_block_under_its_own(tmp_path: Path) -> None:
 # What a mistake is told.
 
 MISTAKES: dict[str, tuple[Any, str]] = {
+    "defaults that are no block": ({**one(), "defaults": "digits"}, 'study.yaml: defaults = "digits": should be a block of settings'),
+    "study named as a folder that all share": ({**one(), "study": "runs"}, 'study.yaml: study = "runs": is a folder of `results`'),
+    "dataset of one's own that is no folder": (
+        {**one(), "datasets": {"my photos": {"folder": "x"}}},
+        'study.yaml: datasets: the name "my photos" should be at most 100 letters, digits, _ . and -',
+    ),
     "no file's content": ("", "study.yaml: no experiments; add an 'experiments:' block with at least one"),
     "not a block": ("- a", "study.yaml: a study is a block of keys (study, defaults, experiments), not a list"),
     "broken YAML": ("a: {b", "study.yaml: not valid YAML: "),
@@ -615,6 +621,30 @@ def test_the_schema_takes_every_study_of_the_project_and_refuses_a_misspelt_key(
     content = _read(file) | {"include": []}
     assert not list(check.iter_errors(json.loads(json.dumps(content))))
     assert list(check.iter_errors({"defaults": {"pretrain": {"epoch": 3}}}))
+
+
+def test_the_schema_takes_what_the_settings_take_at_every_key() -> None:
+    """It can't know what depends on other keys, so it takes more; but no name that can't be a folder."""
+    check = jsonschema.Draft202012Validator(schema())
+    whole = {**WHOLE, "datasets": {"own": {"folder": "x"}}}
+    blocks = [("defaults", stage) for stage in STAGES]
+    for path in [*list(paths(whole))[1:], *blocks]:
+        for value in (None, True, 1, "x", []):
+            content = put(whole, path, value)
+            try:
+                load_study([], content)
+            except UserError:
+                continue
+            assert not (found := [error.message for error in check.iter_errors(content)]), (path, value, found)
+    for content in (
+        {"study": "data"},
+        {"datasets": {"a b": {"folder": "x"}}},
+        {"experiments": {"a/b": {}}},
+        {"experiments": {"logs": {}}},
+    ):
+        with pytest.raises(UserError):
+            load_study([], {**WHOLE, **content})
+        assert list(check.iter_errors(content)), content
 
 
 def test_the_example_for_users_loads(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +19,8 @@ from snakemake.common.configfile import load_configfile
 from tiny_study import STUDY, put
 
 from aps.cli import parser
-from aps.settings.reading import load_study, parse_overrides
-from aps.workflow.plan import Plan
+from aps.settings.reading import load_study, parse_overrides, read_value
+from aps.workflow.plan import Plan, _as_in_a_file
 
 ROOT = Path(__file__).parents[2]
 SNAKEFILE = ROOT / "workflow/Snakefile"
@@ -79,6 +80,42 @@ def test_a_wrong_setting_of_a_module_is_one_sentence(outer: Path) -> None:
     (outer / "config/config.yaml").write_text(yaml.safe_dump({"vision": wrong}))
     run = snakemake(outer, "-n")
     assert "unknown key 'knn.kk'; did you mean 'knn.k'?" in run.stdout and "Traceback" not in run.stdout
+
+
+def test_a_rule_takes_other_resources_and_the_users_weights_are_found_beside_the_prefix(outer: Path) -> None:
+    study = put(SMALL, ("experiments", "mine"), {"stages": ["knn"], "encoder": {"weights": "mine.safetensors"}})
+    (outer / "config/config.yaml").write_text(yaml.safe_dump({"vision": study}))
+    (outer / "mine.safetensors").write_text("weights")
+    with (outer / "workflow/Snakefile").open("a") as file:
+        for rule in ("prepare_dataset", "knn_encoder", "report"):
+            file.write(f"\nuse rule {rule} from vision as vision_{rule} with:\n    resources: mem_mb=1234\n")
+    run = snakemake(outer, "vision_all", "-n", "-p", "--cores", "1")
+    assert run.returncode == 0, run.stdout
+    jobs = dict(re.findall(r"rule vision_(\w+):\n((?: .*\n)+)", run.stdout))
+    for rule in ("prepare_dataset", "knn_encoder", "report"):
+        assert "mem_mb=1234" in jobs[rule], jobs[rule]
+    assert f", {outer}/mine.safetensors\n" in run.stdout
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-3", "1E3", "1.e3", "1.5e3", ".5e3", ".5e-3", "-1e3", "010.5", "mnist", "1e3x", "e3", "."]
+)
+def test_a_number_of_a_module_is_the_number_of_a_file(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"lr: {text}\n")
+    read = _as_in_a_file(load_configfile(str(tmp_path / "config.yaml")))["lr"]
+    assert read == read_value(text, "here") and type(read) is type(read_value(text, "here"))
+
+
+def test_a_study_may_be_made_in_python() -> None:
+    made = OrderedDict(
+        results=Path("out"),
+        defaults={"dataset": "digits", "pretrain": {"lr": 1e-3, "betas": (0.9, 0.99)}},
+        experiments={"e": None},
+        sources={"digits": {"path": Path("/data")}},
+    )
+    study = load_study([], _as_in_a_file(made))
+    assert (study.results, study.source("digits").path) == ("out", "/data")
+    assert study.experiment("e").pretrain.betas == (0.9, 0.99)
 
 
 def test_the_demo_is_the_same_study_as_a_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ rule pretrain_encoder:
         **PLAN.output("pretrain"),
     params:
         start=PLAN.start,
+        attempt=PLAN.attempt,
         options=PLAN.options,
     log:
         f"{FOLDER}/logs/{{experiment}}/seed{{seed}}/{{stage}}.log",
@@ -29,4 +30,4 @@ rule pretrain_encoder:
         PLAN.image()
     shell:
         "{params.start} -m aps {wildcards.stage} --experiment {wildcards.experiment} --seed {wildcards.seed}"
-        " {params.options} --attempt {resources.attempt} --mistake {log:q}.mistake 2>&1 | tee {log:q}"
+        " {params.options} {params.attempt} --mistake {log:q}.mistake 2>&1 | tee {log:q}"

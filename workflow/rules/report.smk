@@ -16,6 +16,7 @@ rule report:
         ),
     params:
         start=PLAN.start,
+        attempt=PLAN.attempt,
         study=lambda wildcards, resources: PLAN.config_options(),
         folder=lambda wildcards, output: Path(output.html).parent,
     log:
@@ -32,4 +33,4 @@ rule report:
         PLAN.image()
     shell:
         "{params.start} -m aps report {params.study} --out {params.folder:q}"
-        " --attempt {resources.attempt} --mistake {log:q}.mistake 2>&1 | tee {log:q}"
+        " {params.attempt} --mistake {log:q}.mistake 2>&1 | tee {log:q}"
