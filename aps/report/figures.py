@@ -143,7 +143,10 @@ def _lines(
 ) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for name, xs, ys in lines:
-            axes.plot(xs, ys, styles[name].dash, color=styles[name].colour, linewidth=1.1, alpha=0.85)
+            marker = styles[name].marker if len(xs) == 1 else None  # a line of one point can't be seen
+            axes.plot(
+                xs, ys, linestyle=styles[name].dash, marker=marker, color=styles[name].colour, linewidth=1.1, alpha=0.85
+            )
         axes.set_title(label)
         axes.set_xlabel(x)
         axes.set_xlim(left=0)
@@ -170,7 +173,7 @@ def during_pretraining(table: Table, is_intact: IsIntact) -> Picture | None:
         points = [line for line in history if MONITOR in line]
         for axis, lines in by_axis.items():
             measured = [(line[axis], line[MONITOR]) for line in points if axis in line]
-            if len(measured) > 1:
+            if measured:
                 lines.append(Curve(finding.experiment, [x for x, _ in measured], [y for _, y in measured]))
         cost = finding.metrics.get("cost") or {}
         if peak := cost.get("peak_gpu_gb", cost.get("peak_memory_gb")):
@@ -187,8 +190,8 @@ def during_pretraining(table: Table, is_intact: IsIntact) -> Picture | None:
     if peaks:
         panels.append(Panel("Peak memory of pretraining", _bars(peaks, styles), max(1.6, 0.6 + ROW * len(peaks))))
     caption = (
-        "One line a seed. Operations are counted (a multiply-add is two); peak memory is the GPU's where there is one, else the "
-        "process's, in gigabytes."
+        "One line a seed, or a mark where kNN was read once. Operations are counted (a multiply-add is two); peak memory is the "
+        "GPU's where there is one, else the process's, in gigabytes."
     )
     return Picture(
         "knn-cost",

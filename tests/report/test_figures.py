@@ -10,6 +10,7 @@ from typing import Any
 import gammas
 import pytest
 from made_up import STUDY, finish, table
+from matplotlib.figure import Figure
 from PIL import Image
 
 from aps.findings import Findings
@@ -53,6 +54,21 @@ def test_a_figure_is_shown_only_where_its_run_exists(study: Study) -> None:
     assert list(during.legend) == ["aps"]
     finish(study, "untrained", 0, "knn", knn_top1_k20=50.0)
     assert names(study) == ["scores", "knn-cost", "curves"]
+
+
+def test_a_run_whose_accuracy_was_read_once_has_its_place_among_the_others(study: Study) -> None:
+    """Within a budget an expensive method may not reach its second reading."""
+    for name, steps in (("aps", (1, 2)), ("longer", (2,))):
+        folder = finish(study, name, 0, "pretrain", loss=1.0)
+        lines = [{"step": s, "time": 0.0, "loss": 3.0, "knn_train_top1": 40.0 + s, "seconds": 2.0 * s} for s in steps]
+        (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        again(folder)
+    during = next(p for p in all_figures(table(study), is_intact) if p.name == "knn-cost")
+    assert list(during.legend) == ["aps", "longer"]
+    axes = Figure().subplots()
+    during.panels[0].draw(axes)
+    drawn = {tuple(line.get_xdata()): line.get_marker() for line in axes.lines}
+    assert drawn.keys() == {(2.0, 4.0), (4.0,)} and drawn[4.0,] not in ("", "None", None)
 
 
 def test_scores_against_cost_need_two_experiments_of_which_all_has_run(study: Study) -> None:
