@@ -100,6 +100,7 @@ class DINO(Method):
         super().__init__(experiment)
         self.drop_path = self.settings.drop_path
         self.center = torch.zeros(self.settings.prototypes)
+        self.means: list[Tensor] = []  # (K,) of the teacher's outputs for each part of the step's batch
 
     @classmethod
     def check(cls, experiment: ExperimentSettings) -> None:
@@ -159,7 +160,7 @@ class DINO(Method):
         targets = ((teacher - self.center) / (first + (last - first) * warm)).softmax(-1)
         loss = cross_entropy_of_crops(student / s.temperature, targets)
         with torch.no_grad():
-            self.center = self.center.lerp(collectives.mean(teacher.mean((0, 1))), 1 - s.center_momentum)
+            self.means.append(teacher.mean((0, 1)))
             entropy = -(targets * targets.clamp(min=1e-12).log()).sum(-1).mean()  # 0 or log K means a collapse
         return loss, {"teacher_entropy": entropy}
 
@@ -187,6 +188,9 @@ class DINO(Method):
             mean: list[Tensor] = list(networks[teacher].parameters())
             new: list[Tensor] = list(networks[student].parameters())
             torch._foreach_lerp_(mean, new, 1 - momentum)
+        whole = collectives.mean(torch.stack(self.means).mean(0))  # once a step, however the batch is cut
+        self.center = self.center.lerp(whole, 1 - self.settings.center_momentum)
+        self.means.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {"center": self.center}

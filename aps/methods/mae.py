@@ -79,7 +79,7 @@ class MAE(Method):
                 nn.init.zeros_(module.bias)
         positions = layers.build_sincos2d_pos_embed(list(grid), s.decoder_dim)  # (N, W)
         tokens = {
-            "mask": nn.Parameter(nn.init.normal_(torch.empty(s.decoder_dim), std=0.02)),
+            "mask": nn.Parameter(nn.init.normal_(torch.empty(1, 1, s.decoder_dim), std=0.02)),
             "positions": nn.Parameter(positions, requires_grad=False),
         }
         return nn.ModuleDict(
@@ -117,7 +117,7 @@ class MAE(Method):
 
     def parameters(self, networks: nn.ModuleDict) -> Iterable[dict[str, Any]]:
         trained = [p for p in networks.parameters() if p.requires_grad]
-        decayed = [p for p in trained if p.ndim > 1]  # as in the release: no decay of biases, norms and mask token
+        decayed = [p for p in trained if p.ndim > 1]  # as in the release: no decay of biases and norms
         return [{"params": decayed}, {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
 
 

@@ -60,15 +60,25 @@ def step_flops(settings: Any) -> float:
 
 
 def batches_within(flops: float, settings: Any, steps: int) -> int:
-    """Number of whole batches, of `steps` optimizer steps each, in a budget of operations. Raises as `step_flops`."""
-    return int(flops / (steps * step_flops(settings)))
+    """Number of whole batches, of `steps` optimizer steps each, in a budget of operations.
+
+    Raises:
+        UserError: the budget is less than one batch, or the method's step can't be counted.
+    """
+    batch = steps * step_flops(settings)
+    if flops < batch:
+        raise UserError(
+            f"pretrain.budget.flops {flops:g} is less than the {batch:.4g} operations of one batch; raise it"
+        )
+    return int(flops / batch)
 
 
 def pretrain(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> Cost:
     """The cost of pretraining.
 
     Raises:
-        UserError: the step can't be counted, or the budget is in minutes, so that its operations depend on the machine.
+        UserError: the step can't be counted, the budget is less than one batch, or it is in minutes, so that its operations
+            depend on the machine.
     """
     s, train = settings.pretrain, _train_images(settings, "pretrain", counts)
     part = _pretraining_part(settings, half_precision(s.precision, gpu))

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from aps.errors import UserError
 from aps.runtime.processes import Distributed
 from aps.training.cost import batches_within, step_flops
 
@@ -53,13 +52,7 @@ class Pace:
         self.step_flops = self._count(settings)
         self.total = self._epochs * batches
         if self._budget is not None and self._budget.flops is not None:
-            assert self.step_flops is not None
             self.total = batches_within(self._budget.flops, settings, steps)
-            if self.total < 1:
-                raise UserError(
-                    f"pretrain.budget.flops {self._budget.flops:g} is less than the {steps * self.step_flops:.4g} operations "
-                    "of one batch; raise it"
-                )
 
     @property
     def _minutes(self) -> float | None:

@@ -83,9 +83,9 @@ assert "torch" not in sys.modules and "timm" not in sys.modules
 WORLD, ROWS = 2, 10
 
 
-def train(name: str, manifest: Path, distributed: Distributed) -> dict[str, Any]:
+def train(name: str, manifest: Path, distributed: Distributed, **changes: Any) -> dict[str, Any]:
     still = {"drop_path": 0.0} if name == "dino" else {}  # chance on every process
-    job = small.job("pretrain", manifest, Path(), method=name, batch_size=ROWS, **still)
+    job = small.job("pretrain", manifest, Path(), method=name, batch_size=ROWS, **still, **changes)
     trainer = Trainer(job, distributed)
     trainer.optimizer = torch.optim.SGD(trainer.optimizer.param_groups, lr=0.0)
     losses = []
@@ -129,3 +129,13 @@ def test_two_processes_take_the_steps_of_one(found: dict[str, Any], name: str, r
         for key, value in alone[part].items():
             if isinstance(value, Tensor):
                 torch.testing.assert_close(ours[part][key], value, rtol=1e-7, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if METHODS.load(name).least_images == 1])
+def test_without_negatives_and_batch_norm_a_step_is_the_same_however_its_batch_is_cut(name: str, digits: Path) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        whole, cut = (train(name, digits, small.ONE, accumulate=parts) for parts in (1, 5))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(cut, whole, rtol=1e-8, atol=1e-10)

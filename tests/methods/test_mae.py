@@ -9,6 +9,7 @@ import rivals
 import torch
 from lightly.models import utils
 from lightly.models.modules import MaskedVisionTransformerDecoderTIMM
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from aps.methods.mae import MAE
@@ -103,6 +104,17 @@ def test_the_decoder_is_the_papers() -> None:
     bound = (6 / (512 + 512)) ** 0.5  # Xavier's uniform
     assert networks["decoder"][0].attn.proj.weight.abs().max().item() == pytest.approx(bound, rel=1e-3)
     assert all(not m.bias.any() for m in networks["decoder"].modules() if isinstance(m, nn.Linear))
+
+
+def test_weight_decay_spares_what_the_releases_does() -> None:
+    """By timm's function for it, which the release calls, on our networks: biases and norms, not the tokens."""
+    networks = rivals.networks(MAE, **SMALL)
+    ours = list(rivals.build(MAE, **SMALL).parameters(networks))
+    theirs = param_groups_weight_decay(networks, 0.05)
+    decayed = [{id(p) for p in group["params"]} for group in ours if group.get("weight_decay") != 0]
+    assert decayed == [{id(p) for p in group["params"]} for group in theirs if group["weight_decay"]]
+    assert id(networks["tokens"]["mask"]) in decayed[0]
+    assert sum(len(group["params"]) for group in ours) == sum(len(group["params"]) for group in theirs)
 
 
 def test_one_view_without_colours() -> None:

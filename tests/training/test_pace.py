@@ -174,10 +174,12 @@ def test_processes_go_by_one_clock(digits: Path, tmp_path: Path) -> None:
 
 
 def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"pretrain.budget.flops 1000 is less than the 1.174e\+08 operations of one batch"
-    ):
-        small.run(small.job("pretrain", digits, tmp_path, budget=BudgetSettings(flops=1000)))
+    job = small.job("pretrain", digits, tmp_path, budget=BudgetSettings(flops=1000))
+    for refused in (lambda: small.run(job), lambda: pretrain_cost(job.settings, Counts(100, 10, 10, 0.0))):
+        with pytest.raises(
+            UserError, match=r"pretrain.budget.flops 1000 is less than the 1.174e\+08 operations of one batch"
+        ):
+            refused()
     for both in ({}, {"flops": 1.0, "minutes": 1.0}):
         with pytest.raises(ValidationError, match=r"budget is \{flops: ...\} or \{minutes: ...\}, one of the two"):
             BudgetSettings(**both)
