@@ -57,8 +57,6 @@ SETTINGS: list[tuple[str, Any, tuple[str, ...]]] = [
     (f"{D}seeds", [7, 7], ("seeds lists 7 twice", "remove one")),
     (f"{D}pretrain.accumulate", 64, ("pretrain.batch_size 64", "accumulate 64", "lower pretrain.accumulate")),
     (f"{D}pretrain.accumulate", 3, ("pretrain.accumulate 3", "does not divide", "64")),
-    (f"{D}pretrain", {"schedule": "cosine", "warmup_epochs": 2},
-     ("pretrain.warmup_epochs 2", "pretrain.epochs 2", "never fall", "lower pretrain.warmup_epochs")),
     (f"{D}linear_probe", {"batch_size": 1, "batch_norm": True}, ("linear_probe", "batch_size 1", "batch_norm: false")),
     (f"{D}finetune.batch_size", 63, ("finetune", "63", "odd", "make it even")),
     (f"{D}dataset.train_limit", 63, ("pretrain.batch_size 64", "dataset.train_limit 63", "lower the batch")),

@@ -28,7 +28,7 @@ def check(study: Study, where: str) -> None:
             _check_limit(e, stage, prefix)
         components = [resolve(path) for path in (*CHECKS, *(STAGES[stage].check for stage in e.stages)) if path]
         if "pretrain" in e.stages:
-            components += [_check_parts, _check_schedule, METHODS.load(e.pretrain.method).check]
+            components += [_check_parts, METHODS.load(e.pretrain.method).check]
         for component in components:
             try:
                 component(e)
@@ -99,16 +99,6 @@ def _check_parts(e: ExperimentSettings) -> None:
             f"pretrain.batch_size {batch}{cut} leaves a step {batch // parts} image, and {e.pretrain.method} needs at least "
             f"{least} (it compares images, or takes their statistics); raise pretrain.batch_size"
             + (" or lower pretrain.accumulate" if parts > 1 else "")
-        )
-
-
-def _check_schedule(e: ExperimentSettings) -> None:
-    """Raises ValueError where pretraining ends in its warmup. The schedule `release` falls whatever the warmup."""
-    warmup, epochs = e.pretrain.warmup_epochs, e.pretrain.epochs
-    if e.pretrain.schedule == "cosine" and warmup >= epochs:
-        raise ValueError(
-            f"pretrain.warmup_epochs {warmup} takes all of pretrain.epochs {epochs}, so the learning rate would never fall; "
-            "lower pretrain.warmup_epochs or raise pretrain.epochs"
         )
 
 

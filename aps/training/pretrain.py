@@ -84,6 +84,13 @@ class Pretraining:
         self.meter = Meter(distributed)
         self.length: dict[str, float] = {}
         self.watch = Watch("pretraining", "pretrain", distributed, job.manifest)
+        warmup, epochs = self.settings.warmup_epochs, self.settings.epochs
+        if distributed.main and self.settings.schedule == "cosine" and warmup >= epochs:
+            print(
+                f"warning: {job.label}: pretrain.warmup_epochs {warmup} takes all of pretrain.epochs {epochs}, so the learning "
+                "rate never falls; lower pretrain.warmup_epochs or raise pretrain.epochs",
+                file=sys.stderr,
+            )
 
     @property
     def note(self) -> str:

@@ -145,3 +145,13 @@ def test_pretraining_logs_the_spread_and_warns_of_a_collapse_in_one_sentence(
         len(warned) == 1 and "after 6 batches its representation has collapsed (effective rank 1.00, 100 %" in warned[0]
     )
     assert "positive cosine" in warned[0] and "lower pretrain.lr" in warned[0]
+
+
+def test_a_schedule_that_is_all_warmup_is_told_before_it_trains(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with a method whose default warmup is longer than a short run."""
+    for warmup, count in ((1, 0), (2, 1)):
+        small.run(small.job("pretrain", digits, tmp_path / str(warmup), schedule="cosine", warmup_epochs=warmup))
+        told = [line for line in capsys.readouterr().err.splitlines() if "takes all of pretrain.epochs 2" in line]
+        assert len(told) == count and all("lower pretrain.warmup_epochs" in line for line in told)
