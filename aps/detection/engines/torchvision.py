@@ -109,7 +109,7 @@ class Engine(engine.Engine):
     def resume(self, state: dict[str, Any]) -> int:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.precision.scaler.load_state_dict(state["scaler"])
+        self.precision.load_scaler(state["scaler"])
         self._done = state["iteration"]
         return self._done
 
