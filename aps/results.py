@@ -397,7 +397,7 @@ def hardware() -> dict[str, Any]:
         "slurm_job": job_id(),
     }
     torch = sys.modules.get("torch")  # only if the stage has imported it: importing it takes seconds
-    if torch is not None and torch.cuda.is_available():
+    if torch is not None and torch.cuda.is_initialized():  # not where APS_DEVICE=cpu leaves it alone
         info["gpu"] = torch.cuda.get_device_name()
         info["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     return info

@@ -6,7 +6,10 @@ import json
 import math
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from aps.runtime.processes import processes
 from aps.sampling import coverage
 from aps.settings.blocks import EncoderSettings, SamplingSettings, ViewSettings
 from aps.views import draw_parameters
+from benchmarks import gpu
 from benchmarks.__main__ import NAMES
 from benchmarks.choices import CHOICES
 from benchmarks.ordinary import sample_image
@@ -89,3 +93,23 @@ def test_running_all_of_them_ends_with_a_table(tmp_path: Path) -> None:
 def test_an_unknown_benchmark_is_refused_with_the_known_ones() -> None:
     refused = subprocess.run([sys.executable, "-m", "benchmarks", "no_such"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and "unknown benchmark no_such; known: views" in refused.stderr
+
+
+def test_the_share_of_waiting_counts_each_batch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learner's batches measure how long they take; who measures them again reports twice the share."""
+    meter = SimpleNamespace(waited=0, read=lambda: {"input_share": float(meter.waited), "step_ms": 1.0})
+
+    def fetch(batches: Iterator[int]) -> int | None:
+        meter.waited += 1
+        return next(batches, None)
+
+    def batches(epoch: int, first: int) -> Iterator[int]:
+        numbers = iter(range(100))
+        while (batch := meter.fetch(numbers)) is not None:
+            yield batch
+
+    meter.fetch, steps = fetch, []
+    learner = SimpleNamespace(batches=batches, meter=meter, step=lambda batch, done: steps.append(batch))
+    monkeypatch.setattr(gpu, "_learner", lambda *_: learner)
+    found = gpu.share(Namespace(device="cpu", tiny=True, out=tmp_path))
+    assert found["rows"][0][:2] == ("input_share", len(steps)) and steps == [0, 1]

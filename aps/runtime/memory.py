@@ -40,6 +40,14 @@ def out_of_memory(error: BaseException, stage: str) -> str | None:
             f"{stage}: no shared memory for its decoding workers{short}; set --workers 0 (resources.{stage}.workers: 0), or "
             "make /dev/shm larger"
         )
+    if isinstance(error, RuntimeError) and ("CUDA out of memory" in words or "CUBLAS_STATUS_ALLOC_FAILED" in words):
+        cheaper = (
+            " set pretrain.activation_checkpointing: true, raise pretrain.accumulate," if stage == "pretrain" else ""
+        )
+        return (
+            f"{stage}: not enough memory on the GPU{short}; lower {stage}.batch_size or encoder.image_size,{cheaper} or spread the "
+            f"batch over more GPUs by resources.{stage}.gpus"
+        )
     full = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if full or any(sign in words.lower() for sign in FULL):
         return (

@@ -12,6 +12,8 @@ Weights and optimizer state are always float32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from aps.errors import UserError
@@ -35,6 +37,11 @@ class Precision:
         self._device = device.type
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(setting)
         self.scaler = torch.amp.GradScaler(device.type, enabled=setting == "fp16")
+
+    def load_scaler(self, state: dict[str, Any]) -> None:
+        """Load a state of `scaler`, unless it is empty: that of an attempt on a GPU that computes in bf16."""
+        if state:
+            self.scaler.load_state_dict(state)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self._device, self._dtype, enabled=self._dtype is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +29,7 @@ def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 def _prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side, main = _side_stream(device), torch.cuda.current_stream(device)
     side.wait_stream(main)
 
     def make() -> tuple[Batch, torch.cuda.Event] | None:
@@ -44,6 +45,12 @@ def _prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
         for tensor in tensors(batch):
             tensor.record_stream(main)
         yield batch
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs, because freed memory is kept for the stream on which it was allocated."""
+    return torch.cuda.Stream(device)
 
 
 def tensors(batch: Any) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from aps.errors import UserError
+from aps.errors import Preempted, UserError
 from aps.runtime.ranks import ranks
 
 
@@ -56,28 +56,49 @@ def _device(asked: str) -> torch.device:
         raise UserError(f"APS_DEVICE={asked}: is none of cpu and cuda; set it to one of them, or unset it")
     if asked != "cpu" and not available:
         raise UserError(f"APS_DEVICE={asked}: torch sees no GPU here; set APS_DEVICE=cpu, or unset it")
-    return torch.device(asked)
+    device, count = torch.device(asked), torch.cuda.device_count() if available else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"APS_DEVICE={asked}: torch sees {count} GPU{'s' * (count > 1)} here, the first is cuda:0")
+    return device
+
+
+def _check_count(world: int) -> None:
+    """Raises UserError where processes would share a GPU, which NCCL refuses."""
+    here, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if world > 1 and here > count:
+        raise UserError(
+            f"{here} processes on a machine with {count} GPU{'s' * (count > 1)}: each needs its own; start {count}, or set "
+            "APS_DEVICE=cpu"
+        )
 
 
 @contextmanager
 def processes() -> Iterator[Distributed]:
     """Join the process group that torchrun set up, if any, and leave it at the end.
 
-    The device is this process's GPU where there is one and the CPU otherwise; `APS_DEVICE` overrides it.
+    The device is this process's GPU where there is one and the CPU otherwise; `APS_DEVICE` overrides it. The number in
+    `APS_DEVICE=cuda:1` is for a single process; of several, each has the GPU of its rank.
 
     Raises:
-        UserError: `APS_DEVICE` names a device that this machine does not have.
+        UserError: `APS_DEVICE` names a device that this machine does not have, or several processes would share a GPU.
     """
     rank, local, world = ranks()
     device = _device(os.environ.get("APS_DEVICE", ""))
     if device.type == "cuda":
-        device = torch.device("cuda", local % torch.cuda.device_count())
+        _check_count(world)
+        device = torch.device("cuda", local if world > 1 else device.index or 0)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    together = device.type == "cpu"  # whether the end may wait for the other processes
     try:
         yield Distributed(rank, world, device)
+        together = True
+    except Preempted:  # all of them stop after the same batch
+        together = True
+        raise
     finally:
-        if world > 1:
+        # NCCL's group ends when all processes end it. After an error they may wait for this one, which has to exit.
+        if world > 1 and together:
             dist.destroy_process_group()

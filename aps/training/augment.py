@@ -104,7 +104,7 @@ class Draw:
     def __init__(self, settings: FinetuneSettings, size: int) -> None:
         self.settings, self.size = settings, size
         self._views = ViewSettings(crop_scale=(0.08, 1.0))  # torchvision's RandomResizedCrop
-        self._layers = 0
+        self._layers: int | None = None
         if settings.rand_augment is not None:
             augment = rand_augment_transform(settings.rand_augment, {})
             first = augment.ops[0]
@@ -133,8 +133,8 @@ class Draw:
 
     def program(self, batch: int, generator: torch.Generator) -> Program:
         """RandAugment; without it colour jitter; without both no operators."""
-        if self._layers:
-            return self._rand_augment(batch, generator)
+        if self._layers is not None:
+            return self._rand_augment(self._layers, batch, generator)
         if strength := self.settings.color_jitter:
             low, high = max(0.0, 1 - strength), 1 + strength
             jitter = torch.tensor([OPERATORS.index(name) for name in ("Brightness", "Contrast", "Color")])
@@ -143,9 +143,9 @@ class Draw:
             return Program(jitter[order], factors, torch.zeros(3, batch, dtype=torch.bool))
         return Program(*(torch.zeros(0, batch, dtype=dtype) for dtype in (torch.int64, torch.float64, torch.bool)))
 
-    def _rand_augment(self, batch: int, generator: torch.Generator) -> Program:
+    def _rand_augment(self, layers: int, batch: int, generator: torch.Generator) -> Program:
         """RandAugment (arXiv 1909.13719) as in timm: operators drawn with replacement, noise on the magnitude."""
-        shape = (self._layers, batch)
+        shape = (layers, batch)
         chosen = torch.randint(0, len(self._scales), shape, generator=generator)
         skipped, up, linear, spread = torch.rand(4, *shape, generator=generator, dtype=torch.float64)
         if self._deviation == math.inf:

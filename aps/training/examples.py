@@ -115,7 +115,8 @@ class AugmentedExamples(MayDecode):
             assert self._array is not None
             images = self._crop(self._array[rows.flatten()], boxes, flips, self.size)
         else:
-            images = torch.cat([next(loaded) for _ in batches]).to(device, non_blocking=True)
+            # Each is sent from pinned memory; joined on the CPU they would be in memory that is not pinned.
+            images = torch.cat([next(loaded).to(device, non_blocking=True) for _ in batches])
             images = augment.pad_crop(images, boxes, flips, self.size) if self._pads else augment.flip(images, flips)
         images = augment.run_program(images, program, self._fill)
         for batch, pixels, parameters, row in zip(batches, images.chunk(len(batches)), drawn, rows, strict=True):

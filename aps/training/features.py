@@ -19,6 +19,7 @@ from aps.progress import Progress
 from aps.results import StageJob
 from aps.runtime.cores import decoding_workers
 from aps.runtime.precision import Precision
+from aps.runtime.prefetch import send
 from aps.runtime.processes import Distributed
 
 BATCH = 256
@@ -59,7 +60,7 @@ def pixels(job: StageJob) -> dict[str, Any]:
 
 def normalize(images: Tensor, normalization: Normalization) -> Tensor:
     """Normalize images, (B, 3, S, S) in [0, 1]."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in normalization)
+    mean, std = (send(torch.tensor(x), images.device).view(3, 1, 1) for x in normalization)
     return (images - mean) / std
 
 

@@ -232,5 +232,5 @@ class Finetuner:
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.precision.scaler.load_state_dict(state["scaler"])
+        self.precision.load_scaler(state["scaler"])
         self._best = state["best"]

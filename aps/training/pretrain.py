@@ -258,7 +258,7 @@ class Trainer:
         self.networks.load_state_dict(state["networks"])
         self.method.load_state_dict(map_tensors(lambda x: x.to(self.device), state["method"]))
         self.optimizer.load_state_dict(state["optimizer"])
-        self.precision.scaler.load_state_dict(state["scaler"])
+        self.precision.load_scaler(state["scaler"])
 
 
 class Forward(nn.Module):

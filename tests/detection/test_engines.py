@@ -265,3 +265,19 @@ def test_reduced_precision_on_a_cpu_is_refused_by_detectron2(task: Task):
     reduced = dataclasses.replace(task, settings=task.settings.model_copy(update={"precision": "bf16"}))
     with pytest.raises(UserError, match=r"detection\.precision bf16: engine detectron2 computes in fp32 on CPUs"):
         build("detectron2", reduced)
+
+
+def test_boxes_are_float32_where_everything_else_is_bf16(task: Task):
+    """In bf16 a box of 1,001 pixels is one of 1,000."""
+    seen: list[torch.Tensor] = []
+    engine = build(
+        "torchvision",
+        dataclasses.replace(task, settings=task.settings.model_copy(update={"precision": "bf16", "iterations": 1})),
+    )
+    engine.model.roi_heads.register_forward_pre_hook(lambda module, args: seen.extend(args[1]))
+    engine.model.roi_heads.register_forward_hook(lambda module, args, out: seen.extend(x["boxes"] for x in out[0]))
+    generator = engine.model.rpn.anchor_generator
+    generator.register_forward_hook(lambda module, args, out: seen.extend(out))
+    engine.train(0, lambda done, losses: None)
+    engine.predict([task.val.read(0)])
+    assert len(seen) == 3 * 2 + 1 and {x.dtype for x in seen} == {torch.float32}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from aps.runtime.memory import lost_worker, out_of_memory
 
@@ -47,7 +48,9 @@ def test_freed_blocks_are_used_again_without_new_pages() -> None:
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
             "lower knn.batch_size",
         ),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "lower knn.batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "lower knn.batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "resources.knn.gpus"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "on the GPU"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "lower knn.batch_size"),
         (RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), "--workers 0"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "make /dev/shm larger"),

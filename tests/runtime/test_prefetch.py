@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from aps.runtime import prefetch as module
 from aps.runtime.prefetch import prefetch, send, tensors
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """A stand-in's stream is no other test's."""
+    module._side_stream.cache_clear()
+    yield
+    module._side_stream.cache_clear()
 
 
 class Stream:
@@ -44,6 +53,17 @@ def test_on_a_gpu_the_next_batch_is_made_before_this_one_is_used(monkeypatch: py
         assert made == list(range(min(4, i + 2)))
         assert recorded[-3:] == [(i, main), (10 * i, main), (100 * i, main)]  # its memory is not given away too early
     assert i == 3
+
+
+def test_epochs_share_the_side_stream_whose_memory_they_use_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[Stream] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: streams.append(Stream()) or streams[-1])
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
+    for _ in range(3):
+        assert len(list(prefetch(numbered([]), torch.device("cuda")))) == 4
+    assert len(streams) == 1 and len(streams[0].waited) == 3  # each epoch waits for what was queued before it
 
 
 def test_on_a_cpu_nothing_is_made_ahead() -> None:

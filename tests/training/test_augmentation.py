@@ -149,6 +149,12 @@ def test_a_program_is_its_operators_one_after_another_for_each_image(notation: s
     assert (difference > 1).float().mean() < 1e-3
 
 
+def test_no_layers_of_rand_augment_are_no_colour_jitter_either() -> None:
+    draw = Draw(FinetuneSettings(rand_augment="rand-m9-n0"), 32)
+    assert draw.program(4, generator()).operators.shape == (0, 4)
+    assert torch.equal(augment.run_program(pictures(12, 32), draw.program(12, generator()), COLOUR), pictures(12, 32))
+
+
 def test_images_do_not_depend_on_their_company() -> None:
     images = pictures(64, 32)
     program = Draw(FinetuneSettings(), 32).program(64, generator(4))

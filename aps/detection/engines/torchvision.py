@@ -109,7 +109,7 @@ class Engine(engine.Engine):
     def resume(self, state: dict[str, Any]) -> int:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.precision.scaler.load_state_dict(state["scaler"])
+        self.precision.load_scaler(state["scaler"])
         self._done = state["iteration"]
         return self._done
 
@@ -161,13 +161,13 @@ def build_model(task: Task) -> GeneralizedRCNN:
     backbone = SimpleFeaturePyramid(task.encoder, settings)
     sides = strides(settings, task.encoder.patch_size)
     C, classes = settings.pyramid_dim, len(task.train.classes) + 1
-    anchors = AnchorGenerator(
+    anchors = Anchors(
         sizes=tuple((engine.ANCHOR_STRIDES * stride,) for stride in (*sides, 2 * sides[-1])),
         aspect_ratios=((0.5, 1.0, 2.0),) * len(backbone.names),
     )
     proposals = RegionProposalNetwork(
         anchors,
-        RPNHead(C, anchors.num_anchors_per_location()[0], conv_depth=2),
+        ProposalHead(C, anchors.num_anchors_per_location()[0], conv_depth=2),
         fg_iou_thresh=0.7,
         bg_iou_thresh=0.3,
         batch_size_per_image=256,
@@ -212,6 +212,21 @@ def build_model(task: Task) -> GeneralizedRCNN:
     return GeneralizedRCNN(backbone, proposals, heads, transform)
 
 
+# torchvision computes boxes in the type of what they are computed from. In bf16, 1,001 pixels are 1,000, so these two and
+# `RoIHeads` give float32 in every precision, as detectron2's do.
+
+
+class Anchors(AnchorGenerator):
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().set_cell_anchors(torch.float32, device)
+
+
+class ProposalHead(RPNHead):
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = super().forward(x)
+        return [y.float() for y in logits], [y.float() for y in deltas]
+
+
 class RoIHeads(roi_heads.RoIHeads):
     """torchvision's heads with other mask targets and detections.
 
@@ -231,7 +246,8 @@ class RoIHeads(roi_heads.RoIHeads):
         there are none."""
         if self.training:
             proposals, matched, labels, regression = self.select_training_samples(proposals, targets)
-        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
+        pooled = self.box_roi_pool(features, proposals, image_shapes)
+        logits, deltas = (x.float() for x in self.box_predictor(self.box_head(pooled)))
         if not self.training:
             boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
             detected = {"boxes": boxes, "scores": scores, "labels": labels}
