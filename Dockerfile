@@ -21,6 +21,7 @@ COPY aps aps
 COPY config config
 COPY workflow workflow
 COPY Snakefile ./
+RUN .venv/bin/python -m compileall -q aps
 
 FROM ${BASE}
 RUN apt-get update \

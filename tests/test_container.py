@@ -85,9 +85,14 @@ def test_both_files_install_the_same_the_same_way() -> None:
             assert line in steps, f"apptainer.def has, and the Dockerfile lacks: {line}"
     assert steps.count("pip install") == sum(line.count("pip install") for line in section("post"))
     assert steps.count("--constraint constraints.txt") == steps.count("pip install")
+    assert "compileall -q aps" in steps and any("compileall -q aps" in line for line in section("post"))
     assert [line.split()[0] for line in section("files")] == copied()
     exported = dict(re.findall(r"export (\w+)=(\S+)", "\n".join(section("environment"))))
-    assert exported == environment()
+    assert {key: value.removesuffix("-$(id") for key, value in exported.items()} == environment()
+    own = [line for line in section("environment") if line.startswith("export") and "/tmp/" in line]
+    assert own and all(
+        line.endswith("-$(id -u)") for line in own
+    )  # Apptainer's /tmp is the node's, shared by its users
 
 
 def test_the_build_context_holds_what_is_copied_and_nothing_else() -> None:

@@ -73,6 +73,7 @@ class Plan:
         self.written = study  # with the results folder as rules write it: Snakemake adds a module's `prefix`
         self._files, self._overrides = files, overrides
         self._python = sys.executable
+        self.in_apptainer, self._apptainer_args = False, ""
         self.is_module = False
         self.findings = Findings(study)
         self.folder = study_folder(study)
@@ -107,6 +108,8 @@ class Plan:
         deployed = {method.name for method in workflow.deployment_settings.deployment_method}
         if deployed & {"CONDA", "APPTAINER"}:
             plan._python = "python"
+        if "APPTAINER" in deployed:
+            plan.in_apptainer, plan._apptainer_args = True, str(workflow.deployment_settings.apptainer_args)
         plan.is_main = workflow.is_main_process
         plan.turns = TURN in workflow.global_resources
         gc.set_threshold(
@@ -187,7 +190,10 @@ class Plan:
             mark.unlink(missing_ok=True)
 
     def warn_of_environment(self) -> None:
-        """Warn of secrets in `--config` and of missing packages. Planning goes on: jobs may run on other machines."""
+        """Warn of secrets in `--config`, of missing packages, and of files that a container may lack.
+
+        Planning goes on: jobs may run on other machines.
+        """
         given = self._overrides.get("tracking_uri")
         if isinstance(given, str) and shown(given) != given.rstrip("/"):
             print(
@@ -195,6 +201,14 @@ class Plan:
                 "MLFLOW_TRACKING_URI",
                 file=sys.stderr,
             )
+        for file in map(Path.resolve, self._files) if self.in_apptainer else ():
+            bound = any(str(folder) in self._apptainer_args for folder in file.parents[:-1])
+            if not bound and not file.is_relative_to(Path.cwd()):
+                print(
+                    f"warning: {file} lies outside the working directory, so it may be missing in the container; add "
+                    f"--apptainer-args '--bind {file.parent}', or work in a folder above it",
+                    file=sys.stderr,
+                )
         from aps.detection import check_engine
 
         engines = {e.detection.engine for e in self.study.experiments.values() if "detection" in e.stages}
@@ -297,11 +311,6 @@ class Plan:
         """
         return f"{SHELL_PREFIX}{shlex.quote(self._python)}"
 
-    def attempt(self, wildcards: Any, resources: Any) -> str:
-        """The option by which a verb knows a retry. `use rule ... with: resources:` takes the resource away."""
-        number = getattr(resources, "attempt", None)
-        return f"--attempt {number}" if number is not None else ""
-
     def image(self) -> str:
         """The container of `--sdm apptainer`."""
         return self.study.container or DEFAULT_IMAGE
@@ -383,7 +392,12 @@ class Plan:
             **{key: getattr(resources, key, None) for key in ("processes", "nodes", "workers", "checkpoint_minutes")},
         }
         options = [f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in values.items() if v is not None]
-        return " ".join([self._config_options, *options])
+        return " ".join([self.config_options, *options, self._attempt(resources)])
+
+    def _attempt(self, resources: Any) -> str:
+        """The option by which a verb knows a retry. `use rule ... with: resources:` takes the resource away."""
+        number = getattr(resources, "attempt", None)
+        return f"--attempt {number}" if number is not None else ""
 
     def group(self, stage: str) -> str | None:
         """The group of a stage, if the profile has the resource `turn`; otherwise each stage is a separate job."""
@@ -412,15 +426,15 @@ class Plan:
     def source_options(self, wildcards: Any, resources: Any) -> str:
         source = self.study.source(self.datasets[wildcards.dataset])
         if isinstance(source, UserDataset):
-            return f"--entry {shlex.quote(source.model_dump_json(exclude_defaults=True))}"
+            return f"--entry {shlex.quote(source.model_dump_json(exclude_defaults=True))} {self._attempt(resources)}"
         path = f"--source {shlex.quote(source.path)}" if source.path else ""
-        return f"{path} {'' if source.download else '--no-download'}".strip()
+        return f"{path} {'' if source.download else '--no-download'} {self._attempt(resources)}".strip()
 
-    def config_options(self) -> str:
-        return self._config_options
+    def report_options(self, wildcards: Any, resources: Any) -> str:
+        return f"{self.config_options} {self._attempt(resources)}"
 
     @cached_property
-    def _config_options(self) -> str:
+    def config_options(self) -> str:
         """Options by which a verb reads the same study. Those of a module have no file, but all settings in `--set`."""
         address = self._overrides.get("tracking_uri")
         overrides = self._overrides | ({"tracking_uri": settled(address)} if isinstance(address, str) else {})

@@ -138,7 +138,7 @@ def test_command_lines_of_jobs_carry_no_secret(
     checkout(tmp_path)
     monkeypatch.chdir(tmp_path)
     plan = Plan.load(["study.yaml"], {"tracking_uri": f"http://me:{SECRET}@host"})
-    for text in (plan.config_options(), plan.options({}, {})):
+    for text in (plan.config_options, plan.options({}, {})):
         assert SECRET not in text and "http://host" in text
     plan.warn_of_environment()
     assert "holds a password or a token" in capsys.readouterr().err

@@ -131,7 +131,7 @@ def test_the_demo_is_the_same_study_as_a_module(monkeypatch: pytest.MonkeyPatch)
     demo = Plan.load(["config/config.yaml"], {}).study
     assert module.written == demo
     assert module.study == demo.model_copy(update={"results": "vision/results"})
-    args = parser().parse_args(["check", *shlex.split(module.config_options())])
+    args = parser().parse_args(["check", *shlex.split(module.config_options)])
     assert load_study(args.configfile, parse_overrides(args.overrides)) == module.study, "a job reads another study"
 
 
@@ -201,30 +201,57 @@ os.execvp(words[at + 1], words[at + 1 :])
 """
 
 
-@pytest.mark.soak
-@pytest.mark.slow
-def test_jobs_run_in_the_studys_container(tmp_path: Path) -> None:
-    inside, outside = tmp_path / "inside", tmp_path / "bin"
+def put_apptainer(folder: Path) -> str:
+    """Write the stand-in; returns the PATH on which it is. It lists what it is asked for in `asked`."""
+    inside, outside = folder / "inside", folder / "bin"
     inside.mkdir()
     outside.mkdir()
     (inside / "python").write_text(f'#!/bin/sh\necho "the container\'s" >&2\nexec {sys.executable} "$@"\n')
     for name in ("singularity", "apptainer"):
         (outside / name).write_text(
-            APPTAINER.format(python=sys.executable, log=str(tmp_path / "asked"), inside=str(inside))
+            APPTAINER.format(python=sys.executable, log=str(folder / "asked"), inside=str(inside))
         )
     for file in (inside / "python", outside / "singularity", outside / "apptainer"):
         file.chmod(0o755)
+    return f"{outside}:{os.environ['PATH']}"
+
+
+@pytest.mark.soak
+@pytest.mark.slow
+def test_jobs_run_in_the_studys_container(tmp_path: Path) -> None:
+    path = put_apptainer(tmp_path)
     (tmp_path / "mine.sif").write_text("")
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(SMALL | {"container": "mine.sif"}))
     run = snakemake(
         tmp_path, "knn", "--cores", "1", "--snakefile", str(SNAKEFILE), "--configfile", "study.yaml",
         "--sdm", "apptainer", "--apptainer-args", "--nv --bind /data",
-        PATH=f"{outside}:{os.environ['PATH']}",
+        PATH=path,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout
     asked = (tmp_path / "asked").read_text().splitlines()
     assert len(asked) == 3 and all("--nv --bind /data" in line and line.endswith("mine.sif") for line in asked), asked
     assert "the container's" in (tmp_path / "results/tiny/logs/aps/seed0/knn.log").read_text()
+
+
+def test_a_study_that_a_container_may_lack_is_told(tmp_path: Path) -> None:
+    """Snakemake shows a container the working directory; a site may show it more."""
+    path = put_apptainer(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(SMALL))
+    (tmp_path / "here/study.yaml").write_text(yaml.safe_dump(SMALL))
+    for study, bound, told in (
+        ("../study.yaml", "--nv", True),
+        ("../study.yaml", f"--nv --bind {tmp_path}", False),
+        ("study.yaml", "--nv", False),
+    ):
+        run = snakemake(
+            tmp_path / "here", "knn", "-n", "--quiet", "all", "--snakefile", str(SNAKEFILE), "--configfile", study,
+            "--sdm", "apptainer", f"--apptainer-args={bound}", PATH=path,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stdout
+        sentence = f"warning: {tmp_path}/study.yaml lies outside the working directory"
+        assert (sentence in run.stdout) == told, run.stdout
+        assert not told or f"add --apptainer-args '--bind {tmp_path}'" in run.stdout
 
 
 def test_the_conda_environment_is_python_alone_and_gets_the_tested_versions(tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ def test_options_are_quoted_for_the_shell(tmp_path: Path) -> None:
     whole = Plan.load([study], {"defaults": {"knn": {"k": [1]}}})
     assert whole.source_options(SimpleNamespace(dataset="digits"), None) == "--source '/my images' --no-download"
     assert whole.source_options(SimpleNamespace(dataset="digits_coco"), None) == ""
-    assert whole.config_options() == f"--configfile '{study}' --set 'defaults={{\"knn\": {{\"k\": [1]}}}}'"
+    assert whole.config_options == f"--configfile '{study}' --set 'defaults={{\"knn\": {{\"k\": [1]}}}}'"
 
 
 def test_text_that_is_no_yaml_in_config_is_one_sentence(tmp_path: Path) -> None:

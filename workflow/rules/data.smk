@@ -13,7 +13,6 @@ rule prepare_dataset:
         manifest=f"{RESULTS}/data/{{dataset}}/manifest.json",
     params:
         start=PLAN.start,
-        attempt=PLAN.attempt,
         # takes `resources`, so that Snakemake does not see a moved source as a changed job
         source=PLAN.source_options,
         name=PLAN.dataset_name,
@@ -32,4 +31,4 @@ rule prepare_dataset:
         PLAN.image()
     shell:
         "{params.start} -m aps data {params.name} --configfile --out {params.folder:q} {params.source}"
-        " {params.attempt} --mistake {log:q}.mistake 2>&1 | tee {log:q}"
+        " --mistake {log:q}.mistake 2>&1 | tee {log:q}"

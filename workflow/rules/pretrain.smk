@@ -13,7 +13,6 @@ rule pretrain_encoder:
         **PLAN.output("pretrain"),
     params:
         start=PLAN.start,
-        attempt=PLAN.attempt,
         options=PLAN.options,
     log:
         f"{FOLDER}/logs/{{experiment}}/seed{{seed}}/{{stage}}.log",
@@ -30,4 +29,4 @@ rule pretrain_encoder:
         PLAN.image()
     shell:
         "{params.start} -m aps {wildcards.stage} --experiment {wildcards.experiment} --seed {wildcards.seed}"
-        " {params.options} {params.attempt} --mistake {log:q}.mistake 2>&1 | tee {log:q}"
+        " {params.options} --mistake {log:q}.mistake 2>&1 | tee {log:q}"

@@ -16,8 +16,7 @@ rule report:
         ),
     params:
         start=PLAN.start,
-        attempt=PLAN.attempt,
-        study=lambda wildcards, resources: PLAN.config_options(),
+        study=PLAN.report_options,
         folder=lambda wildcards, output: Path(output.html).parent,
     log:
         f"{FOLDER}/logs/report.log",
@@ -33,4 +32,4 @@ rule report:
         PLAN.image()
     shell:
         "{params.start} -m aps report {params.study} --out {params.folder:q}"
-        " {params.attempt} --mistake {log:q}.mistake 2>&1 | tee {log:q}"
+        " --mistake {log:q}.mistake 2>&1 | tee {log:q}"
