@@ -304,7 +304,7 @@ def test_planning_and_help_import_nothing_heavy(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (MemoryError(), "knn: not enough memory; lower knn.batch_size"),
+        (MemoryError(), "knn: not enough memory; lower encoder.image_size"),
         (RuntimeError("CUDA out of memory"), "knn: not enough memory (CUDA out of memory)"),
         (RuntimeError("unable to mmap 9 bytes from file </torch_1>"), "set --workers 0"),
         (OSError(errno.ENOSPC, "No space left on device", "f.npy"), "f.npy: No space left on device; free space"),

@@ -30,6 +30,11 @@ FULL = (
     "failed to map segment",  # of a library
 )  # fmt: skip
 
+SIZES = {  # the settings that say how much memory a stage takes; of the others the encoder's alone
+    **{stage: f"{stage}.batch_size or encoder.image_size" for stage in ("pretrain", "finetune", "linear_probe")},
+    "detection": "detection.batch_size or detection.image_size",
+}
+
 
 def out_of_memory(error: BaseException, stage: str) -> str | None:
     """One sentence for an error that means too little memory, shared or other; None for any other error."""
@@ -40,20 +45,18 @@ def out_of_memory(error: BaseException, stage: str) -> str | None:
             f"{stage}: no shared memory for its decoding workers{short}; set --workers 0 (resources.{stage}.workers: 0), or "
             "make /dev/shm larger"
         )
+    smaller = f"lower {SIZES.get(stage, 'encoder.image_size')}"
     if isinstance(error, RuntimeError) and ("CUDA out of memory" in words or "CUBLAS_STATUS_ALLOC_FAILED" in words):
         cheaper = (
             " set pretrain.activation_checkpointing: true, raise pretrain.accumulate," if stage == "pretrain" else ""
         )
         return (
-            f"{stage}: not enough memory on the GPU{short}; lower {stage}.batch_size or encoder.image_size,{cheaper} or spread the "
-            f"batch over more GPUs by resources.{stage}.gpus"
+            f"{stage}: not enough memory{short} on the GPU; {smaller},{cheaper} or spread the batch over more GPUs by "
+            f"resources.{stage}.gpus"
         )
     full = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if full or any(sign in words.lower() for sign in FULL):
-        return (
-            f"{stage}: not enough memory{short}; lower {stage}.batch_size or encoder.image_size, set --workers 0, or ask for "
-            f"more by resources.{stage}.mem_mb"
-        )
+        return f"{stage}: not enough memory{short}; {smaller}, set --workers 0, or ask for more by resources.{stage}.mem_mb"
     return None
 
 

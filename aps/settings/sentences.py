@@ -28,7 +28,7 @@ def sentence(where: str, prefix: str, error: ValidationError, model: type[BaseMo
     if first["loc"] and first["loc"][-1] == "[key]":  # in a block whose keys are names, such as resources
         known = re.findall(r"'(\w+)'", str(first["msg"]))
         if first["type"] == "string_pattern_mismatch":  # the user's own names
-            return f"{where}: {prefix}{'.'.join(path[:-1])}: the name {shown(path[-1])} {_message(first)}{more}"
+            return f"{where}: {prefix}{'.'.join(path)}: the name {shown(path[-1])} {_message(first)}{more}"
         return f"{where}: {prefix}unknown key '{key}'; {nearest(path[-1], known)}{more}"
     if first["type"] == "missing":
         return f"{where}: {prefix}'{key}' is missing; add it{more}"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import platform
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,9 @@ import pytest
 import torch
 
 from aps.runtime.memory import lost_worker, out_of_memory
+from aps.settings.blocks import ResourceSettings
+from aps.settings.reading import load_study
+from aps.stages import STAGES
 
 CODE = """
 import resource, sys, torch
@@ -42,16 +46,16 @@ def test_freed_blocks_are_used_again_without_new_pages() -> None:
 @pytest.mark.parametrize(
     ("error", "setting"),
     [
-        (MemoryError(), "lower knn.batch_size"),
+        (MemoryError(), "lower encoder.image_size"),
         (MemoryError("Unable to allocate 8.00 GiB for an array"), "resources.knn.mem_mb"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-            "lower knn.batch_size",
+            "lower encoder.image_size",
         ),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "lower knn.batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "lower encoder.image_size"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "resources.knn.gpus"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "on the GPU"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), "lower knn.batch_size"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "lower encoder.image_size"),
         (RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), "--workers 0"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "make /dev/shm larger"),
     ],
@@ -59,6 +63,19 @@ def test_freed_blocks_are_used_again_without_new_pages() -> None:
 def test_too_little_memory_is_one_sentence_that_names_the_setting(error: Exception, setting: str) -> None:
     sentence = out_of_memory(error, "knn")
     assert sentence is not None and sentence.startswith("knn: ") and setting in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_the_settings_that_a_sentence_names_are_keys(stage: str, error: Exception) -> None:
+    sentence = out_of_memory(error, stage) or ""
+    named = re.findall(r"\b(?:resources\.\w+|[a-z]+(?:_[a-z]+)*)\.[a-z_]+\b", sentence)
+    assert len(named) >= 2, sentence
+    experiment = load_study([], {"experiments": {"e": {"dataset": "digits"}}}).experiments["e"]
+    for key in named:
+        block, name = key.rsplit(".", 1)
+        fields = ResourceSettings if block.startswith("resources.") else type(getattr(experiment, block))
+        assert name in fields.model_fields, key
 
 
 @pytest.mark.parametrize(

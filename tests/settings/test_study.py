@@ -253,7 +253,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "study named as a folder that all share": ({**one(), "study": "runs"}, 'study.yaml: study = "runs": is a folder of `results`'),
     "dataset of one's own that is no folder": (
         {**one(), "datasets": {"my photos": {"folder": "x"}}},
-        'study.yaml: datasets: the name "my photos" should be at most 100 letters, digits, _ . and -',
+        'study.yaml: datasets.my photos: the name "my photos" should be at most 100 letters, digits, _ . and -',
     ),
     "no file's content": ("", "study.yaml: no experiments; add an 'experiments:' block with at least one"),
     "not a block": ("- a", "study.yaml: a study is a block of keys (study, defaults, experiments), not a list"),
