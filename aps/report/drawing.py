@@ -24,16 +24,16 @@ PAPER = {INK: "#1d2429", LINE: "#d5dce0"}
 COLOURS = ("#2a7fd4", "#d9730d", "#1f9d6b", "#c2468f", "#8a63d2", "#a8860b", "#d0453c", "#2a9db0", "#7f8a91", "#9a6750")
 WRONG = COLOURS[6]  # red: a neighbour of another class
 DASHES = ("-", "--", ":", "-.")
-MARKERS = {
-    "o": "●",
-    "s": "■",
-    "^": "▲",
-    "D": "◆",
-    "v": "▼",
-    "P": "✚",
-    "X": "✖",
-    "*": "★",
-}  # and the letter that looks like it
+MARKERS = {  # as matplotlib names them, and as a path of SVG, 10 units wide
+    "o": "M5 1a4 4 0 1 0 .01 0z",
+    "s": "M1 1h8v8h-8z",
+    "^": "M5 0l5 9h-10z",
+    "D": "M5 0l5 5-5 5-5-5z",
+    "v": "M0 1h10l-5 9z",
+    "P": "M3.5 0h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5v-3h3.5z",
+    "X": "M2 0l3 3 3-3 2 2-3 3 3 3-2 2-3-3-3 3-2-2 3-3-3-3z",
+    "*": "M5 0l1.5 3.3 3.5.4-2.6 2.4.7 3.6-3.1-1.8-3.1 1.8.7-3.6L0 3.7l3.5-.4z",
+}
 PANEL_WIDTH = 3.6  # inches
 PANELS_IN_A_ROW = 3  # in a PNG file
 LEAST_POINTS = 10.0  # percentage points that an axis spans

@@ -173,7 +173,7 @@ def _notes(
 
 
 def _chips(picture: Picture) -> list[tuple[str, str, str, str]]:
-    """(name, colour, stroke-dasharray in SVG, marker as a letter) of each entry of a picture's legend."""
+    """(name, colour, stroke-dasharray in SVG, marker as a path of SVG) of each entry of a picture's legend."""
     dashes = {"-": "", "--": "5 3", ":": "1.5 2.5", "-.": "6 2 1.5 2"}
     return [(name, style.colour, dashes[style.dash], MARKERS[style.marker]) for name, style in picture.legend.items()]
 

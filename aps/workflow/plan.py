@@ -47,6 +47,7 @@ from aps.tracking.addresses import settled, shown, tracking_address
 from aps.workflow.resources import (
     BY_ATTEMPT,
     TURN,
+    attempt_number,
     check_resources,
     group,
     rule_resources,
@@ -74,6 +75,7 @@ class Plan:
         self._files, self._overrides = files, overrides
         self._python = sys.executable
         self.in_apptainer, self._apptainer_args = False, ""
+        self._outer: Any = None  # the workflow of which this one is a module
         self.is_module = False
         self.findings = Findings(study)
         self.folder = study_folder(study)
@@ -111,6 +113,7 @@ class Plan:
         if "APPTAINER" in deployed:
             plan.in_apptainer, plan._apptainer_args = True, str(workflow.deployment_settings.apptainer_args)
         plan.is_main = workflow.is_main_process
+        plan._outer = workflow if plan.is_module else None
         plan.turns = TURN in workflow.global_resources
         gc.set_threshold(
             100_000, 50, 100
@@ -331,6 +334,7 @@ class Plan:
 
     def inputs(self, wildcards: Any) -> dict[str, Any]:
         """The dataset's manifest and, if the stage starts from one, the encoder."""
+        self._keep_attempts()
         settings = self._settings(wildcards)
         files = {"manifest": manifest_of(self.written, settings.dataset_name)}
         if STAGES[settings.stage].encoder:
@@ -359,11 +363,13 @@ class Plan:
 
     def data_inputs(self, wildcards: Any) -> dict[str, str]:
         """The mark, if the files from which the dataset was prepared have changed."""
+        self._keep_attempts()
         changed = self.is_main and self.findings.why_outdated(self.datasets[wildcards.dataset])
         return {"outdated": self.outdated} if changed else {}
 
     def report_inputs(self, wildcards: Any) -> dict[str, Any]:
         """Every metrics.json. The report is made again if it does not show the results as they are now."""
+        self._keep_attempts()
         exists, old = (self.report / "report.html").exists(), self._report_is_old()
         current = exists and not old
         if current and self.is_main:
@@ -372,6 +378,16 @@ class Plan:
 
     def _report_is_old(self) -> bool:
         return (self.report / "report.html").exists() and not self.findings.report_is_current(self.report)
+
+    def _keep_attempts(self) -> None:
+        """Give rules the resource `attempt` back, which `use rule ... with: resources:` took away with all others.
+
+        A value in `params` would not do: it stays that of the first attempt. Inputs are asked for before resources are.
+        """
+        outer, self._outer = self._outer, None
+        for rule in outer.rules if outer is not None else ():
+            if "{resources.attempt}" in (rule.shellcmd or "") and "attempt" not in rule.resources:
+                rule.resources["attempt"] = attempt_number
 
     def _inputs(self, files: dict[str, Any], current: bool, stale: bool) -> dict[str, Any]:
         """`files` as inputs by which Snakemake runs a job exactly if its result is not `current`.
@@ -392,12 +408,7 @@ class Plan:
             **{key: getattr(resources, key, None) for key in ("processes", "nodes", "workers", "checkpoint_minutes")},
         }
         options = [f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in values.items() if v is not None]
-        return " ".join([self.config_options, *options, self._attempt(resources)])
-
-    def _attempt(self, resources: Any) -> str:
-        """The option by which a verb knows a retry. `use rule ... with: resources:` takes the resource away."""
-        number = getattr(resources, "attempt", None)
-        return f"--attempt {number}" if number is not None else ""
+        return " ".join([self.config_options, *options])
 
     def group(self, stage: str) -> str | None:
         """The group of a stage, if the profile has the resource `turn`; otherwise each stage is a separate job."""
@@ -426,12 +437,12 @@ class Plan:
     def source_options(self, wildcards: Any, resources: Any) -> str:
         source = self.study.source(self.datasets[wildcards.dataset])
         if isinstance(source, UserDataset):
-            return f"--entry {shlex.quote(source.model_dump_json(exclude_defaults=True))} {self._attempt(resources)}"
+            return f"--entry {shlex.quote(source.model_dump_json(exclude_defaults=True))}"
         path = f"--source {shlex.quote(source.path)}" if source.path else ""
-        return f"{path} {'' if source.download else '--no-download'} {self._attempt(resources)}".strip()
+        return f"{path} {'' if source.download else '--no-download'}".strip()
 
     def report_options(self, wildcards: Any, resources: Any) -> str:
-        return f"{self.config_options} {self._attempt(resources)}"
+        return self.config_options
 
     @cached_property
     def config_options(self) -> str:

@@ -35,6 +35,11 @@ def rule_threads(study: Study, stage: str) -> Callable[[Any], int]:
     return threads
 
 
+def attempt_number(wildcards: Any, attempt: int) -> int:
+    """For the verb, which does not repeat an attempt that ended in a mistake."""
+    return attempt
+
+
 def rule_resources(study: Study, stage: str, together: bool = False) -> dict[str, Callable[..., Any]]:
     """For each resource a function of the wildcards, and perhaps the attempt. None means the executor's default.
 
@@ -50,12 +55,12 @@ def rule_resources(study: Study, stage: str, together: bool = False) -> dict[str
     def mem_mb(wildcards: Any, attempt: int) -> int:
         return int((_settings(study, stage, wildcards).mem_mb or 0) * (1 + MEMORY_GROWTH * (attempt - 1)))
 
-    memory = {"mem_mb": mem_mb} if any(r.mem_mb for r in _variants(study, stage).values()) else {}
+    by_attempt: dict[str, Callable[..., Any]] = {"attempt": attempt_number}
+    if any(r.mem_mb for r in _variants(study, stage).values()):
+        by_attempt["mem_mb"] = mem_mb
     return (
-        memory
+        by_attempt
         | {
-            # For the verb, which does not repeat an attempt that ended in a mistake.
-            "attempt": lambda wildcards, attempt: attempt,
             "processes": resource(_processes),
             "workers": resource(lambda r: r.workers),
             "checkpoint_minutes": resource(lambda r: str(r.checkpoint_minutes) if r.checkpoint_minutes else None),

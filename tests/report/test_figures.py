@@ -88,7 +88,7 @@ def test_a_legend_shows_what_is_drawn(study: Study) -> None:
         if picture.marks:
             assert {(style.colour, style.marker) for style in picture.legend.values()} <= marks
     chips = _chips(next(p for p in all_figures(table(study), is_intact) if p.name == "score-cost"))
-    assert len({(colour, letter) for _, colour, _, letter in chips}) == len(chips) > 1
+    assert len({(colour, mark) for _, colour, _, mark in chips}) == len(chips) > 1
 
 
 def test_scores_against_cost_need_two_experiments_of_which_all_has_run(study: Study) -> None:

@@ -93,7 +93,7 @@ def test_a_rule_takes_other_resources_and_the_users_weights_are_found_beside_the
     assert run.returncode == 0, run.stdout
     jobs = dict(re.findall(r"rule vision_(\w+):\n((?: .*\n)+)", run.stdout))
     for rule in ("prepare_dataset", "knn_encoder", "report"):
-        assert "mem_mb=1234" in jobs[rule], jobs[rule]
+        assert "mem_mb=1234" in jobs[rule] and "attempt=1" in jobs[rule], jobs[rule]
     assert f", {outer}/mine.safetensors\n" in run.stdout
 
 

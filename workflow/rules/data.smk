@@ -31,4 +31,4 @@ rule prepare_dataset:
         PLAN.image()
     shell:
         "{params.start} -m aps data {params.name} --configfile --out {params.folder:q} {params.source}"
-        " --mistake {log:q}.mistake 2>&1 | tee {log:q}"
+        " --attempt {resources.attempt} --mistake {log:q}.mistake 2>&1 | tee {log:q}"

@@ -29,4 +29,4 @@ rule pretrain_encoder:
         PLAN.image()
     shell:
         "{params.start} -m aps {wildcards.stage} --experiment {wildcards.experiment} --seed {wildcards.seed}"
-        " {params.options} --mistake {log:q}.mistake 2>&1 | tee {log:q}"
+        " {params.options} --attempt {resources.attempt} --mistake {log:q}.mistake 2>&1 | tee {log:q}"

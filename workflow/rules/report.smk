@@ -32,4 +32,4 @@ rule report:
         PLAN.image()
     shell:
         "{params.start} -m aps report {params.study} --out {params.folder:q}"
-        " --mistake {log:q}.mistake 2>&1 | tee {log:q}"
+        " --attempt {resources.attempt} --mistake {log:q}.mistake 2>&1 | tee {log:q}"
