@@ -92,7 +92,7 @@ def test_every_rule_that_runs_a_verb_notes_a_mistake() -> None:
     for file in (ROOT / "workflow/rules").glob("*.smk"):
         text = file.read_text()
         if "-m aps " in text:
-            assert "{params.attempt} --mistake {log:q}.mistake" in text, file
+            assert "--attempt {resources.attempt} --mistake {log:q}.mistake" in text, file
 
 
 BROKEN = "not weights"
