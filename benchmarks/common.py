@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "aps-vit")
 OURS, OTHER = "#1f6f8b", "#9aa5ab"  # colours of every plot
 
@@ -45,6 +47,19 @@ def seconds(function: Callable[[], Any]) -> float:
     function()
     synchronize()
     return time.perf_counter() - start
+
+
+def timed(*command: str, folder: str | Path = ".") -> dict[str, float]:
+    """CPU and wall seconds of a command, and the number of lines it prints. It must succeed."""
+    # Where Slurm's tools are installed and no controller answers, Snakemake's plugin waits ten seconds for it.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SLURM_CONF": os.devnull}
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"cpu": cpu, "wall": wall, "lines": done.stdout.count("\n")}
 
 
 def synchronize() -> None:

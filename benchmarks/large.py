@@ -14,9 +14,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,35 +36,16 @@ from aps.runtime.processes import Distributed
 from aps.settings.blocks import SourceSettings, ViewSettings
 from aps.training.batches import Batches
 from aps.views import View
-from benchmarks.common import arguments, plot, row, spread, write
+from benchmarks.common import ROOT, arguments, plot, row, spread, timed, write
 
 COUNTS = (10_000, 100_000, 1_281_167)  # the last: ImageNet-1K's train images
 DISTINCT = 64  # files, because a file system allows some ten thousand links to each
 CLASSES = 1_000
 TEST = 10_000  # test images of `--stages`
-STUDY: dict[str, Any] = {
-    "study": "large",
-    "datasets": {"large": {"folder": "photos"}},
-    "defaults": {
-        "dataset": "large",
-        "seeds": [0],
-        "stages": ["linear_probe", "knn"],
-        "encoder": {
-            "arch": "micro",
-            "dim": 64,
-            "depth": 2,
-            "heads": 2,
-            "image_size": 32,
-            "patch_size": 8,
-            "weights": "random",
-        },
-    },
-    "experiments": {"floor": {}},
-}
-ROOT = Path(__file__).parent.parent
+TREE, PHOTOS = "tree", "photos"  # the latter with the splits that the study of `--stages` needs
 
 
-def lay_out(root: Path, count: int, classes: int, tree: str = "tree") -> None:
+def lay_out(root: Path, count: int, classes: int, tree: str) -> None:
     random = np.random.default_rng(0)
     (root / "files").mkdir(parents=True, exist_ok=True)
     for i in range(DISTINCT):
@@ -91,7 +70,7 @@ def measure(root: Path, count: int, classes: int) -> dict[str, float]:
         measured[what] = time.process_time() - start
         return result
 
-    tree, home = root / "tree", root / "prepared"
+    tree, home = root / TREE, root / "prepared"
     home.mkdir()
     timed("walk", lambda: walk(tree))
     survey = timed("survey", lambda: trees.survey(tree))
@@ -130,35 +109,38 @@ def measure(root: Path, count: int, classes: int) -> dict[str, float]:
     return measured
 
 
+def study(count: int) -> dict[str, Any]:
+    """A study in which every one of `count` training images is read."""
+    encoder = {
+        "arch": "micro",
+        "dim": 64,
+        "depth": 2,
+        "heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "weights": "random",
+    }
+    return {
+        "study": "large",
+        "datasets": {"large": {"folder": PHOTOS}},
+        "experiments": {
+            "floor": {
+                "dataset": "large", "seeds": [0], "stages": ["linear_probe", "knn"], "encoder": encoder,
+                "linear_probe": {"epochs": 1, "batch_size": min(512, count // 4)},
+            }
+        },
+    }  # fmt: skip
+
+
 def run_stages(root: Path, count: int, classes: int) -> dict[str, float]:
-    """Seconds of each target of the study, and GiB of its stages."""
-    shutil.rmtree(root / "tree")
-    lay_out(root, count, classes, "photos/train")
-    lay_out(root, max(classes, min(TEST, count // 4)), classes, "photos/test")
-    probe = {"epochs": 1, "batch_size": min(512, count // 4)}
-    study = STUDY | {"defaults": {**STUDY["defaults"], "linear_probe": probe}}
-    (root / "large.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "SLURM_CONF": os.devnull}
-    snakemake = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--snakefile",
-        str(ROOT / "Snakefile"),
-        "--configfile",
-        "large.yaml",
-    ]
+    """Seconds of each target of the study, and MiB of its stages."""
+    lay_out(root, max(classes, min(TEST, count // 4)), classes, f"{PHOTOS}/test")
+    (root / "large.yaml").write_text(yaml.safe_dump(study(count), sort_keys=False))
+    snakemake = (sys.executable, "-m", "snakemake", "--cores", "all", "--snakefile", str(ROOT / "Snakefile"))
     measured: dict[str, float] = {}
     for target in ("data", "linear_probe", "knn", "report"):
-        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        done = subprocess.run(
-            [*snakemake, "--cores", "all", "--", target], cwd=root, env=environment, capture_output=True, text=True
-        )
-        wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-        if done.returncode:
-            sys.exit(f"{target}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-        measured[f"{target}, wall time"] = wall
-        measured[f"{target}, CPU time"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        times = timed(*snakemake, "--configfile", "large.yaml", "--", target, folder=root)
+        measured |= {f"{target}, wall time": times["wall"], f"{target}, CPU time": times["cpu"]}
     for stage in ("linear_probe", "knn"):
         metrics = json.loads((root / f"results/large/floor/seed0/{stage}/metrics.json").read_text())
         measured[f"{stage}, peak memory, MiB"] = 1000**3 * metrics["cost"]["peak_memory_gb"] / 2**20
@@ -178,7 +160,7 @@ def main() -> None:
         root, classes = Path(tempfile.mkdtemp(prefix="large-")), min(CLASSES, count // 10)
         try:
             start = time.process_time()
-            lay_out(root, count, classes)
+            lay_out(root, count, classes, f"{PHOTOS}/train" if args.stages else TREE)
             results[count] = {"links made": time.process_time() - start}
             results[count] |= (run_stages if args.stages else measure)(root, count, classes)
         finally:

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +25,8 @@ from aps.settings.blocks import SourceSettings
 from aps.settings.reading import load_study
 from aps.settings.study import Study
 from aps.stages import STAGES
-from benchmarks.common import arguments, plot, row, spread, write
+from benchmarks.common import ROOT, arguments, plot, row, spread, timed, write
 
-ROOT = Path(__file__).parent.parent
 SEEDS, STAGES_RUN = 3, ("pretrain", "finetune", "linear_probe", "knn")
 
 BARE = """
@@ -94,19 +90,6 @@ def finish(study: Study) -> None:
             "padding": "x" * 3000,  # as large as hardware, packages and cost
         }  # fmt: skip
         (folder / "metrics.json").write_text(json.dumps(seal(metrics), indent=2))
-
-
-def timed(*command: str, folder: str = ".") -> dict[str, float]:
-    """CPU and wall seconds of a command, and the number of lines it prints. It must succeed."""
-    # Where Slurm's tools are installed and no controller answers, Snakemake's plugin waits ten seconds for it.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "SLURM_CONF": os.devnull}
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"cpu": cpu, "wall": wall, "lines": done.stdout.count("\n")}
 
 
 def main() -> None:

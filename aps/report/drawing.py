@@ -23,8 +23,9 @@ PAPER = {INK: "#1d2429", LINE: "#d5dce0"}
 # Distinct also for people who do not see red or green, and legible on white and on black.
 COLOURS = ("#2a7fd4", "#d9730d", "#1f9d6b", "#c2468f", "#8a63d2", "#a8860b", "#d0453c", "#2a9db0", "#7f8a91", "#9a6750")
 WRONG = COLOURS[6]  # red: a neighbour of another class
-DASHES = ("-", "--", ":", "-.")
-MARKERS = {  # as matplotlib names them, and as a path of SVG, 10 units wide
+# As matplotlib names them; in a page's legend a `stroke-dasharray` and a path, 10 units wide.
+DASHES = {"-": "", "--": "5 3", ":": "1.5 2.5", "-.": "6 2 1.5 2"}
+MARKERS = {
     "o": "M5 1a4 4 0 1 0 .01 0z",
     "s": "M1 1h8v8h-8z",
     "^": "M5 0l5 9h-10z",
@@ -56,9 +57,9 @@ class Style(NamedTuple):
 
 def make_styles(names: Sequence[str]) -> dict[str, Style]:
     """A style for each name. When all colours are used, they start again with another kind of line."""
-    count, markers = len(COLOURS), list(MARKERS)
+    count, dashes, markers = len(COLOURS), list(DASHES), list(MARKERS)
     return {
-        name: Style(COLOURS[i % count], DASHES[i // count % len(DASHES)], markers[i % len(markers)])
+        name: Style(COLOURS[i % count], dashes[i // count % len(dashes)], markers[i % len(markers)])
         for i, name in enumerate(names)
     }
 

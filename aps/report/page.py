@@ -23,7 +23,7 @@ from aps.files import atomic_path, read_json, write_bytes
 from aps.findings import STAMP, Finding, Findings
 from aps.report import csv_file
 from aps.report.differences import differing, shown
-from aps.report.drawing import MARKERS, Picture
+from aps.report.drawing import DASHES, MARKERS, Picture
 from aps.report.figures import all_figures
 from aps.report.table import SMALL_TEST, Column, Run, Table, machine
 from aps.results import flatten
@@ -174,8 +174,7 @@ def _notes(
 
 def _chips(picture: Picture) -> list[tuple[str, str, str, str]]:
     """(name, colour, stroke-dasharray in SVG, marker as a path of SVG) of each entry of a picture's legend."""
-    dashes = {"-": "", "--": "5 3", ":": "1.5 2.5", "-.": "6 2 1.5 2"}
-    return [(name, style.colour, dashes[style.dash], MARKERS[style.marker]) for name, style in picture.legend.items()]
+    return [(name, style.colour, DASHES[style.dash], MARKERS[style.marker]) for name, style in picture.legend.items()]
 
 
 def _facts(table: Table) -> dict[str, list[str]]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from aps.errors import Preempted, UserError
 from aps.runtime.ranks import ranks
+from aps.text import number_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def _device(asked: str) -> torch.device:
         raise UserError(f"APS_DEVICE={asked}: torch sees no GPU here; set APS_DEVICE=cpu, or unset it")
     device, count = torch.device(asked), torch.cuda.device_count() if available else 0
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(f"APS_DEVICE={asked}: torch sees {count} GPU{'s' * (count > 1)} here, the first is cuda:0")
+        raise UserError(f"APS_DEVICE={asked}: torch sees {number_of(count, 'GPU')} here, the first is cuda:0")
     return device
 
 
@@ -67,7 +68,7 @@ def _check_count(world: int) -> None:
     here, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if world > 1 and here > count:
         raise UserError(
-            f"{here} processes on a machine with {count} GPU{'s' * (count > 1)}: each needs its own; start {count}, or set "
+            f"{here} processes on a machine with {number_of(count, 'GPU')}: each needs its own; start {count}, or set "
             "APS_DEVICE=cpu"
         )
 

@@ -74,7 +74,7 @@ class Plan:
         self.written = study  # with the results folder as rules write it: Snakemake adds a module's `prefix`
         self._files, self._overrides = files, overrides
         self._python = sys.executable
-        self.in_apptainer, self._apptainer_args = False, ""
+        self._apptainer_args: str | None = None  # None: jobs don't run in a container
         self._outer: Any = None  # the workflow of which this one is a module
         self.is_module = False
         self.findings = Findings(study)
@@ -111,7 +111,7 @@ class Plan:
         if deployed & {"CONDA", "APPTAINER"}:
             plan._python = "python"
         if "APPTAINER" in deployed:
-            plan.in_apptainer, plan._apptainer_args = True, str(workflow.deployment_settings.apptainer_args)
+            plan._apptainer_args = str(workflow.deployment_settings.apptainer_args)
         plan.is_main = workflow.is_main_process
         plan._outer = workflow if plan.is_module else None
         plan.turns = TURN in workflow.global_resources
@@ -204,9 +204,10 @@ class Plan:
                 "MLFLOW_TRACKING_URI",
                 file=sys.stderr,
             )
-        for file in map(Path.resolve, self._files) if self.in_apptainer else ():
-            bound = any(str(folder) in self._apptainer_args for folder in file.parents[:-1])
-            if not bound and not file.is_relative_to(Path.cwd()):
+        apptainer = self._apptainer_args
+        for file in map(Path.resolve, self._files):
+            shown_to_jobs = apptainer is None or any(str(folder) in apptainer for folder in file.parents[:-1])
+            if not shown_to_jobs and not file.is_relative_to(Path.cwd()):
                 print(
                     f"warning: {file} lies outside the working directory, so it may be missing in the container; add "
                     f"--apptainer-args '--bind {file.parent}', or work in a folder above it",
@@ -440,9 +441,6 @@ class Plan:
             return f"--entry {shlex.quote(source.model_dump_json(exclude_defaults=True))}"
         path = f"--source {shlex.quote(source.path)}" if source.path else ""
         return f"{path} {'' if source.download else '--no-download'}".strip()
-
-    def report_options(self, wildcards: Any, resources: Any) -> str:
-        return self.config_options
 
     @cached_property
     def config_options(self) -> str:

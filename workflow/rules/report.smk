@@ -16,7 +16,7 @@ rule report:
         ),
     params:
         start=PLAN.start,
-        study=PLAN.report_options,
+        study=lambda wildcards, resources: PLAN.config_options,
         folder=lambda wildcards, output: Path(output.html).parent,
     log:
         f"{FOLDER}/logs/report.log",
