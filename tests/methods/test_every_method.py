@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rivals
 import small
 import torch
 import torch.distributed as dist
@@ -139,3 +140,15 @@ def test_without_negatives_and_batch_norm_a_step_is_the_same_however_its_batch_i
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(cut, whole, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_head_ends_in_a_single_number(name: str) -> None:
+    """Normalized, one number is 1 or -1: the loss stays where it is and nothing is learned, without a word."""
+    method = METHODS.load(name)
+    for key, field in method.Settings.model_fields.items():
+        value = field.default
+        if key in ("prototypes", "projector", "predictor", "head"):
+            one: Any = [*value[:-1], 1] if isinstance(value, tuple) else 1
+            with pytest.raises(ValueError, match="greater than or equal to 2"):
+                rivals.experiment(method, **{key: one})

@@ -127,6 +127,7 @@ def test_one_view_without_colours() -> None:
     ("own", "message"),
     [
         ({"mask_ratio": 0.99}, "pretrain.mask_ratio 0.99 leaves none of 16 cells; lower it"),
+        ({"mask_ratio": 1e-17}, "pretrain.mask_ratio 1e-17 masks none of 16 cells; raise it"),
         ({"decoder_dim": 18, "decoder_heads": 2}, "pretrain.decoder_dim 18 is not a multiple of 4"),
         ({"decoder_dim": 20, "decoder_heads": 3}, "20 is not a multiple of pretrain.decoder_heads 3"),
     ],
