@@ -35,9 +35,7 @@ class APS(Method):
 
     class Settings(PretrainSettings):
         temperature: Temperature = Field(0.1, description="tau of the contrastive loss")
-        projector: tuple[Positive, Positive, Plural] = Field(
-            (512, 512, 128), description="widths of its three layers"
-        )
+        projector: tuple[Positive, Positive, Plural] = Field((512, 512, 128), description="widths of its three layers")
         predictor: tuple[Positive, Positive, Plural] = Field(
             (512, 512, 128), description="widths of its three layers; the last equals the projector's"
         )
