@@ -144,7 +144,7 @@ def _program() -> str:
 
 def _page(study: Study, address: str) -> str:
     """The fragment of the study's page, from the tracking.json of a run: no server is asked."""
-    for file in sorted(study_folder(study).glob("*/seed*/*/tracking.json")):
+    for file in study_folder(study).glob("*/seed*/*/tracking.json"):  # not sorted: the first will do
         state = read_state(file)
         if state is not None and state.address == address and state.experiment_id is not None:
             return _fragment(study, state.experiment_id)
