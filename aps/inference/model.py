@@ -350,7 +350,7 @@ class Model(Loaded):
     def _run(self, pixels: list[Tensor], compute: Callable[[Tensor], Tensor]) -> Tensor:
         x = self.preprocessing.normalize(torch.stack(pixels).to(self.device, non_blocking=True))
         with self.precision.autocast():
-            return compute(x).float().cpu()
+            return compute(x).float().cpu().clone()  # a view of the class token would hold all tokens in memory
 
     def _computed(
         self,

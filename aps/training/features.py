@@ -120,15 +120,16 @@ def features(
     size = encoder.patch_embed.img_size[0]
     part = -(-len(split) // distributed.world)
     rows = range(min(len(split), distributed.rank * part), min(len(split), (distributed.rank + 1) * part))
-    batches = []
+    local = torch.empty(len(rows), encoder.embed_dim, device=distributed.device)
+    done = 0
     with Progress(label, len(rows), "images", shown=distributed.main) as progress:
         for images in images_of(split, size, distributed.device, rows, workers):
             with precision.autocast():
                 batch = encoder(normalize(images, normalization))
-            batches.append(batch.float())
+            local[done : done + len(images)] = batch  # copied: a view of the class token holds all tokens in memory
+            done += len(images)
             progress.update(len(images), len(images))
     encoder.train(training)
-    local = torch.cat(batches) if batches else torch.empty(0, encoder.embed_dim, device=distributed.device)
     if distributed.world == 1:
         return local
     padded = torch.nn.functional.pad(local, (0, 0, 0, part - len(local)))

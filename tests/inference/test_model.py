@@ -32,6 +32,15 @@ def test_batches_of_any_size_give_the_same_embeddings_in_order(stages: Path) -> 
     assert torch.allclose(model.embed(images[3]), whole[3:4], atol=1e-5)
 
 
+def test_what_a_batch_gives_holds_no_more_memory_than_it_shows(stages: Path) -> None:
+    """A view of the class token would keep every token of every image until the last batch."""
+    model = load(stages / "finetune")
+    for compute in (model.features_of, model.attention_of, model.probabilities_of):
+        for count in (1, 5):
+            found = compute([torch.rand(3, 32, 32) for _ in range(count)])
+            assert found.untyped_storage().nbytes() == found.nbytes
+
+
 def test_mixed_images_are_embedded_together(stages: Path, finished: Path) -> None:
     model, file = load(stages / "pretrain"), finished / "photos/red/000.jpg"
     found = model.embed([file, str(file), PIL.Image.open(file), some(1)[0]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,31 @@ from torch import Tensor
 from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.errors import UserError
-from aps.models.encoder import build_encoder
+from aps.models.encoder import Encoder, build_encoder
 from aps.runtime.precision import Precision
 from aps.settings.blocks import KnnSettings
 from aps.training import knn
 from aps.training.features import features, normalize, resized
 from aps.training.knn import knn_accuracy, monitor
+
+
+def test_features_let_the_tokens_of_earlier_batches_go(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class token is a view of all tokens, which at 1.28 million images would be hundreds of gigabytes."""
+    monkeypatch.setattr("aps.training.features.BATCH", 64)
+    batches: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    class Counting(Encoder):
+        def forward(self, images: Tensor) -> Tensor:
+            alive.append(sum(reference() is not None for reference in batches))
+            tokens = self.tokens(images).numpy().copy()
+            batches.append(weakref.ref(tokens))
+            return torch.from_numpy(tokens)[:, 0]
+
+    encoder, split = build_encoder(small.ENCODER), load_split(digits, "train")
+    encoder.__class__ = Counting
+    features(encoder, split, ((0.0,) * 3, (1.0,) * 3), small.ONE, Precision("fp32", small.ONE.device))
+    assert len(batches) > 3 and max(alive) <= 1
 
 
 def by_hand(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int, temperature: float) -> float:
