@@ -77,6 +77,9 @@ lock:  ## uv.lock, and constraints.txt from it (needs uv); LOCK=--upgrade takes 
 	uv export --quiet --frozen --no-hashes --no-emit-project --no-annotate --no-header --all-extras --no-extra detectron2 | \
 	awk -F ' ; ' '{ line[NR] = $$0; pin[NR] = $$1; split($$1, part, "=="); name[NR] = part[1]; times[part[1]]++ } \
 	END { for (i = 1; i <= NR; i++) print (times[name[i]] > 1) ? line[i] : pin[i] }'; } > constraints.txt
+	$(PYTHON) -c 'import hashlib, pathlib, re; digest = hashlib.sha256(pathlib.Path("constraints.txt").read_bytes()).hexdigest(); \
+	script = pathlib.Path("workflow/envs/aps.post-deploy.sh"); \
+	script.write_text(re.sub("(?m)^# constraints.txt .*", "# constraints.txt " + digest, script.read_text()))'
 
 install: $(VENV)/.installed  ## the environment alone, in .venv
 

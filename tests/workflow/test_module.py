@@ -3,10 +3,12 @@ its own."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import OrderedDict
@@ -254,15 +256,47 @@ def test_a_study_that_a_container_may_lack_is_told(tmp_path: Path) -> None:
         assert not told or f"add --apptainer-args '--bind {tmp_path}'" in run.stdout
 
 
+POST_DEPLOY = ROOT / "workflow/envs/aps.post-deploy.sh"
+
+
+def deploy(folder: Path, active: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the script as Snakemake does, on an environment in `folder` whose Python is a stand-in, while `active` is
+    the folder of the Python that is found."""
+    (folder / "env/bin").mkdir(parents=True, exist_ok=True)
+    (folder / "env/bin/python").write_text('#!/bin/sh\necho "$@ ${PYTHONPATH:-}"\n')
+    (folder / "env/bin/python").chmod(0o755)
+    script = shutil.copy(POST_DEPLOY, folder / "env.post-deploy.sh")
+    return subprocess.run(
+        ["bash", script], env={"PATH": f"{active}:/usr/bin:/bin", **environment}, capture_output=True, text=True
+    )
+
+
 def test_the_conda_environment_is_python_alone_and_gets_the_tested_versions(tmp_path: Path) -> None:
-    """conda itself is not run: the file and, with a stand-in for pip, the script that Snakemake runs in it."""
+    """conda itself is not run: the file and, with a stand-in for Python, the script that Snakemake runs in it."""
     environment = yaml.safe_load((ROOT / "workflow/envs/aps.yaml").read_text())
     assert environment["dependencies"] == ["python =3.11", "pip"]
-    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
-    (tmp_path / "python").chmod(0o755)
-    script = ["bash", str(ROOT / "workflow/envs/aps.post-deploy.sh")]
-    own = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    run = subprocess.run(script, env=own | {"APS_SOURCE": str(ROOT)}, capture_output=True, text=True)
-    assert run.stdout == f"-m pip install --no-cache-dir --constraint {ROOT}/constraints.txt --editable {ROOT}\n"
-    run = subprocess.run(script, env=own, capture_output=True, text=True)
-    assert run.returncode == 1 and "set APS_SOURCE to a clone of the repository" in run.stderr
+    assert environment["channels"] == ["conda-forge"] and environment["variables"] == {"PYTHONNOUSERSITE": "1"}
+    run = deploy(tmp_path, tmp_path / "env/bin", APS_SOURCE=str(ROOT), PYTHONPATH="/modules")
+    assert run.stdout == f"-m pip install --no-cache-dir --constraint {ROOT}/constraints.txt --editable {ROOT} \n"
+
+
+def test_new_versions_make_a_new_conda_environment() -> None:
+    digest = hashlib.sha256((ROOT / "constraints.txt").read_bytes()).hexdigest()
+    assert f"\n# constraints.txt {digest}\n" in POST_DEPLOY.read_text(), "run `make lock`"
+
+
+@pytest.mark.parametrize(
+    ("source", "active", "sentence"),
+    [
+        ("", "env", "'' has no pyproject.toml; set APS_SOURCE to a clone of the repository"),
+        (str(ROOT), "other", "conda did not activate "),
+    ],
+)
+def test_a_conda_environment_that_cannot_be_made_is_one_sentence(
+    source: str, active: str, sentence: str, tmp_path: Path
+) -> None:
+    """Another Python that is found, because the activation failed, stays as it is."""
+    (tmp_path / "other/bin").mkdir(parents=True)
+    (tmp_path / "other/bin/python").symlink_to(sys.executable)
+    run = deploy(tmp_path, tmp_path / active / "bin", APS_SOURCE=source)
+    assert run.returncode == 1 and run.stderr.startswith(f"error: {sentence}") and run.stdout == ""
