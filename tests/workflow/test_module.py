@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from snakemake.common.configfile import load_configfile
-from tiny_study import STUDY, put
+from tiny_study import STUDY, checkout, put
 
 from aps.cli import parser
 from aps.settings.reading import load_study, parse_overrides, read_value
@@ -254,6 +254,18 @@ def test_a_study_that_a_container_may_lack_is_told(tmp_path: Path) -> None:
         sentence = f"warning: {tmp_path}/study.yaml lies outside the working directory"
         assert (sentence in run.stdout) == told, run.stdout
         assert not told or f"add --apptainer-args '--bind {tmp_path}'" in run.stdout
+
+
+def test_an_environment_for_jobs_makes_no_result_old(tmp_path: Path) -> None:
+    """Snakemake has recorded the first run's environment."""
+    checkout(tmp_path)
+    path = put_apptainer(tmp_path)
+    (tmp_path / "aps.sif").write_text("")
+    options = ("data", "--cores", "1", "--configfile", "study.yaml")
+    run = snakemake(tmp_path, *options)
+    assert run.returncode == 0, run.stdout
+    run = snakemake(tmp_path, *options, "-n", "--sdm", "apptainer", PATH=path)
+    assert "Nothing to be done" in run.stdout, run.stdout
 
 
 POST_DEPLOY = ROOT / "workflow/envs/aps.post-deploy.sh"
