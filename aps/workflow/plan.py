@@ -73,7 +73,7 @@ class Plan:
         self.study = study
         self.written = study  # with the results folder as rules write it: Snakemake adds a module's `prefix`
         self._files, self._overrides = files, overrides
-        self._python = sys.executable
+        self._python, self._elsewhere = sys.executable, False  # elsewhere: jobs run in an environment of their own
         self._apptainer_args: str | None = None  # None: jobs don't run in a container
         self._outer: Any = None  # the workflow of which this one is a module
         self.is_module = False
@@ -109,7 +109,7 @@ class Plan:
             )
         deployed = {method.name for method in workflow.deployment_settings.deployment_method}
         if deployed & {"CONDA", "APPTAINER"}:
-            plan._python = "python"
+            plan._python, plan._elsewhere = "python", True
         if "APPTAINER" in deployed:
             plan._apptainer_args = str(workflow.deployment_settings.apptainer_args)
         plan.is_main = workflow.is_main_process
@@ -149,10 +149,10 @@ class Plan:
         return plan
 
     def check_environment(self, jobs: Iterable[Any]) -> None:
-        """Raises UserError if a package that one of Snakemake's `jobs` needs is not installed."""
+        """Raises UserError if a package that one of Snakemake's `jobs` needs is not installed here, where it runs."""
         from aps.detection import check_engine
 
-        for job in jobs:
+        for job in () if self._elsewhere else jobs:
             if job.rule.name == STAGES["detection"].rule:
                 check_engine(self.study.experiments[job.wildcards.experiment].detection.engine)
 
@@ -213,11 +213,15 @@ class Plan:
                     f"--apptainer-args '--bind {file.parent}', or work in a folder above it",
                     file=sys.stderr,
                 )
-        from aps.detection import check_engine
+        from aps.detection import NEEDED, check_engine
 
         engines = {e.detection.engine for e in self.study.experiments.values() if "detection" in e.stages}
         for engine in sorted(engines):
             try:
+                if self._elsewhere and engine in NEEDED:
+                    raise UserError(
+                        f"detection.engine '{engine}': the jobs' own environment needs {NEEDED[engine][0]} too"
+                    )
                 check_engine(engine)
             except UserError as error:
                 print(f"warning: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from snakemake.common.configfile import load_configfile
 from tiny_study import STUDY, checkout, put
 
 from aps.cli import parser
+from aps.errors import UserError
 from aps.settings.reading import load_study, parse_overrides, read_value
 from aps.workflow.plan import Plan, _as_in_a_file
 
@@ -266,6 +268,33 @@ def test_an_environment_for_jobs_makes_no_result_old(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout
     run = snakemake(tmp_path, *options, "-n", "--sdm", "apptainer", PATH=path)
     assert "Nothing to be done" in run.stdout, run.stdout
+
+
+def test_what_detection_needs_is_looked_for_where_jobs_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A container may have detectron2 where Snakemake runs without it, or lack it."""
+    monkeypatch.setattr("aps.detection.find_spec", lambda name: None)
+    study = put(STUDY, ("defaults", "detection", "engine"), "detectron2")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    jobs = [
+        SimpleNamespace(rule=SimpleNamespace(name="detection_encoder"), wildcards=SimpleNamespace(experiment="aps"))
+    ]
+    for deployed, refused in ((set(), True), ({"CONDA"}, False), ({"APPTAINER"}, False)):
+        settings = SimpleNamespace(
+            deployment_method=[SimpleNamespace(name=name) for name in deployed], apptainer_args=""
+        )
+        workflow = SimpleNamespace(
+            modifier=SimpleNamespace(is_main_snakefile=lambda: True), basedir=str(ROOT), global_resources={},
+            config_settings=SimpleNamespace(configfiles=[tmp_path / "study.yaml"], config={}),
+            deployment_settings=settings, is_main_process=False,
+        )  # fmt: skip
+        plan = Plan.of(workflow, {})
+        with pytest.raises(UserError, match="detectron2 is not installed") if refused else nullcontext():
+            plan.check_environment(jobs)
+        plan.warn_of_environment()
+        told = "is not installed; install it by" if refused else "the jobs' own environment needs detectron2 too"
+        assert f"warning: detection.engine 'detectron2': {'detectron2 ' * refused}{told}" in capsys.readouterr().err
 
 
 POST_DEPLOY = ROOT / "workflow/envs/aps.post-deploy.sh"
