@@ -32,10 +32,15 @@ from aps.runtime.slurm import allocation, job_id
 STOP_SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup makes a process ignore it
     STOP_SIGNALS.add(signal.SIGHUP)
-# tee and Python inherit the ignored signals; Python stops ignoring them. Status 137 means SIGKILL, which no stage can catch.
+# tee and Python inherit the ignored signals; Python stops ignoring them. Status 137 means SIGKILL, 135 SIGBUS, which no
+# stage can catch.
 SHELL_PREFIX = (
     "trap '' USR1 TERM INT; "
-    "trap 'test $? != 137 || echo \"killed by SIGKILL, most often for its memory: raise mem_mb\" >&2' EXIT; "
+    "trap 'case $? in "
+    '137) echo "killed by SIGKILL, most often for its memory: raise mem_mb" >&2;; '
+    '135) echo "killed by SIGBUS: a file it had open went away, as when Slurm ends a job whose image is one file '
+    '(docs/containers.md), or /dev/shm is full" >&2;; '
+    "esac' EXIT; "
     "set -euo pipefail; "
 )
 

@@ -188,9 +188,10 @@ def test_the_processes_of_a_node_share_its_threads(monkeypatch: pytest.MonkeyPat
     assert launch._environment(100)["OMP_NUM_THREADS"] == "1"
 
 
-@pytest.mark.parametrize(("ending", "status"), [("kill -9 $$", 137), ("exit 3", 3), ("exit 0", 0)])
+@pytest.mark.parametrize(("ending", "status"), [("kill -9 $$", 137), ("kill -7 $$", 135), ("exit 3", 3), ("exit 0", 0)])
 def test_the_rules_shell_passes_on_how_a_stage_ended_and_names_a_kill(ending: str, status: int) -> None:
     command = launch.SHELL_PREFIX + f"sh -c '{ending}' 2>&1 | tee /dev/null"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == status
     assert ("killed by SIGKILL, most often for its memory" in done.stderr) == (status == 137)
+    assert ("killed by SIGBUS: a file it had open went away" in done.stderr) == (status == 135)
