@@ -38,8 +38,7 @@ SHELL_PREFIX = (
     "trap '' USR1 TERM INT; "
     "trap 'case $? in "
     '137) echo "killed by SIGKILL, most often for its memory: raise mem_mb" >&2;; '
-    '135) echo "killed by SIGBUS: a file it had open went away, as when Slurm ends a job whose image is one file '
-    '(docs/containers.md), or /dev/shm is full" >&2;; '
+    '135) echo "killed by SIGBUS: /dev/shm is full, or the image went away (docs/containers.md)" >&2;; '
     "esac' EXIT; "
     "set -euo pipefail; "
 )
