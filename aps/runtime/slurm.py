@@ -73,7 +73,7 @@ def back_to_queue(asked: signal.Signals | None) -> tuple[str, bool]:
     """
     job = job_id()
     fields = job_fields(job) if job is not None and asked != signal.SIGINT else {}
-    if job is None or fields.get("BatchFlag") != "1":
+    if job is None or fields.get("BatchFlag", "0") == "0":  # it counts up when Slurm starts a batch job again
         return "", False
     preempted = fields.get("PreemptTime", "None") != "None"
     if fields.get("JobState") == "RUNNING":
