@@ -83,7 +83,8 @@ def _agents(processes: int, nodes: int) -> list[str]:
         )
     torchrun = [sys.executable, "-m", "aps.runtime.launch", f"--nproc-per-node={processes // nodes}"]
     if nodes == 1:
-        return [*torchrun, "--standalone"]
+        # By itself torchrun gives the processes the machine's name, which may not lead to the machine: they wait ten minutes.
+        return [*torchrun, "--standalone", "--local-addr=localhost"]
     if (job := job_id()) is None:
         raise UserError(f"--nodes {nodes}: several nodes need a Slurm job; run it through `snakemake --profile slurm`")
     srun = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]

@@ -159,7 +159,8 @@ def test_resources_that_cannot_be_had_are_refused_in_one_sentence(text: str, mes
 
 def test_one_node_runs_one_torchrun() -> None:
     command = launch._agents(4, 1)
-    assert command == [sys.executable, "-m", "aps.runtime.launch", "--nproc-per-node=4", "--standalone"]
+    torchrun = [sys.executable, "-m", "aps.runtime.launch", "--nproc-per-node=4"]
+    assert command == [*torchrun, "--standalone", "--local-addr=localhost"]
 
 
 def test_two_nodes_run_one_torchrun_each_that_meet_on_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
