@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster import Cluster, run
+from cluster import Cluster, job_fields, run
 from safetensors.torch import load_file
 
 from aps.results import saved_run
@@ -130,7 +130,7 @@ class Disturber:
             if found := re.fullmatch(r"rule_(\w+?)_encoder_wildcards_(\w+)_0_\w+", comment):
                 stage, experiment = found.groups()
                 name = experiment if stage == "pretrain" else f"{experiment}.{stage}"
-                fields = dict(re.findall(r"(\S+?)=(\S+)", run("scontrol", "show", "job", "-d", "-o", job)))
+                fields = job_fields(job)
                 self.study.jobs.setdefault(name, {}).setdefault(job, {}).update(fields)
                 if state == "PENDING" and fields["Reason"] == "BeginTime":
                     # Slurm lets two minutes pass before a requeued job; the tests have no time for that.
