@@ -64,8 +64,8 @@ def main() -> None:
 
 def launch(count: int, settings: dict[str, Any]) -> float:
     """Images a second with `count` processes."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command = [*torchrun, "-m", "benchmarks.scaling", "--worker", json.dumps(settings)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
+    command = [*torchrun, f"--nproc-per-node={count}", "-m", "benchmarks.scaling", "--worker", json.dumps(settings)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

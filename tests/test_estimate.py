@@ -120,7 +120,7 @@ def test_a_method_of_another_file_is_counted_without_an_edit(siamese: type[Siame
         return experiment(MICRO, pretrain={"method": "siamese", "batch_size": 64, **settings})
 
     def seen(cells: int) -> float:  # of the student: aps reads two views with so many cells
-        heads = {"projector": (1, 1, 1), "predictor": (1, 1, 1)}
+        heads = {"projector": (1, 1, 2), "predictor": (1, 1, 2)}
         sampling = {"ratio": cells / 64, "samplings": 1}
         return step_flops(experiment(MICRO, sampling=sampling, pretrain={"batch_size": 64, **heads})) / 2
 

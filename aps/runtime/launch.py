@@ -32,10 +32,14 @@ from aps.runtime.slurm import allocation, job_id
 STOP_SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup makes a process ignore it
     STOP_SIGNALS.add(signal.SIGHUP)
-# tee and Python inherit the ignored signals; Python stops ignoring them. Status 137 means SIGKILL, which no stage can catch.
+# tee and Python inherit the ignored signals; Python stops ignoring them. Status 137 means SIGKILL, 135 SIGBUS, which no
+# stage can catch.
 SHELL_PREFIX = (
     "trap '' USR1 TERM INT; "
-    "trap 'test $? != 137 || echo \"killed by SIGKILL, most often for its memory: raise mem_mb\" >&2' EXIT; "
+    "trap 'case $? in "
+    '137) echo "killed by SIGKILL, most often for its memory: raise mem_mb" >&2;; '
+    '135) echo "killed by SIGBUS: /dev/shm is full, or the image went away (docs/containers.md)" >&2;; '
+    "esac' EXIT; "
     "set -euo pipefail; "
 )
 
@@ -79,7 +83,8 @@ def _agents(processes: int, nodes: int) -> list[str]:
         )
     torchrun = [sys.executable, "-m", "aps.runtime.launch", f"--nproc-per-node={processes // nodes}"]
     if nodes == 1:
-        return [*torchrun, "--standalone"]
+        # By itself torchrun gives the processes the machine's name, which may not lead to the machine: they wait ten minutes.
+        return [*torchrun, "--standalone", "--local-addr=localhost"]
     if (job := job_id()) is None:
         raise UserError(f"--nodes {nodes}: several nodes need a Slurm job; run it through `snakemake --profile slurm`")
     srun = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]

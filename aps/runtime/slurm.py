@@ -1,6 +1,7 @@
 """Asks Slurm about jobs, requeues them, and keeps two attempts of a stage from running at once.
 
-Outside a Slurm job every function returns at once and starts nothing. It knows no stage and no torch.
+Outside a Slurm job every function returns at once and starts nothing. In a container, Slurm's programs are reached
+through `aps.runtime.door`. It knows no stage and no torch.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import psutil
 
 from aps.errors import Preempted, UserError
 from aps.files import read_json, write_json
+from aps.runtime import door
 from aps.runtime.signals import received
 
 BEAT_SECONDS = 5.0  # between two touches of an attempt's mark
@@ -71,7 +73,7 @@ def back_to_queue(asked: signal.Signals | None) -> tuple[str, bool]:
     """
     job = job_id()
     fields = job_fields(job) if job is not None and asked != signal.SIGINT else {}
-    if job is None or fields.get("BatchFlag") != "1":
+    if job is None or fields.get("BatchFlag", "0") == "0":  # it counts up when Slurm starts a batch job again
         return "", False
     preempted = fields.get("PreemptTime", "None") != "None"
     if fields.get("JobState") == "RUNNING":
@@ -84,7 +86,7 @@ def back_to_queue(asked: signal.Signals | None) -> tuple[str, bool]:
     else:
         return f"Slurm job {job} was cancelled (scancel); a new one goes on from here", False
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm now ends this process, which still has to print its message
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    done = _run("scontrol", "requeue", job)
     if done.returncode:
         return f"Slurm did not take job {job} back into the queue ({' '.join(done.stderr.split())})", False
     return f"Slurm job {job} goes back to the queue {why} and resumes by itself", True
@@ -269,8 +271,13 @@ def _is_zombie(pid: int) -> bool:
 
 def _ask(*command: str) -> str:
     """Standard output of a command; "" where it is missing, fails or hangs."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+    done = _run(*command)
     return done.stdout if done.returncode == 0 else ""
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    """A finished command of Slurm; one that is missing or hangs has failed."""
+    try:
+        return door.run(*command)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 127, "", str(error))

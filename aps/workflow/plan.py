@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import shlex
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterable, Mapping
@@ -37,7 +38,9 @@ from aps.layout import (
     study_folder,
 )
 from aps.results import forget, saved_run
+from aps.runtime import door
 from aps.runtime.launch import SHELL_PREFIX
+from aps.runtime.slurm import job_id
 from aps.settings.blocks import UserDataset
 from aps.settings.reading import load_study, read_value
 from aps.settings.study import StageSettings, Study
@@ -225,6 +228,32 @@ class Plan:
                 check_engine(engine)
             except UserError as error:
                 print(f"warning: {error}", file=sys.stderr)
+
+    def open_door(self) -> None:
+        """Let stages in a container ask Slurm, through this process outside; without it a job could not be requeued."""
+        if self._apptainer_args is not None and job_id() is not None:
+            door.open_door()
+
+    def warn_of_image(self, workflow: Any) -> None:
+        """Warn where Slurm's signals, which reach every process of a job, end the one that shows the image's files.
+
+        That is so for an image in one file where Apptainer was installed without setuid.
+        """
+        if self._apptainer_args is None or getattr(workflow.executor_plugin, "name", "") != "slurm":
+            return
+        if not Path(self.image()).is_file() or "--unsquash" in self._apptainer_args:
+            return
+        try:
+            built = subprocess.run(["apptainer", "buildcfg"], capture_output=True, text=True, timeout=20).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            return
+        if "_SUID_INSTALL=0" in built:
+            print(
+                f"warning: {self.image()} is one file, which this Apptainer mounts by a process; Slurm ends it with its warning "
+                "before the time limit, at a preemption and at scancel, before the stage can save its state. Make it a folder: "
+                "apptainer build --sandbox FOLDER IMAGE (docs/containers.md)",
+                file=sys.stderr,
+            )
 
     # -- targets ----------------------------------------------------------------------------------
     # Paths as rules write them.

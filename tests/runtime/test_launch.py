@@ -159,7 +159,8 @@ def test_resources_that_cannot_be_had_are_refused_in_one_sentence(text: str, mes
 
 def test_one_node_runs_one_torchrun() -> None:
     command = launch._agents(4, 1)
-    assert command == [sys.executable, "-m", "aps.runtime.launch", "--nproc-per-node=4", "--standalone"]
+    torchrun = [sys.executable, "-m", "aps.runtime.launch", "--nproc-per-node=4"]
+    assert command == [*torchrun, "--standalone", "--local-addr=localhost"]
 
 
 def test_two_nodes_run_one_torchrun_each_that_meet_on_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,9 +189,10 @@ def test_the_processes_of_a_node_share_its_threads(monkeypatch: pytest.MonkeyPat
     assert launch._environment(100)["OMP_NUM_THREADS"] == "1"
 
 
-@pytest.mark.parametrize(("ending", "status"), [("kill -9 $$", 137), ("exit 3", 3), ("exit 0", 0)])
+@pytest.mark.parametrize(("ending", "status"), [("kill -9 $$", 137), ("kill -7 $$", 135), ("exit 3", 3), ("exit 0", 0)])
 def test_the_rules_shell_passes_on_how_a_stage_ended_and_names_a_kill(ending: str, status: int) -> None:
     command = launch.SHELL_PREFIX + f"sh -c '{ending}' 2>&1 | tee /dev/null"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == status
     assert ("killed by SIGKILL, most often for its memory" in done.stderr) == (status == 137)
+    assert ("killed by SIGBUS: /dev/shm is full, or the image" in done.stderr) == (status == 135)

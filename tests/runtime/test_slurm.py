@@ -96,6 +96,7 @@ def test_accounting_is_asked_only_for_jobs_that_slurmctld_has_forgotten(say: Say
     ("asked", "fields", "why"),
     [
         (signal.SIGUSR1, RUNNING, "before its time limit"),
+        (signal.SIGUSR1, RUNNING.replace("BatchFlag=1", "BatchFlag=2"), "before its time limit"),
         (signal.SIGTERM, RUNNING, "to make room for another"),
         (None, RUNNING, "after a warning by Slurm"),
         (signal.SIGTERM, "JobState=COMPLETING Reason=TimeLimit PreemptTime=None BatchFlag=1", "after its time limit"),

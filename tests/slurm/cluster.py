@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -212,6 +213,14 @@ def run(*command: str) -> str:
     """Standard output of a Slurm command, or its standard error where it failed."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     return (done.stdout if done.returncode == 0 else done.stderr).strip()
+
+
+def job_fields(job: str) -> dict[str, str]:
+    """What Slurm says of a job, by the names of Slurm 22.05. Newer ones say ReqTRES for TRES and gres/gpu for gres:gpu."""
+    fields = dict(re.findall(r"(\S+?)=(\S+)", run("scontrol", "show", "job", "-d", "-o", job)))
+    if "ReqTRES" in fields:
+        fields["TRES"] = fields["ReqTRES"]
+    return {name: text.replace("gres/gpu", "gres:gpu") if "Tres" in name else text for name, text in fields.items()}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster import Cluster, run
+from cluster import Cluster, job_fields, run
 from safetensors.torch import load_file
 
 from aps.results import saved_run
@@ -130,7 +130,7 @@ class Disturber:
             if found := re.fullmatch(r"rule_(\w+?)_encoder_wildcards_(\w+)_0_\w+", comment):
                 stage, experiment = found.groups()
                 name = experiment if stage == "pretrain" else f"{experiment}.{stage}"
-                fields = dict(re.findall(r"(\S+?)=(\S+)", run("scontrol", "show", "job", "-d", "-o", job)))
+                fields = job_fields(job)
                 self.study.jobs.setdefault(name, {}).setdefault(job, {}).update(fields)
                 if state == "PENDING" and fields["Reason"] == "BeginTime":
                     # Slurm lets two minutes pass before a requeued job; the tests have no time for that.
@@ -266,7 +266,7 @@ def test_a_job_at_its_time_limit_requeues_itself_with_the_same_result(study: Stu
 
 def test_a_preempted_job_makes_room_and_comes_back_with_the_same_result(study: Study) -> None:
     ((job, fields),) = study.jobs["preempted"].items()
-    assert fields["Restarts"] == "1"
+    assert fields["Restarts"] in ("1", "2")  # Slurm 24.11 queues it once more when it has finished
     assert f"Slurm job {job} goes back to the queue to make room for another" in study.log(job)
     assert f"Slurm job {job} is back from the queue" in study.log(job)
     assert same(study.encoder("preempted"), study.encoder("calm"))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
-from cluster import Cluster, run
+from cluster import Cluster, job_fields, run
 from test_cluster import Study, checkout, command, conduct
 
 pytestmark = [pytest.mark.slurm, pytest.mark.soak, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
@@ -20,7 +18,7 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     found = {}
     for line in run("squeue", "-h", "-a", "-t", "all", "-o", "%i|%k").splitlines():
         job, comment = line.split("|")
-        found[comment] = dict(re.findall(r"(\S+?)=(\S+)", run("scontrol", "show", "job", "-d", "-o", job)))
+        found[comment] = job_fields(job)
     return {comment: fields for comment, fields in found.items() if str(study.folder) in str(fields)}
 
 

@@ -312,6 +312,35 @@ def deploy(folder: Path, active: Path, **environment: str) -> subprocess.Complet
     )
 
 
+@pytest.mark.parametrize(
+    ("executor", "image", "arguments", "setuid", "warned"),
+    [
+        ("slurm", "mine.sif", "", 0, True),
+        ("local", "mine.sif", "", 0, False),
+        ("slurm", "mine.sif", "--unsquash", 0, False),
+        ("slurm", "mine.sif", "", 1, False),
+        ("slurm", "folder", "", 0, False),
+        ("slurm", "docker://mine", "", 0, False),
+    ],
+)
+def test_an_image_that_slurms_signals_would_take_away_is_told(
+    executor: str, image: str, arguments: str, setuid: int, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    apptainer = tmp_path / "apptainer"
+    apptainer.write_text(f'#!/bin/sh\ntest "$*" = buildcfg && echo APPTAINER_SUID_INSTALL={setuid}\n')
+    apptainer.chmod(0o755)
+    (tmp_path / "mine.sif").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(SMALL | {"container": image}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    plan = Plan.load(["study.yaml"], {})
+    plan._apptainer_args = arguments
+    plan.warn_of_image(SimpleNamespace(executor_plugin=SimpleNamespace(name=executor)))
+    assert ("warning: mine.sif is one file" in capsys.readouterr().err) == warned
+
+
 def test_the_conda_environment_is_python_alone_and_gets_the_tested_versions(tmp_path: Path) -> None:
     """conda itself is not run: the file and, with a stand-in for Python, the script that Snakemake runs in it."""
     environment = yaml.safe_load((ROOT / "workflow/envs/aps.yaml").read_text())

@@ -25,6 +25,7 @@ FOLDER = study_folder(PLAN.written)
 
 # A job that is asked to stop first saves its state. Snakemake must not end before it; params.start protects its shell.
 launch.shield()
+PLAN.open_door()
 
 # For envs/aps.post-deploy.sh, which has no other way to know it.
 os.environ.setdefault("APS_SOURCE", PLAN.repository())
@@ -40,6 +41,7 @@ onstart:
         PLAN.hold_results()
         PLAN.sweep()
         PLAN.check_environment(workflow.dag.needrun_jobs())
+        PLAN.warn_of_image(workflow)
     except UserError as error:
         raise WorkflowError(str(error)) from None
     PLAN.forget_forced(workflow)
