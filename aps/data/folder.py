@@ -118,7 +118,7 @@ def _classes(tree: Walk, inside: str = "") -> list[str]:
     """Names of the class folders in a folder of the tree. Raises UserError where its folders are not classes."""
     where = tree.root / inside
     found = tree.inside(inside)
-    below = {name: tree.inside(f"{inside}/{name}".lstrip("/")) for name in found}
+    below = tree.folders_inside(found, inside)
     if not found and (images := len(tree.below(inside)) if inside else len(tree.files)):
         raise UserError(
             f"{where}: holds {number_of(images, 'image')} and no class folders; put the images of each class in a folder of its "
@@ -180,8 +180,8 @@ def held_out(labels: np.ndarray, seed: int, called: Callable[[int], str]) -> tup
     """
     generator = np.random.default_rng(seed)
     test: list[int] = []
-    for label in range(int(labels.max()) + 1):
-        rows = np.flatnonzero(labels == label)
+    ends = np.cumsum(np.bincount(labels))
+    for label, rows in enumerate(np.split(np.argsort(labels, kind="stable"), ends[:-1])):
         if len(rows) < 2:
             raise UserError(f"{called(label)}: one image can't be split into train and test; add more")
         test += generator.permutation(rows)[: max(1, round(HOLDOUT * len(rows)))].tolist()

@@ -85,6 +85,17 @@ class Walk:
         below = (name[len(start) :] for name in self.folders if name.startswith(start))
         return sorted(name for name in below if name and "/" not in name)
 
+    def folders_inside(self, names: list[str], inside: str = "") -> dict[str, list[str]]:
+        """`inside` of each of `names`, folders inside one of its folders, in one pass: there may be 20,000 classes."""
+        start = f"{inside}/" if inside else ""
+        found: dict[str, list[str]] = {name: [] for name in names}
+        for folder in self.folders:
+            if folder.startswith(start):
+                parts = folder[len(start) :].split("/")
+                if len(parts) == 2 and parts[0] in found:
+                    found[parts[0]].append(parts[1])
+        return {name: sorted(folders) for name, folders in found.items()}
+
     def check(self) -> None:
         """Raises UserError where there are problems; it lists every kind, with some names."""
         if not self.problems:

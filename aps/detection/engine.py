@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -94,16 +95,13 @@ class Engine(ABC):
         """Metrics and detections on all of val, divided among the processes; both empty on ranks other than 0."""
         processes, val = self.task.processes, self.task.val
         local = range(processes.rank, len(val), processes.world)
-        loader = DataLoader(
-            _Images(val, local),
-            batch_size=max(1, self.task.settings.batch_size // processes.world),
-            num_workers=self.task.workers,
-            collate_fn=list,
-        )
+        # Image by image: workers that read batches ahead would hold thousands of images, each with an open file.
+        images = iter(DataLoader(_Images(val, local), batch_size=None, num_workers=self.task.workers))
+        size = max(1, self.task.settings.batch_size // processes.world)
         rows: list[dict[str, Any]] = []
         training = self.model.training
         self.model.eval()
-        for batch in loader:
+        while batch := list(islice(images, size)):
             for (index, _), found in zip(batch, self.predict([image for _, image in batch]), strict=True):
                 rows += result_rows(val, val.ids[index], found.boxes, found.scores, found.labels, found.masks)
         self.model.train(training)

@@ -174,23 +174,20 @@ def write_table(path: Path, index: Index, found: Curated) -> None:
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "keep", "group", "nearest", "similarity", "outlier"])
-        for start in range(0, len(index), AT_ONCE):
-            rows = list(range(start, min(len(index), start + AT_ONCE)))
-            others = {int(found.nearest[row]) for row in rows} - {-1}
-            named = index.describe(sorted({*rows, *others}))
-            for row in rows:
-                near = int(found.nearest[row])
-                group = int(found.group[row])
-                writer.writerow(
-                    [
-                        named[row][0],
-                        "yes" if found.keep[row] else "no",
-                        "" if group < 0 else group,
-                        "" if near < 0 else named[near][0],
-                        "" if near < 0 else f"{found.similarity[row]:.4f}",
-                        f"{found.outlier[row]:.4f}",
-                    ]
-                )
+        paths = index.paths()  # read once: neighbours lie anywhere in the file
+        for row in range(len(index)):
+            near = int(found.nearest[row])
+            group = int(found.group[row])
+            writer.writerow(
+                [
+                    paths[row].as_py(),
+                    "yes" if found.keep[row] else "no",
+                    "" if group < 0 else group,
+                    "" if near < 0 else paths[near].as_py(),
+                    "" if near < 0 else f"{found.similarity[row]:.4f}",
+                    f"{found.outlier[row]:.4f}",
+                ]
+            )
 
 
 def summary(index: Index, found: Curated, outliers: int) -> str:

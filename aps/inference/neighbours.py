@@ -10,11 +10,15 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from importlib.util import find_spec
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -123,13 +127,17 @@ class Index:
     def describe(self, rows: list[int]) -> dict[int, tuple[str, str | None]]:
         """Path and label of rows given in ascending order; only the pieces that hold them are read."""
         found: dict[int, tuple[str, str | None]] = {}
-        groups = np.searchsorted(self._starts, rows, side="right") - 1
-        for group in np.unique(groups).tolist():
+        groups = (np.searchsorted(self._starts, rows, side="right") - 1).tolist()
+        for group, members in groupby(zip(groups, rows, strict=True), key=itemgetter(0)):
             table = self._opened.read_row_group(group, columns=["path", "label"])
-            for row in (row for row, row_group in zip(rows, groups.tolist(), strict=True) if row_group == group):
+            for _, row in members:
                 at = row - int(self._starts[group])
                 found[row] = (table["path"][at].as_py(), table["label"][at].as_py())
         return found
+
+    def paths(self) -> pa.ChunkedArray:
+        """The path of each row, (M,); a million take 60 MB."""
+        return self._opened.read(columns=["path"])["path"].combine_chunks()
 
     def sizes(self) -> np.ndarray:
         """Bytes of each row's image file, int64 (M,); 0 where it has no file."""
@@ -141,10 +149,11 @@ class Index:
         return next((candidate for candidate in candidates if candidate.is_file()), None)
 
     def _search_faiss(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        index = self._faiss()
+        index = self._faiss
         similar, rows = index.search(queries.numpy(), k)
         return torch.from_numpy(similar), torch.from_numpy(rows)
 
+    @cached_property
     def _faiss(self) -> Any:
         import faiss
 

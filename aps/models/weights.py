@@ -40,6 +40,7 @@ RGB = tuple[float, float, float]
 SETTINGS_KEY = "aps_encoder"
 INFO_KEY = "aps_info"
 SEAL_KEY = "aps_sha256"
+AT_ONCE = 65_536  # rows whose numbers are checked at once
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -124,8 +125,9 @@ def check_finite(x: Tensor, what: str, advice: str = "make it again") -> None:
         raise UserError(
             f"{what} holds {kind}, of which too little is left to compute with; store it as float32 or float16"
         )
-    if not bool(x.isfinite().all()):
-        count = int((~x.isfinite()).sum())
+    parts = x.split(AT_ONCE) if x.ndim else (x,)  # in one piece it would take twice the memory of `x` beside it
+    if not all(bool(part.isfinite().all()) for part in parts):
+        count = sum(int((~part.isfinite()).sum()) for part in parts)
         raise UserError(f"{what}: {count:,} of {x.numel():,} numbers are NaN or infinite; {advice}")
 
 

@@ -107,14 +107,21 @@ def _groups(table: Table, flat: dict[str, dict[str, Any]], keys: list[str]) -> d
 
     groups: dict[tuple[str, ...], list[list[str]]] = defaultdict(list)
     stages = {name: table.study.experiments[name].stages for name in flat}
-    sets = {changed(a, b) for a, b in itertools.combinations(flat, 2) if stages[a] == stages[b]} - {()}
-    for together in sorted(sets, key=lambda changing: (len(changing), keys.index(changing[0]))):
-        for base in flat:
+    # Each pair is compared once: settings that change -> experiment -> those that differ from it in exactly these.
+    partners: dict[tuple[str, ...], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for a, b in itertools.combinations(flat, 2):
+        if stages[a] == stages[b] and (together := changed(a, b)):
+            partners[together][a].append(b)
+            partners[together][b].append(a)
+    place = {name: number for number, name in enumerate(flat)}
+    for together in sorted(partners, key=lambda changing: (len(changing), keys.index(changing[0]))):
+        differing_from = {name: set(others) for name, others in partners[together].items()}
+        for base in sorted(differing_from, key=place.__getitem__):
             members = [base]
-            for name in flat:
-                if stages[name] == stages[base] and all(changed(name, other) == together for other in members):
+            for name in partners[together][base]:
+                if all(name in differing_from[other] for other in members):
                     members.append(name)
-            members.sort(key=list(flat).index)
+            members.sort(key=place.__getitem__)
             read = all(key in flat[name] for name in members for key in together)
             # The diagonal of a grid is no sweep: the settings that change together there also change alone.
             diagonal = any(set(fewer) < set(together) for fewer, members_of in groups.items() if members_of)

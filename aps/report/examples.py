@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from aps.inference.model import Model
 from aps.inference.neighbours import Index
 from aps.layout import manifest_of
 from aps.registry import METHODS
-from aps.report.drawing import INK, WRONG, Panel, Picture
+from aps.report.drawing import INK, MOST_PANELS, WRONG, Panel, Picture, of_the_first
 from aps.report.figures import IsIntact
 from aps.report.table import Table
 from aps.text import shorten
@@ -51,9 +52,9 @@ def examples(table: Table, is_intact: IsIntact) -> list[Picture]:
     )  # fmt: skip
     pictures = []
     for name, title, caption, stage, file, make in makers:
-        panels = list(_panels(table, is_intact, stage, file, make))
+        panels = list(islice(_panels(table, is_intact, stage, file, make), MOST_PANELS))
         if panels:
-            pictures.append(Picture(name, "examples", title, caption, panels))
+            pictures.append(Picture(name, "examples", title, of_the_first(caption, panels), panels))
     return pictures
 
 

@@ -18,7 +18,19 @@ from matplotlib.colors import to_rgb
 
 from aps.findings import Finding
 from aps.journal import read_history
-from aps.report.drawing import COLOURS, LEAST_POINTS, Panel, Picture, Style, axis_limits, grid_lines, make_styles, short
+from aps.report.drawing import (
+    COLOURS,
+    LEAST_POINTS,
+    MOST_PANELS,
+    Panel,
+    Picture,
+    Style,
+    axis_limits,
+    grid_lines,
+    make_styles,
+    of_the_first,
+    short,
+)
 from aps.report.sweep_figures import sweep_figures
 from aps.report.table import Column, Table
 from aps.stages import STAGES
@@ -264,10 +276,12 @@ def confusions(table: Table) -> list[Picture]:
         counts = np.sum([np.array(run["confusion"]["counts"]) for run in runs], axis=0)
         classes = runs[0]["confusion"]["classes"]
         panels.append(confusion_panel(name, counts, classes))
+        if len(panels) == MOST_PANELS:
+            break
     if not panels:
         return []
     caption = "Finetuned models on the test images, all seeds. Rows are the truth, columns the guess; shares of a row, in percent."
-    return [Picture("confusion", "examples", "What is taken for what", caption, panels)]
+    return [Picture("confusion", "examples", "What is taken for what", of_the_first(caption, panels), panels)]
 
 
 def confusion_panel(name: str, counts: np.ndarray, classes: Sequence[str]) -> Panel:
@@ -326,9 +340,12 @@ def maps(table: Table, is_intact: IsIntact) -> list[Picture]:
                 legend |= class_styles
                 panels.append(Panel(f"Map of the test images by {name}", _map(name, points, labels, class_styles), 3.2))
                 break
+        if len(panels) == MOST_PANELS:
+            break
     if not panels:
         return []
     caption = "Every test image at its place on the plane of the first two principal components of its features."
+    caption = of_the_first(caption, panels)
     return [Picture("map", "examples", "Map of the test images", caption, panels, legend, marks=True)]
 
 

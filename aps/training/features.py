@@ -133,9 +133,9 @@ def features(
     if distributed.world == 1:
         return local
     padded = torch.nn.functional.pad(local, (0, 0, 0, part - len(local)))
-    gathered = [torch.empty_like(padded) for _ in range(distributed.world)]
-    dist.all_gather(gathered, padded)
-    return torch.cat(gathered)[: len(split)]
+    whole = padded.new_empty(distributed.world * part, padded.shape[1])
+    dist.all_gather(list(whole.chunk(distributed.world)), padded)  # into its place: the parts are not held beside it
+    return whole[: len(split)]
 
 
 def labelled_features(job: StageJob, distributed: Distributed, precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

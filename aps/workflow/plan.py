@@ -19,7 +19,7 @@ import shlex
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -265,7 +265,7 @@ class Plan:
     def manifests(self) -> list[str]:
         names = self.study.dataset_names()
         files = [str(manifest_of(self.written, name)) for name in names]
-        return files + self._mark(any(self.findings.why_outdated(name) for name in names))
+        return files + self._mark(lambda: any(self.findings.why_outdated(name) for name in names))
 
     def everything(self) -> list[str]:
         """The targets of all stages."""
@@ -278,16 +278,21 @@ class Plan:
         """
         jobs = [job for job in self.study.jobs() if job[2] == stage]
         files = [str(self._stage(*job) / "metrics.json") for job in jobs]
-        return files + self._mark(any(self.findings.finding(*job).stale or self._other_images(*job) for job in jobs))
+        return files + self._mark(
+            lambda: any(self.findings.finding(*job).stale or self._other_images(*job) for job in jobs)
+        )
 
     def pages(self) -> list[str]:
         """The report's files, and the mark if they have to be made again."""
         files = [str(report_folder(self.written) / name) for name in ("report.html", "results.csv")]
-        return files + self._mark(self._report_is_old())
+        return files + self._mark(self._report_is_old)
 
-    def _mark(self, stale: bool) -> list[str]:
-        """The mark as a target: Snakemake makes a missing intermediate file again only if a target needs it."""
-        return [self.outdated] if stale and self.is_main else []
+    def _mark(self, stale: Callable[[], bool]) -> list[str]:
+        """The mark as a target: Snakemake makes a missing intermediate file again only if a target needs it.
+
+        Only the process that plans looks at results and images: on a cluster each job reads the Snakefile again.
+        """
+        return [self.outdated] if self.is_main and stale() else []
 
     def metrics(self) -> list[str]:
         return [str(self._stage(*job) / "metrics.json") for job in self.study.jobs()]

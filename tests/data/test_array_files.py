@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from aps.data.array_files import describe
+from aps.data.array_files import _duplicates, describe
 from aps.data.fingerprint import changed
 from aps.data.load import ArraySplit, load_split
 from aps.data.manifest import Manifest
@@ -138,3 +139,13 @@ def test_images_that_stand_in_train_and_test_alike_are_reported(tmp_path: Path) 
     assert manifest.notes == (
         "1 image of test stands in train too, with the same content, which flatters test figures",
     )
+
+
+def test_looking_for_duplicates_holds_no_second_copy_of_the_images() -> None:
+    train = pixels(64, 3, 64, 64)
+    tracemalloc.start()
+    notes = _duplicates(train, train[:2])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert notes and "2 images of test stand in train too" in notes[0]
+    assert peak < train.nbytes / 10

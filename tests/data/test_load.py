@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from miniatures import image, jpeg, png
 from safetensors.torch import load_file, save_file
 
 from aps import files
+from aps.data.folder import held_out
 from aps.data.load import ArraySplit, FileSplit, limited, load_split, read_image
 from aps.data.manifest import Manifest, with_sizes
 from aps.data.prepare import prepare
@@ -182,3 +184,23 @@ def test_labels_out_of_range_are_refused(tmp_path: Path, label: int) -> None:
         UserError, match=rf"test.safetensors: holds label {label}, but dataset 'digits' has classes 0 to 9"
     ):
         load_split(path, "test")
+
+
+def test_choosing_images_and_splitting_them_take_no_pass_for_each_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over 14 million images for each of 21,841 classes takes minutes."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a pass over all images")
+
+    monkeypatch.setattr(np, "flatnonzero", refuse)
+    labels = torch.arange(4000) % 400
+    assert limited(labels, 800, 0).tolist() == sorted(limited(labels, 800, 0).tolist())
+    train, test = held_out(labels.numpy(), 0, str)
+    assert len(test) == 800 and np.bincount(labels.numpy()[test]).tolist() == [2] * 400
+    assert sorted([*train, *test]) == list(range(4000))
+
+
+def test_a_choice_of_images_and_a_split_stay_what_they_were() -> None:
+    labels = torch.tensor([2, 0, 1, 0, 2, 2, 1, 0, 2, 1, 0, 0])
+    assert limited(labels, 5, 3).tolist() == [2, 4, 6, 7, 10]
+    assert held_out(labels.numpy(), 0, str)[1].tolist() == [4, 7, 9]

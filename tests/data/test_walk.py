@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from aps.data.walk import counted, walk
+from aps.data.walk import Walk, counted, walk
 from aps.errors import UserError
 
 
@@ -125,3 +126,19 @@ def test_folders_that_cannot_be_opened_are_named(tmp_path: Path) -> None:
     assert [file.name for file in found.files] == ["open/a.png"]
     with pytest.raises(UserError, match=r"a folder that can't be opened: closed"):
         found.check()
+
+
+def test_the_folders_of_all_classes_are_listed_in_one_pass() -> None:
+    """One pass for each of 21,841 classes takes a minute."""
+
+    class Folders(list[str]):
+        passes = 0
+
+        def __iter__(self) -> Iterator[str]:
+            Folders.passes += 1
+            return super().__iter__()
+
+    tree = Walk(Path("mine"), folders=Folders(["a", "a/y", "a/x", "a/x/deep", "b", "c", "c/x", "ab/x"]))
+    assert tree.folders_inside(["a", "b"]) == {"a": ["x", "y"], "b": []} == {n: tree.inside(n) for n in ("a", "b")}
+    assert tree.folders_inside(["x"], "a") == {"x": ["deep"]}
+    assert Folders.passes == 4

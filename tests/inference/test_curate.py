@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -120,3 +121,20 @@ def test_a_single_image_and_all_alike_are_no_trouble(finished: Path, folder: Pat
     assert alone.groups == [] and alone.keep.tolist() == [True] and alone.nearest.tolist() == [-1]
     summary(Index(tmp_path / "one.parquet"), alone, 3)
     write_table(tmp_path / "one.csv", Index(tmp_path / "one.parquet"), alone)
+
+
+def test_the_table_reads_the_file_once(
+    index: Index, found: Curated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading the pieces again for every few thousand rows takes minutes for a million."""
+    monkeypatch.setattr(module, "AT_ONCE", 2)
+    opened, reads = index._opened, list[str]()
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            reads.append(name)
+            return getattr(opened, name)
+
+    monkeypatch.setattr(index, "_opened", Counting())
+    write_table(tmp_path / "curate.csv", index, found)
+    assert reads == ["read"]

@@ -19,6 +19,7 @@ from aps.inference import features
 from aps.inference.load import load
 from aps.inference.model import Model
 from aps.inference.neighbours import Index
+from aps.inference.stage import _items
 
 
 def test_features_are_those_of_the_test_split_under_the_encoder(finished: Path, stages: Path) -> None:
@@ -100,3 +101,15 @@ def test_the_report_shows_the_map_and_links_to_the_page(finished: Path, monkeypa
     assert "Map of the test images" in page
     (link,) = {href for href in re.findall(r'href="([^"]*neighbours.html)"', page) if "mine" in href}
     assert (report.parent / link).resolve() == finished / "results/photos/mine/seed0/embed/neighbours.html"
+
+
+def test_paths_of_images_are_made_one_by_one(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of a million of them takes 0.4 GB."""
+    file = next((finished / "photos").rglob("*.jpg"))
+    names = np.array([str(file.relative_to(finished)).encode()] * 100)
+    split, made = FileSplit(finished, names, torch.zeros(100, dtype=torch.int64), ("red",)), list[int]()
+    path = FileSplit.path
+    monkeypatch.setattr(FileSplit, "path", lambda self, i: made.append(i) or path(self, i))
+    items = _items(split, "photos")
+    assert next(items).path == str(file) and made == [0]
+    assert len(list(items)) == 99 and made == list(range(100))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gammas
@@ -17,9 +20,10 @@ from PIL import Image
 
 from aps.findings import Findings
 from aps.layout import stage_folder, study_folder
-from aps.report.differences import sweeps
+from aps.report import examples as report_examples
+from aps.report.differences import _groups, sweeps
 from aps.report.drawing import COLOURS, INK, Panel, Picture, axis_limits, make_styles
-from aps.report.figures import all_figures
+from aps.report.figures import all_figures, confusions
 from aps.report.page import _chips, is_intact
 from aps.report.table import Table
 from aps.seals import contents, seal
@@ -231,3 +235,57 @@ def test_a_sweep_is_drawn_over_its_setting(tmp_path: Path) -> None:
         "finetuned top-1 for each sampling.gamma", "kNN top-1, k = 20 for each sampling.gamma",
     ]  # fmt: skip
     assert stage_folder(study_folder(study), "gamma0", 0, "knn").exists() and picture.png()
+
+
+def test_every_two_experiments_are_compared_once() -> None:
+    """Of 1,000 experiments each setting is looked up a million times, not a million times for each set of settings."""
+    looked_up = 0
+
+    class Settings(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            nonlocal looked_up
+            looked_up += 1
+            return super().get(key, default)
+
+    keys = ["pretrain.a", "pretrain.b", "pretrain.c"]
+    flat = {f"e{n}": Settings(zip(keys, (n % 3, n // 3 % 3, n // 9), strict=True)) for n in range(27)}
+    study = SimpleNamespace(experiments={name: SimpleNamespace(stages=("knn",)) for name in flat})
+    found = _groups(SimpleNamespace(study=study), flat, keys)  # type: ignore[arg-type]
+    assert {together: len(members) for together, members in found.items()} == {(key,): 9 for key in keys}
+    assert looked_up <= 27 * 26 / 2 * len(keys) * 2
+
+
+def test_a_figure_with_a_panel_for_each_experiment_shows_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A figure of 350 confusion matrices is taller than a PNG file may be, and the report would fail."""
+    monkeypatch.setattr("aps.report.figures.MOST_PANELS", 2)
+    monkeypatch.setattr("aps.report.drawing.MOST_PANELS", 2)
+    experiments = [f"e{n}" for n in range(4)]
+    confusion = {"classes": ["a", "b"], "counts": [[1, 0], [0, 1]]}
+
+    def pictures(count: int) -> list[Picture]:
+        runs = [{"experiment": name, "confusion": confusion} for name in experiments[:count]]
+        return confusions(SimpleNamespace(study=SimpleNamespace(experiments=experiments), runs=runs))  # type: ignore[arg-type]
+
+    (few,), (many,) = pictures(1), pictures(4)
+    assert len(few.panels) == 1 and "first" not in few.caption
+    assert len(many.panels) == 2 and many.caption.endswith("Only the first 2 experiments.")
+
+
+def test_images_are_drawn_of_no_more_experiments_than_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def panels(*_: object) -> Iterator[Panel]:
+        for number in range(9):
+            made.append(number)
+            yield Panel(f"{number}", lambda axes: None)
+
+    monkeypatch.setattr(report_examples, "MOST_PANELS", 3)
+    monkeypatch.setattr(report_examples, "_panels", panels)
+    assert {len(p.panels) for p in report_examples.examples(None, is_intact)} == {3}  # type: ignore[arg-type]
+    assert max(made) == 2
+
+
+def test_a_very_tall_figure_has_fewer_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aps.report.drawing.MOST_PIXELS", 300)
+    picture = Picture("tall", "scores", "Tall", "", [Panel("tall", lambda axes: None, 6.0)])
+    assert 290 <= Image.open(io.BytesIO(picture.png())).height <= 300

@@ -17,7 +17,9 @@ from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.models.encoder import Encoder, build_encoder
+from aps.models.weights import check_finite
 from aps.runtime.precision import Precision
+from aps.runtime.processes import Distributed
 from aps.settings.blocks import KnnSettings
 from aps.training import knn
 from aps.training.features import features, normalize, resized
@@ -158,3 +160,37 @@ def test_features_are_the_encoders_in_eval_mode_which_is_then_undone(digits: Pat
     with torch.no_grad():
         expected = encoder.eval()((resized(split.images, 16) - mean) / std)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_features_of_other_processes_are_gathered_into_their_place(
+    digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held beside the whole, the parts of 1.28 million images are gigabytes."""
+    places: list[Tensor] = []
+
+    def all_gather(parts: list[Tensor], local: Tensor) -> None:
+        places.extend(parts)
+        for part in parts:
+            part.copy_(local)
+
+    monkeypatch.setattr("aps.training.features.dist.all_gather", all_gather)
+    encoder, split = build_encoder(small.ENCODER), load_split(digits, "test")
+    two = Distributed(0, 2, small.ONE.device)
+    found = features(encoder, split, ((0.0,) * 3, (1.0,) * 3), two, Precision("fp32", two.device))
+    part = len(places[0])
+    assert found.shape == (len(split), encoder.embed_dim) and part == -(-len(split) // 2)
+    assert found.data_ptr() == places[0].data_ptr() and torch.equal(found[part:], found[: len(split) - part])
+
+
+def test_numbers_are_checked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once would take twice the memory of the features beside them."""
+    monkeypatch.setattr("aps.models.weights.AT_ONCE", 4)
+    checked: list[int] = []
+    isfinite = Tensor.isfinite
+    monkeypatch.setattr(Tensor, "isfinite", lambda x: checked.append(len(x)) or isfinite(x))
+    x = torch.zeros(10, 3)
+    check_finite(x, "features")
+    x[9, 0] = x[0, 1] = math.nan
+    with pytest.raises(UserError, match="2 of 30 numbers"):
+        check_finite(x, "features")
+    assert max(checked) == 4

@@ -312,3 +312,10 @@ def test_text_that_is_no_yaml_in_config_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
     with pytest.raises(UserError, match="--config defaults: not valid YAML"):
         Plan.load([tmp_path / "study.yaml"], {"defaults": {"knn": "[1"}})
+
+
+def test_a_process_that_runs_one_job_looks_at_no_result_and_no_folder_of_images(empty: Path) -> None:
+    """On a cluster each job reads the Snakefile again, and with it what all targets need."""
+    made = Plan.load([empty / "study.yaml"], {})
+    made.is_main, made.findings = False, None  # type: ignore[assignment]
+    assert made.manifests() and made.everything() and made.pages()

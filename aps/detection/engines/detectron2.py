@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from aps.detection import engine
-from aps.detection.annotations import CocoSplit, Positions, image_at, seed_of
+from aps.detection.annotations import CocoSplit, Packed, Positions, image_at, seed_of
 from aps.detection.engine import After, Prediction, Task
 from aps.detection.geometry import positions_grid, strides
 from aps.detection.score import class_precision, coco_metrics, metrics_by_key
@@ -343,9 +343,10 @@ class _Samples(Dataset[dict[str, Any]]):
 
     def __init__(self, task: Task, mapper: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self.seed, self.mapper = task.seed, mapper
-        self.records = get_detection_dataset_dicts(task.train.name, filter_empty=True)
-        if [record["image_id"] for record in self.records] != task.train.ids:
+        records = get_detection_dataset_dicts(task.train.name, filter_empty=True)
+        if [record["image_id"] for record in records] != task.train.ids:
             raise RuntimeError(f"detectron2 and aps disagree on the training images of {task.train.name}")
+        self.records = Packed(records)
 
     def __len__(self) -> int:
         return len(self.records)
