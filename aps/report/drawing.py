@@ -38,7 +38,6 @@ MARKERS = {
 PANEL_WIDTH = 3.6  # inches
 PANELS_IN_A_ROW = 3  # in a PNG file
 MOST_PANELS = 24  # of a figure with one for each experiment: 24 take half a minute
-MOST_PIXELS = 2**16 - 1  # height of a PNG file that matplotlib can write
 LEAST_POINTS = 10.0  # percentage points that an axis spans
 
 MATPLOTLIB_STYLE: dict[str, Any] = {
@@ -115,9 +114,7 @@ class Picture:
             longest = max((len(name) for name in self.legend), default=0)
             per_line = max(1, int(columns * PANEL_WIDTH / (0.5 + 0.075 * longest)))  # names of the legend
             legend = 0.2 * -(-len(self.legend) // per_line) + 0.1 * bool(self.legend)
-            height = sum(heights) + legend + 0.3
-            dpi = min(150, MOST_PIXELS / height)
-            figure = Figure(figsize=(PANEL_WIDTH * columns, height), layout="constrained", dpi=dpi)
+            figure = Figure(figsize=(PANEL_WIDTH * columns, sum(heights) + legend + 0.3), layout="constrained", dpi=150)
             figure.suptitle(self.title, fontsize=10, x=0.01, ha="left")
             subfigures = figure.subfigures(rows, columns, squeeze=False, height_ratios=heights)
             for panel, subfigure in zip(self.panels, subfigures.flat, strict=False):
