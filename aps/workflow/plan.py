@@ -76,7 +76,7 @@ class Plan:
         self.study = study
         self.written = study  # with the results folder as rules write it: Snakemake adds a module's `prefix`
         self._files, self._overrides = files, overrides
-        self._python, self._elsewhere = sys.executable, False  # elsewhere: jobs run in an environment of their own
+        self._elsewhere = False  # whether jobs run in an environment of their own
         self._apptainer_args: str | None = None  # None: jobs don't run in a container
         self._outer: Any = None  # the workflow of which this one is a module
         self.is_module = False
@@ -111,8 +111,7 @@ class Plan:
                 "module: no study; give it one by `config:`, for example `config: config` after `configfile:`"
             )
         deployed = {method.name for method in workflow.deployment_settings.deployment_method}
-        if deployed & {"CONDA", "APPTAINER"}:
-            plan._python, plan._elsewhere = "python", True
+        plan._elsewhere = bool(deployed & {"CONDA", "APPTAINER"})
         if "APPTAINER" in deployed:
             plan._apptainer_args = str(workflow.deployment_settings.apptainer_args)
         plan.is_main = workflow.is_main_process
@@ -351,7 +350,7 @@ class Plan:
 
         Python is the one that runs Snakemake, or that of the job's environment (`--sdm conda`, `--sdm apptainer`).
         """
-        return f"{SHELL_PREFIX}{shlex.quote(self._python)}"
+        return f"{SHELL_PREFIX}{'python' if self._elsewhere else shlex.quote(sys.executable)}"
 
     def image(self) -> str:
         """The container of `--sdm apptainer`."""

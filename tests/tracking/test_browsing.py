@@ -26,9 +26,8 @@ from aps.tracking.state import read_state
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 PICTURES = os.environ.get("APS_PICTURES")  # a folder to leave screenshots in
-# MLflow 3.17 asks for the user where nobody logs in; Chromium calls a page that is laid out twice in a frame an error; on a
-# busy machine MLflow draws a chart before it has a size.
-NOT_OURS = re.compile(r"ajax-api/2\.0/mlflow/users/current|ResizeObserver loop|static-files/.*<g> attribute transform")
+# MLflow 3.17 asks for the user where nobody logs in; Chromium calls a page that is laid out twice in a frame an error.
+NOT_OURS = re.compile(r"ajax-api/2\.0/mlflow/users/current|ResizeObserver loop")
 # The assistant would take a third of the page, as it does at somebody's first visit.
 CLOSED = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1','true');localStorage.setItem('mlflow.assistant.panelOpen_v1','false');"
 
