@@ -79,9 +79,12 @@ experiments:
 def stages(args: argparse.Namespace) -> Result:
     """Every stage of a tiny study as a user runs it: as set, then in bf16 and compiled."""
     import tempfile
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Lock
 
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
+    one_writer = Lock()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         study = Path(folder, "study.yaml")
         study.write_text(STUDY.format(compile="true", bf16="auto"))
 
@@ -89,17 +92,19 @@ def stages(args: argparse.Namespace) -> Result:
             start = time.perf_counter()
             command = [sys.executable, "-m", "aps", *arguments]
             done = subprocess.run(command, cwd=folder, env=_environment(args), capture_output=True, text=True)
-            rows.append((f"{what}: exit status", done.returncode, "== 0", ""))
-            rows.append((f"{what}: time", round(time.perf_counter() - start, 1), "", "s"))
-            if done.returncode:
-                print(done.stdout[-500:], done.stderr[-2000:], sep="\n")
-            _save(args, {"rows": rows})
+            with one_writer:
+                rows.append((f"{what}: exit status", done.returncode, "== 0", ""))
+                rows.append((f"{what}: time", round(time.perf_counter() - start, 1), "", "s"))
+                if done.returncode:
+                    print(what, done.stdout[-500:], done.stderr[-2000:], sep="\n", flush=True)
+                _save(args, {"rows": rows})
 
-        for name in ("digits", "digits_coco"):
-            aps(f"data {name}", "data", name)
-        for experiment in ("bf16", "plain"):
+        def experiment(name: str) -> None:
             for stage in ("pretrain", "knn", "finetune", "linear_probe", "embed", "detection"):
-                aps(f"{stage}, {experiment}", stage, "--configfile", str(study), "--experiment", experiment)
+                aps(f"{stage}, {name}", stage, "--configfile", str(study), "--experiment", name)
+
+        list(pool.map(lambda name: aps(f"data {name}", "data", name), ("digits", "digits_coco")))
+        list(pool.map(experiment, ("bf16", "plain")))  # side by side: nothing is timed to be compared
     return {"rows": rows}
 
 
@@ -188,11 +193,14 @@ def waiting(args: argparse.Namespace) -> Result:
 
 
 def share(args: argparse.Namespace) -> Result:
-    """The share of a step's time in which it waits for its input: images of 32 pixels, ViT-Tiny/2, B=512, T=4."""
-    learner = _learner(args, *(("micro", 16, 128) if args.tiny else ("tiny", 512, 48 * 512)))
+    """The share of a step's time in which it waits for its input: 32 pixels, ViT-Tiny/2, B=512, T=4, compiled.
+
+    From one log line to the next, as in training. The first has the compilation.
+    """
+    learner = _learner(args, *(("micro", 16, 128) if args.tiny else ("tiny", 512, 50_000)), compile=True)
     done, epoch, lines = 0, learner.batches(0, 0), []
-    for _ in range(1 if args.tiny else 3):
-        for _ in range(2 if args.tiny else 15):
+    for count in (1, 1) if args.tiny else (5, 50, 40):
+        for _ in range(count):
             batch = next(epoch, None)  # `epoch` measures how long it takes
             if batch is None:
                 break
@@ -249,7 +257,7 @@ def base(args: argparse.Namespace) -> Result:
     """MFU of ViT-B/2's step, compiled or not, against the measured product in bf16."""
     rows: list[Row] = [("product in bf16", _product(args) / 1e12, "", "TFLOP/s")]
     for compiled in (False, True):
-        measured = _step(args, "base", 0.25, 4 if args.tiny else 256, compiled)
+        measured = _step(args, "base", 0.25, 4 if args.tiny else 512, compiled)
         name = f"ViT-B/2, r=0.25{', compiled' * compiled}"
         rows.append(
             (f"{name}: out of memory", 1, "== 0", "")
@@ -337,9 +345,9 @@ STEPS: dict[str, tuple[Callable[[argparse.Namespace], Result], int]] = {  # seco
     "agreement": (agreement, 30),
     "waiting": (waiting, 45),
     "stages": (stages, 150),
-    "share": (share, 60),
+    "share": (share, 90),
     "steps": (steps, 110),
-    "base": (base, 45),
+    "base": (base, 70),
     "imagenet": (imagenet, 20),
     "detection": (detection, 45),
     "knn": (knn, 690),  # in practice what the others leave
@@ -360,7 +368,10 @@ def _trainer(chosen: Any, device: Any) -> Any:
 def _step(
     args: argparse.Namespace, arch: str, ratio: float, batch: int, compiled: bool, **encoder: Any
 ) -> tuple[float, float, float] | None:
-    """Median seconds of a step, its speed as a share of the product's, peak GiB (0 on a CPU). None: out of memory."""
+    """Seconds of a step, its speed as a share of the product's, peak GiB (0 on a CPU). None: out of memory.
+
+    Steps follow each other without waiting for the device, as in training. The median of five rows of them.
+    """
     import gc
     import statistics
 
@@ -390,7 +401,11 @@ def _step(
         trainer, tensors = _trainer(chosen, device), inputs(chosen, device)
         for _ in range(1 if args.tiny else 3):
             trainer.step(*tensors, 1e-4)
-        taken = statistics.median(seconds(lambda: trainer.step(*tensors, 1e-4)) for _ in range(2 if args.tiny else 10))
+        row = range(1 if args.tiny else 8)
+        taken = statistics.median(
+            seconds(lambda: [trainer.step(*tensors, 1e-4) for _ in row]) / len(row)
+            for _ in range(2 if args.tiny else 5)
+        )
     except torch.OutOfMemoryError:
         return None
     memory = torch.cuda.max_memory_allocated() if cuda else 0
@@ -413,7 +428,9 @@ def _product(args: argparse.Namespace, measured: list[float] = []) -> float:  # 
     return measured[0]
 
 
-def _learner(args: argparse.Namespace, arch: str, batch: int, images: int, cifar: Path | None = None) -> Any:
+def _learner(
+    args: argparse.Namespace, arch: str, batch: int, images: int, cifar: Path | None = None, compile: bool = False
+) -> Any:
     """Pretraining as the stage builds it, on images of 32 pixels in memory."""
     import tempfile
 
@@ -442,7 +459,7 @@ def _learner(args: argparse.Namespace, arch: str, batch: int, images: int, cifar
         torch.set_float32_matmul_precision("high")
     model = stage_model("aps")
     block = model.model_fields["pretrain"].default.model_copy(
-        update={"batch_size": batch, "epochs": 1000, "warmup_epochs": 5}
+        update={"batch_size": batch, "epochs": 1000, "warmup_epochs": 5, "compile": compile}
     )
     settings = model(
         stage="pretrain", experiment="gpu", seed=0, dataset=DatasetSettings(name="cifar10"),

@@ -110,6 +110,6 @@ def test_the_share_of_waiting_counts_each_batch_once(tmp_path: Path, monkeypatch
 
     meter.fetch, steps = fetch, []
     learner = SimpleNamespace(batches=batches, meter=meter, step=lambda batch, done: steps.append(batch))
-    monkeypatch.setattr(gpu, "_learner", lambda *_: learner)
+    monkeypatch.setattr(gpu, "_learner", lambda *_, **__: learner)
     found = gpu.share(Namespace(device="cpu", tiny=True, out=tmp_path))
     assert found["rows"][0][:2] == ("input_share", len(steps)) and steps == [0, 1]

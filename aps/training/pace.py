@@ -49,6 +49,7 @@ class Pace:
         # Processes exchange the time on the CPU, so that no device is waited for
         self._group: Any = dist.new_group(backend="gloo") if distributed.world > 1 and self._minutes else None
         self._share = 0.0  # share of the minutes that had passed when the last batch was done
+        self._last: torch.cuda.Event | None = None  # the end of the last batch, on the device
         self.step_flops = self._count(settings)
         self.total = self._epochs * batches
         if self._budget is not None and self._budget.flops is not None:
@@ -106,10 +107,18 @@ class Pace:
         self.start()
 
     def batch_done(self, done: int) -> None:
-        """Call it after each batch; `done` batches are done. A run of minutes then estimates its number of batches."""
+        """Call it after each batch; `done` batches are done. A run of minutes then estimates its number of batches.
+
+        A GPU's last batch is only queued by then: the clock is read when the batch before it ends, so that the GPU has work
+        while the host makes the next one.
+        """
         if not self._minutes:
             return
-        self._wait()
+        if self.distributed.device.type == "cuda":
+            before, self._last = self._last, torch.cuda.Event()
+            self._last.record()
+            if before is not None:
+                before.synchronize()
         seconds = torch.tensor(self.seconds, dtype=torch.float64)
         if self._group is not None:  # all processes use the clock of the first
             dist.broadcast(seconds, 0, self._group)

@@ -151,6 +151,29 @@ def test_a_run_of_minutes_may_be_a_single_batch(digits: Path, tmp_path: Path, cl
     assert small.run(small.job("pretrain", digits, tmp_path, **own))["steps"] == 4
 
 
+def test_minutes_leave_a_gpu_its_last_batch_in_the_queue(
+    digits: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for each batch only after the next one was queued, and never for the whole device."""
+    waited, made = [], []
+
+    class Event:
+        def record(self) -> None:
+            made.append(self)
+
+        def synchronize(self) -> None:
+            waited.append(made.index(self))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    pace = Pace(settings(digits, tmp_path, **MINUTES), 3, 4, Distributed(0, 1, torch.device("cuda", 0)))
+    pace.start()
+    for done in range(1, 4):
+        clock.now += 5
+        pace.batch_done(done)
+        assert len(made) == done and waited == list(range(done - 1))
+    assert pace.progress(12) == 0.5 and pace.total == 6
+
+
 def agree(rank: int, folder: Path, run: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     clock = Clock()
