@@ -12,6 +12,7 @@ from aps.errors import UserError
 SHARED_MEMORY = Path("/dev/shm")  # workers pass decoded images through it
 LOCKS, LOCKS_EACH = 8, 4  # upper bounds of the locks that DataLoader makes, in all and per worker; one takes a page
 ENOUGH = 2**30  # bytes; containers often have 64 MiB, and then a worker dies with a bus error
+AHEAD = 4  # batches that a worker makes ahead
 
 
 def threads_given() -> int | None:
@@ -47,6 +48,19 @@ def decoding_workers(asked: int | None) -> int:
             f"(resources.STAGE.workers: 0), or make {SHARED_MEMORY} larger and writable"
         )
     return wanted
+
+
+def batches_ahead(workers: int, batch_bytes: int) -> int:
+    """Batches that each worker makes ahead: AHEAD, fewer where they would take more than half of the free shared memory.
+
+    Args:
+        workers: of this process; as many are reckoned with for the other processes that torchrun started on this machine.
+        batch_bytes: size of a process's batch, decoded.
+    """
+    if not SHARED_MEMORY.is_dir():
+        return AHEAD
+    room = shutil.disk_usage(SHARED_MEMORY).free // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, min(AHEAD, room // (workers * batch_bytes)))
 
 
 def _lock_problem(workers: int) -> str | None:

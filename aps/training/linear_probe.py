@@ -199,8 +199,11 @@ class Crops(MayDecode):
         self._loader = (
             None
             if isinstance(split, ArraySplit)
-            else KeyedLoader(_FileCrops(split, self.views, size, seed), workers, self.device)
-        )
+            else KeyedLoader(
+                _FileCrops(split, self.views, size, seed), workers, self.device,
+                settings.batch_size // distributed.world * 3 * size**2,
+            )
+        )  # fmt: skip
 
     def epoch(self, epoch: int, rows: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches from `first` on: images (B, 3, S, S) in [0, 1], labels (B,); rows: (batches, B) indices of images."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from aps.errors import UserError
-from aps.runtime.cores import decoding_workers
+from aps.runtime.cores import batches_ahead, decoding_workers
 from aps.runtime.processes import Distributed
 
 # Independent streams of random numbers from one seed.
@@ -74,9 +74,13 @@ def held_out(images: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 class KeyedLoader:
-    """A DataLoader whose dataset takes keys (epoch, image), with workers that are kept for all epochs."""
+    """A DataLoader whose dataset takes keys (epoch, image), with workers that are kept for all epochs.
 
-    def __init__(self, dataset: Dataset, workers: int | None, device: torch.device) -> None:
+    Args:
+        batch_bytes: size of this process's batch, decoded; with it, batches that are made ahead fit in shared memory.
+    """
+
+    def __init__(self, dataset: Dataset, workers: int | None, device: torch.device, batch_bytes: int) -> None:
         workers = decoding_workers(workers)
         self._keys = _Keys()
         self._loader: DataLoader[Any] | None = DataLoader(
@@ -85,7 +89,7 @@ class KeyedLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=batches_ahead(workers, batch_bytes) if workers else None,
         )
 
     def epoch(self, epoch: int, rows: Tensor) -> Iterator[Any]:

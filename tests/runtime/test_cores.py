@@ -11,7 +11,7 @@ import pytest
 
 from aps.errors import UserError
 from aps.runtime import cores as module
-from aps.runtime.cores import cores, decoding_workers
+from aps.runtime.cores import batches_ahead, cores, decoding_workers
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -52,6 +52,19 @@ def test_without_shared_memory_there_are_none(monkeypatch: pytest.MonkeyPatch, t
     assert (decoding_workers(None), decoding_workers(2)) == (0, 2)
     monkeypatch.setattr(module, "SHARED_MEMORY", tmp_path / "none")  # systems that share memory in another way
     assert decoding_workers(None) == 12
+
+
+def test_batches_that_are_made_ahead_fit_in_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two views of 1,024 images of 224 pixels are 294 MiB: four batches for each of 16 workers would be 18 GiB."""
+    batch = 2 * 1024 * 3 * 224**2
+    for free, expected in ((2**40, 4), (24 * 2**30, 2), (8 * 2**30, 1), (2**20, 1)):
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda _, free=free: Usage(2**40, 2**40 - free, free))
+        assert batches_ahead(16, batch) == expected
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # eight processes share it
+        assert batches_ahead(2, batch) == expected
+        monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(module, "SHARED_MEMORY", tmp_path / "none")
+    assert batches_ahead(16, batch) == 4
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
