@@ -261,6 +261,18 @@ def test_the_table_has_a_row_for_each_stage_and_adds_up(study_file: Path) -> Non
     assert "more than a H100 SXM has: huge pretrain" in text
 
 
+def test_hours_of_an_h100_are_those_that_were_measured_and_compiling_shortens_them(study_file: Path) -> None:
+    def hours(**pretrain: Any) -> float:
+        text = estimate(load_study([study_file], {"defaults": {"pretrain": pretrain}}), "h100")
+        assert "of which 7% (width to 192), 16% (to 384), 28% (wider) was reached on an H100" in text
+        return float(next(line.split()[4] for line in text.splitlines() if line.startswith("tiny  ")))
+
+    flops = stage_flops(load_study([study_file]).experiments["tiny"], "pretrain", DATASETS["cifar10"])
+    assert hours() == pytest.approx(flops / (0.07 * 989e12) / 3600, rel=0.01)
+    assert hours() / hours(compile=True) == pytest.approx(1.6, rel=0.02)
+    assert "assumed" in estimate(load_study([study_file]), "a100")
+
+
 def test_a_prepared_dataset_is_counted_by_its_manifest(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from aps.data.manifest import Manifest, Split, Statistics
 
