@@ -314,7 +314,8 @@ def knn(args: argparse.Namespace) -> Result:
     """
     from aps.training.knn import monitor
 
-    learner = _learner(args, *(("micro", 32, 256) if args.tiny else ("tiny", 512, 50_000)), cifar=args.cifar)
+    sizes = ("micro", 32, 256) if args.tiny else ("tiny", 512, 50_000)
+    learner = _learner(args, *sizes, cifar=args.cifar, compile=args.device.startswith("cuda"))
     start, done, epoch, lines = time.perf_counter(), 0, 0, []
     seconds = 2 if args.tiny else min(600, args.seconds - (time.monotonic() - STARTED) - 15)
 
