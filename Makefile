@@ -62,7 +62,7 @@ gpu: $(VENV)/.dev  ## what has to be seen on a GPU, in nine minutes: gpu-results
 # For `python benchmarks/gpu.py --wheels gpu-wheels` with Python 3.12, torch, torchvision and timm, without a network.
 gpu-wheels: $(VENV)/.installed  ## what that needs beside torch and timm, as wheels for a machine without a network
 	$(BIN)/python -m pip download --quiet --dest gpu-wheels --only-binary=:all: --python-version 3.12 --constraint $(CONSTRAINTS) \
-	jinja2 matplotlib psutil pyarrow pycocotools pydantic pytest pyyaml safetensors scikit-learn tqdm
+	hypothesis jinja2 matplotlib psutil pyarrow pycocotools pydantic pytest pyyaml safetensors scikit-learn scipy tqdm
 
 docs: $(VENV)/.dev  ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

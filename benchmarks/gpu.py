@@ -40,7 +40,8 @@ Row = tuple[str, float, str, str]  # what, figure, target such as `<= 0.02` or a
 
 def tests(args: argparse.Namespace) -> Result:
     """The tests that are marked `gpu`."""
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py"]
+    files = [str(file) for file in sorted(ROOT.glob("tests/**/test_*.py")) if "pytest.mark.gpu" in file.read_text()]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "gpu", *files]
     environment, log = _environment(args) | {"APS_TEST_DEVICE": args.device}, Path(args.out) / "tests.txt"
     with log.open("w") as file:  # which tells which test hangs
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import subprocess
@@ -113,3 +114,16 @@ def test_the_share_of_waiting_counts_each_batch_once(tmp_path: Path, monkeypatch
     monkeypatch.setattr(gpu, "_learner", lambda *_, **__: learner)
     found = gpu.share(Namespace(device="cpu", tiny=True, out=tmp_path))
     assert found["rows"][0][:2] == ("input_share", len(steps)) and steps == [0, 1]
+
+
+def test_every_test_that_needs_a_gpu_is_one_that_make_gpu_runs() -> None:
+    """`make gpu` runs what is marked; a test that is only skipped without a GPU would run nowhere."""
+    skipped = {}
+    for file in sorted(Path(__file__).parent.rglob("test_*.py")):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                marks = [ast.unparse(mark) for mark in node.decorator_list]
+                if any("cuda.is_available" in mark for mark in marks):
+                    skipped[f"{file.name}::{node.name}"] = "pytest.mark.gpu" in marks
+    assert len(skipped) >= 3 and all(skipped.values()), skipped

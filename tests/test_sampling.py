@@ -499,6 +499,7 @@ def test_sampling_never_asks_the_device_for_a_value(strategy):
     assert kept.view2.is_meta
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_draws_what_the_cpu_draws_from_the_same_noise_without_synchronizing():
     generator = torch.Generator().manual_seed(6)

@@ -370,6 +370,7 @@ def test_views_never_ask_the_device_for_a_value(settings):
     assert p.geometry("meta").boxes.is_meta
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_makes_the_cpus_views_without_synchronizing():
     images, settings = pictures(64, 48, 64), ViewSettings(blur=(0.5, 0.5))

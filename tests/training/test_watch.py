@@ -48,6 +48,7 @@ def test_only_the_process_that_speaks_watches() -> None:
     watch(rank=1).add(torch.tensor(math.nan), 0, GOOD)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("bad", [0, 5, 70, 200])
 def test_on_a_gpu_the_step_is_told_some_steps_later_without_waiting(bad: int) -> None:
