@@ -62,15 +62,13 @@ class Batches(MayDecode):
         self._order = Order(torch.arange(len(split)), batch_size, seed, distributed, "pretrain")
         self.batches = self._order.batches
         self._array = split.images.to(distributed.device) if isinstance(split, ArraySplit) else None
-        local = batch_size // distributed.world
         self._loader = (
             None
             if isinstance(split, ArraySplit)
             else KeyedLoader(
-                _Crops(split, self.views, seed), workers, distributed.device,
-                local * sum(3 * view.size**2 for view in self.views),
+                _Crops(split, self.views, seed), workers, distributed, batch_size, [view.size for view in self.views]
             )
-        )  # fmt: skip
+        )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """This process's rows of the batches `first`, `first`+1, ... of an epoch."""

@@ -86,11 +86,8 @@ class AugmentedExamples(MayDecode):
         self._loader = (
             None
             if isinstance(split, ArraySplit)
-            else KeyedLoader(
-                _Decoded(split, self._draw, size, seed), workers, device,
-                settings.batch_size // distributed.world * 3 * size**2,
-            )
-        )  # fmt: skip
+            else KeyedLoader(_Decoded(split, self._draw, size, seed), workers, distributed, settings.batch_size, [size])
+        )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Examples]:
         """This process's rows of the batches `first`, `first`+1, ... of an epoch."""

@@ -200,10 +200,9 @@ class Crops(MayDecode):
             None
             if isinstance(split, ArraySplit)
             else KeyedLoader(
-                _FileCrops(split, self.views, size, seed), workers, self.device,
-                settings.batch_size // distributed.world * 3 * size**2,
+                _FileCrops(split, self.views, size, seed), workers, distributed, settings.batch_size, [size]
             )
-        )  # fmt: skip
+        )
 
     def epoch(self, epoch: int, rows: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches from `first` on: images (B, 3, S, S) in [0, 1], labels (B,); rows: (batches, B) indices of images."""

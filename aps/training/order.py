@@ -5,7 +5,7 @@ No random state outlives a batch, so a run resumes at any point, on any number o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -77,18 +77,22 @@ class KeyedLoader:
     """A DataLoader whose dataset takes keys (epoch, image), with workers that are kept for all epochs.
 
     Args:
-        batch_bytes: size of this process's batch, decoded; with it, batches that are made ahead fit in shared memory.
+        batch_size: over all processes.
+        sizes: sides of the pictures that the dataset makes of an image, so that batches made ahead fit in shared memory.
     """
 
-    def __init__(self, dataset: Dataset, workers: int | None, device: torch.device, batch_bytes: int) -> None:
+    def __init__(
+        self, dataset: Dataset, workers: int | None, distributed: Distributed, batch_size: int, sizes: Iterable[int]
+    ) -> None:
         workers = decoding_workers(workers)
+        batch_bytes = batch_size // distributed.world * sum(3 * size**2 for size in sizes)
         self._keys = _Keys()
         self._loader: DataLoader[Any] | None = DataLoader(
             dataset,
             batch_sampler=self._keys,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
+            pin_memory=distributed.device.type == "cuda",
             prefetch_factor=batches_ahead(workers, batch_bytes) if workers else None,
         )
 
