@@ -230,11 +230,10 @@ def _assumed(card: Gpu, share: float | None, on_gpu: bool) -> str:
     reached = (
         f"{share:.0%}" if share else "{:.0%} (width to 192), {:.0%} (to 384), {:.0%} (wider)".format(*card.reached)
     )
-    measured = not share and card.reached == H100_REACHED
-    return (
-        f"{card.name}: {card.tflops:g} TFLOP/s dense peak, of which {reached} "
-        f"{'was reached on an H100, more with compile: true' if measured else 'is assumed to be reached'}"
-    )
+    measured = not share and card.reached is H100_REACHED
+    source = "was reached on an H100" if measured else "is assumed to be reached"
+    more = "" if share else ", more with compile: true"
+    return f"{card.name}: {card.tflops:g} TFLOP/s dense peak, of which {reached} {source}{more}"
 
 
 def _digits(x: float) -> str:
