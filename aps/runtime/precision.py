@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from aps.errors import UserError
 
@@ -42,6 +43,16 @@ class Precision:
         """Load a state of `scaler`, unless it is empty: that of an attempt on a GPU that computes in bf16."""
         if state:
             self.scaler.load_state_dict(state)
+
+    def prepare(self, networks: nn.Module) -> None:
+        """Let timm's attention be separate products where the fused one is slower: in bf16 on CPUs.
+
+        The gradient of torch's fused attention takes four times as long there as in float32 (docs/performance.md).
+        """
+        if self._device == "cpu" and self._dtype is not None:
+            for module in networks.modules():
+                if hasattr(module, "fused_attn"):
+                    module.fused_attn = False  # type: ignore[assignment]
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self._device, self._dtype, enabled=self._dtype is not None)

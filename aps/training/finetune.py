@@ -170,6 +170,7 @@ class Finetuner:
         )
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.precision = Precision(self.settings.precision, distributed.device)
+        self.precision.prepare(self.model)
         self.ema = ModelEmaV3(self.model, decay=self.settings.ema) if self.settings.ema else None
         self._forward: nn.Module = self.model
         if distributed.world > 1:

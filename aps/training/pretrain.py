@@ -190,6 +190,7 @@ class Trainer:
             groups, betas=self.settings.betas, weight_decay=self.settings.weight_decay, fused=True
         )
         self.precision = Precision(self.settings.precision, self.device)
+        self.precision.prepare(self.networks)
         self._forward: nn.Module = Forward(self.method, self.networks)
         if distributed.world > 1:
             synchronize_batch_norm(self.networks)

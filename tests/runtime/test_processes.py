@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 
 from aps.errors import Preempted, UserError
+from aps.models.encoder import build_encoder
 from aps.runtime.cores import cores, threads_given
 from aps.runtime.launch import _environment
 from aps.runtime.precision import Precision
 from aps.runtime.processes import processes
 from aps.runtime.slurm import allocation, job_id
+from aps.settings.blocks import EncoderSettings
 
 
 @pytest.mark.parametrize("asked", ["nonsense", "gpu", "CUDA", "cuda:x", "cpu:", "mps", " cpu", "cuda,cpu", "meta"])
@@ -131,3 +133,15 @@ def test_a_state_of_a_gpu_without_loss_scaling_goes_on_on_one_with_it() -> None:
     other.scaler = torch.amp.GradScaler("cpu")
     other.load_scaler(one.scaler.state_dict())
     assert other.scaler.get_scale() == one.scaler.get_scale() == 8
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "fused"), [("fp32", "cpu", True), ("bf16", "cpu", False), ("bf16", "cuda", True)]
+)
+def test_attention_is_fused_except_in_bf16_on_a_cpu(setting: str, device: str, fused: bool) -> None:
+    encoder = build_encoder(EncoderSettings(arch="micro", depth=2, image_size=16, patch_size=4))
+    images = torch.randn(2, 3, 16, 16)
+    before = encoder(images)
+    Precision(setting, torch.device(device)).prepare(encoder)
+    assert [block.attn.fused_attn for block in encoder.blocks] == [fused, fused]
+    assert torch.allclose(encoder(images), before, atol=1e-6)

@@ -108,6 +108,14 @@ def test_drop_path_reaches_the_model_and_acts_in_training(digits: Path, tmp_path
     assert losses[0] != losses[1]
 
 
+def test_bf16_on_a_cpu_uses_no_fused_attention(digits: Path, tmp_path: Path) -> None:
+    for precision, fused in (("fp32", True), ("bf16", False)):
+        t = tuner(digits, tmp_path, precision=precision, ema=0.8)
+        assert t.ema is not None
+        for model in (t.model, t.ema.module):
+            assert [block.attn.fused_attn for block in model.blocks] == [fused] * len(t.model.blocks)
+
+
 def test_the_ema_is_a_moving_average_of_the_weights(digits: Path, tmp_path: Path) -> None:
     t = tuner(digits, tmp_path, ema=0.8, mixup=0.0, cutmix=0.0)
     assert t.ema is not None

@@ -44,6 +44,16 @@ def by_definition(model: Any, images: tuple[Tensor, Tensor, Tensor, Tensor], tau
     return total
 
 
+def test_bf16_on_a_cpu_uses_no_fused_attention_and_finds_nearly_the_same_loss(digits: Path, tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        trainer = Trainer(small.job("pretrain", digits, tmp_path, precision=precision), small.ONE)
+        assert [block.attn.fused_attn for block in trainer.encoder.blocks] == [precision == "fp32"] * 2
+        view1, view2, *kept = batch()
+        losses[precision] = trainer.step((view1, view2), tuple(kept), 0.01)["loss"].item()
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_is_adamw_with_decay_on_every_parameter(accumulate: int, digits: Path, tmp_path: Path) -> None:
     job = small.job("pretrain", digits, tmp_path, weight_decay=0.4, betas=(0.8, 0.95), temperature=0.2, accumulate=accumulate)  # fmt: skip
