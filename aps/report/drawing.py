@@ -138,7 +138,8 @@ class Picture:
 
 def of_the_first(caption: str, panels: Sequence[Panel]) -> str:
     """The caption of a figure with a panel for each experiment, MOST_PANELS at most."""
-    return f"{caption} Only the first {MOST_PANELS} experiments." if len(panels) == MOST_PANELS else caption
+    shown = f" No more than the first {MOST_PANELS} experiments are shown." if len(panels) == MOST_PANELS else ""
+    return caption + shown
 
 
 def grid_lines(axes: Axes, axis: str) -> None:

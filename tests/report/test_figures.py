@@ -267,7 +267,7 @@ def test_a_figure_with_a_panel_for_each_experiment_shows_the_first(monkeypatch: 
 
     (few,), (many,) = pictures(1), pictures(4)
     assert len(few.panels) == 1 and "first" not in few.caption
-    assert len(many.panels) == 2 and many.caption.endswith("Only the first 2 experiments.")
+    assert len(many.panels) == 2 and many.caption.endswith("No more than the first 2 experiments are shown.")
 
 
 def test_images_are_drawn_of_no_more_experiments_than_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
