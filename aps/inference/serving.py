@@ -15,6 +15,8 @@ import shutil
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ def track_model(folder: Path, address: str, label: str, seconds: float = SECONDS
 
     def log() -> None:
         try:
-            _track(folder, address)
+            _track(folder, address, _client)
             reasons.clear()
         except Exception as error:  # the stage is finished, whatever the server answers
             reasons[:] = [why(error)]
@@ -70,12 +72,12 @@ def track_model(folder: Path, address: str, label: str, seconds: float = SECONDS
 
 def sync_models(study: Study, address: str) -> tuple[int, int]:
     """Log models of a study's finished stages that MLflow does not have yet. Returns (sent, still missing)."""
-    sent = 0
+    sent, connect = 0, cache(_client)
     folders = [stage_folder(study_folder(study), *job) for job in study.jobs()]
     waiting = [folder for folder in folders if (folder / "metrics.json").exists()] if _wanted(address) else []
     for number, folder in enumerate(waiting):
         try:
-            sent += _track(folder, address)
+            sent += _track(folder, address, connect)
         except UserError as error:  # the report names damaged results
             logging.getLogger(__name__).debug("%s", error)
         except Exception as error:  # the server is down, and trying every other model would take minutes
@@ -88,8 +90,11 @@ def _wanted(address: str) -> bool:
     return address != OFF and os.environ.get(SWITCH) != "0"
 
 
-def _track(folder: Path, address: str) -> bool:
+def _track(folder: Path, address: str, connect: Callable[[str], Any]) -> bool:
     """Log the model of a stage's results, unless its MLflow run has one; returns whether it did.
+
+    Args:
+        connect: gives an MlflowClient of an address.
 
     Raises:
         Exception: any error of mlflow, and UserError where the results are not complete.
@@ -98,7 +103,7 @@ def _track(folder: Path, address: str) -> bool:
     run = metrics.get("mlflow_run_id")
     if metrics["stage"] not in ANSWERS or run is None:
         return False
-    client = _client(address)
+    client = connect(address)
     if _logged(client, run) is not None:
         return False
     encoder = find_encoder(folder, metrics) if metrics["stage"] == "linear_probe" else None

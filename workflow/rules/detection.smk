@@ -1,4 +1,4 @@
-# Detection: Mask R-CNN on the encoder (COCO transfer).
+# Detection: Mask R-CNN on the encoder (COCO transfer). The longest evaluation: its priority is that of pretraining.
 
 
 rule detection:

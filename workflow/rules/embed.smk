@@ -11,6 +11,7 @@ use rule pretrain_encoder as embed_encoder with:
         **PLAN.output("embed"),
     wildcard_constraints:
         stage="embed",
+    priority: 0
     group:
         PLAN.group("embed")
     threads: PLAN.threads("embed")

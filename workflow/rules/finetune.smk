@@ -11,6 +11,7 @@ use rule pretrain_encoder as finetune_encoder with:
         **PLAN.output("finetune"),
     wildcard_constraints:
         stage="finetune",
+    priority: 0
     threads: PLAN.threads("finetune")
     resources:
         **PLAN.resources("finetune"),

@@ -11,6 +11,7 @@ use rule pretrain_encoder as knn_encoder with:
         **PLAN.output("knn"),
     wildcard_constraints:
         stage="knn",
+    priority: 0
     group:
         PLAN.group("knn")
     threads: PLAN.threads("knn")

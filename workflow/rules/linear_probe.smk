@@ -11,6 +11,7 @@ use rule pretrain_encoder as linear_probe_encoder with:
         **PLAN.output("linear_probe"),
     wildcard_constraints:
         stage="linear_probe",
+    priority: 0
     group:
         PLAN.group("linear_probe")
     threads: PLAN.threads("linear_probe")

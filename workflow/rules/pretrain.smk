@@ -20,6 +20,7 @@ rule pretrain_encoder:
         f"{FOLDER}/benchmarks/{{experiment}}/seed{{seed}}/{{stage}}.tsv"
     wildcard_constraints:
         stage="pretrain",
+    priority: 1  # other stages wait for it
     threads: PLAN.threads("pretrain")
     resources:
         **PLAN.resources("pretrain"),
