@@ -202,8 +202,11 @@ def test_a_finished_stage_logs_its_model_and_sync_logs_what_is_missing_once(
     assert main(["linear_probe", "--configfile", study]) == 0
     assert models_of(server) == {"pretrain": 1}
     monkeypatch.delenv("APS_LOG_MODELS")
+    connections, connect = [], serving._client
+    monkeypatch.setattr(serving, "_client", lambda address: connections.append(address) or connect(address))
     for _ in range(2):
         assert main(["sync", "--configfile", study]) == 0
+    assert connections == [server, server], "one connection for all runs of a study"
     assert models_of(server) == {"pretrain": 1, "linear_probe": 1}
     assert "0 runs brought up to date, 1 model logged, 0 could not be sent" in capsys.readouterr().out
     folder = tmp_path / "results/small/mine/seed0/linear_probe"
@@ -218,13 +221,13 @@ def test_a_server_that_is_slow_or_fails_keeps_no_stage_waiting(
 ) -> None:
     monkeypatch.chdir(finished)
     wait = threading.Event()
-    monkeypatch.setattr(serving, "_track", lambda folder, address: wait.wait(60))
+    monkeypatch.setattr(serving, "_track", lambda folder, address, connect: wait.wait(60))
     track_model(stages / "finetune", "http://127.0.0.1:9", "finetune mine/seed0", seconds=0.1)
     wait.set()
     said = "finetune mine/seed0: MLflow did not take its model (it does not answer (timed out)); `python -m aps sync` sends"
     assert said in capsys.readouterr().err
 
-    def fails(folder: Path, address: str) -> bool:
+    def fails(folder: Path, address: str, connect: object) -> bool:
         raise ConnectionError
 
     monkeypatch.setattr(serving, "_track", fails)

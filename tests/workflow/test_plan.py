@@ -34,6 +34,7 @@ ORDER = (
     "log",
     "benchmark",
     "wildcard_constraints",
+    "priority",
     "threads",
     "resources",
     "conda",
@@ -281,6 +282,13 @@ def test_every_rule_of_a_job_declares_all_of_it(empty: Path) -> None:
             assert needed <= set(parts), (name, needed - set(parts))
             assert len(re.findall(r"-m aps (?:\w+|\{wildcards\.stage\}) ", body)) == 1 and "| tee {log:q}" in body, name
             assert parts == [part for part in ORDER if part in parts], name
+
+
+def test_stages_that_others_wait_for_and_the_longest_start_first(empty: Path) -> None:
+    text = snakemake(empty, "all", "-n", "--cores", "2")
+    jobs = re.findall(r"^rule (\w+_encoder):\n((?: +\S.*\n)+)", text, re.MULTILINE)
+    first = {rule for rule, body in jobs if "priority: 1" in body}
+    assert first == {"pretrain_encoder", "detection_encoder"} and {rule for rule, _ in jobs} > first
 
 
 def test_resources_and_threads_come_from_the_study(empty: Path) -> None:
