@@ -73,7 +73,7 @@ RULE_OF_TARGET = {"data": PREPARE} | {name: row.rule for name, row in STAGES.ite
 def rule_function(method: Callable[..., Any]) -> cached_property[Callable[..., Any]]:
     """A method of `Plan` for rules to name, as a function that has its signature at hand.
 
-    Snakemake asks each function of each job for it several times, a tenth of the time of a large plan.
+    Snakemake asks each function of each job for it several times (docs/performance.md, Many jobs).
     """
 
     def bound(plan: Plan) -> Callable[..., Any]:
