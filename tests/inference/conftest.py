@@ -27,8 +27,10 @@ STUDY: dict[str, Any] = {
         "linear_probe": {"epochs": 4, "batch_size": 16, "lrs": [0.01, 1.0], "batch_norm": True},
         "knn": {"k": [3]},
         "embed": {"queries": 4, "neighbours": 3},
+        # Hardly trained: every class keeps about 1/11 of each box, above the 0.05 from which engines report a detection.
+        # After 60 iterations at 3e-3 the best scores were 0.0503 on one processor and below 0.05 on another.
         "detection": {
-            "image_size": 32, "iterations": 60, "batch_size": 2, "warmup_iterations": 3, "lr": 0.003, "lr_drops": [], "window": 4,
+            "image_size": 32, "iterations": 20, "batch_size": 2, "warmup_iterations": 3, "lr": 1e-5, "lr_drops": [], "window": 4,
             "global_blocks": [1], "pyramid_scales": [2.0, 1.0], "pyramid_dim": 16, "head_convs": 1, "head_dim": 16,
             "proposals": 20, "rois": 16,
         },

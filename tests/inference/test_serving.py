@@ -26,6 +26,7 @@ from mlflow.tracking import MlflowClient
 from pycocotools import mask as rle
 
 from aps.cli import main
+from aps.detection.engine import Prediction
 from aps.errors import UserError
 from aps.inference import serving
 from aps.inference.load import load
@@ -149,10 +150,23 @@ def test_every_kind_of_network_answers_as_it_is_asked_in_python(stages: Path, ph
     )  # two JPEG decoders
     encoder = load(stages / "pretrain")
     assert np.allclose(Served(encoder).predict(frame)["embedding"][0], encoder.embed(photo)[0], atol=5e-2)
+
+
+def test_a_served_detector_gives_boxes_labels_scores_and_masks_of_each_image(
+    stages: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given what it finds: so small a detector is sure of nothing."""
     detector = load(stages / "detection")
-    found = Served(detector).predict(frame)
-    masks = [rle.decode(code) for code in found["masks"][0]]
-    assert len(masks) == len(found["boxes"][0]) == len(found["labels"][0]) == len(found["scores"][0])
+    masks = torch.zeros(2, 5, 7, dtype=torch.bool)
+    masks[0, 1:3, 2:6] = True
+    given = Prediction(
+        torch.tensor([[2.0, 1, 6, 3], [0, 0, 7, 5]]), torch.tensor([0.75, 0.25]), torch.tensor([3, 0]), masks
+    )
+    monkeypatch.setattr(detector.engine, "predict", lambda images: [given for _ in images])
+    found = Served(detector).predict(pd.DataFrame({"image": [sent(photo)] * 2}))
+    for row in found.to_dict("records"):
+        assert row["boxes"] == [[2, 1, 6, 3]] and row["labels"] == ["3"] and row["scores"] == [0.75]
+        assert np.array_equal(rle.decode(row["masks"]), masks[:1].permute(1, 2, 0))
 
 
 @pytest.mark.parametrize("value", ["no base64!", "/etc/passwd", base64.b64encode(b"text").decode(), None, 7])

@@ -100,6 +100,7 @@ def test_detect_draws_each_image_and_writes_cocos_results(
     lines = [json.loads(line) for line in (here / "found/detections.jsonl").read_text().splitlines()]
     assert [line["path"] for line in lines] == [str(path) for path in images]
     assert all(is_picture(picture_of(here / "found", path)) for path in images)
+    assert all(line["detections"] for line in lines)
     for found in (x for line in lines for x in line["detections"]):
         assert (
             found["label"] in "0123456789" and rle.decode(found["segmentation"]).ndim == 2 and len(found["bbox"]) == 4
