@@ -36,7 +36,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional
+from torchvision.transforms.v2 import InterpolationMode, functional
 
 from aps.runtime.prefetch import send
 from aps.sampling import Geometry
@@ -88,18 +88,24 @@ def draw_boxes(heights: Tensor, widths: Tensor, settings: ViewSettings, generato
 
     heights, widths: (B,) int64 sizes of the sources in pixels -> (B, 4) int64: top, left, height, width.
     """
-    batch = len(heights)
-    area, aspect, down, right = torch.rand(4, batch, TRIES, generator=generator, dtype=torch.float64)
+    batch, tall, broad = len(heights), heights.numpy(), widths.numpy()
+    # NumPy, because a worker draws for one image at a time, and torch takes three times as long for so few numbers.
+    area, aspect, down, right = torch.rand(4, batch, TRIES, generator=generator, dtype=torch.float64).numpy()
     (small, large), (narrow, wide) = settings.crop_scale, settings.crop_ratio
-    area = (small + (large - small) * area) * (heights * widths)[:, None]
-    aspect = torch.exp(math.log(narrow) + (math.log(wide) - math.log(narrow)) * aspect)
-    height, width = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
-    fits = (height > 0) & (height <= heights[:, None]) & (width > 0) & (width <= widths[:, None])
-    top = (down * (heights[:, None] - height + 1)).floor()
-    left = (right * (widths[:, None] - width + 1)).floor()
-    first = (fits * torch.arange(TRIES, 0, -1)).argmax(1)
-    boxes = torch.stack([top, left, height, width], 2)[torch.arange(batch), first].long()
-    return torch.where(fits.any(1)[:, None], boxes, _centred_boxes(heights, widths, narrow, wide))
+    area = (small + (large - small) * area) * (tall * broad)[:, None]
+    aspect = np.exp(math.log(narrow) + (math.log(wide) - math.log(narrow)) * aspect)
+    height, width = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
+    fits = (height > 0) & (height <= tall[:, None]) & (width > 0) & (width <= broad[:, None])
+    first = np.arange(batch), fits.argmax(1)
+    height, width = height[first], width[first]
+    top, left = np.floor(down[first] * (tall - height + 1)), np.floor(right[first] * (broad - width + 1))
+    boxes = torch.from_numpy(np.stack([top, left, height, width], 1)).long()
+    found = torch.from_numpy(fits.any(1))
+    return (
+        boxes
+        if bool(found.all())
+        else torch.where(found[:, None], boxes, _centred_boxes(heights, widths, narrow, wide))
+    )
 
 
 def _centred_boxes(heights: Tensor, widths: Tensor, narrow: float, wide: float) -> Tensor:
@@ -151,11 +157,22 @@ def cut_crops(image: Tensor, views: Sequence[View], seed: tuple[int, int, int]) 
         count = len(list(group))
         boxes.append(draw_boxes(torch.full((count,), height), torch.full((count,), width), augmentation, generator))
     table = torch.cat(boxes)
-    crops = [
-        functional.resized_crop(image, *box, [view.size, view.size], antialias=True)
-        for view, box in zip(views, table.tolist(), strict=True)
-    ]
+    crops = [cut(image, box, view.size) for view, box in zip(views, table.tolist(), strict=True)]
     return crops, table
+
+
+def cut(
+    image: Tensor, box: Sequence[int], size: int, interpolation: InterpolationMode = InterpolationMode.BILINEAR
+) -> Tensor:
+    """A box of one image, resized with antialiasing: the pixels of torchvision's resized_crop.
+
+    image: (3, H, W) uint8; box: top, left, height, width -> (3, S, S) uint8.
+    """
+    top, left, height, width = box
+    crop = image[:, top : top + height, left : left + width]
+    # torch resizes 1.5 times faster where the channels of a pixel lie side by side, and leaves them so.
+    crop = crop.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return functional.resize(crop, [size, size], interpolation, antialias=True)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,7 +9,20 @@ import sys
 from benchmarks.common import arguments, label, table_line
 from benchmarks.peers import MISSING
 
-NAMES = ("views", "sampler", "step", "ceiling", "probe", "scaling", "choices", "augment", "planning", "large", "peers")
+NAMES = (
+    "views",
+    "decode",
+    "sampler",
+    "step",
+    "ceiling",
+    "probe",
+    "scaling",
+    "choices",
+    "augment",
+    "planning",
+    "large",
+    "peers",
+)
 
 
 def main() -> int:

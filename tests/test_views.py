@@ -7,11 +7,13 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.utils.data import default_collate
 from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms.v2 import functional
+from torchvision.transforms.v2 import InterpolationMode, functional
 
 from aps import views
 from aps.settings.blocks import ViewSettings
+from aps.training.order import collated
 from aps.views import (
     BRIGHTNESS,
     CONTRAST,
@@ -22,6 +24,7 @@ from aps.views import (
     ViewParameters,
     apply_crops,
     apply_view,
+    cut,
     cut_crops,
     draw_boxes,
     draw_parameters,
@@ -334,6 +337,27 @@ def test_a_workers_crops_depend_on_seed_epoch_and_image_only():
     assert len(everything.unique(dim=0)) == 8  # both views of all four differ
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_cut_is_torchvisions_resized_crop_however_pixels_lie(interpolation: str):
+    mode = InterpolationMode(interpolation)
+    planes = pictures(9, 70, 90)[5]
+    decoded = planes.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as decoders leave them
+    gray = planes[:1].expand(3, -1, -1)
+    for image in (planes, decoded, gray):
+        for box in ([0, 0, 70, 90], [3, 5, 40, 60], [10, 20, 20, 17], [69, 89, 1, 1]):
+            expected = functional.resized_crop(image, *box, [32, 32], mode, antialias=True)
+            assert torch.equal(cut(image, box, 32, mode), expected)
+
+
+def test_workers_batches_are_those_of_default_collate():
+    samples = [cut_crops(image, two(32, ViewSettings()), (0, 0, i)) for i, image in enumerate(pictures(9, 64, 80))]
+    (crops, boxes), (expected, same) = collated(samples), default_collate(samples)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip([*crops, boxes], [*expected, same], strict=True))
+    assert crops[0].shape == (9, 3, 32, 32) and crops[0].is_contiguous(memory_format=torch.channels_last)
+    plain = [x.contiguous() for x in pictures(9, 9, 12)]  # a single tensor each, channel by channel
+    assert torch.equal(collated(plain), default_collate(plain))
+
+
 def test_workers_crop_boxes_have_the_distribution_of_torchvisions():
     image = torch.zeros(3, 20, 32, dtype=torch.uint8)
     boxes = torch.stack([cut_crops(image, two(4, ViewSettings()), (0, 0, index))[1] for index in range(1200)]).numpy()
@@ -347,8 +371,8 @@ def test_workers_crop_boxes_have_the_distribution_of_torchvisions():
 def test_crops_cut_by_workers_become_the_views_of_the_batched_path():
     """Up to the rounding of crops to whole gray levels, of each axis in turn."""
     images, settings = pictures(24, 64, 80), ViewSettings(blur=(0.5, 0.5))
-    cut = [cut_crops(image, two(32, settings), (0, 0, i)) for i, image in enumerate(images)]
-    crops, boxes = torch.stack([torch.stack(c) for c, _ in cut]), torch.stack([b for _, b in cut])
+    made = [cut_crops(image, two(32, settings), (0, 0, i)) for i, image in enumerate(images)]
+    crops, boxes = torch.stack([torch.stack(c) for c, _ in made]), torch.stack([b for _, b in made])
     for view in (1, 2):
         p = draw_parameters(view, 24, 32, 32, settings, generator(view))._replace(boxes=boxes[:, view - 1])
         flipped = [functional.horizontal_flip(c) if f else c for c, f in zip(crops[:, view - 1], p.flips, strict=True)]

@@ -43,12 +43,13 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
     return describe(folder, name, source.path, key, labels=True)
 
 
-def describe(folder: Path, name: str, tree: str, key: str, labels: bool) -> Manifest:
+def describe(folder: Path, name: str, tree: str, key: str, labels: bool, shrink: int | None = None) -> Manifest:
     """The manifest of a tree of images.
 
     Args:
         key: the setting that names the tree, for error messages.
         labels: whether its folders are classes; else every image is a training image.
+        shrink: as in `trees.describe`.
 
     Raises:
         UserError: as in `prepare`.
@@ -69,8 +70,9 @@ def describe(folder: Path, name: str, tree: str, key: str, labels: bool) -> Mani
         splits = {"train": trees.unlabelled(found)}
     source = SourceSettings(path=tree)
     return trees.describe(
-        folder, name, classes, splits, origin=str(path.resolve()), source=source, trees=[found], notes=notes
-    )
+        folder, name, classes, splits, origin=str(path.resolve()), source=source, trees=[found], notes=notes,
+        shrink=shrink,
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------

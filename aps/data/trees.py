@@ -1,4 +1,4 @@
-"""Lists, checks and describes datasets that are folders of image files; the images are never copied.
+"""Lists, checks and describes datasets that are folders of image files, used in place or as copies of a smaller size.
 
 The layout is torchvision's ImageFolder, one folder a class with images anywhere below it; or, without labels, images
 anywhere. It does not know where a tree comes from.
@@ -7,14 +7,19 @@ anywhere. It does not know where a tree comes from.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
+from torchvision.io import encode_jpeg
+from torchvision.transforms.v2 import InterpolationMode, functional
 
 from aps.data.complaints import Complaints
 from aps.data.fetch import parallel
@@ -35,6 +40,10 @@ from aps.data.walk import Walk, counted, printable, walk
 from aps.errors import UserError
 from aps.files import write_bytes
 from aps.settings.blocks import SourceSettings
+
+COPIES = "shrunk"  # folder of the copies, beside the manifest
+QUALITY = 90  # of copies, in JPEG's scale of 1 to 100
+LARGE = 800  # pixels on the shorter side, from which images should be shrunk
 
 
 class Listing(NamedTuple):
@@ -58,8 +67,8 @@ class Listing(NamedTuple):
 class Decoded(NamedTuple):
     """What decoding some images found."""
 
-    sha256: list[str]
-    image_sizes: list[tuple[int, int]]  # height, width
+    sha256: list[str]  # of the files as they were found
+    image_sizes: list[tuple[int, int]]  # height, width, after shrinking
     sums: Accumulator
     broken: list[UserError]
     suspects: list[str]  # images about which a C library may have printed a warning
@@ -140,6 +149,7 @@ def describe(
     sample: int | None = None,
     published: ChannelStatistics | None = None,
     notes: Sequence[str] = (),
+    shrink: int | None = None,
 ) -> Manifest:
     """Write the index of each split, and return the manifest.
 
@@ -149,6 +159,8 @@ def describe(
         trees: the walks that the splits were listed from, for the fingerprint.
         sample: decode this many train images, balanced over classes, for the statistics, and let the digest cover
             names, sizes and labels. None: decode every image of every split, and let the digest cover their contents.
+        shrink: write a copy of every image into `folder`, under its own name, and use the copies: as JPEG with this many
+            pixels on the shorter side, or as it is where it has no more. None: use the images in place.
 
     Raises:
         UserError: a decoded image is unreadable; `folder`/unreadable.txt lists all of them.
@@ -158,18 +170,25 @@ def describe(
     to_decode = splits
     if sample is not None and train.labels is not None and sample < len(train.names):
         to_decode = {"train": train.rows(limited(torch.tensor(train.labels), sample, seed=0).tolist())}
-    decoded = {split: decode(folder, split, images) for split, images in to_decode.items()}
     every = to_decode is splits
+    assert every or shrink is None
+    shutil.rmtree(folder / COPIES, ignore_errors=True)  # of an earlier preparation
+    decoded = {split: decode(folder, split, images, shrink) for split, images in to_decode.items()}
     over = (
         f"every pixel of {'the' if every else 'a seeded, class-balanced sample of'} {len(to_decode['train'].names):,}"
     )
     notes = [*notes, *damaged(folder, to_decode, decoded)]
     if every:
         notes += duplicates(folder, splits, {split: images.sha256 for split, images in decoded.items()})
-    contents = {
+    contents: dict[str, list[Any]] = {
         split: [images.names, images.labels, decoded[split].sha256 if every else images.sizes]
         for split, images in splits.items()
     }
+    if shrink is not None:
+        splits = {split: images._replace(root=folder / COPIES / split) for split, images in splits.items()}
+        contents["shrink"] = [shrink]
+    elif every:
+        notes += _large(decoded["train"].image_sizes)
     image_sizes = {size for images in decoded.values() for size in images.image_sizes}
     written = {}
     for split, images in splits.items():
@@ -189,7 +208,7 @@ def describe(
         ),
         digest=content_digest(classes, contents),
         digest_of=f"{'class names, ' if classes else ''}file names, {'file contents' if every else 'file sizes'}"
-        f"{' and labels' if classes else ''}",
+        f"{' and labels' if classes else ''}{f', shrunk to {shrink} pixels' if shrink else ''}",
         origin=origin,
         source=source.path,
         fingerprint=fingerprint,
@@ -198,8 +217,8 @@ def describe(
     return with_sizes(manifest, folder)
 
 
-def decode(folder: Path, split: str, images: Listing) -> Decoded:
-    """Decode images, in threads.
+def decode(folder: Path, split: str, images: Listing, shrink: int | None = None) -> Decoded:
+    """Decode images, in threads; `shrink` as in `describe`.
 
     Raises:
         UserError: an image is unreadable; `folder`/unreadable.txt lists all of them.
@@ -207,7 +226,9 @@ def decode(folder: Path, split: str, images: Listing) -> Decoded:
     chunks = [images.names[i : i + 64] for i in range(0, len(images.names), 64)]
     total = Decoded([], [], Accumulator(), [], [])
     with Complaints() as complaints:
-        for chunk in parallel(lambda names: _decode_chunk(images.root, names, complaints), chunks, f"decode {split}"):
+        copies = folder / COPIES / split if shrink is not None else None
+        work = partial(_decode_chunk, images.root, complaints=complaints, shrink=shrink, copies=copies)
+        for chunk in parallel(work, chunks, f"decode {split}"):
             total.sha256.extend(chunk.sha256)
             total.image_sizes.extend(chunk.image_sizes)
             total.sums.merge(chunk.sums)
@@ -253,6 +274,16 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
+def _large(sizes: list[tuple[int, int]]) -> list[str]:
+    """The note on images that take long to decode; none where most are small."""
+    if (half := int(median(min(size) for size in sizes))) < LARGE:
+        return []
+    return [
+        f"half of the train images have {half:,} pixels or more on the shorter side, and every epoch decodes them whole; "
+        "`shrink: 512` beside datasets.NAME.folder keeps small copies, which are read many times faster"
+    ]
+
+
 def _readable(tree: Walk, inside: str = "") -> list[tuple[str, int]]:
     """(path below a folder of the tree, bytes) of the images that this installation of Pillow reads."""
     start = f"{inside}/" if inside else ""
@@ -284,7 +315,9 @@ def damaged(folder: Path, splits: dict[str, Listing], decoded: dict[str, Decoded
     ]
 
 
-def _decode_chunk(root: Path, names: list[str], complaints: Complaints) -> Decoded:
+def _decode_chunk(
+    root: Path, names: list[str], complaints: Complaints, shrink: int | None, copies: Path | None
+) -> Decoded:
     decoded = Decoded([], [], Accumulator(), [], [])
     for name in names:
         before = complaints.size
@@ -297,6 +330,12 @@ def _decode_chunk(root: Path, names: list[str], complaints: Complaints) -> Decod
         if complaints.size != before:
             decoded.suspects.append(name)
         decoded.sha256.append(hashlib.sha256(content).hexdigest())
+        if shrink is not None and copies is not None:
+            if min(image.shape[1:]) > shrink:
+                image = functional.resize(image, [shrink], InterpolationMode.BICUBIC, antialias=True)
+                content = encode_jpeg(image.contiguous(), QUALITY).numpy().tobytes()
+            (copies / name).parent.mkdir(parents=True, exist_ok=True)
+            (copies / name).write_bytes(content)
         decoded.image_sizes.append((image.shape[1], image.shape[2]))
         decoded.sums.add(image[None])
     return decoded

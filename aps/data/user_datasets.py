@@ -26,5 +26,5 @@ def prepare(out: Path, source: UserDataset, name: str) -> Manifest:
         manifest = array_files.describe(out, name, source.arrays, f"{key}.arrays", source.labels)
     else:
         assert source.folder is not None
-        manifest = folder.describe(out, name, source.folder, f"{key}.folder", source.labels)
+        manifest = folder.describe(out, name, source.folder, f"{key}.folder", source.labels, source.shrink)
     return manifest.model_copy(update={"source": source.identity})

@@ -468,6 +468,11 @@ class UserDataset(Section):
     coco: CocoSplits | None = Field(None, description="images and annotations of train and val, for detection")
     labels: bool = Field(True, description="false: use the images without labels, for pretraining; a tree of any depth")
     masks: bool = Field(True, description="false: detection trains boxes only")
+    shrink: int | None = Field(
+        None,
+        ge=16,
+        description="keep a copy of every larger image of a folder with this many pixels on the shorter side",
+    )
     trust: bool = Field(False, description="true: don't look for changed files in a tree each time the DAG is planned")
 
     @property
@@ -517,4 +522,6 @@ class UserDataset(Section):
             )
         if self.coco is None and not self.masks:
             raise ValueError("masks: false is for coco; remove it")
+        if self.folder is None and self.shrink is not None:
+            raise ValueError("shrink is for folder; remove it")
         return self

@@ -82,6 +82,12 @@ def _check_dataset(study: Study, e: ExperimentSettings, stage: str, prefix: str)
             else "images of classes or without labels"
         )
         raise UserError(f"{prefix} {stage} needs {needs}, and {key} '{name}' is for {kind}; name another dataset")
+    shrink = study.datasets[name].shrink if name in study.datasets else None
+    if shrink is not None and shrink < e.encoder.image_size:
+        raise UserError(
+            f"{prefix} {key} '{name}' keeps {shrink} pixels on the shorter side (datasets.{name}.shrink), fewer than "
+            f"encoder.image_size {e.encoder.image_size}; raise shrink"
+        )
     if not row.detects and name in study.datasets and e.dataset_settings(stage).statistics == "published":
         raise UserError(
             f"{prefix} {key} '{name}' is your own, so it has no published statistics; set {key}.statistics: measured"

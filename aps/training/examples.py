@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import InterpolationMode, functional
+from torchvision.transforms.v2 import InterpolationMode
 
 from aps.data.load import ArraySplit, FileSplit
 from aps.errors import UserError
@@ -26,6 +26,7 @@ from aps.settings.blocks import FinetuneSettings
 from aps.training import augment
 from aps.training.features import Normalization
 from aps.training.order import IMAGE, NOISE, VIEWS, KeyedLoader, MayDecode, Order, seeded
+from aps.views import cut
 
 # Pixels that are augmented at once: of small images, several batches, which takes less time for each.
 PIXELS_AT_ONCE = 2**20
@@ -116,7 +117,7 @@ class AugmentedExamples(MayDecode):
             images = self._crop(self._array[rows.flatten()], boxes, flips, self.size)
         else:
             # Each is sent from pinned memory; joined on the CPU they would be in memory that is not pinned.
-            images = torch.cat([next(loaded).to(device, non_blocking=True) for _ in batches])
+            images = torch.cat([next(loaded).to(device, non_blocking=True).contiguous() for _ in batches])
             images = augment.pad_crop(images, boxes, flips, self.size) if self._pads else augment.flip(images, flips)
         images = augment.run_program(images, program, self._fill)
         for batch, pixels, parameters, row in zip(batches, images.chunk(len(batches)), drawn, rows, strict=True):
@@ -138,9 +139,10 @@ class _Decoded(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         """key: (epoch, image) -> (3, S, S) uint8."""
         epoch, index = key
-        image, size = self.split.read(index), [self.size, self.size]
+        image = self.split.read(index)
+        height, width = image.shape[1:]
         if self.draw.settings.crop == "pad":
-            return functional.resize(image, size, antialias=True)
-        height, width = (torch.tensor([side]) for side in image.shape[1:])
-        (box,) = self.draw.boxes(height, width, seeded(self.seed, IMAGE, epoch, index)).tolist()
-        return functional.resized_crop(image, *box, size, InterpolationMode.BICUBIC, antialias=True)
+            return cut(image, (0, 0, height, width), self.size)
+        sides = torch.tensor([height]), torch.tensor([width])
+        (box,) = self.draw.boxes(*sides, seeded(self.seed, IMAGE, epoch, index)).tolist()
+        return cut(image, box, self.size, InterpolationMode.BICUBIC)

@@ -21,6 +21,7 @@ from aps.runtime.cores import decoding_workers
 from aps.runtime.precision import Precision
 from aps.runtime.prefetch import send
 from aps.runtime.processes import Distributed
+from aps.training.order import collated
 
 BATCH = 256
 CENTRE = 256 / 224  # the shorter side of a file's image over S before the centre crop (usual for ImageNet)
@@ -87,10 +88,11 @@ def images_of(
             yield resized(split.images[start : min(start + BATCH, rows.stop)].to(device), size)
     else:
         loader = DataLoader(
-            _Centred(split, size, rows), BATCH, num_workers=decoding_workers(workers), pin_memory=device.type == "cuda"
-        )
+            _Centred(split, size, rows), BATCH,
+            num_workers=decoding_workers(workers), pin_memory=device.type == "cuda", collate_fn=collated,
+        )  # fmt: skip
         for batch in loader:
-            yield batch.to(device, non_blocking=True).float() / 255
+            yield batch.to(device, non_blocking=True).contiguous().float() / 255
 
 
 class _Centred(Dataset):

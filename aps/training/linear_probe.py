@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional
 
 from aps.data.load import ArraySplit, FileSplit, load_split
 from aps.data.manifest import Manifest
@@ -33,7 +32,7 @@ from aps.training.features import BROKEN_ENCODER, normalization, normalize, pixe
 from aps.training.loop import Line, Loop
 from aps.training.order import IMAGE, VIEWS, KeyedLoader, MayDecode, Order, held_out, seeded
 from aps.training.schedule import cosine, scaled_lr
-from aps.views import crop_resize, draw_boxes
+from aps.views import crop_resize, cut, draw_boxes
 
 
 def run(job: StageJob) -> None:
@@ -216,7 +215,7 @@ class Crops(MayDecode):
             generator = seeded(self.seed, VIEWS, epoch, batch)  # drawn for the global batch
             flips = torch.rand(self.batch_size, generator=generator) < self.flip
             if loaded is not None:
-                crops = next(loaded).to(self.device, non_blocking=True).float() / 255
+                crops = next(loaded).to(self.device, non_blocking=True).contiguous().float() / 255
                 mirrored = send(flips[self.local_rows], self.device)[:, None, None, None]
                 yield torch.where(mirrored, crops.flip(3), crops), self.labels[indices]
                 continue
@@ -238,4 +237,4 @@ class _FileCrops(Dataset):
         image = self.split.read(index)
         sizes = (torch.tensor([image.shape[1]]), torch.tensor([image.shape[2]]))
         (box,) = draw_boxes(*sizes, self.views, seeded(self.seed, IMAGE, epoch, index)).tolist()
-        return functional.resized_crop(image, *box, [self.size, self.size], antialias=True)
+        return cut(image, box, self.size)

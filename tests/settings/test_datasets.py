@@ -110,6 +110,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"experiments": {"e": {"dataset": {"name": "eval", "statistics": "published"}, "stages": ["pretrain"]}}},
         "dataset 'eval' is your own, so it has no published statistics; set dataset.statistics: measured",
     ),
+    "shrunk below the encoder's size": (
+        {
+            "datasets": {"small": {"folder": "a", "shrink": 31}},
+            "experiments": {"e": {"dataset": "small", "stages": ["pretrain"], "encoder": {"image_size": 32, "patch_size": 4}}},
+        },
+        "dataset 'small' keeps 31 pixels on the shorter side (datasets.small.shrink), fewer than encoder.image_size 32; raise",
+    ),
     "an encoder's statistics for pretraining": (
         {"experiments": {"e": {"dataset": {"name": "eval", "statistics": "encoder"}}}},
         "dataset.statistics is 'encoder' but stages lists pretrain, which starts from none",
@@ -123,6 +130,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "coco without labels": ({"datasets": {"x": {"coco": COCO, "labels": False}}}, "labels: false is for folder and arrays"),
     "masks of a folder": ({"datasets": {"x": {"folder": "a", "masks": False}}}, "datasets.x: masks: false is for coco"),
+    "arrays that shrink": ({"datasets": {"x": {"arrays": "a.npz", "shrink": 64}}}, "datasets.x: shrink is for folder; remove it"),
+    "shrunk to nothing": ({"datasets": {"x": {"folder": "a", "shrink": 2}}}, "datasets.x.shrink"),
     "coco without val": ({"datasets": {"x": {"coco": {"train": COCO["train"]}}}}, "'datasets.x.coco.val' is missing; add it"),
     "a misspelt key": ({"datasets": {"x": {"foldr": "a"}}}, "unknown key 'datasets.x.foldr'; did you mean 'datasets.x.folder'?"),
     "a misspelt key of coco": (
