@@ -60,10 +60,6 @@ class FileSplit:
         """The images of `rows`, int64 (m,)."""
         return FileSplit(self.root, self.names[rows.numpy()], self.labels[rows], self.classes)
 
-    @property
-    def paths(self) -> list[Path]:
-        return [self.path(i) for i in range(len(self))]
-
     def read(self, i: int, at_least: int | None = None) -> Tensor:
         """uint8 (3, H, W), in full size or reduced as by `read_image`.
 

@@ -30,7 +30,9 @@ def metrics(folder: Path) -> dict[str, Any]:
 def accuracy(model: Model, manifest: Path) -> float:
     """On the test split, image by image as a user would."""
     split = load_split(manifest, "test")
-    images: list[Any] = split.paths if isinstance(split, FileSplit) else list(split.images)
+    images: list[Any] = (
+        [split.path(i) for i in range(len(split))] if isinstance(split, FileSplit) else list(split.images)
+    )
     found = model.predict(images, progress=False)
     labels = [split.classes[i] for i in split.labels]
     return 100 * sum(a == b for a, b in zip(found.classes, labels, strict=True)) / len(labels)
