@@ -71,6 +71,7 @@ def pretrain(
     results: str = "results",
     cores: int | None = None,
     labels: bool = True,
+    shrink: int | None = None,
     **settings: Any,
 ) -> Model:
     """Pretrain an encoder on a dataset or a folder of images; what is finished is not computed again.
@@ -80,6 +81,7 @@ def pretrain(
         name: name of the study; its results lie in results/NAME.
         cores: how many of this machine to use; default: all.
         labels: if false, the folder may be any tree of images, and all of them are for training.
+        shrink: use copies of the folder's images with this many pixels on the shorter side; None: the images as they are.
         settings: blocks of an experiment, as in YAML: `encoder={"arch": "tiny", "image_size": 64}`,
             `pretrain={"epochs": 100}` ...
 
@@ -97,7 +99,8 @@ def pretrain(
         "experiments": {EXPERIMENT: {}},
     }
     if not known:
-        study["datasets"] = {IMAGES: {"folder": str(Path(data).expanduser().resolve()), "labels": labels}}
+        folder = str(Path(data).expanduser().resolve())
+        study["datasets"] = {IMAGES: {"folder": folder, "labels": labels, "shrink": shrink}}
     run(study, "pretrain", cores=cores)
     from aps.inference.load import load
 
