@@ -7,6 +7,7 @@ anywhere. It does not know where a tree comes from.
 from __future__ import annotations
 
 import hashlib
+import io
 import shutil
 import unicodedata
 from collections import Counter
@@ -18,7 +19,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from torchvision.io import encode_jpeg
+from PIL import Image
+from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from aps.data.complaints import Complaints
@@ -324,18 +326,32 @@ def _decode_chunk(
         try:
             content = read_file(root / name)
             image = decode_image(content, root / name)
+            copy = None
+            if shrink is not None and min(image.shape[1:]) > shrink:
+                image = functional.resize(image, [shrink], InterpolationMode.BICUBIC, antialias=True)
+                copy = _jpeg(image, root / name)
         except UserError as error:
             decoded.broken.append(error)
             continue
         if complaints.size != before:
             decoded.suspects.append(name)
         decoded.sha256.append(hashlib.sha256(content).hexdigest())
-        if shrink is not None and copies is not None:
-            if min(image.shape[1:]) > shrink:
-                image = functional.resize(image, [shrink], InterpolationMode.BICUBIC, antialias=True)
-                content = encode_jpeg(image.contiguous(), QUALITY).numpy().tobytes()
+        if copies is not None:
             (copies / name).parent.mkdir(parents=True, exist_ok=True)
-            (copies / name).write_bytes(content)
+            (copies / name).write_bytes(copy or content)
         decoded.image_sizes.append((image.shape[1], image.shape[2]))
         decoded.sums.add(image[None])
     return decoded
+
+
+def _jpeg(image: Tensor, path: Path) -> bytes:
+    """A JPEG file of (3, H, W) uint8, by Pillow: torchvision's encoder crashes where a side is too long for the format."""
+    file = io.BytesIO()
+    try:
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=QUALITY)
+    except OSError:
+        height, width = image.shape[1:]
+        raise UserError(
+            f"{printable(path)}: would be {width:,}x{height:,} pixels once shrunk, more than a JPEG file holds; crop or remove it"
+        ) from None
+    return file.getvalue()

@@ -110,6 +110,14 @@ def test_an_unreadable_image_is_named_by_its_own_path(photos: Path, tmp_path: Pa
         run(tmp_path)
 
 
+def test_an_image_too_long_for_a_copy_is_named(photos: Path, tmp_path: Path) -> None:
+    (photos / "a/4.png").write_bytes(png(torch.zeros(3, 40, 90_000, dtype=torch.uint8)))
+    with pytest.raises(
+        UserError, match=r"photos/a/4\.png: would be 72,000x32 pixels once shrunk, more than a JPEG file holds"
+    ):
+        run(tmp_path)
+
+
 def test_a_disk_that_is_full_is_a_sentence(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = Path.write_bytes
 
