@@ -100,9 +100,10 @@ def draw_boxes(heights: Tensor, widths: Tensor, settings: ViewSettings, generato
     height, width = height[first], width[first]
     top, left = np.floor(down[first] * (tall - height + 1)), np.floor(right[first] * (broad - width + 1))
     boxes = torch.from_numpy(np.stack([top, left, height, width], 1)).long()
-    if fits.any(1).all():
+    found = torch.from_numpy(fits.any(1))
+    if bool(found.all()):
         return boxes
-    return torch.where(torch.from_numpy(fits.any(1))[:, None], boxes, _centred_boxes(heights, widths, narrow, wide))
+    return torch.where(found[:, None], boxes, _centred_boxes(heights, widths, narrow, wide))
 
 
 def _centred_boxes(heights: Tensor, widths: Tensor, narrow: float, wide: float) -> Tensor:

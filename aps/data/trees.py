@@ -165,7 +165,7 @@ def describe(
             pixels on the shorter side, or as it is where it has no more. None: use the images in place.
 
     Raises:
-        UserError: a decoded image is unreadable; `folder`/unreadable.txt lists all of them.
+        UserError: a decoded image is unreadable, or too long for a copy; `folder`/unreadable.txt lists all of them.
     """
     fingerprint = take(folder, trees)  # before any image is read, so that a change meanwhile is noticed next time
     train = splits["train"]
@@ -223,7 +223,7 @@ def decode(folder: Path, split: str, images: Listing, shrink: int | None = None)
     """Decode images, in threads; `shrink` as in `describe`.
 
     Raises:
-        UserError: an image is unreadable; `folder`/unreadable.txt lists all of them.
+        UserError: an image is unreadable, or too long for a copy; `folder`/unreadable.txt lists all of them.
     """
     chunks = [images.names[i : i + 64] for i in range(0, len(images.names), 64)]
     total = Decoded([], [], Accumulator(), [], [])

@@ -82,13 +82,13 @@ def _check_dataset(study: Study, e: ExperimentSettings, stage: str, prefix: str)
             else "images of classes or without labels"
         )
         raise UserError(f"{prefix} {stage} needs {needs}, and {key} '{name}' is for {kind}; name another dataset")
-    shrink = study.datasets[name].shrink if name in study.datasets else None
-    if shrink is not None and shrink < e.encoder.image_size:
+    own = study.datasets.get(name)
+    if own is not None and own.shrink is not None and own.shrink < e.encoder.image_size:
         raise UserError(
-            f"{prefix} {key} '{name}' keeps {shrink} pixels on the shorter side (datasets.{name}.shrink), fewer than "
+            f"{prefix} {key} '{name}' keeps {own.shrink} pixels on the shorter side (datasets.{name}.shrink), fewer than "
             f"encoder.image_size {e.encoder.image_size}; raise shrink"
         )
-    if not row.detects and name in study.datasets and e.dataset_settings(stage).statistics == "published":
+    if not row.detects and own is not None and e.dataset_settings(stage).statistics == "published":
         raise UserError(
             f"{prefix} {key} '{name}' is your own, so it has no published statistics; set {key}.statistics: measured"
         )
