@@ -1,18 +1,20 @@
 """`python -m aps VERB`, and the installed command `aps VERB`."""
 
 import os
+import signal
 import sys
 import traceback
 
 from aps.cli import main
 from aps.runtime.ranks import started_by_torchrun
-from aps.runtime.signals import listen
+from aps.runtime.signals import end_with_parent, listen
 
 
 def run() -> None:
     listen()
     if not started_by_torchrun():
         sys.exit(main())
+    end_with_parent(signal.SIGKILL)
     try:
         status = main()
     except Exception:

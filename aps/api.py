@@ -77,7 +77,7 @@ def pretrain(
     """Pretrain an encoder on a dataset or a folder of images; what is finished is not computed again.
 
     Args:
-        data: a dataset's name (`digits`, `cifar10` ...) or a folder of images, a folder a class.
+        data: a dataset's name (`digits`, `cifar10` ...) or a folder of images, a folder a class. A name wins over a folder: write `./digits`.
         name: name of the study; its results lie in results/NAME.
         cores: how many of this machine to use; default: all.
         labels: if false, the folder may be any tree of images, and all of them are for training.
@@ -89,9 +89,15 @@ def pretrain(
         The encoder, loaded.
 
     Raises:
-        UserError: settings are wrong, or the training failed (its output is printed).
+        UserError: settings are wrong, `labels` or `shrink` beside a dataset's name, or the training failed (its output is printed).
     """
-    known = str(data) in DATASETS.names()
+    known = isinstance(data, str) and data in DATASETS.names()
+    if known and Path(data).is_dir():
+        print(f"note: {data} is taken as the dataset of that name; for the folder write ./{data}", file=sys.stderr)
+    if known and (shrink is not None or not labels):
+        raise UserError(
+            f"{data} is a dataset's name, and labels and shrink are for a folder: leave them out, or write ./{data}"
+        )
     study: dict[str, Any] = {
         "study": name,
         "results": results,

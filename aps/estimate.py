@@ -188,7 +188,7 @@ def estimate(study: Study, gpu: str = "a100", share: float | None = None) -> str
                 continue
             compiled = bool(getattr(getattr(e, stage, None), "compile", False))
             reached = share or (utilization(card, dimensions(e.encoder).dim, compiled) if on_gpu else CPU_UTILIZATION)
-            run_hours = cost.flops / (card.tflops * 1e12 * reached) / 3600
+            run_hours = (cost.flops + cost.readings) / (card.tflops * 1e12 * reached) / 3600
             hours += run_hours * len(e.seeds)
             disk += cost.disk * len(e.seeds)
             if cost.memory * (1 if on_gpu else processes) > (1 - FREE) * 1e9 * card.gigabytes:

@@ -37,10 +37,10 @@ from aps.journal import read_history
 from aps.layout import run_folder
 from aps.registry import resolve
 from aps.runtime.ranks import ranks
-from aps.runtime.slurm import job_id
+from aps.runtime.slurm import WRITER, hold, job_id
 from aps.seals import contents, damage, read_metrics, seal
 from aps.settings.study import StageSettings
-from aps.spent import spent
+from aps.spent import PEAKS, larger, peaks, spent
 from aps.stages import STAGES
 from aps.tracking.addresses import OFF, settled
 from aps.tracking.describing import About, command, describe, finals
@@ -145,7 +145,7 @@ def restore_finished(job: StageJob) -> bool:
 def forget(checkpoints: Path) -> None:
     """Delete a saved run, so that it is computed again. The marks of the attempt that is running stay."""
     for path in checkpoints.glob("*"):
-        if path.name not in ("attempt.json", ".claim"):
+        if path.name not in ("attempt.json", ".claim", WRITER):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -188,9 +188,10 @@ class StageRun:
         if not self.writes:
             return self
         self.job.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._lock = hold(self.job.checkpoints, self.job.label)
         self._state_file = self.job.checkpoints / "run.json"
         self.journal = self.job.checkpoints / "history.jsonl"
-        fresh: dict[str, Any] = {"started": _now(), "seconds": 0.0}
+        fresh: dict[str, Any] = {"started": _now(), "seconds": 0.0, "peaks": {}}
         for folder, seconds in (
             (self.job.checkpoints, 0.0),
             (self.job.checkpoints / "outputs", 0.0),
@@ -234,6 +235,7 @@ class StageRun:
     def save_clock(self) -> None:
         if self.writes:
             self._state["seconds"] = self._before + time.monotonic() - self._start
+            self._state["peaks"] = larger(self._state["peaks"], peaks())
             write_json(self._state_file, self._state)
 
     def staging(self, name: str) -> Path:
@@ -288,6 +290,7 @@ class StageRun:
                     self.save_clock()
             stopped = kind is not None and issubclass(kind, Preempted | KeyboardInterrupt)
             self.tracker.stop(None if kind is None else KILLED if stopped else FAILED)
+            self._lock.close()
 
     def _known(self) -> dict[str, Any]:
         """The entries of metrics.json that are known when the run starts."""
@@ -318,7 +321,10 @@ class StageRun:
     def _report(self, metrics: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         known, seconds = self._known(), round(self._state["seconds"], 2)
         upstream_cost = self._upstream.get("cost")
-        cost = spent(self.job.settings, self._counts(), seconds, known["hardware"], upstream_cost, metrics.get("flops"))
+        cost = spent(
+            self.job.settings, self._counts(), seconds, known["hardware"], self._state["peaks"], upstream_cost,
+            metrics.get("flops"),
+        )  # fmt: skip
         return {
             "stage": known.pop("stage"),
             "experiment": known.pop("experiment"),
@@ -342,15 +348,23 @@ class StageRun:
 
 
 def _read_clock(path: Path) -> dict[str, Any] | None:
-    """run.json: when the run started and how long it has worked. None if it is missing or, with a warning, damaged."""
+    """run.json: when the run started, how long it has worked and its peaks of memory.
+
+    None if it is missing or, with a warning, damaged.
+    """
     if not path.exists():
         return None
     try:
         state = read_json(path)
         seconds = state["seconds"]
         if isinstance(state["started"], str) and type(seconds) in (int, float) and 0 <= seconds < math.inf:
-            return {"started": state["started"], "seconds": float(seconds)}
-    except (UserError, KeyError, TypeError, RecursionError):
+            peaks = {
+                key: float(value)
+                for key, value in state.get("peaks", {}).items()
+                if key in PEAKS and 0 <= value < math.inf
+            }
+            return {"started": state["started"], "seconds": float(seconds), "peaks": peaks}
+    except (UserError, AttributeError, KeyError, TypeError, RecursionError):
         pass
     print(f"warning: {path}: damaged and replaced; the time that the run took so far is lost", file=sys.stderr)
     return None
@@ -382,7 +396,7 @@ def provenance() -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine, the processes and, where torch uses one, the GPU with its peak memory in bytes."""
+    """The machine, the processes and, where torch uses one, the GPU."""
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -399,7 +413,6 @@ def hardware() -> dict[str, Any]:
     torch = sys.modules.get("torch")  # only if the stage has imported it: importing it takes seconds
     if torch is not None and torch.cuda.is_initialized():  # not where APS_DEVICE=cpu leaves it alone
         info["gpu"] = torch.cuda.get_device_name()
-        info["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     return info
 
 

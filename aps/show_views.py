@@ -22,6 +22,7 @@ from aps.data.load import ArraySplit, FileSplit, load_split
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.files import atomic_path
+from aps.registry import METHODS
 from aps.sampling import coverage, sample
 from aps.settings.study import Blocks, ExperimentSettings
 from aps.views import apply_view, draw_parameters
@@ -78,12 +79,22 @@ class Shared(NamedTuple):
         )
 
 
+def samples(settings: Blocks) -> bool:
+    """Whether an experiment's method keeps cells by the block `sampling`."""
+    return "sampling" in METHODS.load(settings.pretrain.method).blocks
+
+
 def show_views(manifest: Path, settings: ExperimentSettings, out: Path, images: int, seed: int) -> Shared:
     """Draw `images` training images, spread over the classes, into the file `out`; return what pairs of views share.
 
     Raises:
-        UserError: `images` is below 1, the dataset is not prepared or is for detection, or `out` can't be written.
+        UserError: the method keeps no cells by the block `sampling`, `images` is below 1, the dataset is not prepared or is for detection, or `out` can't be written.
     """
+    if not samples(settings):
+        raise UserError(
+            f"pretrain.method {settings.pretrain.method} does not choose cells by `sampling`, which is what show-views draws; choose "
+            "another --experiment"
+        )
     if images < 1:
         raise UserError(f"--images {images} leaves nothing to draw; give 1 or more")
     images = min(images, Manifest.read(manifest).splits["train"].count)

@@ -25,6 +25,7 @@ def spent(
     counts: Counts | None,
     seconds: float,
     hardware: Mapping[str, Any],
+    peaks: Mapping[str, float],
     pretraining: Mapping[str, Any] | None = None,
     flops: float | None = None,
 ) -> dict[str, float]:
@@ -34,6 +35,7 @@ def spent(
         counts: size of its dataset; None if unknown.
         seconds: how long it worked, over all its attempts.
         hardware: from `aps.results.hardware`.
+        peaks: the largest of all its attempts.
         pretraining: `cost` in metrics.json of the pretraining that made its encoder.
         flops: operations that the run counted; used where they do not follow from its settings.
     """
@@ -41,13 +43,12 @@ def spent(
         "seconds": seconds,
         "gpu_hours": seconds * hardware["processes"] / 3600 if "gpu" in hardware else None,
         "flops": _flops(settings, counts, flops),
-        "peak_gpu_gb": hardware["peak_gpu_bytes"] / 1e9 if "peak_gpu_bytes" in hardware else None,
-        "peak_memory_gb": _peak_memory(),
     }
     before = pretraining or {}
     total = {key: _sum(run[key], before.get(key), bool(before)) for key in SUMMED}
-    peak = {key: max((x for x in (run[key], before.get(key)) if x is not None), default=None) for key in PEAKS}
-    return {key: float(f"{value:.6g}") for key, value in (total | peak).items() if value is not None}
+    return {
+        key: float(f"{value:.6g}") for key, value in {**total, **larger(peaks, before)}.items() if value is not None
+    }
 
 
 def _sum(run: float | None, pretraining: float | None, has_pretraining: bool) -> float | None:
@@ -71,7 +72,16 @@ def _flops(settings: StageSettings, counts: Counts | None, counted_by_the_run: f
         return None
 
 
-def _peak_memory() -> float:
-    """Gigabytes of this process, without its decoding workers."""
+def peaks() -> dict[str, float]:
+    """The most memory that this process has used so far, without its decoding workers, and its GPU; gigabytes, by PEAKS."""
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes * (1 if sys.platform == "darwin" else 1024) / 1e9
+    found = {"peak_memory_gb": kibibytes * (1 if sys.platform == "darwin" else 1024) / 1e9}
+    torch = sys.modules.get("torch")  # only if the stage has imported it: importing it takes seconds
+    if torch is not None and torch.cuda.is_initialized():  # not where APS_DEVICE=cpu leaves it alone
+        found["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return found
+
+
+def larger(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+    """Of each peak the larger one."""
+    return {key: max(x[key] for x in (a, b) if key in x) for key in PEAKS if key in a or key in b}

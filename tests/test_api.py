@@ -85,6 +85,32 @@ def test_a_study_from_python_returns_its_runs_and_computes_nothing_twice(here: P
 
 @pytest.mark.slow
 @pytest.mark.end_to_end
+@pytest.mark.parametrize("settings", [{"shrink": 64}, {"labels": False}])
+def test_what_is_for_a_folder_is_refused_beside_a_datasets_name(
+    here: Path, commands: list[list[str]], settings: dict
+) -> None:
+    with pytest.raises(UserError, match="digits is a dataset's name, and labels and shrink are for a folder"):
+        aps.pretrain("digits", **settings)
+    assert commands == []
+
+
+def test_a_datasets_name_wins_over_a_folder_aloud_and_a_path_is_a_folder(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "digits").mkdir()
+    studies: list[dict] = []
+    monkeypatch.setattr(aps.api, "run", lambda study, *_, **__: studies.append(study))
+    monkeypatch.setattr("aps.inference.load.load", lambda path: path)
+    aps.pretrain("digits")
+    assert "for the folder write ./digits" in capsys.readouterr().err
+    aps.pretrain("./digits")
+    aps.pretrain(Path("digits"))
+    assert [study["defaults"]["dataset"] for study in studies] == ["digits", "images", "images"]
+    assert [study.get("datasets", {}).get("images", {}).get("folder") for study in studies] == [None] + 2 * [
+        str(here / "digits")
+    ]
+
+
 def test_pretraining_a_tree_without_classes_from_python_gives_its_encoder(here: Path) -> None:
     generator = np.random.default_rng(0)
     for number in range(24):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -200,3 +200,32 @@ def test_results_that_cannot_be_written_are_refused_in_one_sentence(
         match=r"results/interrupted/.lock: cannot be written \((File exists|Not a directory)\); set another `results` folder",
     ):
         Plan.load(["interrupted.yaml"], {}).hold_results()
+
+
+def workers(folder: Path) -> list[psutil.Process]:
+    """The processes that torchrun started in a folder."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.cwd() == str(folder) and "TORCHELASTIC_RUN_ID" in process.environ():
+                found.append(process)
+    return found
+
+
+def test_a_killed_run_of_two_processes_leaves_none_behind_and_goes_on_alone(tmp_path: Path) -> None:
+    folder = checkout(tmp_path)
+    (folder / "interrupted.yaml").write_text(STUDY.replace("{threads: 1,", "{threads: 1, processes: 2,"))
+    with snakemake(folder) as process:
+        wait_for_progress(folder, process)
+        alive = workers(folder)
+        assert len(alive) == 2 and not any(os.getsid(x.pid) == process.pid for x in alive), (
+            "no kill of the group reaches them"
+        )
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert psutil.wait_procs(alive, timeout=30)[1] == []
+    output = finish(folder)
+    assert first_batch(output) > 1
+    lines = (folder / "results/interrupted/one/seed0/pretrain/history.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == sorted(set(steps)) and steps[-1] == 4 * BATCHES

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny_study import fake_job
 
 from aps import spent as module
 from aps.cost import Counts
 from aps.errors import UserError
+from aps.files import read_json
+from aps.results import StageRun
 from aps.settings.reading import load_study
-from aps.spent import spent
+from aps.spent import larger, peaks, spent
 
 
 @pytest.mark.parametrize(
@@ -43,6 +47,23 @@ def test_operations_are_those_of_the_settings_or_of_the_run_or_left_out_with_a_w
     monkeypatch.setattr(module, "resolve", lambda path: cost)
     (tmp_path / "study.yaml").write_text("study: s\nexperiments: {e: {dataset: digits}}")
     settings = load_study([tmp_path / "study.yaml"]).stage_settings("e", 0, "pretrain")
-    found = spent(settings, Counts(10, 10, 10, 0), 1.0, {"processes": 1}, flops=5e9)
+    found = spent(settings, Counts(10, 10, 10, 0), 1.0, {"processes": 1}, {}, flops=5e9)
     assert found.get("flops") == flops
     assert said in capsys.readouterr().err
+
+
+def test_memory_is_the_largest_of_all_attempts_and_of_the_pretraining(tmp_path: Path) -> None:
+    assert larger({"peak_memory_gb": 2.0}, {"peak_memory_gb": 1.0, "peak_gpu_gb": 3.0}) == {
+        "peak_gpu_gb": 3.0,
+        "peak_memory_gb": 2.0,
+    }
+    job = fake_job(tmp_path / "results")
+    with StageRun(job) as stage:
+        stage.save_clock()
+    state = json.loads((job.checkpoints / "run.json").read_text())
+    assert state["peaks"]["peak_memory_gb"] == pytest.approx(peaks()["peak_memory_gb"])
+    state["peaks"]["peak_memory_gb"] = 1e6  # an attempt before this one, with more images in memory
+    (job.checkpoints / "run.json").write_text(json.dumps(state))
+    with StageRun(job) as stage:
+        stage.finish({"knn_top1": 50.0})
+    assert read_json(job.out / "metrics.json")["cost"]["peak_memory_gb"] == 1e6

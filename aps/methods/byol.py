@@ -4,7 +4,8 @@ The loss pulls the online network's prediction of one view towards the target ne
 are no negatives. The target is a moving average of the online network.
 
 The paper trains ResNets. For a Vision Transformer the settings are those of MoCo v3's benchmark of BYOL (arXiv 2104.02057,
-sections 4 and 5): AdamW, its schedule, a patch projection that is not trained.
+sections 4 and 5): AdamW, its schedule, a patch projection that is not trained. The
+encoder is this project's (see `aps.methods.mocov3`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class BYOL(Method):
         warmup_epochs: Natural = Field(40, description="of the learning rate; MoCo v3's with a ViT")
         schedule: Literal["release", "cosine"] = Field("cosine", description="section 3.2")
         weight_decay: NonNegative = Field(0.1, description="AdamW's, on all parameters; MoCo v3's with a ViT")
-        momentum: Share = Field(0.996, description="of the target, rising to 1 as a cosine; section 3.2")
+        momentum: Share = Field(
+            0.99, description="of the target, rising to 1 as a cosine; the paper's at 300 epochs (0.996 at 1,000)"
+        )
         projector: tuple[Positive, Plural] = Field((4096, 256), description="widths of its two layers; section 3.2")
         predictor: tuple[Positive, Plural] = Field(
             (4096, 256), description="widths of its two layers; section 3.2; the last equals the projector's"

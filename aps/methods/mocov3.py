@@ -2,6 +2,9 @@
 
 A query of one view has to match the key of the other view of its image, among the keys of the whole batch. Queries come
 from encoder, projector and predictor; keys come from moving averages of encoder and projector. There is no queue.
+
+The encoder is this project's: its position embedding is learned and it starts as `encoder.init` says; the paper's embedding is
+fixed, of sines and cosines, and its weights start uniform by Xavier.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ projections of the batch, of all processes together, with the others: the other 
 2B - 2 views of other images. Every projection is both query and key, and gradients pass through both.
 
 The paper trains ResNets. For a Vision Transformer the settings are those of MoCo v3's benchmark of SimCLR (arXiv
-2104.02057, sections 4 and 5): AdamW, its schedule, a patch projection that is not trained.
+2104.02057, sections 4 and 5): AdamW, its schedule, a patch projection that is not trained. The
+encoder is this project's (see `aps.methods.mocov3`).
 """
 
 from __future__ import annotations

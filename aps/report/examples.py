@@ -30,7 +30,6 @@ from aps.inference.load import load
 from aps.inference.model import Model
 from aps.inference.neighbours import Index
 from aps.layout import manifest_of
-from aps.registry import METHODS
 from aps.report.drawing import INK, MOST_PANELS, WRONG, Panel, Picture, of_the_first
 from aps.report.figures import IsIntact
 from aps.report.table import Table
@@ -81,7 +80,7 @@ def _panels(
 
 def _kept(table: Table, finding: Finding, manifest: Path) -> Panel | None:
     settings = table.study.experiments[finding.experiment]
-    if "sampling" not in METHODS.load(settings.pretrain.method).blocks:
+    if not show_views.samples(settings):
         return None
     drawn = show_views.examples(_spread(load_split(manifest, "train"), IMAGES), settings, finding.seed)
     columns = (0, 2, 5)  # of show_views.COLUMNS

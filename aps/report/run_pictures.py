@@ -16,7 +16,6 @@ from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.files import write_bytes
 from aps.inference.figures import Cell, grid
-from aps.registry import METHODS
 from aps.report.drawing import WRONG, Picture
 from aps.report.figures import confusion_panel
 from aps.results import StageJob
@@ -27,7 +26,7 @@ RIGHT = "#2f7d4f"
 
 def views(job: StageJob, metrics: dict[str, Any], file: Path) -> None:
     """Training images with both views and the cells that are kept, for methods that sample patches."""
-    if "sampling" not in METHODS.load(job.settings.pretrain.method).blocks:
+    if not show_views.samples(job.settings):
         return
     count = min(IMAGES, Manifest.read(job.manifest).splits["train"].count)
     show_views.write_picture(

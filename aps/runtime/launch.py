@@ -7,7 +7,7 @@ batch, learning rate, sampling and seeds are global.
 Signals. Slurm sends SIGUSR1 to all processes of a job's steps before the time limit, and SIGTERM on preemption, at
 scancel and at the limit. These would kill Snakemake, its shell and `tee` before the stage has saved its state. So
 Snakemake and the shell ignore them (`shield`, SHELL_PREFIX), and torchrun, which would kill its workers, sends them
-SIGUSR1 instead.
+SIGUSR1 instead. If this process is killed, torchrun is asked to stop; if torchrun is killed, so are its workers.
 
 Imports no torch: Snakemake reads it on a login node.
 """
@@ -26,7 +26,7 @@ import psutil
 
 from aps.errors import UserError
 from aps.runtime.cores import threads_given
-from aps.runtime.signals import remember
+from aps.runtime.signals import PARENT, end_with_parent, remember
 from aps.runtime.slurm import allocation, job_id
 
 STOP_SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
@@ -60,7 +60,7 @@ def run(processes: int, nodes: int) -> None:
     """
     command = [*_agents(processes, nodes), "-m", "aps", *sys.argv[1:]]
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the agent inherits this mask; workers reset it
-    child = subprocess.Popen(command, env=_environment(processes // nodes))
+    child = subprocess.Popen(command, env=_environment(processes // nodes) | {PARENT: str(os.getpid())})
     asked = 0
     while child.poll() is None:
         if (info := signal.sigtimedwait(STOP_SIGNALS, 0.2)) is not None:
@@ -113,6 +113,9 @@ def _agent(arguments: list[str]) -> int:
         arguments = [f"--node-rank={node}", f"--master-addr={address}", *arguments]
         print(f"node {node}: {allocation()}", file=sys.stderr, flush=True)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    if "--standalone" in arguments:  # under srun the parent is Slurm's, which ends the processes of a job itself
+        end_with_parent(signal.SIGTERM)
+    os.environ[PARENT] = str(os.getpid())  # of the workers
     threading.Thread(target=_pass_on, daemon=True).start()
     import logging
 

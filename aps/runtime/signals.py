@@ -13,7 +13,10 @@ This module imports no torch, because `listen` has to run before any thread exis
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from aps.runtime.processes import Distributed
 
 WARNING = signal.SIGUSR1
+PARENT = "APS_PARENT"  # the number of the process that started this one
+PR_SET_PDEATHSIG = 1
 EXCHANGE_SECONDS = 2.0  # between two exchanges of all processes; Slurm's warning comes minutes before the limit
 
 _received: signal.Signals | None = None
@@ -35,6 +40,17 @@ def listen() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent ends, in whatever way (Linux; elsewhere nothing).
+
+    A process that torchrun has started has a session of its own, which a kill of the stage's process group does not reach.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):  # it had ended before
+            os.kill(os.getpid(), number)
 
 
 def received() -> signal.Signals | None:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import psutil
 
@@ -29,6 +30,7 @@ from aps.runtime.signals import received
 
 BEAT_SECONDS = 5.0  # between two touches of an attempt's mark
 FRESH_SECONDS = 60.0  # a mark of another machine, whose clock may differ, counts as touched for so long
+WRITER, HOLD_SECONDS = ".writer", 60
 KILL_SECONDS = 3.0  # how long a killed process may take to exit
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "RESIZING", "STOPPED"}
 ENDINGS = {
@@ -179,6 +181,31 @@ class Claim:
             except OSError:  # the attempt has just ended
                 return False
         return False
+
+
+def hold(folder: Path, label: str) -> IO[str]:
+    """Lock the folder of a run for the process that writes in it; the lock ends with the returned file, or the process.
+
+    `Claim` knows the process that started an attempt. If that was killed, the ones that it had started may need a moment to end.
+
+    Raises:
+        UserError: another process works in it, and goes on to.
+    """
+    lock = (folder / WRITER).open("a")
+    for second in range(HOLD_SECONDS):
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its children do not inherit it
+            return lock
+        except (BlockingIOError, PermissionError):
+            if second == 0:
+                print(f"{label}: waiting for a process of an earlier attempt to end in {folder}", file=sys.stderr)
+            time.sleep(1)
+        except OSError:  # no locks on this file system, of which `Claim` has warned
+            return lock
+    lock.close()
+    raise UserError(
+        f"{label}: a process of an earlier attempt is still at work in {folder}; wait for it, or stop it first"
+    )
 
 
 def running_attempt(folder: Path) -> dict[str, object] | None:

@@ -48,8 +48,8 @@ def tables() -> dict[str, list[Row]]:
             for method in METHODS.names():  # the keys that a method adds, and the defaults that it changes
                 model = experiment_model(method)
                 rows = [*_rows(_block(model, "pretrain"), "pretrain."), *_rows(_block(model, "views"), "views.")]
-                known = [row[:3] for row in [*shared["pretrain"], *shared["views"]]]
-                found[f"pretrain: with method: {method}"] = [row for row in rows if row[:3] not in known]
+                known = [*shared["pretrain"], *shared["views"]]
+                found[f"pretrain: with method: {method}"] = [row for row in rows if row not in known]
     found["resources:"] = _rows(ResourceSettings, "resources.")
     return {title: rows for title, rows in found.items() if rows}
 

@@ -93,12 +93,13 @@ def pretrain(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> 
             )
         batches = batches_within(s.budget.flops, settings, method.steps)
     flops = batches * method.steps * s.accumulate * part.flops
+    readings = 0.0
     if s.knn_every and epoch:
-        readings = -(-batches // (s.knn_every * epoch))  # the last one at the end
-        flops += readings * min(MONITOR_IMAGES, train) * _image_flops(settings.encoder)
+        times = -(-batches // (s.knn_every * epoch))  # the last one at the end
+        readings = times * min(MONITOR_IMAGES, train) * _image_flops(settings.encoder)
     pixels = sum(4 * 3 * view.size**2 for view in method.views())  # of one image's views
     waiting = (2 * s.batch_size - s.batch_size / s.accumulate) * pixels / gpus  # the batch's other parts and the next
-    return Cost(flops, part.training_memory(gpus) + waiting, 4 * part.parameters * (1 + 2 * 3))
+    return Cost(flops, part.training_memory(gpus) + waiting, 4 * part.parameters * (1 + 2 * 3), readings)
 
 
 def _pretraining_part(settings: Any, half: bool = False) -> Counted:

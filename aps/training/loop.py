@@ -85,9 +85,9 @@ class Loop:
         self._checkpoints = Checkpoints(job.checkpoints, job.checkpoint_minutes, writes=distributed.main)
         saved = self._checkpoints.load()
         self.resumed = saved is not None
-        self.done = 0
+        self.done, self._rate = 0, 0.0
         if saved is not None:
-            self.done = saved["step"]
+            self.done, self._rate = saved["step"], saved.get("rate", 0.0)
             restore(saved["state"])
         stage.resume(self.done * steps)  # a killed run may have logged without leaving a checkpoint
 
@@ -142,8 +142,8 @@ class Loop:
 
     @property
     def rate(self) -> float:
-        """Images per second of this attempt."""
-        return self._progress.rate
+        """Images per second of this attempt, or of the one before if this one had nothing left to train."""
+        return self._progress.rate or self._rate
 
     def _save(self) -> None:
         state = self._state()
@@ -153,7 +153,7 @@ class Loop:
                 f"{self.job.label}: after {self.done} {self.unit} its weights are no finite numbers; lower {stage}.lr, or set "
                 f"{stage}.precision: fp32; the checkpoint before is kept"
             )
-        self._checkpoints.save(self.done, {"state": state})
+        self._checkpoints.save(self.done, {"state": state, "rate": self.rate})
         self.stage.save_clock()
 
 

@@ -20,6 +20,7 @@ import pytest
 
 from aps.errors import Preempted, UserError
 from aps.runtime import slurm
+from aps.runtime.slurm import hold
 
 Say = Callable[..., None]
 RUNNING = "JobId=7 JobState=RUNNING Reason=None PreemptTime=None Requeue=1 BatchFlag=1 Restarts=0"
@@ -271,3 +272,21 @@ def test_a_damaged_mark_keeps_nobody_out(tmp_path: Path, content: str) -> None:
     (tmp_path / "attempt.json").write_text(content)
     with slurm.Claim(tmp_path, "knn"):
         assert json.loads((tmp_path / "attempt.json").read_text())["pid"] == os.getpid()
+
+
+def test_one_process_at_a_time_writes_in_the_folder_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A worker of an attempt whose launcher was killed; the next attempt waits for it, or refuses."""
+    code = "import sys; from pathlib import Path; from aps.runtime.slurm import hold; x = hold(Path(sys.argv[1]), 'first'); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        monkeypatch.setattr(slurm, "HOLD_SECONDS", 1)
+        with pytest.raises(UserError, match=f"second: a process of an earlier attempt is still at work in {tmp_path}"):
+            hold(tmp_path, "second")
+        monkeypatch.setattr(slurm, "HOLD_SECONDS", 60)
+        monkeypatch.setattr(slurm.time, "sleep", lambda _: other.communicate("\n"))
+        hold(tmp_path, "third").close()
+    assert f"third: waiting for a process of an earlier attempt to end in {tmp_path}" in capsys.readouterr().err
