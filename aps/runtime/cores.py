@@ -50,17 +50,24 @@ def decoding_workers(asked: int | None) -> int:
     return wanted
 
 
-def batches_ahead(workers: int, batch_bytes: int) -> int:
-    """Batches that each worker makes ahead: AHEAD, fewer where they would take more than half of the free shared memory.
+def loading(asked: int | None, batch_bytes: int) -> dict[str, int | None]:
+    """`num_workers` and `prefetch_factor` of every DataLoader of images: `decoding_workers`, each with AHEAD batches.
+
+    What they make ahead takes at most half of the free shared memory, with fewer batches and then fewer workers where it is
+    small. As many are reckoned with for the other processes that torchrun started on this machine.
 
     Args:
-        workers: of this process; as many are reckoned with for the other processes that torchrun started on this machine.
         batch_bytes: size of a process's batch, decoded.
+
+    Raises:
+        UserError: as `decoding_workers`.
     """
+    workers = decoding_workers(asked)
     if not SHARED_MEMORY.is_dir():
-        return AHEAD
+        return {"num_workers": workers, "prefetch_factor": AHEAD if workers else None}
     room = shutil.disk_usage(SHARED_MEMORY).free // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(1, min(AHEAD, room // (workers * batch_bytes)))
+    workers = min(workers, room // batch_bytes)
+    return {"num_workers": workers, "prefetch_factor": min(AHEAD, room // (workers * batch_bytes)) if workers else None}
 
 
 def _lock_problem(workers: int) -> str | None:

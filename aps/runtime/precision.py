@@ -12,6 +12,8 @@ Weights and optimizer state are always float32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,3 +58,14 @@ class Precision:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self._device, self._dtype, enabled=self._dtype is not None)
+
+
+@contextmanager
+def full_products() -> Iterator[None]:
+    """A context in which float32 products are float32 on a GPU too, not TF32: where close values are told apart."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

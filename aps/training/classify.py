@@ -24,25 +24,27 @@ def accuracy(
     precision: Precision,
     workers: int | None = None,
     confusion: Tensor | None = None,
+    classifiers: tuple[int, ...] = (),
 ) -> Tensor:
     """Top-1 accuracy in percent over the whole split, which the processes divide among themselves.
 
     Args:
-        classify: (B, 3, S, S) normalized -> logits (..., B, C); leading dimensions are several classifiers at once.
+        classify: (B, 3, S, S) normalized -> logits (*classifiers, B, C).
+        classifiers: shape of the classifiers that are scored at once, which a process without an image has to know too.
         confusion: int64 (C, C) on the device, for a single classifier; counts are added to it, rows are true classes,
             columns predicted ones.
 
     Returns:
-        (...) float64 on the CPU.
+        (*classifiers) float64 on the CPU.
     """
     part = -(-len(split) // distributed.world)
     rows = range(min(len(split), distributed.rank * part), min(len(split), (distributed.rank + 1) * part))
-    right, start = torch.zeros((), dtype=torch.int64, device=distributed.device), rows.start
+    right, start = torch.zeros(classifiers, dtype=torch.int64, device=distributed.device), rows.start
     for images in images_of(split, size, distributed.device, rows, workers):
         with precision.autocast():
             guesses = classify(normalize(images, normalization)).argmax(-1)
         labels = split.labels[start : start + len(images)].to(distributed.device)
-        right = right + (guesses == labels).sum(-1)
+        right += (guesses == labels).sum(-1)
         if confusion is not None:
             pairs = torch.bincount(labels * len(confusion) + guesses, minlength=confusion.numel())
             confusion += pairs.view_as(confusion)

@@ -17,7 +17,7 @@ from aps.models.encoder import Encoder
 from aps.models.weights import load_encoder, trained_with
 from aps.progress import Progress
 from aps.results import StageJob
-from aps.runtime.cores import decoding_workers
+from aps.runtime.cores import loading
 from aps.runtime.precision import Precision
 from aps.runtime.prefetch import send
 from aps.runtime.processes import Distributed
@@ -87,10 +87,9 @@ def images_of(
         for start in range(rows.start, rows.stop, BATCH):
             yield resized(split.images[start : min(start + BATCH, rows.stop)].to(device), size)
     else:
-        loader = DataLoader(
-            _Centred(split, size, rows), BATCH,
-            num_workers=decoding_workers(workers), pin_memory=device.type == "cuda", collate_fn=collated,
-        )  # fmt: skip
+        options: Any = loading(workers, BATCH * 3 * size**2)
+        pinned = device.type == "cuda"
+        loader = DataLoader(_Centred(split, size, rows), BATCH, pin_memory=pinned, collate_fn=collated, **options)
         for batch in loader:
             yield batch.to(device, non_blocking=True).contiguous().float() / 255
 

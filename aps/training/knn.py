@@ -17,7 +17,7 @@ from aps.errors import UserError
 from aps.models.encoder import Encoder
 from aps.models.weights import check_finite
 from aps.results import StageJob, StageRun
-from aps.runtime.precision import Precision
+from aps.runtime.precision import Precision, full_products
 from aps.runtime.processes import Distributed, processes
 from aps.training.features import BROKEN_ENCODER, Normalization, features, labelled_features, pixels
 from aps.training.order import HOLDOUT, seeded
@@ -113,7 +113,8 @@ def neighbours(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     similarity = queries.new_empty(len(queries), 0)
     nearest = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(bank), BLOCK):
-        block = queries @ bank[start : start + BLOCK].T
+        with full_products():
+            block = queries @ bank[start : start + BLOCK].T
         highest, rows = block.topk(min(k, block.shape[1]), dim=1)
         similarity, nearest = torch.cat([similarity, highest], 1), torch.cat([nearest, rows + start], 1)
         if start:
@@ -123,7 +124,11 @@ def neighbours(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def monitor(
-    encoder: Encoder, split: ArraySplit | FileSplit, normalization: Normalization, distributed: Distributed
+    encoder: Encoder,
+    split: ArraySplit | FileSplit,
+    normalization: Normalization,
+    distributed: Distributed,
+    workers: int | None = None,
 ) -> dict[str, float]:
     """Figures during pretraining on at most 10,000 train images, never the test set: the spread of the features and, where
     images have labels, kNN accuracy on a tenth of the images, with the others as neighbours.
@@ -133,7 +138,8 @@ def monitor(
     """
     order = torch.randperm(len(split), generator=seeded(0, HOLDOUT))[:MONITOR_IMAGES]
     chosen = split.select(order)
-    bank = features(encoder, chosen, normalization, distributed, Precision("auto", distributed.device), label="kNN")
+    precision = Precision("auto", distributed.device)
+    bank = features(encoder, chosen, normalization, distributed, precision, workers, label="kNN")
     check_finite(bank, "features of the train images", BROKEN_ENCODER)
     figures = spread(bank)
     if not split.classes:

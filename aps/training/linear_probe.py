@@ -127,13 +127,21 @@ class Probing:
         def classify(x: Tensor) -> Tensor:
             features = self.encoder(x).float()
             finite.logical_and_(features.isfinite().all())
-            return self.heads(features)
+            with torch.autocast(x.device.type, enabled=False):  # in float32, as they were trained
+                return self.heads(features)
 
         size, lrs = self.job.settings.encoder.image_size, self.settings.lrs
         on_held, on_test = (
             accuracy(
-                classify, split, size, self.normalization, self.distributed, self.precision, self.job.workers
-            ).tolist()
+                classify,
+                split,
+                size,
+                self.normalization,
+                self.distributed,
+                self.precision,
+                self.job.workers,
+                classifiers=(len(lrs),),
+            ).tolist()  # fmt: skip
             for split in (self.held, load_split(self.job.manifest, "test"))
         )
         if not finite:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from aps.errors import UserError
-from aps.runtime.cores import batches_ahead, decoding_workers
+from aps.runtime.cores import loading
 from aps.runtime.processes import Distributed
 
 # Independent streams of random numbers from one seed.
@@ -85,17 +85,15 @@ class KeyedLoader:
     def __init__(
         self, dataset: Dataset, workers: int | None, distributed: Distributed, batch_size: int, sizes: Iterable[int]
     ) -> None:
-        workers = decoding_workers(workers)
-        batch_bytes = batch_size // distributed.world * sum(3 * size**2 for size in sizes)
+        options: Any = loading(workers, batch_size // distributed.world * sum(3 * size**2 for size in sizes))
         self._keys = _Keys()
         self._loader: DataLoader[Any] | None = DataLoader(
             dataset,
             batch_sampler=self._keys,
             collate_fn=collated,
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            persistent_workers=options["num_workers"] > 0,
             pin_memory=distributed.device.type == "cuda",
-            prefetch_factor=batches_ahead(workers, batch_bytes) if workers else None,
+            **options,
         )
 
     def epoch(self, epoch: int, rows: Tensor) -> Iterator[Any]:

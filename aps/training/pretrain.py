@@ -126,7 +126,9 @@ class Pretraining:
             yield {"epoch": done / per_epoch, "lr": self.lr, **self.meter.read(), **self.so_far(done)}
         if every and (done % (every * per_epoch) == 0 or last):
             with self.pace.stopped():
-                found = monitor(self.trainer.encoder, self.split, self.normalization, self.distributed)
+                found = monitor(
+                    self.trainer.encoder, self.split, self.normalization, self.distributed, self.job.workers
+                )
             self._warn(found, done)
             yield {**found, **self.so_far(done)}
 

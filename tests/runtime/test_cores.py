@@ -11,7 +11,7 @@ import pytest
 
 from aps.errors import UserError
 from aps.runtime import cores as module
-from aps.runtime.cores import batches_ahead, cores, decoding_workers
+from aps.runtime.cores import cores, decoding_workers, loading
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -57,14 +57,38 @@ def test_without_shared_memory_there_are_none(monkeypatch: pytest.MonkeyPatch, t
 def test_batches_that_are_made_ahead_fit_in_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two views of 1,024 images of 224 pixels are 294 MiB: four batches for each of 16 workers would be 18 GiB."""
     batch = 2 * 1024 * 3 * 224**2
-    for free, expected in ((2**40, 4), (24 * 2**30, 2), (8 * 2**30, 1), (2**20, 1)):
+    for free, workers, ahead in (
+        (2**40, 16, 4),
+        (24 * 2**30, 16, 2),
+        (10 * 2**30, 16, 1),
+        (5 * 2**30, 8, 1),
+        (2**20, 0, None),
+    ):
         monkeypatch.setattr(module.shutil, "disk_usage", lambda _, free=free: Usage(2**40, 2**40 - free, free))
-        assert batches_ahead(16, batch) == expected
+        assert loading(16, batch) == {"num_workers": workers, "prefetch_factor": ahead}
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # eight processes share it
-        assert batches_ahead(2, batch) == expected
+        assert loading(2, batch) == {"num_workers": workers // 8, "prefetch_factor": ahead}
         monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert loading(0, batch) == {"num_workers": 0, "prefetch_factor": None}
     monkeypatch.setattr(module, "SHARED_MEMORY", tmp_path / "none")
-    assert batches_ahead(16, batch) == 4
+    assert loading(16, batch) == {"num_workers": 16, "prefetch_factor": 4}
+
+
+def test_every_loader_of_images_reckons_with_shared_memory() -> None:
+    """But that of detection's evaluation, whose workers have two images ahead, not batches."""
+    root = Path(module.__file__).parents[1]
+    found = {
+        str(file.relative_to(root)): text.count("num_workers=")
+        for file in root.rglob("*.py")
+        if "share" not in file.parts and "DataLoader(" in (text := file.read_text())
+    }
+    assert set(found) == {
+        "training/order.py",
+        "training/features.py",
+        "detection/engines/torchvision.py",
+        "detection/engine.py",
+    }
+    assert {name for name, count in found.items() if count} == {"detection/engine.py"}
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])

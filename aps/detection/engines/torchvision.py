@@ -34,11 +34,13 @@ from aps.detection.geometry import strides
 from aps.detection.score import coco_metrics
 from aps.detection.vitdet import SimpleFeaturePyramid
 from aps.models.archs import dimensions
+from aps.runtime.cores import loading
 from aps.runtime.precision import Precision
 from aps.settings.blocks import DetectionSettings
 from aps.training.watch import Watch
 
 # torchvision's names of the losses -> ours.
+MASKS = 10  # instances of an image, for the shared memory that its masks take
 LOSSES = {
     "loss_objectness": "loss_proposal_class",
     "loss_rpn_box_reg": "loss_proposal_box",
@@ -67,13 +69,16 @@ class Engine(engine.Engine):
             forward = DistributedDataParallel(self.model, broadcast_buffers=False)
         watch = Watch("detection", "detection", processes, self.task.train.manifest)
         positions = Positions(settings.batch_size, start, processes.rank, processes.world)
+        options: Any = loading(
+            self.task.workers, positions.local_batch * (3 + MASKS) * self.task.settings.image_size**2
+        )
         loader = DataLoader(
             _Samples(self.task),
             batch_size=positions.local_batch,
             sampler=positions,
-            num_workers=self.task.workers,
             collate_fn=list,
             pin_memory=self.device.type == "cuda",
+            **options,
         )
         for iteration, batch in zip(range(start, settings.iterations), loader, strict=False):
             for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
