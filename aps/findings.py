@@ -25,7 +25,7 @@ from aps.errors import UserError
 from aps.files import read_json, sha256, write_json
 from aps.layout import encoder_file, manifest_of, stage_folder, study_folder
 from aps.registry import USER_DATASETS
-from aps.results import flatten
+from aps.results import flatten, images_digest
 from aps.seals import contents, damage, read_metrics
 from aps.settings.study import Study
 from aps.text import shorten
@@ -187,7 +187,7 @@ class Findings:
     def _digest_of_images(self, dataset: str) -> str | None:
         """The digest of the prepared dataset; None if it is not prepared."""
         path = manifest_of(self.study, dataset)
-        return str(read_json(path)["digest"]) if path.exists() else None
+        return images_digest(path) if path.exists() else None
 
 
 def _listed(texts: list[str]) -> str:

@@ -95,8 +95,22 @@ def saved_run(results: str | Path, settings: StageSettings, manifest: Path, enco
     Raises:
         UserError: the manifest or the encoder's file is missing or broken.
     """
-    images = str(read_json(manifest)["digest"])
-    return run_folder(results, settings.stage, run_key(settings, images, sha256(encoder) if encoder else None))
+    key = run_key(settings, images_digest(manifest), sha256(encoder) if encoder else None)
+    return run_folder(results, settings.stage, key)
+
+
+def images_digest(manifest: Path) -> str:
+    """The digest of a prepared dataset's images.
+
+    Raises:
+        UserError: the manifest is missing or broken.
+    """
+    found = read_json(manifest)
+    if not isinstance(found, dict) or not isinstance(found.get("digest"), str):
+        raise UserError(
+            f"{manifest}: damaged, without the digest of its images; delete it, and its dataset is prepared again"
+        )
+    return str(found["digest"])
 
 
 def upstream_of(encoder: Path | None) -> dict[str, Any]:

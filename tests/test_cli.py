@@ -15,12 +15,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
 from tiny_study import fake_job, working_folder
 
 from aps import cli
 from aps.errors import Preempted, UserError
 from aps.layout import manifest_path
-from aps.results import StageJob, StageRun
+from aps.results import StageJob, StageRun, images_digest
 from aps.settings.reading import load_study
 from aps.stages import STAGES
 
@@ -324,3 +325,62 @@ def test_what_the_machine_lacks_is_one_sentence(
 
     monkeypatch.setattr(sys.modules["played_knn"], "run", fail)
     assert says in fails(capsys, "knn", "--experiment", "floor")
+
+
+OWN = """
+study: own
+datasets: {im: {folder: tr}}
+experiments: {floor: {dataset: im, stages: [knn], encoder: {arch: micro, image_size: 16, patch_size: 4, weights: random}, knn: {k: [1]}}}
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory without a Snakefile, with a study of a prepared folder of images."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    for i in range(8):
+        folder = tmp_path / "tr" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (30 * i, 0, 255 * (i % 2))).save(folder / f"{i}.png")
+    (tmp_path / "own.yaml").write_text(OWN)
+    assert cli.main(["data", "im", "--configfile", "own.yaml"]) == 0
+    return tmp_path
+
+
+def test_a_stage_run_by_hand_refuses_images_that_changed_since_they_were_prepared(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The digest in its metrics.json would name the images of before."""
+    Image.new("RGB", (20, 20)).save(own / "tr/a/0.png")
+    said = fails(capsys, "knn", "--configfile", "own.yaml")
+    assert said.startswith(
+        "error: dataset 'im' is not as it was prepared (folder tr: 1 image changed); run `python -m aps data im"
+    )
+    assert not (own / "results/own/floor").exists()
+    assert cli.main(["data", "im", "--configfile", "own.yaml"]) == 0
+    assert cli.main(["knn", "--configfile", "own.yaml"]) == 0
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"digest": 3}'])
+def test_a_damaged_manifest_is_one_sentence_that_names_it(
+    content: str, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (manifest,) = {file.resolve() for file in (own / "results/data").glob("*/manifest.json")}
+    manifest.write_text(content)
+    assert "manifest.json" in fails(capsys, "knn", "--configfile", "own.yaml")
+    with pytest.raises(UserError, match=f"{manifest}: damaged"):
+        images_digest(manifest)
+
+
+def test_hints_work_as_printed_where_there_is_no_snakefile(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "--configfile", "own.yaml"]) == 0
+    assert "`python -m aps run all --configfile own.yaml`" in capsys.readouterr().out
+    (own / "Snakefile").touch()
+    assert cli.main(["check", "--configfile", "own.yaml"]) == 0
+    assert "`snakemake all --configfile own.yaml`" in capsys.readouterr().out
+
+
+def test_a_typo_in_the_experiment_of_a_setting_is_one_sentence(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails(capsys, "knn", "--configfile", "own.yaml", "--set", "experiments.flor.knn.k=[3]")
+    assert "the study has no experiment \"flor\"; did you mean 'floor'?" in said

@@ -66,11 +66,12 @@ def checkout(folder: Path, study: dict[str, Any] = STUDY) -> Path:
 
 
 def working_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make `folder` the working directory, with the study in config/config.yaml and MLflow off."""
+    """Make `folder` the working directory, with the study in config/config.yaml, a Snakefile and MLflow off."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
     (folder / "config").mkdir()
     (folder / "config/config.yaml").write_text(yaml.safe_dump(STUDY))
+    (folder / "Snakefile").touch()  # messages name `snakemake` where it has one
     return folder
 
 
@@ -90,7 +91,7 @@ def fake_job(
     manifest = results / "data" / "digits" / "manifest.json"
     if not manifest.exists():
         manifest.parent.mkdir(parents=True)
-        manifest.write_text(json.dumps({"name": "digits", "digest": "0123"}))
+        pretend_prepared(manifest, "0123")
     settings = StageSettings(
         stage="knn",
         experiment=experiment,

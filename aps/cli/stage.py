@@ -95,6 +95,8 @@ def stage_job(stage: Stage, args: argparse.Namespace) -> StageJob:
             encoder = encoder_file(study, name, seed)
             if not started_by_torchrun():
                 _check_encoder(study, name, seed, f"{stage.name} {name}/seed{seed}")
+        if args.manifest is None and not started_by_torchrun():
+            _check_images(study, settings.dataset_name)
     manifest = args.manifest or manifest
     for path in (manifest, encoder if made_by_stage else None):
         if path is not None and not path.exists():
@@ -114,6 +116,16 @@ def stage_job(stage: Stage, args: argparse.Namespace) -> StageJob:
         checkpoint_minutes=args.checkpoint_minutes,
         profile=args.profile,
     )
+
+
+def _check_images(study: Study, dataset: str) -> None:
+    """Raises UserError where a dataset's files have changed since it was prepared: its digest would name other images."""
+    from aps.findings import Findings
+
+    if (why := Findings(study).why_outdated(dataset)) is not None:
+        raise UserError(
+            f"dataset '{dataset}' is not as it was prepared ({why}); run `python -m aps data {dataset}` first"
+        )
 
 
 def _check_encoder(study: Study, experiment: str, seed: int, label: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from aps.errors import UserError
 from aps.stages import STAGES
+from aps.workflow.start import SNAKEFILES
 
 if TYPE_CHECKING:  # settings take half of the time that `--help` does
     from aps.settings.study import Study
@@ -30,8 +31,9 @@ STUDY_VERBS = (
 
 
 def load(args: argparse.Namespace) -> Study:
-    from aps.settings.reading import load_study, parse_overrides
+    from aps.settings.reading import check_names, load_study, parse_overrides
 
+    check_names(args.configfile, args.overrides)
     return load_study(args.configfile, parse_overrides(args.overrides))
 
 
@@ -54,9 +56,21 @@ def study_options(args: argparse.Namespace) -> str:
 
 
 def runnable(text: str, args: argparse.Namespace) -> str:
-    """`text`, with this command's study and settings added to the commands in it, so that they work as printed."""
-    if not getattr(args, "configfile", None) or getattr(args, "settings", None) is not None:
-        return text  # the verb reads no study, or a rule gave the settings
+    """`text`, with this command's study and settings added to the commands in it, so that they work as printed.
+
+    Where the working directory has no Snakefile, `aps run` stands for `snakemake`.
+    """
+    if getattr(args, "settings", None) is not None:
+        return text  # a rule gave the settings
+    text = _with_study(text, args)
+    if any(Path(name).exists() for name in SNAKEFILES):
+        return text
+    return re.sub(r"`snakemake (?=[^`]*`)", "`python -m aps run ", text)
+
+
+def _with_study(text: str, args: argparse.Namespace) -> str:
+    if not getattr(args, "configfile", None):
+        return text  # the verb reads no study
     from aps.settings.reading import parse_overrides
 
     try:

@@ -76,7 +76,7 @@ def results(args: argparse.Namespace) -> None:
     study = load(args)
     from aps.report.terminal import terminal
 
-    print(terminal(study, tracking_address(study)))
+    print(runnable(terminal(study, tracking_address(study)), args))
 
 
 def status(args: argparse.Namespace) -> None:

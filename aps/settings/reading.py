@@ -72,6 +72,28 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     return result
 
 
+def check_names(files: Sequence[str | Path], pairs: list[str]) -> None:
+    """Raises UserError where a pair `experiments.NAME.KEY=VALUE` names an experiment of no file: a typo would make a new one.
+
+    `experiments.NAME={...}` makes one.
+    """
+    keys = [pair.partition("=")[0].split(".") for pair in pairs]
+    made = {key[1] for key in keys if key[0] == "experiments" and len(key) == 2}
+    changed = [key for key in keys if key[0] == "experiments" and len(key) > 2 and key[1] not in made]
+    if not changed:
+        return
+    raw: dict[str, Any] = {}
+    for file in files:
+        raw = _merge(raw, _read(Path(file)))
+    known = raw.get("experiments")
+    for key in changed:
+        if isinstance(known, dict) and key[1] not in known:
+            raise UserError(
+                f"--set {'.'.join(key)}: the study has no experiment {shown(key[1])}; {nearest(key[1], known)} "
+                "(--set 'experiments.NAME={...}' makes a new one)"
+            )
+
+
 def read_value(text: str, where: str) -> Any:
     """Parse YAML text. Raises UserError where it is not valid YAML."""
     try:

@@ -37,7 +37,8 @@ def how_to_browse(study: Study, address: str) -> str:
     if address.startswith("http"):
         return f"{address}/{_page(study, address)}"
     options = ["--backend-store-uri", _relative(address), "--port", str(PORT), *_artifact_options(address)]
-    return f"{' '.join([_program(), 'server', *options])}    (or make ui), then open http://127.0.0.1:{PORT}/{_page(study, address)}"
+    shorter = "make ui" if Path("Makefile").exists() else "python -m aps ui"
+    return f"{' '.join([_program(), 'server', *options])}    (or {shorter}), then open http://127.0.0.1:{PORT}/{_page(study, address)}"
 
 
 def show(study: Study, address: str, port: int = PORT) -> None:

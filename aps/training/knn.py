@@ -6,6 +6,7 @@ Every k is reported, and the temperature, because accuracies depend on both.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ def run(job: StageJob) -> None:
         bank, labels, queries, truth = labelled_features(job, distributed, settings.precision)
         bank, queries = _unit_vectors(bank, queries)
         accuracies = _accuracy(bank, labels, queries, truth, settings.k, settings.temperature)
+        if distributed.main and max(settings.k) > len(bank):
+            print(
+                f"warning: {job.label}: knn.k {max(settings.k)} is more than the {len(bank)} train images, all of which vote then",
+                file=sys.stderr,
+            )
         for k, accuracy in accuracies.items():
             stage.log(k, knn_top1=accuracy)
         by_k = {f"knn_top1_k{k}": accuracy for k, accuracy in accuracies.items()}

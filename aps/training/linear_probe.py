@@ -141,7 +141,7 @@ class Probing:
                 self.precision,
                 self.job.workers,
                 classifiers=(len(lrs),),
-            ).tolist()  # fmt: skip
+            ).tolist()
             for split in (self.held, load_split(self.job.manifest, "test"))
         )
         if not finite:

@@ -8,10 +8,11 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from aps.errors import UserError
 from aps.runtime import cores as module
-from aps.runtime.cores import cores, decoding_workers, loading
+from aps.runtime.cores import cores, decoding_workers, from_workers, loading
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -102,3 +103,23 @@ def test_workers_that_have_no_shared_memory_are_refused_where_asked_for_and_else
     assert decoding_workers(None) == decoding_workers(0) == 0
     with pytest.raises(UserError, match=rf"--workers 3: .*{os.strerror(code)}\); set --workers 0 .*/dev/shm larger"):
         decoding_workers(3)
+
+
+class Broken(torch.utils.data.Dataset):
+    def __getitem__(self, i: int) -> int:
+        if i == 2:
+            raise UserError("photos/2.jpg: cannot be read as an image (UserError: not a JPEG); replace or remove it")
+        return i
+
+    def __len__(self) -> int:
+        return 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_that_a_worker_meets_is_its_sentence(workers: int) -> None:
+    batches = from_workers(torch.utils.data.DataLoader(Broken(), batch_size=1, num_workers=workers))
+    assert [int(next(batches)) for _ in range(2)] == [0, 1]
+    with pytest.raises(UserError) as caught:
+        next(batches)
+    assert str(caught.value).startswith("photos/2.jpg: cannot be read as an image (")
+    assert "Traceback" not in str(caught.value)

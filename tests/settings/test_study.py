@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from aps.errors import UserError
 from aps.settings.blocks import ResourceSettings
-from aps.settings.reading import _read, load_study, parse_overrides
+from aps.settings.reading import _read, check_names, load_study, parse_overrides
 from aps.settings.reference import markdown, schema, tables
 from aps.settings.study import ExperimentSettings, StageSettings, Study, blocks_of
 from aps.stages import STAGES
@@ -651,3 +651,15 @@ def test_the_example_for_users_loads(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "config" / "README.md").read_text()
     study = load(tmp_path, text.split("```yaml\n")[1].split("```")[0])
     assert study.experiment("random").sampling.strategy == "random" and study.study == "mine"
+
+
+def test_an_override_of_an_experiment_that_is_none_is_refused_and_a_new_one_is_made_whole(tmp_path: Path) -> None:
+    file = write(tmp_path, {"defaults": {"dataset": "digits"}, "experiments": {"aps": {}, "floor": None}})
+    with pytest.raises(UserError) as caught:
+        check_names([file], ["experiments.apps.knn.k=[3]"])
+    assert str(caught.value) == (
+        "--set experiments.apps.knn.k: the study has no experiment \"apps\"; did you mean 'aps'? (--set 'experiments.NAME={...}' "
+        "makes a new one)"
+    )
+    for pairs in (["experiments.floor.knn.k=[3]"], ["experiments.new={}", "experiments.new.knn.k=[3]"], ["study=x"]):
+        check_names([file], pairs)

@@ -194,3 +194,31 @@ def test_numbers_are_checked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="2 of 30 numbers"):
         check_finite(x, "features")
     assert max(checked) == 4
+
+
+def test_more_neighbours_than_there_are_images_are_said(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = small.run(small.job("knn", digits, tmp_path, k=(100, 101)))  # of 100 train images
+    assert found["knn_top1_k100"] == found["knn_top1_k101"]
+    assert (
+        "warning: knn small/seed0: knn.k 101 is more than the 100 train images, all of which vote then"
+        in capsys.readouterr().err
+    )
+
+
+def test_similarities_are_full_float32_on_a_gpu_too_and_training_keeps_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "BLOCK", 4)
+    precisions = []
+
+    class Watched(Tensor):
+        def __matmul__(self, other: Tensor) -> Tensor:
+            precisions.append(torch.get_float32_matmul_precision())
+            return self.as_subclass(Tensor) @ other
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        knn.neighbours(torch.rand(3, 8).as_subclass(Watched), torch.rand(10, 8), 2)
+        assert precisions == 3 * ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")

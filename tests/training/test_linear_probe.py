@@ -16,8 +16,11 @@ from torch import Tensor
 from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.models.encoder import build_encoder
+from aps.runtime.precision import Precision
+from aps.runtime.processes import Distributed
 from aps.settings.blocks import DatasetSettings
 from aps.training import linear_probe
+from aps.training.classify import accuracy
 from aps.training.linear_probe import Crops, Heads
 from aps.training.order import Order, held_out
 
@@ -61,7 +64,7 @@ class Answers:
     def __init__(self, *answers: list[float]) -> None:
         self.answers, self.splits = iter(answers), []  # type: ignore[var-annotated]
 
-    def __call__(self, classify: Any, split: Any, *_: Any) -> Tensor:
+    def __call__(self, classify: Any, split: Any, *_: Any, **__: Any) -> Tensor:
         self.splits.append(split)
         return torch.tensor(next(self.answers), dtype=torch.float64)
 
@@ -122,3 +125,35 @@ def test_a_norm_before_the_head_has_no_affine_and_its_running_statistics_in_eval
         evaluated, trained, atol=0.1
     )
     assert trained.shape == (2, 64, 3)
+
+
+def test_heads_are_scored_in_float32_as_they_are_trained(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 many of their logits would be equal, and the first of them the guess."""
+    types = []
+
+    def accuracy(classify: Any, *_: Any, classifiers: tuple[int, ...]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            types.append(classify(torch.rand(4, 3, 16, 16)).dtype)
+        return torch.zeros(classifiers)
+
+    monkeypatch.setattr(linear_probe, "accuracy", accuracy)
+    small.run(small.job("linear_probe", digits, tmp_path, lrs=(0.1, 0.5), precision="bf16"))
+    assert types == 2 * [torch.float32]
+
+
+def test_a_process_without_an_image_adds_as_many_zeros_as_the_others_have_heads(
+    digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine images on four processes are three for each of the first three."""
+    added: list[Tensor] = []
+    monkeypatch.setattr("aps.training.classify.dist.all_reduce", added.append)
+    split, cpu = load_split(digits, "test", 9), torch.device("cpu")
+    assert len(split) == 9
+    for rank in range(4):
+        accuracy(
+            lambda x: torch.zeros(3, len(x), 10), split, 16, ((0.0,) * 3, (1.0,) * 3), Distributed(rank, 4, cpu),
+            Precision("fp32", cpu), classifiers=(3,),
+        )  # fmt: skip
+    assert [x.shape for x in added] == 4 * [torch.Size([3])] and not added[3].any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from aps.errors import UserError
 from aps.models.encoder import build_encoder
 from aps.sampling import Geometry
 from aps.settings.blocks import SourceSettings, ViewSettings
+from aps.training import pretrain
 from aps.training.batches import Batches
 from aps.training.order import Order
 from aps.training.pretrain import Trainer
@@ -206,3 +208,14 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path) -> None:
         small.run(small.job("pretrain", digits, tmp_path / "parts", accumulate=3))
     with pytest.raises(UserError, match=r"the pretraining loss became nan; lower pretrain.lr"):
         small.run(small.job("pretrain", digits, tmp_path / "nan", lr=1e30, epochs=2))
+
+
+def test_knn_during_training_starts_as_many_workers_as_are_asked_for(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    spread = {"effective_rank": 9.0, "dead_dimensions": 0.0, "knn_train_top1": 1.0}
+    monkeypatch.setattr(pretrain, "monitor", lambda *arguments: asked.append(arguments[-1]) or spread)
+    job = small.job("pretrain", digits, tmp_path, knn_every=1)
+    small.run(replace(job, workers=0))
+    assert asked == job.settings.pretrain.epochs * [0]
