@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -39,17 +40,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it when the block ends without an error.
 
     Raises:
-        UserError: the folder can't be written or the disk is full.
+        UserError: `path` is a folder, its folder can't be written or the disk is full.
     """
+    check_is_no_folder(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
-        temporary.touch(exist_ok=False)  # with the permissions that the user's umask gives
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode  # what the user's umask gives
     except OSError as error:
         raise _unwritable(path, error) from None
     try:
         yield temporary
         with temporary.open("rb+") as file:
+            if os.fstat(file.fileno()).st_mode != mode:  # some libraries put a private file in its place
+                os.fchmod(file.fileno(), stat.S_IMODE(mode))
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
@@ -58,6 +63,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise _unwritable(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_is_no_folder(path: Path) -> None:
+    """Raises UserError where a file can't be written at `path` because it names a folder."""
+    try:
+        folder = path.name in ("", "..") or path.is_dir()
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    if folder:
+        raise UserError(f"{path}: cannot be written, because it is a folder; name a file")
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

@@ -456,6 +456,7 @@ def _link(source: Path, target: Path) -> None:
         except OSError:
             shutil.copyfile(source, temporary)
         temporary.replace(target)
+        temporary.unlink(missing_ok=True)  # where both were links to one file, `replace` did nothing
     except OSError as error:
         raise UserError(
             f"{target}: cannot be written ({error.strerror}); free space or choose another `results` folder"

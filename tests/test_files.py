@@ -8,13 +8,22 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 
 from aps.errors import UserError
-from aps.files import append, atomic_path, read_json, sweep, write_json
+from aps.files import append, atomic_path, read_json, sweep, write_bytes, write_json
+from aps.inference import figures
+from aps.models.weights import save_encoder, save_tensors
+from aps.runtime.checkpoint import Checkpoints
+from aps.settings.blocks import EncoderSettings
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -43,6 +52,55 @@ def test_content_that_is_no_json_leaves_the_old_content(tmp_path: Path) -> None:
 def test_others_can_read_what_was_written(tmp_path: Path) -> None:
     write_json(tmp_path / "file", 1)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+
+
+def replaced_by_a_private_file(file: Path) -> None:
+    """What safetensors' `save_file` does, and any library that writes through `tempfile`."""
+    handle, other = tempfile.mkstemp(dir=file.parent)
+    os.write(handle, b"new")
+    os.close(handle)
+    os.replace(other, file)
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "bytes": lambda file: write_bytes(file, b"new"),
+    "json": lambda file: write_json(file, 1),
+    "tensors": lambda file: save_tensors({"x": torch.zeros(2)}, file),
+    "encoder": lambda file: save_encoder(torch.nn.Linear(2, 2), EncoderSettings(), file),
+    "torch": lambda file: written(file, lambda temporary: torch.save(torch.zeros(2), temporary)),
+    "checkpoint": lambda file: Checkpoints(file.parent / "states").save(1, {}),
+    "parquet": lambda file: written(file, lambda temporary: pq.write_table(pa.table({"x": [1]}), temporary)),
+    "picture": lambda file: figures.grid(file, [("", [figures.Cell(None)])]),
+    "private": lambda file: written(file, replaced_by_a_private_file),
+}
+
+
+def written(file: Path, write: Callable[[Path], object]) -> None:
+    with atomic_path(file) as temporary:
+        write(temporary)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_umask_decides_who_may_read_whatever_library_writes(tmp_path: Path, kind: str, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        WRITERS[kind](tmp_path / "file")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files and {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "folder", "folder/", "folder/.."])
+def test_a_folder_in_place_of_a_file_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"cannot be written, because it is a folder; name a file") as caught:
+        write_json(Path(name), 1)
+    assert str(caught.value).startswith(f"{Path(name)}: ") and list(tmp_path.rglob("*")) == [tmp_path / "folder"]
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:

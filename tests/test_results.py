@@ -317,6 +317,17 @@ def test_outputs_are_copied_where_the_file_system_has_no_links(tmp_path: Path, m
     assert {file.name for file in job.out.iterdir()} == {*STAGES["knn"].files, "tracking.json"}
 
 
+def test_publishing_again_leaves_no_file_but_the_outputs(tmp_path: Path) -> None:
+    """Renaming one of two links to a file onto the other does nothing, so the first would stay."""
+    job = fake_job(tmp_path)
+    play(job)
+    outputs = sorted(file.name for file in job.out.iterdir())
+    for _ in range(2):
+        assert restore_finished(job)
+        assert sorted(file.name for file in job.out.iterdir()) == outputs
+    assert not [name for name in outputs if name.startswith(".")]
+
+
 def test_nested_blocks_flatten_to_dotted_keys() -> None:
     assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
 

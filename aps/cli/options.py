@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from aps.cli.study import DEFAULT_STUDY
+from aps.ranges import whole_number
 from aps.stages import STAGES
 
 LARGEST_SEED = 2**64 - 1
 
 # --------------------------------------------------------------------------------------------------
-# Types of values.
-
-
-def whole_number(least: int, most: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number in a range."""
-
-    def read(text: str) -> int:
-        try:
-            if least <= (value := int(text)) <= most:
-                return value
-        except ValueError:
-            pass
-        from aps.settings.sentences import shown
-
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {least} to {most}; give one")
-
-    return read
+# A type of values.
 
 
 def minutes(text: str) -> float:

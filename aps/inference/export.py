@@ -48,7 +48,7 @@ def export(model: Loaded, to: str, out: Path, licence: str | None = None) -> str
     loading = TARGETS[to](model, out)
     card = out / "README.md" if to == "hub-folder" else out.with_suffix(".md")
     with atomic_path(card) as temporary:
-        temporary.write_text(model_card(model, loading, licence, out.stem), encoding="utf-8")
+        temporary.write_text(model_card(model, loading, licence, out.resolve().stem), encoding="utf-8")
     return loading
 
 

@@ -33,7 +33,7 @@ from sklearn.decomposition import IncrementalPCA
 
 from aps import __version__
 from aps.errors import Preempted, UserError
-from aps.files import atomic_path, read_json, write_json
+from aps.files import atomic_path, check_is_no_folder, read_json, write_json
 from aps.inference.images import ImageLike, walk
 from aps.inference.model import BATCH, Model
 from aps.progress import Progress
@@ -96,9 +96,10 @@ def write_features(
         stop: called after each batch; if it returns true, the run ends, and computed rows are kept.
 
     Raises:
-        UserError: no image is readable, `out` can't be written, or another process is writing it.
+        UserError: no image is readable, `out` can't be written or is a folder, or another process is writing it.
         Preempted: the run was asked to stop; the same call continues it.
     """
+    check_is_no_folder(out)
     parts = out.with_name(f"{out.name}.parts")
     made_by = {"weights": model.digest, "transform": asdict(model.preprocessing)}
     with _claim(parts, out):

@@ -33,6 +33,7 @@ from aps.errors import UserError
 from aps.inference.convert import class_attention, features, timm_twin, write_onnx
 from aps.inference.images import ImageLike, Images, Transform, as_list, decoded, read
 from aps.progress import Progress
+from aps.ranges import share, whole
 from aps.runtime.precision import Precision
 
 T = TypeVar("T")
@@ -69,8 +70,12 @@ class Predictions:
         return [self.names[i] for i in self.probabilities.argmax(1).tolist()]
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
-        """The k likeliest classes of each image with their probabilities, the likeliest first."""
-        values, columns = self.probabilities.topk(min(k, len(self.names)))
+        """The k likeliest classes of each image with their probabilities, the likeliest first.
+
+        Raises:
+            UserError: k is not a whole number above 0.
+        """
+        values, columns = self.probabilities.topk(min(whole(k, "k"), len(self.names)))
         return [
             [(self.names[c], p) for c, p in zip(cs, ps, strict=True)]
             for cs, ps in zip(columns.tolist(), values.tolist(), strict=True)
@@ -204,8 +209,9 @@ class Loaded:
         """`compute` of each batch of prepared images, with a progress bar.
 
         Raises:
-            UserError: one of `images` is not an image.
+            UserError: one of `images` is not an image, or `batch_size` is not a whole number above 0.
         """
+        batch_size = whole(batch_size, "batch_size")
         shown = len(images) > batch_size if progress is None else progress
         label = f"{verb} by {self.source.stage or self.source.address}"
         with Progress(label, len(images), "images", shown=shown) as bar:
@@ -259,7 +265,7 @@ class Model(Loaded):
             float32 (M, D), on the CPU.
 
         Raises:
-            UserError: one of `images` is not an image.
+            UserError: one of `images` is not an image, or `batch_size` is not a whole number above 0.
         """
         return torch.cat(list(self._computed(images, self.features_of, batch_size, progress, "embed")))
 
@@ -267,7 +273,7 @@ class Model(Loaded):
         """Classes and probabilities. Arguments are as in `embed`.
 
         Raises:
-            UserError: the network has no classifier, or one of `images` is not an image.
+            UserError: the network has no classifier, or an argument is refused as in `embed`.
         """
         self.check("predict")
         probabilities = torch.cat(list(self._computed(images, self.probabilities_of, batch_size, progress, "predict")))
@@ -285,7 +291,7 @@ class Model(Loaded):
             float32 (M, heads, G, G): attention to each patch. The remainder to a sum of 1 is attention to the class token.
 
         Raises:
-            UserError: the network has no class token or no such block, or one of `images` is not an image.
+            UserError: the network has no class token or no such block, or another argument is refused as in `embed`.
         """
         self._attention_layer(block)
         maps = self._computed(
@@ -369,7 +375,7 @@ class Model(Loaded):
                 f"{self.source.address}: a {type(network).__name__} without a class token has no attention of one; load a "
                 "Vision Transformer with one"
             )
-        depth = len(network.blocks)
+        depth, block = len(network.blocks), whole(block, "block", least=None)
         if not -depth <= block < depth:
             raise UserError(f"block {block}: the network has blocks 0 to {depth - 1}, or -1 to -{depth} from the end")
         layer = network.blocks[block].attn
@@ -403,11 +409,12 @@ class Detector(Loaded):
 
         Args:
             images: as in `Model.embed`, of any size.
-            threshold: detections with a lower score are left out.
+            threshold: detections with a lower score are left out; from 0 to 1.
 
         Raises:
-            UserError: one of `images` is not an image.
+            UserError: `threshold` is not such a number, or another argument is refused as in `Model.embed`.
         """
+        threshold = share(threshold, "threshold")
         detections: list[Detections] = []
         for batch in self._batches(as_list(images), as_bytes, self.engine.predict, batch_size, progress, "detect"):
             for one in batch:

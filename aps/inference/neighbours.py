@@ -28,10 +28,12 @@ from aps.errors import UserError
 from aps.files import atomic_path
 from aps.inference.features import read_metadata
 from aps.inference.model import Loaded
+from aps.ranges import whole
 
 EXACT_UP_TO = 100_000  # rows
 LEARNED_FROM = 64  # vectors per cell from which FAISS's partition is learned
 PROBED = 32  # cells searched for each query
+MISSING = -1  # row that FAISS gives where the searched cells hold fewer than k
 
 
 class Neighbour(NamedTuple):
@@ -90,8 +92,12 @@ class Index:
         return F.normalize(vectors, dim=1)
 
     def vectors(self, rows: list[int]) -> Tensor:
-        """Vectors of rows, float32 (m, D), of length 1; each piece of the file is read once."""
-        groups = (np.searchsorted(self._starts, rows, side="right") - 1).tolist()
+        """Vectors of rows, float32 (m, D), of length 1; each piece of the file is read once.
+
+        Raises:
+            UserError: the file has no such row.
+        """
+        groups = self._groups(rows)
         pieces = {group: self._piece(group) for group in sorted(set(groups))}
         return torch.stack(
             [pieces[group][row - int(self._starts[group])] for row, group in zip(rows, groups, strict=True)]
@@ -102,8 +108,14 @@ class Index:
         """The nearest rows of queries, (Q, D): similarities float32 (Q, k) and rows int64 (Q, k), most similar first.
 
         k is limited to the number of rows.
+
+        Raises:
+            UserError: k is not a whole number above 0, or the queries have another width than the features.
         """
-        queries, k = F.normalize(queries.float(), dim=1), min(k, len(self))
+        k, dim = min(whole(k, "k"), len(self)), int(self.metadata["dim"])
+        if queries.ndim != 2 or queries.shape[1] != dim:
+            raise UserError(f"queries have shape {tuple(queries.shape)}; {self.file} is searched by (Q, {dim})")
+        queries = F.normalize(queries.float(), dim=1)
         if self.approximate:
             return self._search_faiss(queries, k)
         best = torch.full((len(queries), 0), -2.0)
@@ -116,24 +128,39 @@ class Index:
         return best, rows
 
     def neighbours(self, queries: Tensor, k: int) -> list[list[Neighbour]]:
-        """The k rows most similar to each query, (Q, D), with paths and labels."""
+        """The k rows most similar to each query, (Q, D), with paths and labels. Raises UserError as `search` does."""
         similar, rows = self.search(queries, k)
-        named = self.describe(sorted(set(rows.flatten().tolist())))
+        named = self.describe(sorted(set(rows.flatten().tolist()) - {MISSING}))
         return [
-            [Neighbour(row, *named[row], value) for row, value in zip(query_rows, values, strict=True)]
+            [
+                Neighbour(row, *named[row], value)
+                for row, value in zip(query_rows, values, strict=True)
+                if row != MISSING
+            ]
             for query_rows, values in zip(rows.tolist(), similar.tolist(), strict=True)
         ]
 
     def describe(self, rows: list[int]) -> dict[int, tuple[str, str | None]]:
-        """Path and label of rows given in ascending order; only the pieces that hold them are read."""
+        """Path and label of rows given in ascending order; only the pieces that hold them are read.
+
+        Raises:
+            UserError: the file has no such row.
+        """
         found: dict[int, tuple[str, str | None]] = {}
-        groups = (np.searchsorted(self._starts, rows, side="right") - 1).tolist()
+        groups = self._groups(rows)
         for group, members in groupby(zip(groups, rows, strict=True), key=itemgetter(0)):
             table = self._opened.read_row_group(group, columns=["path", "label"])
             for _, row in members:
                 at = row - int(self._starts[group])
                 found[row] = (table["path"][at].as_py(), table["label"][at].as_py())
         return found
+
+    def _groups(self, rows: list[int]) -> list[int]:
+        """The piece of the file that holds each row."""
+        for row in rows:
+            if whole(row, f"{self.file}: row", 0) >= len(self):
+                raise UserError(f"{self.file}: row is {row}; it has rows 0 to {len(self) - 1}")
+        return (np.searchsorted(self._starts, rows, side="right") - 1).tolist()
 
     def paths(self) -> pa.ChunkedArray:
         """The path of each row, (M,); a million take 60 MB."""

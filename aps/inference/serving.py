@@ -28,7 +28,7 @@ from aps.inference.upstream import find_encoder
 from aps.layout import stage_folder, study_folder
 from aps.seals import read_metrics
 from aps.settings.study import Study
-from aps.tracking.addresses import OFF, database_file, full, settled
+from aps.tracking.addresses import HTTP, OFF, database_file, full, settled
 from aps.tracking.reasons import why
 from aps.tracking.server import ARTIFACTS, PROXIED, Server
 
@@ -184,12 +184,13 @@ def save_model(out: Path, folder: Path, encoder: Path | None = None, **more: Any
 
 
 def weights_of(address: str) -> Path:
-    """The folder of the weights of `runs:/ID` or `models:/NAME/VERSION`, downloaded if it is not local.
+    """The folder of the weights of `runs:/ID`, `models:/NAME/VERSION` or `models:/NAME@ALIAS`, downloaded if not local.
 
     The server is that of MLFLOW_TRACKING_URI, else the store of the results folder in the working directory.
 
     Raises:
-        UserError: MLflow does not know the address, does not answer, or has no weights of this software there.
+        UserError: MLflow does not know the address, does not answer, needs a server to give its files, or has no
+            weights of this software there.
     """
     server = os.environ.get("MLFLOW_TRACKING_URI")
     if not server:
@@ -211,11 +212,11 @@ def weights_of(address: str) -> Path:
 
 def _downloaded(address: str, server: str) -> Path:
     """A folder with the files of the model, or of the stage whose run it is."""
-    import mlflow
+    from mlflow.artifacts import download_artifacts
 
-    client = _client(server)
-    run_id = address.removeprefix("runs:/").strip("/")
-    if address.startswith("runs:/") and "/" not in run_id:
+    client, wanted = _client(server), address.rstrip("/")
+    run_id, _, path = wanted.removeprefix("runs:/").partition("/")
+    if wanted.startswith("runs:/") and path in ("", NAME):
         results = client.get_run(run_id).data.tags.get("results")
         known = _logged(client, run_id)
         if known is None:
@@ -224,17 +225,33 @@ def _downloaded(address: str, server: str) -> Path:
             raise UserError(
                 f"{address}: this run logged no model, and its results are not at {results}; give their folder"
             )
-        address = known
-    if address.startswith("models:/m-"):
-        location = client.get_logged_model(address.removeprefix("models:/")).artifact_location
-        if (local := _beside_store(server, location)) is not None:
-            return local
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(full(server))
-    try:
-        return Path(mlflow.artifacts.download_artifacts(address))
-    finally:
-        mlflow.set_tracking_uri(before)
+        wanted = known
+    location = _location(client, wanted, server)
+    if location.startswith(PROXIED) and not server.startswith(HTTP):
+        local = _beside_store(server, location)
+        if local is None or not local.is_dir():
+            raise UserError(
+                f"{address}: its files are at {location}, which only a server finds; start `aps ui` and set "
+                "MLFLOW_TRACKING_URI to its address"
+            )
+        return local
+    # The server is an argument, because MLflow's global one, and the environment, belong to the caller.
+    return Path(download_artifacts(location, tracking_uri=full(server)))
+
+
+def _location(client: Any, address: str, server: str) -> str:
+    """Where the artifacts of a model, by its id, version, alias or stage, or of a path in a run are."""
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    if address.startswith("runs:/"):
+        run_id, _, path = address.removeprefix("runs:/").partition("/")
+        return f"{str(client.get_run(run_id).info.artifact_uri).rstrip('/')}/{path}"
+    if server.startswith(("databricks", "uc")):  # their registry resolves names by itself, with its own credentials
+        return address
+    name, *version = get_model_name_and_version(client, address)
+    if version:
+        return str(client.get_model_version_download_uri(name, version[0]))
+    return str(client.get_logged_model(name).artifact_location)
 
 
 def _beside_store(address: str, location: str) -> Path | None:

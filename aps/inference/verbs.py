@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aps.errors import UserError
+from aps.ranges import up_to_one, whole_number
 from aps.text import number_of
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ Verb = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.Argum
 
 WEIGHTS = "a stage's folder, a .safetensors file, timm:NAME, runs:/ID or models:/NAME/VERSION"
 IMAGES = "image files, and folders of them at any depth"
-ROWS = 12  # rows of a picture with many images
+ROWS, COLUMNS = 12, 40  # of a picture with many images; Matplotlib refuses 65,536 pixels
+COUNT = whole_number(1, 1_000_000)
 
 
 def add(verb: Verb) -> None:
@@ -36,7 +38,7 @@ def add(verb: Verb) -> None:
     p.add_argument("weights", help=f"what made the features: {WEIGHTS}")
     p.add_argument("images", nargs="+", metavar="QUERY", help=IMAGES)
     p.add_argument("--index", type=Path, required=True, help="features, written by `aps embed`")
-    p.add_argument("-k", type=_positive, default=8, help="neighbours of each query (default: 8)")
+    p.add_argument("-k", type=COUNT, default=8, help="neighbours of each query (default: 8)")
     p.add_argument("--picture", type=Path, default=Path("neighbours.png"), help="(default: neighbours.png)")
     p.add_argument("--table", type=Path, help="write them as CSV too")
     _batch_and_device(p)
@@ -50,27 +52,36 @@ def add(verb: Verb) -> None:
         default=Path("features.parquet"),
         help="features, made where images are given (default: features.parquet)",
     )
-    p.add_argument("--similarity", type=float, help="from which two are near duplicates (default: 0.95)")
-    p.add_argument("--outliers", type=_positive, default=12, help="how many to show (default: 12)")
+    p.add_argument(
+        "--similarity", type=up_to_one(zero=False), help="from which two are near duplicates (default: 0.95)"
+    )
+    p.add_argument("--outliers", type=COUNT, default=12, help="how many to show (default: 12)")
     p.add_argument("--out", type=Path, default=Path("curate.csv"), help="a row an image (default: curate.csv)")
     p.add_argument("--picture", type=Path, default=Path("curate.png"), help="(default: curate.png)")
     _batch_and_device(p)
 
     p = verb("predict", _predict, "classify images by a finetuned model or a probe")
     _weights_and_images(p)
-    p.add_argument("--top", type=_positive, default=3, help="classes of each image (default: 3)")
+    p.add_argument("--top", type=COUNT, default=3, help="classes of each image (default: 3)")
     p.add_argument("--out", type=Path, help="write every class's probability as CSV")
     _batch_and_device(p)
 
     p = verb("detect", _detect, "find objects in images by a detector: a picture each, and COCO's results")
     _weights_and_images(p)
-    p.add_argument("--threshold", type=float, default=0.5, help="score from which a detection counts (default: 0.5)")
+    p.add_argument(
+        "--threshold", type=up_to_one(zero=True), default=0.5, help="score from which a detection counts (default: 0.5)"
+    )
     p.add_argument("--out", type=Path, default=Path("detections"), help="folder (default: detections)")
     _batch_and_device(p, batch=4)
 
     p = verb("attention", _attention, "draw what the class token attends to, in each head")
     _weights_and_images(p)
-    p.add_argument("--block", type=int, default=-1, help="from 0, or from the end (default: -1, the last)")
+    p.add_argument(
+        "--block",
+        type=whole_number(-10_000, 10_000),
+        default=-1,
+        help="from 0, or from the end (default: -1, the last)",
+    )
     p.add_argument(
         "--out", type=Path, default=Path("attention.png"),
         help=f"a .png file for up to {ROWS} images, or a folder for a picture each (default: attention.png)",
@@ -107,15 +118,8 @@ def _weights_and_images(p: argparse.ArgumentParser) -> None:
 
 
 def _batch_and_device(p: argparse._ActionsContainer, batch: int = 64) -> None:
-    p.add_argument("--batch-size", type=_positive, default=batch, help=f"images at once (default: {batch})")
+    p.add_argument("--batch-size", type=COUNT, default=batch, help=f"images at once (default: {batch})")
     p.add_argument("--device", help="default: the GPU where there is one, else the CPU")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
 
 
 def _model(args: argparse.Namespace, verb: str) -> Model:
@@ -208,7 +212,7 @@ def _neighbours(args: argparse.Namespace) -> None:
                 figures.Cell(path, f"query: {path.name}", "black"),
                 *(
                     figures.Cell(index.image(n.path), f"{n.similarity:.3f} {n.label or Path(n.path).name}")
-                    for n in neighbours
+                    for n in neighbours[:COLUMNS]
                 ),
             ],
         )
@@ -216,6 +220,7 @@ def _neighbours(args: argparse.Namespace) -> None:
     ]
     figures.grid(args.picture, rows)
     more = f" (the first {ROWS} of {len(queries)} queries)" if len(queries) > ROWS else ""
+    more += f" (the first {COLUMNS} of {args.k} neighbours)" if args.k > COLUMNS else ""
     print(f"\n{args.picture}{more}")
 
 
@@ -232,10 +237,10 @@ def _curate(args: argparse.Namespace) -> None:
             raise UserError(f"curate {args.weights}: name images after the weights, or neither and --index")
         _write_features(args, args.index)
     index = Index(args.index)
-    found = curate.curate(index, args.similarity or curate.SIMILAR)
+    found = curate.curate(index, curate.SIMILAR if args.similarity is None else args.similarity)
     curate.write_table(args.out, index, found)
     print(curate.summary(index, found, args.outliers))
-    groups, outliers = found.groups[:ROWS], found.outliers(args.outliers)
+    groups, outliers = found.groups[:ROWS], found.outliers(min(args.outliers, 8 * ROWS))
     named = index.describe(sorted({row for rows in groups for row in rows} | set(outliers)))
     rows = [
         (
@@ -257,7 +262,8 @@ def _curate(args: argparse.Namespace) -> None:
         ]
         rows.append(("outliers" if not start else "", cells))
     figures.grid(args.picture, rows)
-    print(f"\n{args.out}, {args.picture}")
+    more = f" (the first {len(outliers)} outliers)" if args.outliers > 8 * ROWS else ""
+    print(f"\n{args.out}, {args.picture}{more}")
 
 
 def _predict(args: argparse.Namespace) -> None:

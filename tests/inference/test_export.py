@@ -107,6 +107,14 @@ def test_an_onnx_file_names_its_classes_and_transform(exported: dict[tuple[str, 
     assert json.loads(stored["transform"])["input_size"] == [3, 32, 32]
 
 
+def test_others_can_read_every_export(exported: dict[tuple[str, str], Export], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    mode = (tmp_path / "file").stat().st_mode
+    for export_ in exported.values():
+        files = [path for path in export_.path.parent.rglob("*") if path.is_file()]
+        assert len(files) > 1 and {path.stat().st_mode for path in files} == {mode}
+
+
 def test_onnx_without_its_packages_is_a_sentence(stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aps.inference.convert.find_spec", lambda name: None)
     with pytest.raises(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -116,6 +117,40 @@ def test_detections_are_those_that_the_stage_scored(finished: Path, stages: Path
         assert ours["bbox"] == pytest.approx(theirs["bbox"], abs=1e-2) and ours["score"] == pytest.approx(
             theirs["score"], abs=1e-3
         )
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, float("nan"), "8", True, None])
+@pytest.mark.parametrize("verb", ["embed", "predict", "attention", "detect"])
+def test_a_batch_size_that_is_none_is_a_sentence(stages: Path, verb: str, wrong: Any) -> None:
+    model = load(stages / ("detection" if verb == "detect" else "finetune"))
+    with pytest.raises(UserError, match=rf"^batch_size is {wrong!r}; give a whole number from 1$"):
+        getattr(model, verb)(some(1), batch_size=wrong)
+
+
+def test_numbers_of_other_libraries_and_large_ones_are_taken(stages: Path) -> None:
+    model = load(stages / "finetune")
+    for batch_size in (np.int64(1), torch.tensor(1), 10**30):
+        assert model.embed(some(2), batch_size=batch_size).shape == (2, 48)
+    assert len(model.predict(some(1)).top(10**30)[0]) == 3
+    assert load(stages / "detection").detect(some(1), threshold=np.float32(0.5)) is not None
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "2", True, None])
+def test_a_number_of_classes_that_is_none_is_a_sentence(stages: Path, wrong: Any) -> None:
+    with pytest.raises(UserError, match=rf"^k is {wrong!r}; give a whole number from 1$"):
+        load(stages / "finetune").predict(some(1)).top(wrong)
+
+
+@pytest.mark.parametrize("wrong", [0.0, "0", None, True])
+def test_a_block_that_is_no_number_is_a_sentence(stages: Path, wrong: Any) -> None:
+    with pytest.raises(UserError, match=rf"^block is {wrong!r}; give a whole number$"):
+        load(stages / "pretrain").attention(some(1), block=wrong)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.1, float("nan"), float("inf"), "0.5", True, None])
+def test_a_threshold_that_no_score_has_is_a_sentence(stages: Path, wrong: Any) -> None:
+    with pytest.raises(UserError, match=rf"^threshold is {wrong!r}; give a number from 0 to 1$"):
+        load(stages / "detection").detect(some(1), threshold=wrong)
 
 
 def test_a_threshold_leaves_out_what_scores_less(stages: Path, monkeypatch: pytest.MonkeyPatch) -> None:

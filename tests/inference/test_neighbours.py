@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +113,32 @@ def test_faiss_takes_over_above_its_size_and_finds_nearly_all(
     assert "building FAISS's index of 3,000 rows" in capsys.readouterr().err
     index.search(queries, 10)
     assert "building" not in capsys.readouterr().err  # kept beside the features
+
+
+def test_rows_that_faiss_does_not_find_are_left_out(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = torch.tensor([[0.5, -3e38]]), torch.tensor([[7, -1]])
+    monkeypatch.setattr(index, "search", lambda queries, k: found)
+    assert [n.row for n in index.neighbours(torch.randn(1, 48), 2)[0]] == [7]
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "3", True, None])
+def test_a_number_of_neighbours_that_is_none_is_a_sentence(index: Index, wrong: Any) -> None:
+    for search in (index.search, index.neighbours):
+        with pytest.raises(UserError, match=rf"^k is {wrong!r}; give a whole number from 1$"):
+            search(torch.randn(1, 48), wrong)
+
+
+@pytest.mark.parametrize("shape", [(48,), (2, 47), (1, 2, 48)])
+def test_queries_of_another_width_are_a_sentence(index: Index, shape: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=rf"^queries have shape {re.escape(str(shape))}; .* is searched by \(Q, 48\)$"):
+        index.search(torch.randn(shape), 1)
+
+
+@pytest.mark.parametrize("wrong", [-1, 60, 0.5, "0"])
+def test_a_row_that_is_not_there_is_a_sentence(index: Index, wrong: Any) -> None:
+    for look in (index.vectors, index.describe):
+        with pytest.raises(UserError, match=rf"f.parquet: row is {wrong!r}; "):
+            look([0, wrong])
 
 
 def test_without_faiss_search_stays_exact(model: Model, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:

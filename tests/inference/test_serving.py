@@ -115,6 +115,86 @@ def test_a_store_whose_artifacts_only_a_server_finds_is_written_and_read_beside_
         assert load(name).predict(photo).classes == load(stages / "finetune").predict(photo).classes
 
 
+@pytest.fixture
+def default_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """The store of the results folder in the working directory, which no environment variable names."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)
+    store = tmp_path / serving.STORE
+    store.parent.mkdir()
+    client = MlflowClient(tracking_uri=f"sqlite:///{store}")
+    client.create_experiment("photos", artifact_location="mlflow-artifacts:/photos")
+    return client
+
+
+def registered(client: MlflowClient, stage: Path) -> tuple[str, str]:
+    """A run and the address of its model, which is `mine`, version 1, with the alias `best`."""
+    run = new_run(client)
+    address = log_model(client, str(client.tracking_uri), run, stage)
+    assert address is not None
+    location = client.get_logged_model(address.removeprefix("models:/")).artifact_location
+    client.create_registered_model("mine")
+    client.create_model_version("mine", location, run, model_id=address.removeprefix("models:/"))
+    client.set_registered_model_alias("mine", "best", "1")
+    return run, address
+
+
+def test_a_model_of_the_default_store_is_loaded_by_every_address_again_and_again(
+    default_store: MlflowClient, stages: Path, photo: Path
+) -> None:
+    """Nothing that MLflow, or another look-up, would read afterwards is changed."""
+    run, address = registered(default_store, stages / "finetune")
+    expected = load(stages / "finetune").predict(photo).probabilities
+
+    def state() -> object:
+        named = {name: value for name, value in os.environ.items() if "URI" in name}
+        return mlflow.get_tracking_uri(), mlflow.get_registry_uri(), named, sorted(Path.cwd().iterdir())
+
+    before = state()
+    for _ in range(2):
+        names = (address, f"{address}/", f"runs:/{run}", f"runs:/{run}/model")
+        for name in (*names, "models:/mine/1", "models:/mine/latest", "models:/mine@best"):
+            assert torch.allclose(load(name).predict(photo).probabilities, expected), name
+            assert state() == before, name
+
+
+def test_a_registered_model_is_the_same_files_as_its_logged_model(
+    client: MlflowClient, stages: Path, photo: Path
+) -> None:
+    """Here MLflow finds them by itself; looking them up writes nothing among them."""
+    _, address = registered(client, stages / "finetune")
+    folder = serving.weights_of(address)
+    before = sorted(folder.parent.rglob("*"))
+    for name in ("models:/mine/1", "models:/mine@best"):
+        assert serving.weights_of(name) == folder
+        assert load(name).predict(photo).classes == load(stages / "finetune").predict(photo).classes
+    assert sorted(folder.parent.rglob("*")) == before
+
+
+def test_files_that_only_a_server_finds_are_a_sentence_that_says_to_start_one(
+    default_store: MlflowClient, stages: Path
+) -> None:
+    run, address = registered(default_store, stages / "finetune")
+    (Path(serving.STORE).parent / "mlartifacts").rename("elsewhere")
+    for name in (address, f"runs:/{run}", "models:/mine/1", "models:/mine@best", f"runs:/{run}/other"):
+        with pytest.raises(
+            UserError, match=f"^{name}: its files are at mlflow-artifacts:/.*start `aps ui` and set MLFL"
+        ):
+            load(name)
+    for name in ("models:/mine/7", "models:/mine@worst", "models:/yours/1", "models:/mine/1/2/3"):
+        with pytest.raises(UserError, match=f"^{name}: MLflow at sqlite.* does not give it") as caught:
+            load(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_others_can_read_a_logged_model(default_store: MlflowClient, stages: Path, tmp_path: Path) -> None:
+    registered(default_store, stages / "finetune")
+    files = [path for path in (tmp_path / "results/mlartifacts").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert {path.stat().st_mode & 0o044 for path in files} == {0o044}
+
+
 def test_knn_leaves_no_model(client: MlflowClient, stages: Path) -> None:
     assert log_model(client, uri(), new_run(client), stages / "knn") is None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import csv
 import json
 import shutil
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from pycocotools import mask as rle
 
-from aps.cli import main
+from aps.cli import main, parser
 from aps.inference.load import load
 from aps.inference.verbs import picture_of
 
@@ -164,6 +166,120 @@ def test_a_mistake_is_one_sentence(
     aps(*arguments, status=2)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
+
+
+NUMBERS = {
+    "neighbours stages/pretrain --index f.parquet photos/red/000.jpg": ["-k", "--batch-size"],
+    "curate --index f.parquet": ["--similarity", "--outliers", "--batch-size"],
+    "predict stages/finetune photos/red": ["--top", "--batch-size"],
+    "detect stages/detection photos/red": ["--threshold", "--batch-size"],
+    "attention stages/pretrain photos/red": ["--block", "--batch-size"],
+    "embed stages/pretrain photos/red": ["--batch-size"],
+}
+RANGES = {
+    "--similarity": ("a number above 0, up to 1", ["0", "-0.1", "1.01", "2", "nan", "inf", "much"]),
+    "--threshold": ("a number from 0 to 1", ["-0.1", "1.01", "nan", "inf", "much"]),
+    "--block": ("a whole number from -10000 to 10000", ["1.5", "nan", "last"]),
+}
+COUNTS = ("a whole number from 1 to 1000000", ["0", "-1", "1.5", "nan", "9" * 30, "many"])
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"), [(verb, option) for verb, options in NUMBERS.items() for option in options]
+)
+def test_a_number_outside_its_range_is_one_sentence(capsys: pytest.CaptureFixture[str], verb: str, option: str) -> None:
+    allowed, wrong = RANGES.get(option, COUNTS)
+    for value in wrong:
+        with pytest.raises(SystemExit) as caught:
+            main([*verb.split(), f"{option}={value}" if option.startswith("--") else f"{option}{value}"])
+        said = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert caught.value.code == 2 and len(said) == 1
+        assert said[0].endswith(f'argument {option}: "{value}" is not {allowed}; give one')
+
+
+def test_every_numeric_option_of_these_verbs_is_held_above() -> None:
+    verbs = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    for verb, options in NUMBERS.items():
+        numeric = {
+            action.option_strings[0]
+            for action in verbs[verb.split()[0]]._actions
+            if action.option_strings and action.type is not None and action.type is not Path
+        }
+        assert set(options) <= numeric
+        if verb.split()[0] != "embed":  # a stage too, with the options of stages
+            assert numeric == set(options)
+
+
+def test_a_similarity_decides_what_is_a_duplicate(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    aps("curate", "stages/pretrain", "photos/red", "--similarity", "0.000001")
+    assert "20 images: 1 group of near duplicates" in capsys.readouterr().out
+    aps("curate", "--index", "features.parquet", "--similarity", "1")
+    assert "20 images: 0 groups of near duplicates" in capsys.readouterr().out
+
+
+def test_a_picture_of_too_many_holds_the_first_and_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Matplotlib raises an error above 65,536 pixels."""
+    rows = np.random.default_rng(0).integers(0, 255, (400, 8, 8, 3), dtype=np.uint8)
+    (here / "many").mkdir()
+    for number, pixels in enumerate(rows):
+        PIL.Image.fromarray(pixels).save(here / f"many/{number}.png")
+    aps("embed", "stages/pretrain", "many", "--out", "f.parquet")
+    aps("neighbours", "stages/pretrain", "many/0.png", "--index", "f.parquet", "-k", "390", "--table", "t.csv")
+    assert len(Path("t.csv").read_text().splitlines()) == 391 and is_picture(here / "neighbours.png")
+    assert "neighbours.png (the first 40 of 390 neighbours)" in capsys.readouterr().out
+    aps("curate", "--index", "f.parquet", "--outliers", "4000")
+    assert "curate.png (the first 96 outliers)" in capsys.readouterr().out and is_picture(here / "curate.png")
+
+
+OUTPUTS = [
+    "embed stages/pretrain photos/red --out",
+    "neighbours stages/pretrain photos/red/000.jpg --index f.parquet --table",
+    "neighbours stages/pretrain photos/red/000.jpg --index f.parquet --picture",
+    "neighbours stages/pretrain photos/red/000.jpg --index",
+    "curate stages/pretrain photos/red --index",
+    "curate --index",
+    "curate --index f.parquet --out",
+    "curate --index f.parquet --picture",
+    "predict stages/finetune photos/red/000.jpg --out",
+    "export stages/finetune --out",
+    "export stages/finetune --to onnx --out",
+    "export stages/pretrain --to vitdet --out",
+]
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_a_folder_in_place_of_a_file_is_one_sentence(
+    here: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    aps("embed", "stages/pretrain", "photos/red", "--out", "f.parquet")
+    suffix = {"timm": ".safetensors", "onnx": ".onnx", "vitdet": ".pth"}.get(command.split()[-2], ".png")
+    suffix = ".safetensors" if command == "export stages/finetune --out" else suffix
+    (here / f"folder{suffix}").mkdir()
+    before = sorted(here.rglob("*"))
+    for name in (".", "..", "/", f"folder{suffix}"):
+        capsys.readouterr()
+        aps(*command.split(), name, status=2)
+        errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
+        assert [line for line in errors if line.startswith("error: ")] == errors[-1:] and str(Path(name)) in errors[-1]
+        assert "Traceback" not in "".join(errors)
+    made = {path.name for path in here.rglob("*")} - {path.name for path in before}
+    assert not [name for name in made if name.startswith(".")], "no temporary file stays"
+
+
+@pytest.mark.parametrize("name", [".", "..", "folder"])
+def test_a_verb_that_writes_a_folder_takes_one_that_is_there(here: Path, name: str) -> None:
+    (here / "inside/folder").mkdir(parents=True)
+    for command in (
+        "detect ../stages/detection ../photos/red/000.jpg --out",
+        "attention ../stages/pretrain ../photos/red/000.jpg --out",
+        "export ../stages/finetune --to hub-folder --out",
+    ):
+        with contextlib.chdir(here / "inside"):
+            aps(*command.split(), name)
+    folder = here / "inside" / name
+    assert (folder / "detections.jsonl").exists() and (folder / "config.json").exists()
+    title = (folder / "README.md").read_text()
+    assert f"# {folder.resolve().name}" in title
 
 
 def test_no_two_images_share_a_picture(here: Path) -> None:
