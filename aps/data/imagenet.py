@@ -54,7 +54,7 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
     else:
         extract(path, folder, name)
         root = folder
-    found = {part: trees.survey(root / part) for part in COUNTS}
+    found = {part: trees.survey(root / part, folder) for part in COUNTS}
     classes = trees.class_folders(found["train"])
     if len(classes) != CLASSES:
         raise UserError(f"{root / 'train'}: has {len(classes):,} class folders instead of {CLASSES:,}; complete it")
