@@ -165,9 +165,9 @@ class Manifest(_Block):
         return None
 
     def _problem_of_images(self, folder: Path, images: str, index: str) -> str | None:
-        rows = list(_rows(folder / index))
+        rows, root = list(_rows(folder / index)), str(folder / images)
         for name, _, size in rows[:: max(1, len(rows) // 256)] if os.path.isabs(images) else rows:
-            file = f"{folder / images}/{name}"
+            file = f"{root}/{name}"
             try:
                 found = os.stat(file).st_size
             except OSError:

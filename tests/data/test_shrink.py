@@ -9,7 +9,8 @@ from miniatures import image, png
 from PIL import Image
 from torchvision.io import encode_jpeg
 
-from aps.data.images import read_image
+from aps.data import trees
+from aps.data.images import decode_image, read_image
 from aps.data.load import FileSplit, load_split
 from aps.data.manifest import Manifest, read_index, with_sizes, write_index
 from aps.data.prepare import prepare
@@ -114,16 +115,24 @@ def test_what_changed_is_copied_anew_and_what_is_gone_is_not(
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_study_at_work_reads_on_while_the_dataset_is_prepared_again(
-    photos: Path, tmp_path: Path, changed: bool, again: bool
+    photos: Path, tmp_path: Path, changed: bool, again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, folder = run(tmp_path)
     split = load_split(folder / "manifest.json", "train")
     before = [split.read(i) for i in range(len(split))]
+    same = []
+
+    def decode(*arguments: Any) -> torch.Tensor:  # each time that the preparation decodes an image
+        same.append(all(torch.equal(split.read(i), pixels) for i, pixels in enumerate(before)))
+        return decode_image(*arguments)
+
+    monkeypatch.setattr(trees, "decode_image", decode)
     for number in range(3):
         if changed:
             (photos / f"a/{number}.{'png' if number == 1 else 'jpg'}").rename(photos / f"a/new{number}.jpg")
         prepare("mine", folder, UserDataset(folder=str(photos), shrink=32), force=again)
-        assert all(torch.equal(split.read(i), pixels) for i, pixels in enumerate(before))
+    assert all(same) and len(same) == (36 if changed or again else 0)
+    assert all(torch.equal(split.read(i), pixels) for i, pixels in enumerate(before))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone"])
