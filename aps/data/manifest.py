@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from aps.data import NEED_A_PATH
 from aps.data.walk import printable
 from aps.errors import UserError
 from aps.files import sha256, write_bytes
 from aps.layout import dataset_of
-from aps.registry import DATASETS, DETECTION_DATASETS, USER_DATASETS
+from aps.registry import DATASETS, DETECTION_DATASETS
 
 COPY = "prepared.json"  # a copy of the manifest, beside it
 LOCK = ".lock"  # held by the process that prepares the dataset
@@ -183,8 +184,8 @@ def prepare_it(name: str) -> str:
 
 
 def preparing(name: str, again: bool = False) -> str:
-    """The command that prepares a dataset. A user's dataset needs the study that names it."""
-    known = (name in DATASETS or name in DETECTION_DATASETS) and name not in USER_DATASETS
+    """The command that prepares a dataset. One that nobody can download needs the study that says where it lies."""
+    known = (name in DATASETS or name in DETECTION_DATASETS) and name not in NEED_A_PATH
     return f"`python -m aps data {name}{' --again' * again}{'' if known else ' --configfile STUDY.yaml'}`"
 
 
@@ -199,6 +200,12 @@ def mending(path: Path) -> str | None:
                 if any(not os.path.isabs(images) and path.is_relative_to(folder / images) for images in own):
                     return f"prepare dataset '{manifest.name}' again: {preparing(manifest.name, again=True)}"
     return None
+
+
+def completing(root: Path, folder: Path, name: str, advice: str) -> str:
+    """`advice` on a user's folder of images; where `root` was extracted into the dataset's `folder`, to do so again."""
+    extracted = root.resolve().is_relative_to(folder.resolve())
+    return f"prepare it again: {preparing(name, again=True)}" if extracted else advice
 
 
 def earlier_copies(folder: Path) -> list[Path]:

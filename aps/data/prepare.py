@@ -96,8 +96,8 @@ def _prepare(name: str, folder: Path, source: SourceSettings | UserDataset) -> M
     print(f"{name}: prepared: {summary(manifest)}", flush=True)
     for copies in earlier_copies(folder):
         print(
-            f"{name}: {copies} stays, because a study may be reading these earlier copies; `python -m aps gc` with every "
-            "study that is still needed lists it",
+            f"{name}: {copies} stays, because a study may be reading these earlier copies; `python -m aps gc STUDY.yaml ...`, "
+            "which takes every study that is still needed, lists it",
             flush=True,
         )
     return manifest
