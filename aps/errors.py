@@ -8,6 +8,11 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with status 2.
     """
 
+    def __init__(self, sentence: str = "") -> None:
+        if sentence.startswith("Caught "):  # by torch, which puts the traceback of a worker process before the sentence
+            sentence = sentence.rpartition(f"\n{type(self).__module__}.{type(self).__qualname__}: ")[2].rstrip()
+        super().__init__(sentence)
+
 
 class Preempted(Exception):
     """The run was asked to stop and has saved its state; the same command goes on from there.

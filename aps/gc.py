@@ -1,23 +1,28 @@
-"""Finds and deletes what no study needs any more: saved runs, and results of experiments that a study no longer has.
+"""Finds and deletes what no study needs any more: saved runs, results of experiments that a study no longer has, and
+what was prepared of users' datasets that no study names.
 
 Saved runs are kept so that going back to earlier settings costs nothing. `unneeded` lists the saved runs that none of
-the given studies shows or would continue, with their sizes. Only `delete` removes them.
+the given studies shows or would continue, with their sizes. Only `delete` removes them. A published dataset stays,
+because it may have been prepared by its name, without a study.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from aps.data.manifest import LOCK, earlier_copies
 from aps.errors import UserError
 from aps.findings import Findings
-from aps.layout import encoder_file, manifest_of, study_folder
+from aps.layout import dataset_of, encoder_file, manifest_of, study_folder
 from aps.results import saved_run
 from aps.settings.study import Study
 from aps.stages import STAGES
 
+ATTEMPT = "attempt.json"  # in a run's folder, while it is at work; a killed run leaves it
+IN_USE = "at work or killed: not deleted"
 NOT_EXPERIMENTS = ("report", "logs", "benchmarks")  # other folders in the folder of a study
 
 
@@ -25,6 +30,7 @@ class Unneeded(NamedTuple):
     folder: Path
     bytes: int  # on disk; a file with several hard links counts in part
     why: str
+    marks: tuple[Path, ...]  # while one of these files exists, a process may use the folder
 
 
 def unneeded(studies: Sequence[Study]) -> list[Unneeded]:
@@ -43,25 +49,48 @@ def unneeded(studies: Sequence[Study]) -> list[Unneeded]:
     folders = []
     for run in sorted(root.glob("runs/*/*")):
         if run not in needed:
-            working = (run / "attempt.json").exists()
-            folders.append(
-                Unneeded(run, _size(run), "at work or killed: not deleted" if working else "no study asks for it")
-            )
+            folders.append(_entry(run, "no study asks for it", (run / ATTEMPT,)))
     for study in studies:
         for folder in sorted(study_folder(study).glob("*")):
             if folder.is_dir() and folder.name not in (*study.experiments, *NOT_EXPERIMENTS):
-                folders.append(Unneeded(folder, _size(folder), f"study '{study.study}' has no such experiment"))
+                folders.append(_entry(folder, f"study '{study.study}' has no such experiment"))
+    attempts = tuple(root.glob(f"runs/*/*/{ATTEMPT}"))  # any of them may read any dataset
+    for folder, why in _data(root, studies):
+        lock = root / "data" / folder.relative_to(root / "data").parts[0] / LOCK
+        folders.append(_entry(folder, why, (lock, *attempts)))
     return sorted(folders, key=lambda entry: -entry.bytes)
 
 
 def delete(folders: Sequence[Unneeded]) -> int:
-    """Removes the folders that `unneeded` found, except runs at work; returns the number of bytes freed."""
+    """Removes the folders that `unneeded` found, except those in use; returns the number of bytes freed."""
     freed = 0
     for entry in folders:
-        if not (entry.folder / "attempt.json").exists():
+        if not any(mark.exists() for mark in entry.marks):
             shutil.rmtree(entry.folder)
             freed += entry.bytes
+            link = entry.folder.with_name(dataset_of(entry.folder))
+            if link.is_symlink() and not link.exists():  # the dataset's plain name, which led to this folder
+                link.unlink()
     return freed
+
+
+def _entry(folder: Path, why: str, marks: tuple[Path, ...] = ()) -> Unneeded:
+    used = any(mark.exists() for mark in marks)
+    return Unneeded(folder, _size(folder), IN_USE if used else why, marks)
+
+
+def _data(root: Path, studies: Sequence[Study]) -> Iterator[tuple[Path, str]]:
+    """What was prepared of users' datasets and is not needed, with the reason."""
+    needed = {
+        manifest_of(study, name).parent for study in studies for name in (*study.dataset_names(), *study.datasets)
+    }
+    for folder in sorted(root.glob("data/*")):
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        if folder not in needed and dataset_of(folder) != folder.name:
+            yield folder, "no study has this dataset"
+        else:
+            yield from ((copies, "copies of earlier images") for copies in earlier_copies(folder))
 
 
 def _runs(study: Study) -> list[Path]:

@@ -15,6 +15,7 @@ two studies may give the same name to different folders.
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 from aps.registry import USER_DATASETS
@@ -54,6 +55,16 @@ def manifest_path(results: str | Path, dataset: str, source: SourceSettings | Us
 
 def manifest_of(study: Study, dataset: str) -> Path:
     return manifest_path(study.results, dataset, study.source(dataset))
+
+
+def dataset_of(folder: Path) -> str:
+    """Name of the dataset that a prepared dataset's folder holds: the inverse of `data_folder`."""
+    return re.sub(r"(?<=.)-[0-9a-f]{8}$", "", folder.name)
+
+
+def results_of(folder: Path) -> Path:
+    """The results folder in which a prepared dataset's folder lies; that folder itself where it lies in none."""
+    return folder.parent.parent if folder.parent.name == "data" else folder
 
 
 def report_folder(study: Study) -> Path:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from tiny_study import fake_job
 
 from aps.cli import main
@@ -48,3 +50,67 @@ def test_a_run_at_work_is_not_deleted(folder: Path, capsys: pytest.CaptureFixtur
     (working / "attempt.json").write_text("{}")
     assert main(["gc", "study.yaml", "--delete"]) == 0
     assert "at work or killed: not deleted" in capsys.readouterr().out and working.exists()
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study that keeps small copies; first of 16 pixels, then of 20, then with another image too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for number in range(4):
+        Image.new("RGB", (40, 30), (50 * number, 0, 0)).save(tmp_path / f"photos/{number}.png")
+    for shrink in (16, 20):
+        write_study(shrink)
+        assert main(["data", "mine", "--configfile", "study.yaml"]) == 0
+    Image.new("RGB", (40, 30)).save(tmp_path / "photos/4.png")
+    assert main(["data", "mine", "--configfile", "study.yaml"]) == 0
+    return tmp_path
+
+
+def write_study(shrink: int, name: str = "study.yaml") -> None:
+    entry = {"folder": "photos", "labels": False, "shrink": shrink}
+    experiment = {
+        "dataset": "mine", "stages": ["pretrain"], "encoder": {"arch": "micro", "image_size": 16, "patch_size": 4},
+        "pretrain": {"batch_size": 2},
+    }  # fmt: skip
+    study = {"study": "tiny", "datasets": {"mine": entry}, "experiments": {"e": experiment}}
+    Path(name).write_text(yaml.safe_dump(study))
+
+
+def test_copies_that_no_study_reads_are_listed_and_deleted(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = Path("results/data")
+    (data / "digits").mkdir()  # published: may have been prepared without a study
+    needed = (data / "mine").resolve().name
+    (other,) = (folder.name for folder in data.glob("mine-*") if folder.name != needed)
+    named = json.loads((data / needed / "manifest.json").read_text())["splits"]["train"]["images"].split("/")[0]
+    (earlier,) = (folder for folder in (data / needed).glob("shrunk-*") if folder.name != named)
+    assert main(["gc", "study.yaml"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{data / other}  (no study has this dataset)" in shown and f"{earlier}  (copies of earlier images)" in shown
+    assert "in 2 folders" in shown and earlier.exists()
+    write_study(16, "other.yaml")
+    assert main(["gc", "study.yaml", "other.yaml"]) == 0
+    assert str(data / other) not in capsys.readouterr().out
+    assert main(["gc", "study.yaml", "--delete"]) == 0
+    assert {folder.name for folder in data.iterdir()} == {needed, "mine", "digits"}
+    assert [folder.name for folder in (data / needed).glob("shrunk-*")] == [named]
+
+
+@pytest.mark.parametrize("mark", ["results/runs/pretrain/0123/attempt.json", "results/data/{needed}/.lock"])
+def test_copies_are_not_deleted_while_a_run_or_a_preparation_is_at_work(
+    photos: Path, mark: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = Path("results/data/mine").resolve()
+    file = Path(mark.format(needed=needed.name))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    before = sorted(needed.glob("shrunk-*"))
+    assert main(["gc", "study.yaml", "--delete"]) == 0
+    assert "at work or killed: not deleted" in capsys.readouterr().out
+    assert sorted(needed.glob("shrunk-*")) == before and len(before) == 2
+
+
+def test_a_plain_name_that_leads_nowhere_goes_with_its_folder(photos: Path) -> None:
+    write_study(24)
+    assert main(["gc", "study.yaml", "--delete"]) == 0
+    assert list(Path("results/data").iterdir()) == []

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from aps.data import fetch
-from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes
+from aps.data.manifest import Manifest, Split, Statistics, completing, content_digest, with_sizes
 from aps.errors import UserError
 from aps.files import sha256
 from aps.settings.blocks import SourceSettings
@@ -59,9 +59,13 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
         classes = names
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(root) if entry.is_file()}
         if missing := sorted(set(images) - set(sizes)):
-            raise UserError(f"{root / missing[0]} is missing (of {len(missing):,} missing images); complete the folder")
+            raise UserError(
+                f"{root / missing[0]} is missing (of {len(missing):,} missing images); {completing(root, folder, name, 'complete the folder')}"
+            )
         if empty := sorted(image for image in images if not sizes[image]):
-            raise UserError(f"{root / empty[0]} is empty (of {len(empty):,} empty images); get it again")
+            raise UserError(
+                f"{root / empty[0]} is empty (of {len(empty):,} empty images); {completing(root, folder, name, 'get it again')}"
+            )
         contents.append([split, sha256(file), sorted((image, sizes[image]) for image in images)])
         splits[split] = Split(count=len(images), images=_inside(root, folder), annotations=_inside(file, folder))
     assert classes is not None

@@ -29,7 +29,7 @@ from aps.data import trees
 from aps.data.fingerprint import take
 from aps.data.images import orientation
 from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes
-from aps.data.walk import printable, walk
+from aps.data.walk import check_source, printable, walk
 from aps.errors import UserError
 from aps.files import write_bytes
 
@@ -78,8 +78,11 @@ def describe(folder: Path, name: str, files: dict[str, Files], key: str, masks: 
             raise UserError(f"{key}.{split}.annotations: {paths.annotations} is no file; set it to a COCO json file")
         if not paths.images.is_dir():
             raise UserError(f"{key}.{split}.images: {paths.images} is no folder; set it to the folder of the images")
+        check_source(paths.images, folder, f"{key}.{split}.images")
     folders = list(dict.fromkeys(paths.images.resolve() for paths in files.values()))
-    fingerprint = take(folder, [walk(path) for path in folders], [paths.annotations for paths in files.values()])
+    fingerprint = take(
+        folder, [walk(path, folder) for path in folders], [paths.annotations for paths in files.values()]
+    )
     reports = {split: Report(paths.annotations) for split, paths in files.items()}
     raw = {split: _Raw.read(paths.annotations) for split, paths in files.items()}
     classes = _categories(raw["train"], reports["train"])

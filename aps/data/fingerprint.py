@@ -65,7 +65,7 @@ def changed(manifest: Manifest, folder: Path, trust: bool = False) -> str | None
     known = manifest.fingerprint
     if known is None or trust:
         return None
-    found = [_files(folder / root) for root in known.roots]
+    found = [_files(folder / root, folder) for root in known.roots]
     if _digest([_lines(number, files) for number, files in enumerate(found)]) == known.digest:
         return None
     before = _recorded(folder / RECORD, len(known.roots))
@@ -95,10 +95,10 @@ def _single(path: Path) -> list[File]:
     return [File("", stat.st_size, stat.st_mtime_ns)]
 
 
-def _files(root: Path) -> list[File]:
+def _files(root: Path, folder: Path) -> list[File]:
     """The images of a folder, or a single file; none where the root is gone."""
     if root.is_dir():
-        return walk(root).files
+        return walk(root, folder).files
     return _single(root) if root.is_file() else []
 
 

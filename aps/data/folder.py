@@ -18,7 +18,7 @@ import numpy as np
 
 from aps.data import trees
 from aps.data.manifest import Manifest
-from aps.data.walk import Walk, printable
+from aps.data.walk import Walk, check_source, printable
 from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
 from aps.text import number_of
@@ -60,7 +60,8 @@ def describe(folder: Path, name: str, tree: str, key: str, labels: bool, shrink:
         raise UserError(f"{key}: {path} does not exist; {advice}")
     if not path.is_dir():
         raise UserError(f"{key}: {path} is not a folder; {advice}")
-    found = trees.survey(path)
+    check_source(path, folder, key)
+    found = trees.survey(path, folder)
     notes = trees.passed_over(found)
     classes: list[str] = []
     if labels:

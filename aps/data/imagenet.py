@@ -18,7 +18,7 @@ from typing import Any
 import scipy.io
 
 from aps.data import fetch, trees
-from aps.data.manifest import ChannelStatistics, Manifest
+from aps.data.manifest import ChannelStatistics, Manifest, completing
 from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
 
@@ -54,15 +54,16 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
     else:
         extract(path, folder, name)
         root = folder
-    found = {part: trees.survey(root / part) for part in COUNTS}
+    advice = completing(root, folder, name, "complete it")
+    found = {part: trees.survey(root / part, folder) for part in COUNTS}
     classes = trees.class_folders(found["train"])
     if len(classes) != CLASSES:
-        raise UserError(f"{root / 'train'}: has {len(classes):,} class folders instead of {CLASSES:,}; complete it")
+        raise UserError(f"{root / 'train'}: has {len(classes):,} class folders instead of {CLASSES:,}; {advice}")
     splits = {}
     for split, part in (("train", "train"), ("test", "val")):
         splits[split] = trees.listing(found[part], classes)
         if (count := len(splits[split].names)) != COUNTS[part]:
-            raise UserError(f"{root / part}: has {count:,} images instead of {COUNTS[part]:,}; complete it")
+            raise UserError(f"{root / part}: has {count:,} images instead of {COUNTS[part]:,}; {advice}")
     return trees.describe(
         folder,
         name,

@@ -26,6 +26,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from aps.data.complaints import dropped
+from aps.data.manifest import mending
 from aps.data.walk import SUFFIXES, printable
 from aps.errors import UserError
 
@@ -54,9 +55,7 @@ def read_file(path: Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise UserError(
-            f"{printable(path)}: cannot be read as an image ({error.strerror}); replace or remove it"
-        ) from None
+        raise _unreadable(path, str(error.strerror)) from None
 
 
 def decode_image(content: bytes, path: Path, at_least: int | None = None) -> Tensor:
@@ -65,9 +64,7 @@ def decode_image(content: bytes, path: Path, at_least: int | None = None) -> Ten
         with dropped():
             return _decode(content, at_least)
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(
-            f"{printable(path)}: cannot be read as an image ({_reason(error)}); replace or remove it"
-        ) from None
+        raise _unreadable(path, _reason(error)) from None
 
 
 def orientation(path: Path) -> int:
@@ -169,6 +166,11 @@ def _check_png(content: bytes) -> None:
         if zlib.crc32(memoryview(content)[at + 4 : end]) != struct.unpack_from(">I", content, end)[0]:
             raise ValueError("damaged PNG: a checksum is wrong")
         at = end + 4
+
+
+def _unreadable(path: Path, reason: str) -> UserError:
+    advice = mending(Path(path)) or "replace or remove it"
+    return UserError(f"{printable(path)}: cannot be read as an image ({reason}); {advice}")
 
 
 def _reason(error: Exception) -> str:

@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from aps.data import NEED_A_PATH
+from aps.data.walk import printable
 from aps.errors import UserError
 from aps.files import sha256, write_bytes
+from aps.layout import dataset_of
 from aps.registry import DATASETS, DETECTION_DATASETS
 
+COPY = "prepared.json"  # a copy of the manifest, beside it
+LOCK = ".lock"  # held by the process that prepares the dataset
+COPIES = "shrunk"  # how the names of folders of smaller copies begin, beside the manifest
 RGB = tuple[float, float, float]
 ROUNDING = 1e-6  # of sums over many pixels
 CONSTANT = 1e-4  # a channel with a smaller standard deviation (a fortieth of 1/255) is taken for constant
@@ -54,7 +63,8 @@ class Split(_Block):
     count: int
     tensors: str | None = None  # safetensors: images uint8 (M, C, H, W), labels int64 (M,)
     images: str | None = None  # folder of image files
-    index: str | None = None  # text file, a line an image: path under `images`, tab, label
+    # Text file, a line an image: path under `images`, tab, label; of an image that we wrote, tab, bytes.
+    index: str | None = None
     annotations: str | None = None  # COCO json
 
 
@@ -92,7 +102,7 @@ class Manifest(_Block):
         try:
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError:
-            name = path.parent.name
+            name = dataset_of(path.parent)
             raise UserError(f"{path}: no manifest, so dataset '{name}' is not prepared; {prepare_it(name)}") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -101,7 +111,7 @@ class Manifest(_Block):
             key = ".".join(str(part) for part in problem["loc"]) or "file"
             raise UserError(
                 f"{path}: not a manifest of this version ({key}: {problem['msg']}); delete it and "
-                f"{prepare_it(path.parent.name)}"
+                f"{prepare_it(dataset_of(path.parent))}"
             ) from None
 
     def write(self, path: Path) -> None:
@@ -133,7 +143,8 @@ class Manifest(_Block):
     def problem(self, folder: Path) -> str | None:
         """What is missing or changed among its files, as part of a sentence, else None.
 
-        It checks the contents of the files it names, and whether about 256 image files of each split exist."""
+        It checks the contents of the files it names, whether every image in its folder exists with the size in which it
+        was written, and whether about 256 images of each split that is used in place exist."""
         if set(self.checksums) != set(self.sizes):
             return "it was prepared by an earlier version"
         for file, size in self.sizes.items():
@@ -150,11 +161,20 @@ class Manifest(_Block):
                 continue
             if not (folder / split.images).is_dir():
                 return f"{folder / split.images} is missing"
-            if split.index is not None:
-                names, _ = read_index(folder / split.index)
-                for name in names[:: max(1, len(names) // 256)]:
-                    if not (folder / split.images / name).is_file():
-                        return f"{folder / split.images / name} is missing"
+            if split.index is not None and (problem := self._problem_of_images(folder, split.images, split.index)):
+                return problem
+        return None
+
+    def _problem_of_images(self, folder: Path, images: str, index: str) -> str | None:
+        rows, root = list(_rows(folder / index)), str(folder / images)
+        for name, _, size in rows[:: max(1, len(rows) // 256)] if os.path.isabs(images) else rows:
+            file = f"{root}/{name}"
+            try:
+                found = os.stat(file).st_size
+            except OSError:
+                return f"{printable(file)} is missing"
+            if size and found != int(size):
+                return f"{printable(file)} has {found} bytes instead of {size}"
         return None
 
 
@@ -163,10 +183,39 @@ def prepare_it(name: str) -> str:
     return f"prepare it by {preparing(name)}"
 
 
-def preparing(name: str) -> str:
-    """The command that prepares a dataset. A user's dataset needs the study that names it."""
-    known = name in DATASETS or name in DETECTION_DATASETS
-    return f"`python -m aps data {name}{'' if known else ' --configfile STUDY.yaml'}`"
+def preparing(name: str, again: bool = False) -> str:
+    """The command that prepares a dataset. One that nobody can download needs the study that says where it lies."""
+    known = (name in DATASETS or name in DETECTION_DATASETS) and name not in NEED_A_PATH
+    return f"`python -m aps data {name}{' --again' * again}{'' if known else ' --configfile STUDY.yaml'}`"
+
+
+def mending(path: Path) -> str | None:
+    """The advice on an image that can't be read, where the preparation of a dataset wrote it; None where the user did."""
+    path = Path(os.path.abspath(path))
+    for folder in path.parents:
+        for file in ("manifest.json", COPY):
+            with suppress(UserError):
+                manifest = Manifest.read(folder / file)
+                own = [split.images for split in manifest.splits.values() if split.images is not None]
+                if any(not os.path.isabs(images) and path.is_relative_to(folder / images) for images in own):
+                    return f"prepare dataset '{manifest.name}' again: {preparing(manifest.name, again=True)}"
+    return None
+
+
+def completing(root: Path, folder: Path, name: str, advice: str) -> str:
+    """`advice` on a user's folder of images; where `root` was extracted into the dataset's `folder`, to do so again."""
+    extracted = root.resolve().is_relative_to(folder.resolve())
+    return f"prepare it again: {preparing(name, again=True)}" if extracted else advice
+
+
+def earlier_copies(folder: Path) -> list[Path]:
+    """Folders of smaller copies that the manifest of `folder` no longer names; none where it has no manifest."""
+    try:
+        manifest = Manifest.read(folder / ("manifest.json" if (folder / "manifest.json").exists() else COPY))
+    except UserError:
+        return []
+    named = {Path(split.images).parts[0] for split in manifest.splits.values() if split.images}
+    return sorted(path for path in folder.glob(f"{COPIES}*") if path.is_dir() and path.name not in named)
 
 
 def with_sizes(manifest: Manifest, folder: Path) -> Manifest:
@@ -209,25 +258,38 @@ NO_LABEL = -1  # the label of every image of a dataset without labels
 def read_index(path: Path) -> tuple[list[str], list[int]]:
     """Names under the split's image folder, and labels; NO_LABEL where a line holds only a name."""
     names, labels = [], []
-    for line in path.read_text(encoding="utf-8", errors="surrogateescape").split("\n"):
-        if line:
-            name, _, label = line.partition("\t")
-            names.append(name)
-            labels.append(int(label) if label else NO_LABEL)
+    for name, label, _ in _rows(path):
+        names.append(name)
+        labels.append(int(label) if label else NO_LABEL)
     return names, labels
 
 
-def write_index(path: Path, names: list[str], labels: list[int] | None) -> None:
-    """Write a split's index; labels None: there are none.
+def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Name, label and bytes of each line of an index; empty where it has none."""
+    for line in path.read_text(encoding="utf-8", errors="surrogateescape").split("\n"):
+        if line:
+            name, _, rest = line.partition("\t")
+            label, _, size = rest.partition("\t")
+            yield name, label, size
 
-    Raises UserError for a file name with a line break or tab, which the index can't hold."""
+
+def write_index(path: Path, names: list[str], labels: list[int] | None, sizes: list[int] | None = None) -> None:
+    """Write a split's index.
+
+    Args:
+        labels: None: there are none.
+        sizes: bytes of the images, where they are ours; None: they are the user's.
+
+    Raises:
+        UserError: a file name has a line break or tab, which the index can't hold.
+    """
     if broken := next((name for name in names if "\n" in name or "\t" in name), None):
         raise UserError(f"image {broken!r}: its name holds a tab or line break; rename it")
-    if labels is None:
-        lines = [f"{name}\n" for name in names]
-    else:
-        lines = [f"{name}\t{label}\n" for name, label in zip(names, labels, strict=True)]
-    write_bytes(path, "".join(lines).encode("utf-8", errors="surrogateescape"))
+    lines = names if labels is None else [f"{name}\t{label}" for name, label in zip(names, labels, strict=True)]
+    if sizes is not None:
+        tabs = "\t\t" if labels is None else "\t"
+        lines = [f"{line}{tabs}{size}" for line, size in zip(lines, sizes, strict=True)]
+    write_bytes(path, "".join(f"{line}\n" for line in lines).encode("utf-8", errors="surrogateescape"))
 
 
 def content_digest(*parts: Any) -> str:

@@ -18,15 +18,12 @@ from typing import IO
 
 from aps.data import fetch
 from aps.data.fingerprint import outdated
-from aps.data.manifest import Manifest
+from aps.data.manifest import COPIES, COPY, LOCK, Manifest, earlier_copies
 from aps.errors import UserError
 from aps.files import DISK_ERRORS
 from aps.layout import data_folder
 from aps.registry import DATASETS, DETECTION_DATASETS, resolve
 from aps.settings.blocks import SourceSettings, UserDataset
-
-COPY = "prepared.json"
-LOCK = ".lock"
 
 
 def prepare(name: str, folder: Path, source: SourceSettings | UserDataset, force: bool = False) -> Manifest:
@@ -39,7 +36,8 @@ def prepare(name: str, folder: Path, source: SourceSettings | UserDataset, force
         folder: the dataset's folder, results/data/NAME; for users' datasets results/data/NAME-KEY, to which
             results/data/NAME becomes a link unless something else has that name.
         source: where it comes from; `path` None means download (or no source needed).
-        force: delete what was prepared before and prepare again; interrupted downloads are continued.
+        force: delete what was prepared before and prepare again; interrupted downloads are continued, and smaller
+            copies of images are replaced one by one, because a study may be reading them.
 
     Raises:
         UserError: there is no such dataset, its source is missing, broken or incomplete, or the disk can't be written.
@@ -96,6 +94,12 @@ def _prepare(name: str, folder: Path, source: SourceSettings | UserDataset) -> M
     manifest.write(folder / "manifest.json")
     shutil.rmtree(folder / fetch.DOWNLOADS, ignore_errors=True)
     print(f"{name}: prepared: {summary(manifest)}", flush=True)
+    for copies in earlier_copies(folder):
+        print(
+            f"{name}: {copies} stays, because a study may be reading these earlier copies; `python -m aps gc STUDY.yaml ...`, "
+            "which takes every study that is still needed, lists it",
+            flush=True,
+        )
     return manifest
 
 
@@ -132,14 +136,14 @@ def _prepared(name: str, folder: Path, source: SourceSettings | UserDataset) -> 
 
 
 def _forget(folder: Path) -> None:
-    """Delete what was prepared: the manifest, and the files and folders it names inside `folder`."""
+    """Delete what was prepared: the manifest, and the files and folders it names inside `folder`, except copies."""
     prepared = {COPY, "manifest.json", fetch.VERIFIED}
     for known in (folder / COPY, folder / "manifest.json"):
         with suppress(UserError):
             manifest = Manifest.read(known)
             named = [*manifest.sizes, *(split.images or "" for split in manifest.splits.values())]
             prepared |= {Path(name).parts[0] for name in named if name and not Path(name).is_absolute()}
-    for path in (folder / name for name in prepared - {"..", "."}):
+    for path in (folder / name for name in prepared - {"..", "."} if not name.startswith(COPIES)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

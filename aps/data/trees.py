@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from aps.data.fingerprint import take
 from aps.data.images import decode_image, read_file, read_image, supported
 from aps.data.load import limited
 from aps.data.manifest import (
+    COPIES,
     ChannelStatistics,
     Manifest,
     Split,
@@ -40,10 +40,9 @@ from aps.data.manifest import (
 from aps.data.statistics import Accumulator
 from aps.data.walk import Walk, counted, printable, walk
 from aps.errors import UserError
-from aps.files import write_bytes
+from aps.files import sweep, write_bytes, write_unsynced
 from aps.settings.blocks import SourceSettings
 
-COPIES = "shrunk"  # folder of the copies, beside the manifest
 QUALITY = 90  # of copies, in JPEG's scale of 1 to 100
 LARGE = 800  # pixels on the shorter side, from which images should be shrunk
 
@@ -74,11 +73,12 @@ class Decoded(NamedTuple):
     sums: Accumulator
     broken: list[UserError]
     suspects: list[str]  # images about which a C library may have printed a warning
+    copied: list[int]  # bytes of the copies; none where there are none
 
 
-def survey(root: Path) -> Walk:
-    """Everything below `root`. Raises UserError that lists what is wrong with it, if anything is."""
-    tree = walk(root)
+def survey(root: Path, folder: Path | None = None) -> Walk:
+    """Everything below `root`; `folder` as in `walk`. Raises UserError that lists what is wrong with it, if anything is."""
+    tree = walk(root, folder)
     tree.check()
     return tree
 
@@ -162,7 +162,8 @@ def describe(
         sample: decode this many train images, balanced over classes, for the statistics, and let the digest cover
             names, sizes and labels. None: decode every image of every split, and let the digest cover their contents.
         shrink: write a copy of every image into `folder`, under its own name, and use the copies: as JPEG with this many
-            pixels on the shorter side, or as it is where it has no more. None: use the images in place.
+            pixels on the shorter side, or as it is where it has no more. Copies of a tree that has changed since get a
+            folder of their own, because a study may be reading the earlier ones. None: use the images in place.
 
     Raises:
         UserError: a decoded image is unreadable, or too long for a copy; `folder`/unreadable.txt lists all of them.
@@ -174,8 +175,11 @@ def describe(
         to_decode = {"train": train.rows(limited(torch.tensor(train.labels), sample, seed=0).tolist())}
     every = to_decode is splits
     assert every or shrink is None
-    shutil.rmtree(folder / COPIES, ignore_errors=True)  # of an earlier preparation
-    decoded = {split: decode(folder, split, images, shrink) for split, images in to_decode.items()}
+    copies = folder / f"{COPIES}-{fingerprint.digest[:8]}"
+    decoded = {
+        split: decode(folder, split, images, shrink, copies / split if shrink is not None else None)
+        for split, images in to_decode.items()
+    }
     over = (
         f"every pixel of {'the' if every else 'a seeded, class-balanced sample of'} {len(to_decode['train'].names):,}"
     )
@@ -187,14 +191,15 @@ def describe(
         for split, images in splits.items()
     }
     if shrink is not None:
-        splits = {split: images._replace(root=folder / COPIES / split) for split, images in splits.items()}
+        splits = {split: images._replace(root=copies / split) for split, images in splits.items()}
         contents["shrink"] = [shrink]
     elif every:
         notes += _large(decoded["train"].image_sizes)
     image_sizes = {size for images in decoded.values() for size in images.image_sizes}
     written = {}
     for split, images in splits.items():
-        write_index(folder / f"{split}.tsv", images.names, images.labels)
+        sizes = decoded[split].copied if shrink is not None else None
+        write_index(folder / f"{split}.tsv", images.names, images.labels, sizes)
         inside = images.root.resolve().is_relative_to(folder.resolve())
         where = images.root.resolve().relative_to(folder.resolve()) if inside else images.root.resolve()
         written[split] = Split(count=len(images.names), images=str(where), index=f"{split}.tsv")
@@ -219,16 +224,17 @@ def describe(
     return with_sizes(manifest, folder)
 
 
-def decode(folder: Path, split: str, images: Listing, shrink: int | None = None) -> Decoded:
-    """Decode images, in threads; `shrink` as in `describe`.
+def decode(folder: Path, split: str, images: Listing, shrink: int | None = None, copies: Path | None = None) -> Decoded:
+    """Decode images, in threads; `shrink` as in `describe`, its copies in the folder `copies`.
 
     Raises:
         UserError: an image is unreadable, or too long for a copy; `folder`/unreadable.txt lists all of them.
     """
     chunks = [images.names[i : i + 64] for i in range(0, len(images.names), 64)]
-    total = Decoded([], [], Accumulator(), [], [])
+    total = Decoded([], [], Accumulator(), [], [], [])
+    if copies is not None:
+        sweep(copies)  # what a killed preparation left
     with Complaints() as complaints:
-        copies = folder / COPIES / split if shrink is not None else None
         work = partial(_decode_chunk, images.root, complaints=complaints, shrink=shrink, copies=copies)
         for chunk in parallel(work, chunks, f"decode {split}"):
             total.sha256.extend(chunk.sha256)
@@ -236,6 +242,7 @@ def decode(folder: Path, split: str, images: Listing, shrink: int | None = None)
             total.sums.merge(chunk.sums)
             total.broken.extend(chunk.broken)
             total.suspects.extend(chunk.suspects)
+            total.copied.extend(chunk.copied)
     if total.broken:
         listed = folder / "unreadable.txt"
         write_bytes(listed, "".join(f"{error}\n" for error in total.broken).encode())
@@ -320,7 +327,7 @@ def damaged(folder: Path, splits: dict[str, Listing], decoded: dict[str, Decoded
 def _decode_chunk(
     root: Path, names: list[str], complaints: Complaints, shrink: int | None, copies: Path | None
 ) -> Decoded:
-    decoded = Decoded([], [], Accumulator(), [], [])
+    decoded = Decoded([], [], Accumulator(), [], [], [])
     for name in names:
         before = complaints.size
         try:
@@ -337,8 +344,8 @@ def _decode_chunk(
             decoded.suspects.append(name)
         decoded.sha256.append(hashlib.sha256(content).hexdigest())
         if copies is not None:
-            (copies / name).parent.mkdir(parents=True, exist_ok=True)
-            (copies / name).write_bytes(copy or content)
+            write_unsynced(copies / name, copy or content, copies)
+            decoded.copied.append(len(copy or content))
         decoded.image_sizes.append((image.shape[1], image.shape[2]))
         decoded.sums.add(image[None])
     return decoded

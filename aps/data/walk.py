@@ -11,11 +11,13 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from aps.errors import UserError
+from aps.layout import results_of
 
 # Suffix of an image file -> Pillow's name of its format.
 SUFFIXES = {
@@ -74,6 +76,7 @@ class Walk:
     folders: list[str] = field(default_factory=list)  # paths under root, hidden ones left out
     passed: Counter[str] = field(default_factory=Counter)  # kind of file that was skipped -> how many
     problems: list[tuple[str, str]] = field(default_factory=list)  # kind, path under root
+    own: frozenset[tuple[int, int]] = frozenset()  # device and inode of folders to which this software writes
 
     def below(self, folder: str) -> list[File]:
         """The images below one of its folders, at any depth."""
@@ -111,14 +114,39 @@ class Walk:
 
 
 HIDDEN_FILE, HIDDEN_FOLDER, NO_SUFFIX, SPECIAL = "hidden file", "hidden folder", "without suffix", "pipe or device"
-PLURAL = (HIDDEN_FILE, HIDDEN_FOLDER, SPECIAL)
+RESULTS = "results folder"
+PLURAL = (HIDDEN_FILE, HIDDEN_FOLDER, SPECIAL, RESULTS)
 
 
-def walk(root: Path) -> Walk:
-    """Everything below an existing folder."""
-    found = Walk(Path(root))
+def walk(root: Path, folder: Path | None = None) -> Walk:
+    """Everything below an existing folder.
+
+    Args:
+        folder: the prepared dataset's folder. It and the results folder in which it lies are passed over, by whatever
+            links they are reached: a dataset must not grow by what is made of it.
+    """
+    own = set()
+    for path in {folder, results_of(folder)} if folder is not None else ():
+        with suppress(OSError):
+            stat = os.stat(path)
+            own.add((stat.st_dev, stat.st_ino))
+    found = Walk(Path(root), own=frozenset(own))
     _enter(found, str(root), "", ())
     return found
+
+
+def check_source(path: Path, folder: Path, key: str) -> None:
+    """Raises UserError where `path`, which the setting `key` names, is a folder to which this software writes.
+
+    Args:
+        folder: the prepared dataset's folder.
+    """
+    results = results_of(folder)
+    own = {folder, folder.parent, results} if results != folder else {folder}
+    if path.resolve() in {folder.resolve() for folder in own}:
+        raise UserError(
+            f"{key}: {printable(path)} is where results and prepared data are kept; name your images' folder"
+        )
 
 
 def counted(kinds: Counter[str]) -> str:
@@ -144,14 +172,20 @@ def _enter(found: Walk, path: str, inside: str, above: tuple[tuple[int, int], ..
         above: device and inode of the folders that hold it.
     """
     try:
+        stat = os.stat(path)
+        if inside and (stat.st_dev, stat.st_ino) in found.own:
+            found.passed[RESULTS] += 1
+            return
         with os.scandir(path) as entries:
             here = sorted(entries, key=lambda entry: entry.name)
-        stat = os.stat(path)
     except OSError:
         found.problems.append((CLOSED, inside.rstrip("/") or "."))
         return
+    if inside:
+        found.folders.append(inside.rstrip("/"))
     above = (*above, (stat.st_dev, stat.st_ino))
     seen: dict[str, str] = {}
+    images, results = len(found.files), found.passed[RESULTS]
     for entry in here:
         name = entry.name
         if name.startswith(".") or name.lower() in HOUSEKEEPING:
@@ -164,7 +198,6 @@ def _enter(found: Walk, path: str, inside: str, above: tuple[tuple[int, int], ..
             if entry.is_symlink() and _identity(entry) in above:
                 found.problems.append((LOOP, inside + name))
                 continue
-            found.folders.append(inside + name)
             _enter(found, f"{path}/{name}", f"{inside}{name}/", above)
             continue
         dot = name.rfind(".")
@@ -180,6 +213,9 @@ def _enter(found: Walk, path: str, inside: str, above: tuple[tuple[int, int], ..
             found.files.append(File(inside + name, stat.st_size, stat.st_mtime_ns))
         else:
             found.passed[suffix or NO_SUFFIX] += 1
+    only_results = found.passed[RESULTS] > results and len(found.files) == images
+    if inside and only_results and found.folders[-1] == inside.rstrip("/"):
+        found.folders.pop()  # it holds nothing but the results folder, so it is no class either
 
 
 def _problem(name: str, seen: dict[str, str]) -> str | None:

@@ -436,7 +436,9 @@ class ResourceSettings(Section):
 class SourceSettings(Section):
     """Where a dataset comes from: a folder with its archives or unpacked files; None: download."""
 
-    path: str | None = Field(None, description="folder with the dataset's archives or unpacked files; null: download")
+    path: str | None = Field(
+        None, min_length=1, description="folder with the dataset's archives or unpacked files; null: download"
+    )
     download: bool = Field(True, description="false: fail rather than download")
     trust: bool = Field(False, description="true: don't look for changed files in a tree each time the DAG is planned")
 
@@ -449,8 +451,8 @@ class SourceSettings(Section):
 class CocoFiles(Section):
     """One split of a detection dataset."""
 
-    images: str = Field(description="folder of the images")
-    annotations: str = Field(description="COCO json file")
+    images: str = Field(min_length=1, description="folder of the images")
+    annotations: str = Field(min_length=1, description="COCO json file")
 
 
 class CocoSplits(Section):
@@ -463,8 +465,8 @@ class CocoSplits(Section):
 class UserDataset(Section):
     """A user's dataset: a `folder` of images, `arrays` in a file, or `coco` files."""
 
-    folder: str | None = Field(None, description="tree of image files, one folder a class")
-    arrays: str | None = Field(None, description=".npz file with images and labels")
+    folder: str | None = Field(None, min_length=1, description="tree of image files, one folder a class")
+    arrays: str | None = Field(None, min_length=1, description=".npz file with images and labels")
     coco: CocoSplits | None = Field(None, description="images and annotations of train and val, for detection")
     labels: bool = Field(True, description="false: use the images without labels, for pretraining; a tree of any depth")
     masks: bool = Field(True, description="false: detection trains boxes only")

@@ -199,3 +199,18 @@ def test_missing_and_empty_images_are_named(raw: Path, tmp_path: Path) -> None:
 
 def test_the_counts_are_those_of_the_whole_data_set() -> None:
     assert (coco.COUNTS, coco.CLASSES) == ({"train": 118_287, "val": 5_000}, 80)
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty"])
+def test_a_lost_image_is_mended_by_the_command_that_is_named(raw: Path, tmp_path: Path, damage: str) -> None:
+    before = run(tmp_path, raw)
+    image = tmp_path / "coco2017" / "train2017" / "000000000004.jpg"
+    image.unlink() if damage == "gone" else image.write_bytes(b"")
+    for file in ("manifest.json", "prepared.json"):
+        (tmp_path / "coco2017" / file).rename(tmp_path / file)
+    with pytest.raises(UserError, match=r"004\.jpg is .*; prepare it again: `python -m aps data coco2017 --again`$"):
+        run(tmp_path, raw)
+    for file in ("manifest.json", "prepared.json"):
+        (tmp_path / file).rename(tmp_path / "coco2017" / file)
+    assert prepare("coco2017", tmp_path / "coco2017", SourceSettings(path=str(raw)), force=True) == before
+    assert image.read_bytes() == jpeg(4)

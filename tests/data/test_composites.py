@@ -14,9 +14,11 @@ from pycocotools.coco import COCO
 
 from aps.data import composites
 from aps.data.composites import RECIPES, Recipe, compose, resize
+from aps.data.images import read_image
 from aps.data.load import ArraySplit
 from aps.data.manifest import Manifest
 from aps.data.prepare import prepare
+from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
 
 SMALL = Recipe("digits", 40, 12, 6, (2, 4), (14, 22), 80, 0.5, (1, 3), (0, 60), 16)
@@ -27,6 +29,20 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, Manife
     monkeypatch.setitem(RECIPES, "digits_coco", SMALL)
     folder = tmp_path / "digits_coco"
     return folder, prepare("digits_coco", folder, SourceSettings())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_a_damaged_canvas_is_noticed_and_made_again(
+    small: tuple[Path, Manifest], damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, manifest = small
+    canvas = folder / "train/000003.png"
+    whole = canvas.read_bytes()
+    canvas.unlink() if damage == "gone" else canvas.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match=r"again: `python -m aps data digits_coco --again`$"):
+        read_image(canvas)
+    assert prepare("digits_coco", folder, SourceSettings()) == manifest and canvas.read_bytes() == whole
+    assert "000003.png" in capsys.readouterr().out
 
 
 def blocks(count: int = 5) -> ArraySplit:

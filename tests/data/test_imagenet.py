@@ -265,3 +265,15 @@ def test_an_unreadable_image_is_named(raw: Path, tmp_path: Path) -> None:
 
 def test_the_counts_are_those_of_the_whole_data_set() -> None:
     assert (imagenet.CLASSES, imagenet.COUNTS) == (1_000, {"train": 1_281_167, "val": 50_000})
+
+
+def test_a_lost_image_is_mended_by_the_command_that_is_named(raw: Path, tmp_path: Path) -> None:
+    before = run(tmp_path, raw)
+    next((tmp_path / "imagenet1k/train").rglob("*.JPEG")).unlink()
+    with pytest.raises(
+        UserError,
+        match=r"instead of 24; prepare it again: `python -m aps data imagenet1k --again --configfile STUDY.yaml`$",
+    ):
+        run(tmp_path, raw)
+    after = prepare("imagenet1k", tmp_path / "imagenet1k", SourceSettings(path=str(raw)), force=True)
+    assert after.digest == before.digest and len(list((tmp_path / "imagenet1k/train").rglob("*.JPEG"))) == 24

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from miniatures import image, jpeg, png
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
 from aps import files
 from aps.data.folder import held_out
@@ -204,3 +205,16 @@ def test_a_choice_of_images_and_a_split_stay_what_they_were() -> None:
     labels = torch.tensor([2, 0, 1, 0, 2, 2, 1, 0, 2, 1, 0, 0])
     assert limited(labels, 5, 3).tolist() == [2, 4, 6, 7, 10]
     assert held_out(labels.numpy(), 0, str)[1].tolist() == [4, 7, 9]
+
+
+def test_an_unreadable_image_is_one_sentence_from_a_worker_too(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    loader = DataLoader(_Read([tmp_path / "bad.png"]), num_workers=1)  # type: ignore[arg-type]
+    with pytest.raises(UserError) as found:
+        next(iter(loader))
+    assert str(found.value).startswith(f"{tmp_path / 'bad.png'}: cannot be read") and "\n" not in str(found.value)
+
+
+class _Read(list[Path]):
+    def __getitem__(self, index: int) -> torch.Tensor:  # type: ignore[override]
+        return read_image(super().__getitem__(index))

@@ -3,8 +3,19 @@ from pathlib import Path
 
 import pytest
 
-from aps.data.manifest import ChannelStatistics, Manifest, Split, Statistics, content_digest, read_index, write_index
+from aps.data.manifest import (
+    ChannelStatistics,
+    Manifest,
+    Split,
+    Statistics,
+    content_digest,
+    preparing,
+    read_index,
+    write_index,
+)
 from aps.errors import UserError
+from aps.layout import data_folder, dataset_of
+from aps.settings.blocks import UserDataset
 
 
 def manifest(**changes: object) -> Manifest:
@@ -32,6 +43,25 @@ def test_a_manifest_read_back_equals_the_one_written(tmp_path: Path) -> None:
 def test_a_missing_manifest_says_how_to_prepare_the_dataset(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'cifar10' is not prepared; prepare it by `python -m aps data cifar10`"):
         Manifest.read(tmp_path / "cifar10" / "manifest.json")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_messages_name_a_users_dataset_as_the_user_does(tmp_path: Path, broken: bool) -> None:
+    path = tmp_path / "photos-d7c5509d" / "manifest.json"
+    path.parent.mkdir()
+    if broken:
+        path.write_text("{")
+    with pytest.raises(UserError) as found:
+        Manifest.read(path)
+    assert str(found.value).endswith("prepare it by `python -m aps data photos --configfile STUDY.yaml`")
+    assert "photos-d7c5509d" not in str(found.value).replace(str(path), "")
+
+
+def test_a_folder_leads_back_to_the_name_that_it_was_made_of() -> None:
+    for name in ("photos", "a-b", "x-0123abcd"):
+        assert dataset_of(Path("results/data") / data_folder(name, UserDataset(folder="a"))) == name
+    assert dataset_of(Path("results/data/cifar10")) == "cifar10"
+    assert "--configfile" in preparing("folder") and "--configfile" not in preparing("digits")
 
 
 @pytest.mark.parametrize(
@@ -94,3 +124,10 @@ def test_statistics_that_can_not_be_those_of_pixels_are_refused(tmp_path: Path, 
 def test_an_index_without_labels_reads_back_as_no_label(tmp_path: Path) -> None:
     write_index(tmp_path / "i.tsv", ["a b.png", "c/d.png"], None)
     assert read_index(tmp_path / "i.tsv") == (["a b.png", "c/d.png"], [-1, -1])
+
+
+def test_an_index_with_bytes_reads_back_as_one_without(tmp_path: Path) -> None:
+    for labels, found in (([3, 4], [3, 4]), (None, [-1, -1])):
+        write_index(tmp_path / "i.tsv", ["a b.png", "c/d.png"], labels, [10, 20])
+        assert read_index(tmp_path / "i.tsv") == (["a b.png", "c/d.png"], found)
+        assert [line.split("\t")[2] for line in (tmp_path / "i.tsv").read_text().splitlines()] == ["10", "20"]

@@ -9,9 +9,10 @@ from miniatures import image, png
 from PIL import Image
 from torchvision.io import encode_jpeg
 
-from aps.data.images import read_image
+from aps.data import trees
+from aps.data.images import decode_image, read_image
 from aps.data.load import FileSplit, load_split
-from aps.data.manifest import Manifest
+from aps.data.manifest import Manifest, read_index, with_sizes, write_index
 from aps.data.prepare import prepare
 from aps.errors import UserError
 from aps.layout import data_folder
@@ -37,11 +38,17 @@ def run(tmp_path: Path, shrink: int | None = 32, **entry: Any) -> tuple[Manifest
     return prepare("mine", folder, source), folder
 
 
+def copies(folder: Path) -> Path:
+    """The only folder of copies."""
+    (found,) = folder.glob("shrunk*")
+    return found
+
+
 def test_copies_have_the_size_and_the_names_and_show_the_same(photos: Path, tmp_path: Path) -> None:
     manifest, folder = run(tmp_path)
     for split in ("train", "test"):
         loaded = load_split(folder / "manifest.json", split)
-        assert isinstance(loaded, FileSplit) and loaded.root == folder / "shrunk" / split
+        assert isinstance(loaded, FileSplit) and loaded.root == copies(folder) / split
         for i in range(len(loaded)):
             original, copy = photos / loaded.path(i).relative_to(loaded.root), loaded.read(i)
             assert min(copy.shape[1:]) == min(32, min(read_image(original).shape[1:]))
@@ -72,36 +79,136 @@ def test_an_image_is_turned_upright_before_it_is_shrunk(photos: Path, tmp_path: 
     for file in photos.glob("*/[03].jpg"):  # 90 wide and 60 high, shown 60 wide
         Image.open(file).save(file, exif=exif, quality=95)
     _, folder = run(tmp_path)
-    assert read_image(next((folder / "shrunk").rglob("0.jpg"))).shape == (3, 48, 32)
+    assert read_image(next(copies(folder).rglob("0.jpg"))).shape == (3, 48, 32)
 
 
 def test_another_size_is_another_dataset_with_another_digest(photos: Path, tmp_path: Path) -> None:
     found = [run(tmp_path, shrink) for shrink in (None, 32, 24)]
     assert len({folder for _, folder in found}) == 3 and len({manifest.digest for manifest, _ in found}) == 3
     assert "shrunk to 24 pixels" in found[2][0].digest_of and "shrunk" not in found[0][0].digest_of
-    assert not (found[0][1] / "shrunk").exists()
+    assert not list(found[0][1].glob("shrunk*"))
     photos.rename(tmp_path / "moved")
     source = UserDataset(folder=str(tmp_path / "moved"), shrink=24)
     assert prepare("mine", tmp_path / "elsewhere", source).digest == found[2][0].digest
 
 
-def test_what_changed_is_copied_anew_and_what_is_gone_is_deleted(
+def change(photos: Path) -> None:
+    (photos / "a/0.jpg").unlink()
+    (photos / "a/3.jpg").write_bytes(encode_jpeg(image(99, 60, 90), 95).numpy().tobytes())
+
+
+def test_what_changed_is_copied_anew_and_what_is_gone_is_not(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, folder = run(tmp_path, labels=False)
-    (photos / "a/0.jpg").unlink()
-    (photos / "a/3.jpg").write_bytes(encode_jpeg(image(99, 60, 90), 95).numpy().tobytes())
-    old = (folder / "shrunk/train/a/3.jpg").read_bytes()
+    old = folder / str(before.splits["train"].images)
+    change(photos)
     after, _ = run(tmp_path, labels=False)
-    assert "1 image gone, 1 changed; preparing it again" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 image gone, 1 changed; preparing it again" in said
+    assert f"{old.parent} stays, because a study may be reading" in said and "aps gc" in said
     assert after.splits["train"].count == before.splits["train"].count - 1
-    assert not (folder / "shrunk/train/a/0.jpg").exists() and (folder / "shrunk/train/a/3.jpg").read_bytes() != old
+    new = folder / str(after.splits["train"].images)
+    assert not (new / "a/0.jpg").exists() and (new / "a/3.jpg").read_bytes() != (old / "a/3.jpg").read_bytes()
 
 
-def test_copies_that_are_gone_are_made_again(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before, folder = run(tmp_path)
-    next((folder / "shrunk/train").rglob("0.jpg")).unlink()
-    assert run(tmp_path)[0] == before and "is missing; preparing it again" in capsys.readouterr().out
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_study_at_work_reads_on_while_the_dataset_is_prepared_again(
+    photos: Path, tmp_path: Path, changed: bool, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = run(tmp_path)
+    split = load_split(folder / "manifest.json", "train")
+    before = [split.read(i) for i in range(len(split))]
+    same = []
+
+    def decode(*arguments: Any) -> torch.Tensor:  # each time that the preparation decodes an image
+        same.append(all(torch.equal(split.read(i), pixels) for i, pixels in enumerate(before)))
+        return decode_image(*arguments)
+
+    monkeypatch.setattr(trees, "decode_image", decode)
+    for number in range(3):
+        if changed:
+            (photos / f"a/{number}.{'png' if number == 1 else 'jpg'}").rename(photos / f"a/new{number}.jpg")
+        prepare("mine", folder, UserDataset(folder=str(photos), shrink=32), force=again)
+    assert all(same) and len(same) == (36 if changed or again else 0)
+    assert all(torch.equal(split.read(i), pixels) for i, pixels in enumerate(before))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_any_damaged_copy_is_noticed_and_made_again(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of more copies than a sample would hold."""
+    (tmp_path / "photos").mkdir()
+    for number in range(520):
+        (tmp_path / f"photos/{number:03d}.png").write_bytes(png(image(number % 7, 20, 30)))
+    before, folder = run(tmp_path, shrink=16, labels=False)
+    for number in (1, 258):
+        copy = copies(folder) / f"train/{number:03d}.png"
+        whole = copy.read_bytes()
+        copy.unlink() if damage == "gone" else copy.write_bytes(whole[:-10])
+        capsys.readouterr()
+        assert run(tmp_path, shrink=16, labels=False)[0] == before and copy.read_bytes() == whole
+        told = "is missing" if damage == "gone" else f"has {len(whole) - 10} bytes instead of {len(whole)}"
+        assert f"{number:03d}.png {told}; preparing it again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("manifest", ["manifest.json", "prepared.json"])
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_a_damaged_copy_is_mended_by_the_command_that_training_names(
+    photos: Path, tmp_path: Path, manifest: str, damage: str
+) -> None:
+    _, folder = run(tmp_path)
+    split = load_split(folder / "manifest.json", "train")
+    assert isinstance(split, FileSplit)
+    if manifest != "manifest.json":
+        (folder / "manifest.json").unlink()  # as while Snakemake runs the rule again
+    split.path(0).unlink() if damage == "gone" else split.path(0).write_bytes(split.path(0).read_bytes()[:99])
+    told = r"prepare dataset 'mine' again: `python -m aps data mine --again --configfile STUDY\.yaml`$"
+    with pytest.raises(UserError, match=r"0\.jpg: cannot be read as an image \(.*\); " + told):
+        split.read(0)
+    prepare("mine", folder, UserDataset(folder=str(photos), shrink=32), force=True)
+    assert split.read(0).shape[0] == 3
+    (photos / "a/0.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"photos/a/0\.jpg: .*; replace or remove it$"):
+        read_image(photos / "a/0.jpg")
+
+
+def test_a_copy_is_whole_or_as_it_was(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folder = run(tmp_path)
+    before = {file: file.read_bytes() for file in copies(folder).rglob("*.*")}
+    write = Path.write_bytes
+
+    def half(self: Path, content: bytes) -> int:
+        write(self, content[: len(content) // 2])
+        raise OSError(28, "No space left on device", str(self))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left on device"):
+        patch.setattr(Path, "write_bytes", half)
+        prepare("mine", folder, UserDataset(folder=str(photos), shrink=32), force=True)
+    assert {file: file.read_bytes() for file in copies(folder).rglob("*.*")} == before
+    left = next(iter(before)).parent.parent / f".new.{2**22}-0123abcd"  # of a killed process
+    left.write_bytes(b"half")
+    run(tmp_path)
+    assert not left.exists()
+
+
+def test_copies_of_an_earlier_version_are_used_on(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest, folder = run(tmp_path)
+    copies(folder).rename(folder / "shrunk")
+    splits = {}
+    for name, split in manifest.splits.items():
+        write_index(folder / f"{name}.tsv", *read_index(folder / f"{name}.tsv"))
+        splits[name] = split.model_copy(update={"images": f"shrunk/{name}"})
+    old = with_sizes(manifest.model_copy(update={"splits": splits}), folder)
+    for file in ("manifest.json", "prepared.json"):
+        old.write(folder / file)
+    assert run(tmp_path)[0] == old
+    next((folder / "shrunk/train").rglob("3.jpg")).unlink()
+    assert run(tmp_path)[0] == manifest and "is missing; preparing it again" in capsys.readouterr().out
 
 
 def test_an_unreadable_image_is_named_by_its_own_path(photos: Path, tmp_path: Path) -> None:
@@ -122,13 +229,13 @@ def test_a_disk_that_is_full_is_a_sentence(photos: Path, tmp_path: Path, monkeyp
     write = Path.write_bytes
 
     def full(self: Path, content: bytes) -> int:
-        if "shrunk" in self.parts:
+        if any(part.startswith("shrunk-") for part in self.parts):
             raise OSError(28, "No space left on device", str(self))
         return write(self, content)
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(UserError, match=r"shrunk/.*: No space left on device; free the disk"),
+        pytest.raises(UserError, match=r"shrunk-[0-9a-f]{8}/.*: No space left on device; free the disk"),
     ):
         patch.setattr(Path, "write_bytes", full)
         run(tmp_path)

@@ -132,6 +132,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "masks of a folder": ({"datasets": {"x": {"folder": "a", "masks": False}}}, "datasets.x: masks: false is for coco"),
     "arrays that shrink": ({"datasets": {"x": {"arrays": "a.npz", "shrink": 64}}}, "datasets.x: shrink is for folder; remove it"),
     "shrunk to nothing": ({"datasets": {"x": {"folder": "a", "shrink": 2}}}, "datasets.x.shrink"),
+    "a folder without a name": ({"datasets": {"x": {"folder": ""}}}, "datasets.x.folder"),
+    "a file without a name": ({"datasets": {"x": {"arrays": ""}}}, "datasets.x.arrays"),
+    "images without a name": (
+        {"datasets": {"x": {"coco": {**COCO, "val": {"images": "", "annotations": "b"}}}}}, "datasets.x.coco.val.images",
+    ),
+    "annotations without a name": (
+        {"datasets": {"x": {"coco": {**COCO, "val": {"images": "a", "annotations": ""}}}}}, "datasets.x.coco.val.annotations",
+    ),
+    "a source without a name": ({"sources": {"cifar10": {"path": ""}}}, "sources.cifar10.path"),
     "coco without val": ({"datasets": {"x": {"coco": {"train": COCO["train"]}}}}, "'datasets.x.coco.val' is missing; add it"),
     "a misspelt key": ({"datasets": {"x": {"foldr": "a"}}}, "unknown key 'datasets.x.foldr'; did you mean 'datasets.x.folder'?"),
     "a misspelt key of coco": (
