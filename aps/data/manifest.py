@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from aps.data import NEED_A_PATH
 from aps.data.walk import printable
 from aps.errors import UserError
 from aps.files import sha256, write_bytes
@@ -184,8 +183,8 @@ def prepare_it(name: str) -> str:
 
 
 def preparing(name: str, again: bool = False) -> str:
-    """The command that prepares a dataset. One that nobody can download needs the study that says where it lies."""
-    known = (name in DATASETS or name in DETECTION_DATASETS) and name not in NEED_A_PATH
+    """The command that prepares a dataset. A user's dataset needs the study that names it."""
+    known = name in DATASETS or name in DETECTION_DATASETS
     return f"`python -m aps data {name}{' --again' * again}{'' if known else ' --configfile STUDY.yaml'}`"
 
 

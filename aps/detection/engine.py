@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from aps.data.manifest import RGB
 from aps.detection.annotations import CocoSplit, result_rows
-from aps.runtime.cores import from_workers
 from aps.runtime.processes import Distributed
 from aps.settings.blocks import DetectionSettings, EncoderSettings
 
@@ -97,7 +96,7 @@ class Engine(ABC):
         processes, val = self.task.processes, self.task.val
         local = range(processes.rank, len(val), processes.world)
         # Image by image: workers that read batches ahead would hold thousands of images, each with an open file.
-        images = from_workers(DataLoader(_Images(val, local), batch_size=None, num_workers=self.task.workers))
+        images = iter(DataLoader(_Images(val, local), batch_size=None, num_workers=self.task.workers))
         size = max(1, self.task.settings.batch_size // processes.world)
         rows: list[dict[str, Any]] = []
         training = self.model.training

@@ -5,13 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from aps.errors import UserError
-
-T = TypeVar("T")
 
 SHARED_MEMORY = Path("/dev/shm")  # workers pass decoded images through it
 LOCKS, LOCKS_EACH = 8, 4  # upper bounds of the locks that DataLoader makes, in all and per worker; one takes a page
@@ -72,16 +68,6 @@ def loading(asked: int | None, batch_bytes: int) -> dict[str, int | None]:
     room = shutil.disk_usage(SHARED_MEMORY).free // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     workers = min(workers, room // batch_bytes)
     return {"num_workers": workers, "prefetch_factor": min(AHEAD, room // (workers * batch_bytes)) if workers else None}
-
-
-def from_workers(batches: Iterable[T]) -> Iterator[T]:
-    """The batches of a DataLoader. A UserError of a worker is its sentence again, without torch's copy of the traceback."""
-    try:
-        yield from batches
-    except UserError as error:
-        raise UserError(
-            str(error).strip().rpartition(f"\n{UserError.__module__}.{UserError.__qualname__}: ")[2]
-        ) from None
 
 
 def _lock_problem(workers: int) -> str | None:

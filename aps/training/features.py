@@ -17,7 +17,7 @@ from aps.models.encoder import Encoder
 from aps.models.weights import load_encoder, trained_with
 from aps.progress import Progress
 from aps.results import StageJob
-from aps.runtime.cores import from_workers, loading
+from aps.runtime.cores import loading
 from aps.runtime.precision import Precision
 from aps.runtime.prefetch import send
 from aps.runtime.processes import Distributed
@@ -90,7 +90,7 @@ def images_of(
         options: Any = loading(workers, BATCH * 3 * size**2)
         pinned = device.type == "cuda"
         loader = DataLoader(_Centred(split, size, rows), BATCH, pin_memory=pinned, collate_fn=collated, **options)
-        for batch in from_workers(loader):
+        for batch in loader:
             yield batch.to(device, non_blocking=True).contiguous().float() / 255
 
 

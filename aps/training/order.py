@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from aps.errors import UserError
-from aps.runtime.cores import from_workers, loading
+from aps.runtime.cores import loading
 from aps.runtime.processes import Distributed
 
 # Independent streams of random numbers from one seed.
@@ -100,7 +100,7 @@ class KeyedLoader:
         """Collated batches; rows: (batches, B) indices."""
         assert self._loader is not None, "closed"
         self._keys.epoch, self._keys.rows = epoch, rows
-        return from_workers(self._loader)
+        return iter(self._loader)
 
     def close(self) -> None:
         """Let the workers end. As long as there are any, torch raises an error in this process, wherever it is, when one is

@@ -12,7 +12,7 @@ import torch
 
 from aps.errors import UserError
 from aps.runtime import cores as module
-from aps.runtime.cores import cores, decoding_workers, from_workers, loading
+from aps.runtime.cores import cores, decoding_workers, loading
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -117,7 +117,7 @@ class Broken(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_mistake_that_a_worker_meets_is_its_sentence(workers: int) -> None:
-    batches = from_workers(torch.utils.data.DataLoader(Broken(), batch_size=1, num_workers=workers))
+    batches = iter(torch.utils.data.DataLoader(Broken(), batch_size=1, num_workers=workers))
     assert [int(next(batches)) for _ in range(2)] == [0, 1]
     with pytest.raises(UserError) as caught:
         next(batches)

@@ -34,7 +34,7 @@ from aps.detection.geometry import strides
 from aps.detection.score import coco_metrics
 from aps.detection.vitdet import SimpleFeaturePyramid
 from aps.models.archs import dimensions
-from aps.runtime.cores import from_workers, loading
+from aps.runtime.cores import loading
 from aps.runtime.precision import Precision
 from aps.settings.blocks import DetectionSettings
 from aps.training.watch import Watch
@@ -80,7 +80,7 @@ class Engine(engine.Engine):
             pin_memory=self.device.type == "cuda",
             **options,
         )
-        for iteration, batch in zip(range(start, settings.iterations), from_workers(loader), strict=False):
+        for iteration, batch in zip(range(start, settings.iterations), loader, strict=False):
             for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
                 group["lr"] = peak * engine.lr_factor(settings, iteration)
             engine.seed_step(seed_of(self.task.seed, iteration, processes.rank))
