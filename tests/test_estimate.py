@@ -282,8 +282,7 @@ def test_a_prepared_dataset_is_counted_by_its_manifest(study_file: Path, monkeyp
         {"experiments": {"own": {"dataset": "folder", "stages": ["knn"], "encoder": {"weights": "random"}}}},
     )
     with pytest.raises(
-        UserError,
-        match=r"size of dataset 'folder' is known once it is prepared; run `python -m aps data folder --configfile STUDY\.yaml`",
+        UserError, match="size of dataset 'folder' is known once it is prepared; run `python -m aps data folder`"
     ):
         estimate(study)
     Manifest(

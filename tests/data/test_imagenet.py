@@ -272,7 +272,7 @@ def test_a_lost_image_is_mended_by_the_command_that_is_named(raw: Path, tmp_path
     next((tmp_path / "imagenet1k/train").rglob("*.JPEG")).unlink()
     with pytest.raises(
         UserError,
-        match=r"instead of 24; prepare it again: `python -m aps data imagenet1k --again --configfile STUDY.yaml`$",
+        match=r"instead of 24; prepare it again: `python -m aps data imagenet1k --again`$",
     ):
         run(tmp_path, raw)
     after = prepare("imagenet1k", tmp_path / "imagenet1k", SourceSettings(path=str(raw)), force=True)
