@@ -164,12 +164,13 @@ def test_a_registered_model_is_the_same_files_as_its_logged_model(
 ) -> None:
     """Here MLflow finds them by itself; looking them up writes nothing among them."""
     _, address = registered(client, stages / "finetune")
+    store = Path(uri().removeprefix("sqlite:///")).parent / "artifacts"
+    before = sorted(store.rglob("*"))
     folder = serving.weights_of(address)
-    before = sorted(folder.parent.rglob("*"))
     for name in ("models:/mine/1", "models:/mine@best"):
         assert serving.weights_of(name) == folder
         assert load(name).predict(photo).classes == load(stages / "finetune").predict(photo).classes
-    assert sorted(folder.parent.rglob("*")) == before
+    assert store in folder.parents and sorted(store.rglob("*")) == before
 
 
 def test_files_that_only_a_server_finds_are_a_sentence_that_says_to_start_one(
