@@ -176,6 +176,7 @@ def test_an_address_that_can_be_one_is_not(address: str | None, here: Path, caps
 
 def test_hints_are_commands_that_work_as_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On a study whose file has a space in its name, with settings laid over it: the datasets they prepare are the study's."""
+    (here / "Snakefile").touch()
     for number in range(8):
         (here / f"images/{number % 2}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((9, 9, 3), 20 * number, np.uint8)).save(here / f"images/{number % 2}/{number}.png")

@@ -28,7 +28,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from aps.data.load import ArraySplit, FileSplit, load_split
-from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes, write_index
+from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes
 from aps.data.statistics import Accumulator
 from aps.files import sweep, write_bytes, write_unsynced
 from aps.registry import DATASETS
@@ -96,14 +96,12 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
         images, coco = folder / split, _header(name, origin.classes)
         images.mkdir(exist_ok=True)
         sweep(images)
-        written: dict[str, int] = {}
         for index in range(count):
             canvas, annotations = compose(recipe, objects[split], np.random.default_rng([SEED, number, index]))
             file = f"{index:06d}.png"
             png = io.BytesIO()
             Image.fromarray(canvas.transpose(1, 2, 0).squeeze()).save(png, "PNG")
             write_unsynced(images / file, png.getvalue(), images)  # a study may be reading what it replaces
-            written[file] = len(png.getvalue())
             coco["images"].append({"id": index + 1, "file_name": file, "height": recipe.side, "width": recipe.side})
             for annotation in annotations:
                 coco["annotations"].append({"id": len(coco["annotations"]) + 1, "image_id": index + 1, **annotation})
@@ -112,8 +110,7 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
                 statistics.add(torch.from_numpy(canvas)[None])
         annotations_file = f"instances_{split}.json"
         write_bytes(folder / annotations_file, json.dumps(coco).encode())
-        write_index(folder / f"{split}.tsv", list(written), None, list(written.values()))
-        splits[split] = Split(count=count, images=split, index=f"{split}.tsv", annotations=annotations_file)
+        splits[split] = Split(count=count, images=split, annotations=annotations_file)
         contents.append(coco["annotations"])
     manifest = Manifest(
         name=name,

@@ -61,7 +61,7 @@ def test_a_folder_leads_back_to_the_name_that_it_was_made_of() -> None:
     for name in ("photos", "a-b", "x-0123abcd"):
         assert dataset_of(Path("results/data") / data_folder(name, UserDataset(folder="a"))) == name
     assert dataset_of(Path("results/data/cifar10")) == "cifar10"
-    assert "--configfile" in preparing("folder") and "--configfile" not in preparing("digits")
+    assert "--configfile" in preparing("photos") and "--configfile" not in preparing("digits")
 
 
 @pytest.mark.parametrize(
