@@ -245,7 +245,7 @@ def old_result(out: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("steps", ("--minutes", "0.01"), r"[\d.]+ s, stopped after [56] s"),
+        ("steps", ("--minutes", "0.1"), r"[\d.]+ s, stopped after [56] s"),
         ("imagenet", ("--minutes", "0.001"), "no time left"),
         ("base", (), r"[\d.]+ s, ended with status 3, see .*-base\.log"),
     ],
