@@ -126,7 +126,8 @@ def machine() -> dict[str, Any]:
             continue
     if torch.cuda.is_available():
         info["gpu"] = torch.cuda.get_device_name()
-        info["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        info["gpu_memory_gib"] = round(memory / 2**30, 1)
         info["cuda"] = torch.version.cuda
         info["cudnn"] = torch.backends.cudnn.version()
     return info

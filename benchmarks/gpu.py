@@ -2,7 +2,8 @@
 
 It needs Python 3.11 or newer with torch, torchvision and timm, and no network: other packages come from a folder of
 wheels that `make gpu-wheels` fills beforehand (`--wheels`). Each step is a separate process with a time limit, and
-saves its results in a JSON file, so that a stop loses nothing that was measured. A table ends the run.
+saves its results in a JSON file, so that a stop loses nothing that was measured. A table ends the run, also one that
+Ctrl-C or SIGTERM stops. The exit status is 0 if every step ran to its end and reached its targets.
 
     python benchmarks/gpu.py --wheels wheels --out gpu-results
     python benchmarks/gpu.py --device cpu --tiny         runs every line once on a CPU; the figures mean nothing
@@ -17,19 +18,24 @@ import argparse
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 9.0
 STARTED = time.monotonic()
 Result = dict[str, Any]
+NOT_RUN: Result = {"error": "not run"}
 Row = tuple[str, float, str, str]  # what, figure, target such as `<= 0.02` or an empty text, unit
 
 
@@ -339,7 +345,7 @@ def knn(args: argparse.Namespace) -> Result:
         if epoch % 5 == 0:
             evaluate()
     evaluate()
-    return json.loads(_file(args).read_text())  # type: ignore[no-any-return]
+    return json.loads(_file(args, args.step).read_text())  # type: ignore[no-any-return]
 
 
 STEPS: dict[str, tuple[Callable[[argparse.Namespace], Result], int]] = {  # seconds at most, in order of importance
@@ -457,7 +463,6 @@ def _learner(
         manifest.write(folder / "manifest.json")
     cuda = args.device.startswith("cuda")
     if cuda:
-        torch.cuda.set_device(torch.device(args.device).index or 0)
         torch.set_float32_matmul_precision("high")
     model = stage_model("aps")
     block = model.model_fields["pretrain"].default.model_copy(
@@ -498,15 +503,16 @@ def _environment(args: argparse.Namespace) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "APS_DEVICE": args.device, "MLFLOW_TRACKING_URI": "none"}
 
 
-def _file(args: argparse.Namespace) -> Path:
-    return Path(args.out) / f"{list(STEPS).index(args.step):02d}-{args.step}.json"
+def _file(args: argparse.Namespace, step: str) -> Path:
+    return Path(args.out) / f"{list(STEPS).index(step):02d}-{step}.json"
 
 
 def _save(args: argparse.Namespace, result: Result) -> None:
     """Write a step's result; also before its end, so that a step that is stopped keeps what it has."""
-    temporary = _file(args).with_suffix(f".{os.getpid()}")
+    file = _file(args, args.step)
+    temporary = file.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    temporary.replace(_file(args))
+    temporary.replace(file)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -521,77 +527,154 @@ def verdict(figure: float, target: str) -> str:
     return "ok" if reached else "MISSED"
 
 
-def table(out: Path) -> str:
-    """All rows of all steps that wrote a file, as text."""
+def table(found: dict[str, Result], asked: list[str]) -> str:
+    """All rows of all results as text. asked: the steps of this run."""
     lines = []
-    for index, name in enumerate(STEPS):
-        file = out / f"{index:02d}-{name}.json"
-        result = json.loads(file.read_text()) if file.exists() else {"error": "not run"}
-        lines.append(f"{name}: {result.get('wall', '?')} s{', ' + result['error'] if 'error' in result else ''}")
+    for name, result in found.items():
+        notes = [f"{result['wall']} s"] if "wall" in result else []
+        notes += [result["error"]] if "error" in result else []
+        notes += ["of an earlier run"] if name not in asked and result != NOT_RUN else []
+        lines.append(f"{name}: {', '.join(notes)}")
         for what, figure, target, unit in result.get("rows", ()):
             lines.append(f"  {what:<62} {figure:>12.5g} {unit:<6} {target:>10} {verdict(figure, target)}".rstrip())
     return "\n".join(lines)
 
 
-def unpack(wheels: Path, into: Path) -> None:
-    """Unpack wheels, which are zip files, so that no pip is needed. Packages that Python has already are left out."""
+def unpack(wheels: Path, into: Path, received: list[signal.Signals]) -> None:
+    """Unpack wheels, which are zip files, so that no pip is needed. Packages that Python has already are left out.
+
+    Nothing is done where the same wheels are unpacked already. `into` changes only when all of them are; a signal in
+    `received` ends it before.
+
+    Raises SystemExit where there are no wheels, or one is broken.
+    """
     files = sorted(wheels.glob("*.whl"))
     if not files:
         sys.exit(f"{wheels}: no wheels; fill it by `make gpu-wheels` on a machine with a network")
+    missing = []
     for file in files:
         try:
             distribution(file.name.split("-")[0])
         except PackageNotFoundError:
-            zipfile.ZipFile(file).extractall(into)
+            missing.append(file)
+    unpacked, part = "unpacked.json", into.with_name(f"{into.name}.part")
+    names = json.dumps({file.name: file.stat().st_size for file in missing}, indent=1) + "\n"
+    if (into / unpacked).exists() and (into / unpacked).read_text() == names:
+        return
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for file in missing:
+        if received:
+            return
+        try:
+            with zipfile.ZipFile(file) as wheel:
+                wheel.extractall(part)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            sys.exit(
+                f"{file}: a broken wheel ({error}); delete it, and copy it again or fill the folder by `make gpu-wheels`"
+            )
+    (part / unpacked).write_text(names)
+    shutil.rmtree(into, ignore_errors=True)
+    part.rename(into)
 
 
-def conduct(args: argparse.Namespace) -> int:
-    """Run every step in a separate process, within its limit and the time that is left. Returns the exit status."""
+@contextmanager
+def asked_to_stop() -> Iterator[list[signal.Signals]]:
+    """A list that gets the signals that ask to stop: Ctrl-C, SIGTERM, a closed terminal (unless under `nohup`).
+
+    They are noted and not raised: an exception could come after a step's start and before anything can kill it.
+    """
+    received: list[signal.Signals] = []
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(signal.Signals(number)))
+        for number in numbers
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(text: str, stream: TextIO) -> None:
+    """Print at once, or nowhere if the reader has gone: `tee` and the terminal get a signal too."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def run(args: argparse.Namespace, name: str, limit: float, received: list[signal.Signals]) -> None:
+    """Run a step in a process of its own, for `limit` seconds at most or until a signal, and add what it says to its file."""
+    file = _file(args, name)
+    command = [sys.executable, str(Path(__file__).resolve()), "--step", name, "--device", args.device, "--out", str(args.out),
+               "--seconds", str(limit), *(["--tiny"] if args.tiny else []),
+               *(["--cifar", str(args.cifar)] if args.cifar else [])]  # fmt: skip
+    start, error = time.monotonic(), None
+    with file.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(
+            command, env=_environment(args), stdout=log, stderr=log, start_new_session=True, cwd=args.out
+        )
+        try:
+            while (status := process.poll()) is None and not received and time.monotonic() - start < limit:
+                time.sleep(0.1)
+        finally:  # also what a step that has ended left behind
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(30)  # the GPU's driver may hold a killed process
+    if status is None:
+        error = f"stopped by {received[0].name}" if received else f"stopped after {limit:.0f} s"
+    elif status:
+        error = f"ended with status {status}, see {log.name}"
+    result = json.loads(file.read_text()) if file.exists() else {}
+    result |= {"wall": round(time.monotonic() - start, 1)} | ({"error": error} if error else {})
+    file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def conduct(args: argparse.Namespace, received: list[signal.Signals]) -> int:
+    """Run every step within its limit and the time that is left, until a signal is in `received`.
+
+    Returns the exit status: 1 if a step has an error or misses a target; after a signal 128 and its number.
+    """
     slower = 1 if args.device.startswith("cuda") else 10  # on a CPU, time does not matter
     deadline = time.monotonic() + 60 * args.minutes * slower
+    asked = [name for name in STEPS if not args.only or name in args.only]
     args.out.mkdir(parents=True, exist_ok=True)
     if args.wheels is not None:
         folder = args.out / "packages"
-        if not folder.exists():
-            unpack(args.wheels, folder)
+        unpack(args.wheels, folder, received)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    for index, name in enumerate(STEPS):
-        if args.only and name not in args.only:
-            continue
+    for name in asked:
+        _file(args, name).unlink(missing_ok=True)
+    for name in asked:
+        if received:
+            break
         limit = min(STEPS[name][1] * slower, deadline - time.monotonic())
         if limit < 5:
-            print(f"{name}: no time left", flush=True)
+            say(f"{name}: no time left", sys.stdout)
+            _file(args, name).write_text(json.dumps({"error": "no time left"}) + "\n")
             continue
-        print(f"{name}: at most {limit:.0f} s", flush=True)
-        file = args.out / f"{index:02d}-{name}.json"
-        file.unlink(missing_ok=True)
-        command = [sys.executable, str(Path(__file__).resolve()), "--step", name, "--device", args.device, "--out", str(args.out),
-                   "--seconds", str(limit), *(["--tiny"] if args.tiny else []),
-                   *(["--cifar", str(args.cifar)] if args.cifar else [])]  # fmt: skip
-        start, error = time.monotonic(), None
-        with (args.out / f"{index:02d}-{name}.log").open("w") as log:
-            process = subprocess.Popen(
-                command, env=_environment(args), stdout=log, stderr=log, start_new_session=True, cwd=args.out
-            )
-            try:
-                status = process.wait(timeout=limit)
-                error = f"ended with status {status}, see {log.name}" if status else None
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                process.wait()
-                error = f"stopped after {limit:.0f} s"
-        result = json.loads(file.read_text()) if file.exists() else {}
-        result |= {"wall": round(time.monotonic() - start, 1)} | ({"error": error} if error else {})
-        file.write_text(json.dumps(result, indent=1) + "\n")
-    text = table(args.out)
-    (args.out / "table.txt").write_text(text + "\n")
-    print(text)
-    return int("MISSED" in text or "status" in text.replace("exit status", ""))
+        say(f"{name}: at most {limit:.0f} s", sys.stdout)
+        run(args, name, limit, received)
+    files = {name: _file(args, name) for name in STEPS}
+    found = {name: json.loads(file.read_text()) if file.exists() else NOT_RUN for name, file in files.items()}
+    text, file = table(found, asked), args.out / "table.txt"
+    file.write_text(text + "\n")
+    say(text, sys.stdout)
+    if received:
+        say(f"stopped by {received[0].name}; what was done is in {file}", sys.stderr)
+        return 128 + received[0]
+    rows = [row for name in asked for row in found[name].get("rows", ())]
+    missed = any(verdict(figure, target) == "MISSED" for _, figure, target, _ in rows)
+    return int(missed or any("error" in found[name] for name in asked))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu to see that every line runs")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to see that every line runs")
     parser.add_argument("--tiny", action="store_true", help="toy sizes; the figures mean nothing")
     parser.add_argument("--wheels", type=Path, help="folder that `make gpu-wheels` filled")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
@@ -604,13 +687,16 @@ def main() -> int:
     args.out = args.out.resolve()
     args.cifar = args.cifar.resolve() if args.cifar else None
     if args.step is None:
-        return conduct(args)
+        with asked_to_stop() as received:
+            return conduct(args, received)
     sys.path.insert(0, str(ROOT))
     os.chdir(ROOT)
     import torch
 
     from benchmarks.common import machine
 
+    if args.device.startswith("cuda"):  # what names no device, such as a peak of memory, is the current one's
+        torch.cuda.set_device(torch.device(args.device).index or 0)
     _save(args, STEPS[args.step][0](args) | {"machine": machine(), "torch": torch.__version__})
     return 0
 

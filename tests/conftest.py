@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from aps.data import arrays
 from aps.data.prepare import prepare
@@ -44,3 +46,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = str(item.path.relative_to(root))
         if path.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_sessionstart() -> None:
+    """What says only `cuda` runs on the GPU that APS_TEST_DEVICE names."""
+    device = os.environ.get("APS_TEST_DEVICE", "")
+    if device.startswith("cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(torch.device(device).index or 0)

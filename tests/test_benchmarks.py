@@ -5,10 +5,15 @@ from __future__ import annotations
 import ast
 import json
 import math
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
+import zipfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +25,7 @@ from aps.runtime.processes import processes
 from aps.sampling import coverage
 from aps.settings.blocks import EncoderSettings, SamplingSettings, ViewSettings
 from aps.views import draw_parameters
-from benchmarks import gpu
+from benchmarks import common, gpu
 from benchmarks.__main__ import NAMES
 from benchmarks.choices import CHOICES
 from benchmarks.ordinary import sample_image
@@ -127,3 +132,263 @@ def test_every_test_that_needs_a_gpu_is_one_that_make_gpu_runs() -> None:
                 if any("cuda.is_available" in mark for mark in marks):
                     skipped[f"{file.name}::{node.name}"] = "pytest.mark.gpu" in marks
     assert len(skipped) >= 3 and all(skipped.values()), skipped
+
+
+# Steps of benchmarks/gpu.py in place of the real ones. `steps` has a child and hears no signal but SIGKILL.
+STEP = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+name, out = sys.argv[sys.argv.index("--step") + 1], Path(sys.argv[sys.argv.index("--out") + 1])
+(result,) = out.glob(f"*-{name}.log")
+if name == "imagenet":
+    result.with_suffix(".json").write_text(json.dumps({"rows": [["figure", 1, "== 1", ""]]}))
+if name == "steps":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    child = subprocess.Popen(["sleep", "300"])
+    result.with_suffix(".json").write_text(json.dumps({"rows": [["figure", 7, "", ""]]}))
+    (out / "started").write_text(f"{os.getpid()} {child.pid}")
+    time.sleep(300)
+if name == "base":
+    sys.exit(3)
+"""
+CONDUCT = "import sys\nfrom benchmarks import gpu\ngpu.__file__ = sys.argv.pop(1)\nsys.exit(gpu.main())"
+Conduct = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def conduct(tmp_path: Path) -> Iterator[Conduct]:
+    """Starts benchmarks/gpu.py with the steps of STEP and the folder `out`."""
+    (tmp_path / "step.py").write_text(STEP)
+    started = []
+
+    def start(*options: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", CONDUCT, str(tmp_path / "step.py"), "--out", str(tmp_path / "out"), *options]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+    for file in tmp_path.glob("out/started"):
+        for number in file.read_text().split():
+            if alive(number):
+                os.kill(int(number), signal.SIGKILL)
+
+
+def alive(number: str) -> bool:
+    """Whether a process runs. One that has ended may wait for its parent, as a zombie."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", number], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
+
+
+def running(process: subprocess.Popen[str], out: Path) -> list[str]:
+    """The numbers of the processes of the step `steps`, as soon as it has started."""
+    deadline = time.monotonic() + 60
+    while not (out / "started").exists() or len((out / "started").read_text().split()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    return (out / "started").read_text().split()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_gpu_run_leaves_no_process_and_keeps_what_it_has(
+    number: signal.Signals, conduct: Conduct, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = conduct("--only", "steps", "imagenet")
+    numbers = running(process, out)
+    assert all(map(alive, numbers))
+    process.send_signal(number)
+    process.send_signal(number)  # `timeout` sends it twice
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert error == f"stopped by {number.name}; what was done is in {out / 'table.txt'}\n"
+    assert not any(map(alive, numbers))
+    table = (out / "table.txt").read_text()
+    assert re.search(rf"^steps: [\d.]+ s, stopped by {number.name}\n  figure +7$", table, re.MULTILINE), table
+    assert "imagenet: not run\n" in table
+
+
+def test_a_stopped_gpu_run_needs_nobody_who_reads_its_output(conduct: Conduct, tmp_path: Path) -> None:
+    process = conduct("--only", "steps")
+    numbers = running(process, tmp_path / "out")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()  # as Ctrl-C does where it is piped to `tee`
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and "Traceback" not in process.stderr.read()
+    assert not any(map(alive, numbers)) and (tmp_path / "out/table.txt").exists()
+
+
+def test_a_gpu_run_under_nohup_outlives_its_terminal(conduct: Conduct, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = conduct("--only", "steps")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    running(process, tmp_path / "out")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+
+
+def old_result(out: Path, name: str) -> None:
+    out.mkdir(exist_ok=True)
+    old = {"rows": [["old figure", 1, "== 2", ""]], "wall": 5}
+    (out / f"{list(gpu.STEPS).index(name):02d}-{name}.json").write_text(json.dumps(old))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("steps", ("--minutes", "0.1"), r"[\d.]+ s, stopped after [56] s"),
+        ("imagenet", ("--minutes", "0.001"), "no time left"),
+        ("base", (), r"[\d.]+ s, ended with status 3, see .*-base\.log"),
+    ],
+)
+def test_a_step_without_its_whole_result_fails_the_gpu_run(
+    name: str, options: tuple[str, ...], said: str, conduct: Conduct, tmp_path: Path
+) -> None:
+    old_result(tmp_path / "out", name)
+    process = conduct("--only", name, *options)
+    output, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (1, "")
+    assert re.search(f"^{name}: {said}$", output, re.MULTILINE), output
+    assert "old figure" not in output and (tmp_path / "out/table.txt").read_text() in output
+
+
+def test_a_result_of_an_earlier_gpu_run_is_called_one_and_decides_nothing(conduct: Conduct, tmp_path: Path) -> None:
+    old_result(tmp_path / "out", "knn")
+    process = conduct("--only", "imagenet")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert re.search(r"^imagenet: [\d.]+ s$", output, re.MULTILINE)
+    assert re.search(r"^knn: 5 s, of an earlier run\n  old figure .* MISSED$", output, re.MULTILINE), output
+
+
+def wheel(folder: Path, name: str, content: str = "one = 1\n") -> Path:
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(f"{name}.py", content)
+    return file
+
+
+def unpacked(into: Path) -> set[str]:
+    return {file.name for file in into.glob("*.py")}
+
+
+def test_wheels_are_unpacked_again_when_they_change_and_only_then(tmp_path: Path) -> None:
+    wheels, into = tmp_path / "wheels", tmp_path / "packages"
+    wheel(wheels, "no_such_one")
+    wheel(wheels, "numpy")  # Python has it
+    gpu.unpack(wheels, into, [])
+    assert unpacked(into) == {"no_such_one.py"}
+    (into / "kept").touch()
+    gpu.unpack(wheels, into, [])
+    assert (into / "kept").exists()
+    wheel(wheels, "no_such_two")
+    gpu.unpack(wheels, into, [])
+    assert unpacked(into) == {"no_such_one.py", "no_such_two.py"}
+    wheel(wheels, "no_such_one", "one = 'another'\n")
+    gpu.unpack(wheels, into, [])
+    assert "another" in (into / "no_such_one.py").read_text()
+    wheel(wheels, "no_such_two").unlink()
+    gpu.unpack(wheels, into, [])
+    assert unpacked(into) == {"no_such_one.py"} and {file.name for file in tmp_path.iterdir()} == {"wheels", "packages"}
+
+
+def truncated(content: bytes) -> bytes:
+    return content[:-20]
+
+
+def damaged(content: bytes) -> bytes:
+    return content.replace(b"one = 1", b"one = 2")
+
+
+def empty(content: bytes) -> bytes:
+    return b""
+
+
+@pytest.mark.parametrize("broken", [truncated, damaged, empty])
+def test_a_broken_wheel_is_one_sentence_and_a_whole_one_mends_it(
+    broken: Callable[[bytes], bytes], conduct: Conduct, tmp_path: Path
+) -> None:
+    wheels, packages = tmp_path / "wheels", tmp_path / "out/packages"
+    wheel(wheels, "no_such_one")
+    file = wheel(wheels, "no_such_two")
+    file.write_bytes(broken(file.read_bytes()))
+    process = conduct("--wheels", str(wheels), "--only", "imagenet")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and error.count("\n") == 1
+    assert error.startswith(f"{file}: a broken wheel (") and "delete it, and copy it again" in error
+    assert not packages.exists()
+    wheel(wheels, "no_such_two")
+    process = conduct("--wheels", str(wheels), "--only", "imagenet")
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, "") and unpacked(packages) == {"no_such_one.py", "no_such_two.py"}
+
+
+def test_an_unpacking_that_was_cut_off_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheels, into = tmp_path / "wheels", tmp_path / "packages"
+    wheel(wheels, "no_such_one")
+    wheel(wheels, "no_such_two")
+    gpu.unpack(wheels, into, [signal.SIGINT])
+    assert not into.exists()
+    extract, calls = zipfile.ZipFile.extractall, []
+
+    def killed(archive: zipfile.ZipFile, folder: Path) -> None:
+        extract(archive, folder)
+        calls.append(archive.filename)
+        raise SystemExit
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(zipfile.ZipFile, "extractall", killed)
+        gpu.unpack(wheels, into, [])
+    assert len(calls) == 1 and not into.exists()
+    gpu.unpack(wheels, into, [])
+    assert unpacked(into) == {"no_such_one.py", "no_such_two.py"}
+
+
+@pytest.mark.parametrize(("asked", "current"), [("cuda", [0]), ("cuda:0", [0]), ("cuda:1", [1]), ("cpu", [])])
+def test_a_step_measures_the_gpu_that_was_asked_for(
+    asked: str, current: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    monkeypatch.setitem(gpu.STEPS, "steps", (lambda args: {"rows": [], "current": list(made)}, 5))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--step", "steps", "--device", asked, "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(ROOT)
+    assert gpu.main() == 0
+    (file,) = tmp_path.glob("*-steps.json")
+    assert json.loads(file.read_text())["current"] == made == current
+
+
+@pytest.mark.parametrize(("asked", "current"), [("cuda", [0]), ("cuda:1", [1]), ("cpu", []), (None, [])])
+def test_the_tests_marked_gpu_use_the_gpu_that_was_asked_for(
+    asked: str | None, current: list[int], pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    monkeypatch.delenv("APS_TEST_DEVICE", raising=False)
+    if asked:
+        monkeypatch.setenv("APS_TEST_DEVICE", asked)
+    pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests/conftest.py")).pytest_sessionstart()
+    assert made == current
+
+
+def test_the_memory_that_a_benchmark_notes_is_that_of_the_gpu_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "second")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 1)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=(index + 1) * 2**30)
+    )
+    assert common.machine()["gpu_memory_gib"] == 2

@@ -41,7 +41,7 @@ def learner(manifest: Path, folder: Path, **pretrain: object) -> Pretraining:
         encoder=EncoderSettings(arch="micro", dim=24, depth=2, image_size=16, patch_size=4),
         pretrain=model.model_fields["pretrain"].default.model_copy(update=changes),
     )  # type: ignore[call-arg]  # fmt: skip
-    device = torch.device("cuda", 0) if DEVICE.type == "cuda" else DEVICE
+    device = torch.device("cuda", DEVICE.index or 0) if DEVICE.type == "cuda" else DEVICE
     return Pretraining(StageJob(settings, manifest, folder / "out", folder / "saved"), Distributed(0, 1, device))
 
 
