@@ -34,9 +34,8 @@ class Cost:
     flops: float  # of matrix products, convolutions and attention, over all processes; a multiply-add counts as two
     memory: float  # peak bytes of each process, without data that is kept on the device
     disk: float  # bytes of the results and of the two checkpoints that are kept while it runs
-    readings: float = (
-        0.0  # operations of kNN during pretraining: they take time, but no budget or comparison counts them
-    )
+    # Operations of kNN during pretraining: they take time, but no budget or comparison counts them.
+    readings: float = 0.0
 
 
 class CostFunction(Protocol):

@@ -18,10 +18,10 @@ from aps.errors import UserError
 from aps.findings import Findings
 from aps.layout import dataset_of, encoder_file, manifest_of, study_folder
 from aps.results import saved_run
+from aps.runtime.slurm import ATTEMPT
 from aps.settings.study import Study
 from aps.stages import STAGES
 
-ATTEMPT = "attempt.json"  # in a run's folder, while it is at work; a killed run leaves it
 IN_USE = "at work or killed: not deleted"
 NOT_EXPERIMENTS = ("report", "logs", "benchmarks")  # other folders in the folder of a study
 

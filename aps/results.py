@@ -37,7 +37,7 @@ from aps.journal import read_history
 from aps.layout import run_folder
 from aps.registry import resolve
 from aps.runtime.ranks import ranks
-from aps.runtime.slurm import WRITER, hold, job_id
+from aps.runtime.slurm import MARKS, hold, job_id
 from aps.seals import contents, damage, read_metrics, seal
 from aps.settings.study import StageSettings
 from aps.spent import PEAKS, larger, peaks, spent
@@ -159,7 +159,7 @@ def restore_finished(job: StageJob) -> bool:
 def forget(checkpoints: Path) -> None:
     """Delete a saved run, so that it is computed again. The marks of the attempt that is running stay."""
     for path in checkpoints.glob("*"):
-        if path.name not in ("attempt.json", ".claim", WRITER):
+        if path.name not in MARKS:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -372,12 +372,12 @@ def _read_clock(path: Path) -> dict[str, Any] | None:
         state = read_json(path)
         seconds = state["seconds"]
         if isinstance(state["started"], str) and type(seconds) in (int, float) and 0 <= seconds < math.inf:
-            peaks = {
+            highest = {
                 key: float(value)
                 for key, value in state.get("peaks", {}).items()
                 if key in PEAKS and 0 <= value < math.inf
             }
-            return {"started": state["started"], "seconds": float(seconds), "peaks": peaks}
+            return {"started": state["started"], "seconds": float(seconds), "peaks": highest}
     except (UserError, AttributeError, KeyError, TypeError, RecursionError):
         pass
     print(f"warning: {path}: damaged and replaced; the time that the run took so far is lost", file=sys.stderr)

@@ -24,7 +24,7 @@ from aps.journal import read_history
 from aps.layout import encoder_file, log_file, manifest_of, run_folder, study_folder
 from aps.progress import clock
 from aps.results import run_key
-from aps.runtime.slurm import running_attempt
+from aps.runtime.slurm import ATTEMPT, running_attempt
 from aps.settings.study import Study
 from aps.stages import STAGES
 from aps.text import number_of, shorten, table_lines
@@ -86,7 +86,7 @@ def _status(study: Study, findings: Findings, finding: Finding, now: float) -> S
     began = folder is not None and (folder / "run.json").exists()
     last = last_line(log)
     if log.exists() and not last.startswith("stopped") and (began or last.startswith("error:") or "Error" in last):
-        killed = folder is not None and (folder / "attempt.json").exists()
+        killed = folder is not None and (folder / ATTEMPT).exists()
         return Status(*job, FAILED, f"{'killed; ' if killed else ''}{last or 'its log is empty'} ({log})")
     if began:
         share, _ = _progress(study, job, folder, now) if folder is not None else (None, None)

@@ -21,8 +21,8 @@ from aps.runtime.ranks import started_by_torchrun
 from aps.stages import STAGES, Stage
 
 if TYPE_CHECKING:  # settings take half of the time that `--help` does
+    from aps.findings import Findings
     from aps.results import StageJob
-    from aps.settings.study import Study
 
 
 def stage_verb(name: str) -> Callable[[argparse.Namespace], None]:
@@ -93,10 +93,14 @@ def stage_job(stage: Stage, args: argparse.Namespace) -> StageJob:
         manifest = manifest_of(study, settings.dataset_name)
         if encoder is None and stage.encoder:
             encoder = encoder_file(study, name, seed)
-            if not started_by_torchrun():
-                _check_encoder(study, name, seed, f"{stage.name} {name}/seed{seed}")
-        if args.manifest is None and not started_by_torchrun():
-            _check_images(study, settings.dataset_name)
+        if not started_by_torchrun():
+            from aps.findings import Findings
+
+            findings = Findings(study)
+            if args.encoder is None and stage.encoder:
+                _check_encoder(findings, name, seed, f"{stage.name} {name}/seed{seed}")
+            if args.manifest is None:
+                _check_images(findings, settings.dataset_name)
     manifest = args.manifest or manifest
     for path in (manifest, encoder if made_by_stage else None):
         if path is not None and not path.exists():
@@ -118,24 +122,20 @@ def stage_job(stage: Stage, args: argparse.Namespace) -> StageJob:
     )
 
 
-def _check_images(study: Study, dataset: str) -> None:
+def _check_images(findings: Findings, dataset: str) -> None:
     """Raises UserError where a dataset's files have changed since it was prepared: its digest would name other images."""
-    from aps.findings import Findings
-
-    if (why := Findings(study).why_outdated(dataset)) is not None:
+    if (why := findings.why_outdated(dataset)) is not None:
         raise UserError(
             f"dataset '{dataset}' is not as it was prepared ({why}); run `python -m aps data {dataset}` first"
         )
 
 
-def _check_encoder(study: Study, experiment: str, seed: int, label: str) -> None:
+def _check_encoder(findings: Findings, experiment: str, seed: int, label: str) -> None:
     """Raises UserError where the study's encoder is there but was not made as the study says."""
-    from aps.findings import Findings
-
-    source = study.pretrain_source(experiment)
+    source = findings.study.pretrain_source(experiment)
     if source is None:
         return
-    finding = Findings(study).finding(source, seed, "pretrain")
+    finding = findings.finding(source, seed, "pretrain")
     if finding.stale:
         raise UserError(
             f"{label}: its encoder in {finding.folder} is not this study's ({finding.problem}); run pretrain first: "

@@ -30,7 +30,9 @@ from aps.runtime.signals import received
 
 BEAT_SECONDS = 5.0  # between two touches of an attempt's mark
 FRESH_SECONDS = 60.0  # a mark of another machine, whose clock may differ, counts as touched for so long
-WRITER, HOLD_SECONDS = ".writer", 60
+# In the folder of a run: of the attempt at work (a killed one leaves it), and two locks, of `Claim` and of `hold`.
+MARKS = ATTEMPT, CLAIM, WRITER = "attempt.json", ".claim", ".writer"
+HOLD_SECONDS = 60  # how long `hold` waits
 KILL_SECONDS = 3.0  # how long a killed process may take to exit
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "RESIZING", "STOPPED"}
 ENDINGS = {
@@ -113,13 +115,13 @@ class Claim:
     """
 
     def __init__(self, folder: Path, stage: str) -> None:
-        self._file, self._stage = folder / "attempt.json", stage
+        self._file, self._stage = folder / ATTEMPT, stage
         self._ended = threading.Event()
 
     def __enter__(self) -> Claim:
         if (where := allocation()) is not None:
             print(where, file=sys.stderr, flush=True)
-        with _locked(self._file.with_name(".claim")):
+        with _locked(self._file.with_name(CLAIM)):
             if self._file.exists():
                 self._check_previous(_read_mark(self._file))
             write_json(
@@ -213,7 +215,7 @@ def running_attempt(folder: Path) -> dict[str, object] | None:
 
     An attempt on another machine counts as running while it touches its mark every few seconds.
     """
-    file = folder / "attempt.json"
+    file = folder / ATTEMPT
     try:
         age, mark = time.time() - file.stat().st_mtime, read_json(file)
     except (OSError, UserError):

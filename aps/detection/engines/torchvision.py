@@ -39,8 +39,8 @@ from aps.runtime.precision import Precision
 from aps.settings.blocks import DetectionSettings
 from aps.training.watch import Watch
 
-# torchvision's names of the losses -> ours.
 MASKS = 10  # instances of an image, for the shared memory that its masks take
+# torchvision's names of the losses -> ours.
 LOSSES = {
     "loss_objectness": "loss_proposal_class",
     "loss_rpn_box_reg": "loss_proposal_box",
