@@ -6,6 +6,7 @@ before the first job; no other module reads a study's YAML.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,14 +45,18 @@ def load_study(files: Sequence[str | Path], overrides: dict[str, Any] | None = N
         overrides: settings laid over all of them (from `--set`, or from Snakemake's `--config`).
 
     Raises:
-        UserError: a file is missing or not YAML, a key is unknown, a value has the wrong type or range.
+        UserError: a file is missing or not YAML, a key is unknown, a value has the wrong type or range, `results` names
+            a file.
     """
     raw: dict[str, Any] = {}
     for file in files:
         raw = _merge(raw, _read(Path(file)))
     raw = _merge(raw, overrides or {})
+    where = ", ".join(str(f) for f in files) or "settings"
     try:
-        return _validate(raw, ", ".join(str(f) for f in files) or "settings")
+        study = _validate(raw, where)
+        _check_folder(study, where)
+        return study
     except UserError as error:
         raise UserError(LONG_NAME.sub(lambda found: f"{found[0][:57]}...", str(error))) from None
 
@@ -284,6 +289,17 @@ def _validate(raw: dict[str, Any], where: str) -> Study:
         raise UserError(sentence(where, "", error, StudySettings)) from None
     check(study, where)
     return study
+
+
+def _check_folder(study: Study, where: str) -> None:
+    """Raises UserError where something else than a folder stands in the way of the study's results."""
+    folder = Path(study.results) / study.study
+    nearest_one = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), None)
+    if nearest_one is not None and not os.path.isdir(nearest_one):
+        raise UserError(
+            f"{where}: results = {shown(study.results)}: {nearest_one} is not a folder, so that no results can lie in it; "
+            "choose another folder, or move it away"
+        )
 
 
 def _check_defaults(defaults: dict[str, Any], where: str) -> None:

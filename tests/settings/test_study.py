@@ -325,6 +325,25 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("results", "way"),
+    [("taken", "taken"), ("taken/deeper", "taken"), ("link", "link"), (".", "demo"), ("folder", None), ("new/er", None)],
+)
+def test_a_file_in_the_way_of_the_results_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: str, way: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("taken", "demo"):
+        Path(file).touch()
+    Path("link").symlink_to("nowhere")
+    Path("folder").mkdir()
+    content = {**one(), "study": "demo", "results": results}
+    if way is None:
+        assert load_study([write(tmp_path, content)]).results == results
+    else:
+        assert f'results = "{results}": {way} is not a folder' in message(tmp_path, content)
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_sentence_with_file_key_value_and_what_is_allowed(tmp_path: Path, mistake: str) -> None:
     content, said = MISTAKES[mistake]
