@@ -252,3 +252,16 @@ def test_too_little_memory_is_one_sentence(megabytes: int, folder: Path, digits:
     assert done.returncode in (0, 2), done.stderr
     if done.returncode:
         assert "Traceback" not in done.stderr and "memory" in done.stderr.splitlines()[-1], done.stderr
+
+
+@pytest.mark.parametrize(
+    "options", ["nr_inodes=3", "nr_inodes=6", "nr_inodes=9", "nr_inodes=11", "size=4k", "size=12k", "size=16k"]
+)
+def test_a_new_folder_on_a_full_disk_is_one_sentence_and_leaves_no_part_in_the_way(
+    options: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with disk(folder / "disk", options) as remount:
+        status, sentence = said(capsys, ["init", "disk"])
+        assert status == 2 and "No space left on device" in sentence and sentence.count("disk") == 1, sentence
+        remount("size=10m,nr_inodes=100")
+        assert said(capsys, ["init", "disk"])[0] == 0

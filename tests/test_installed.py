@@ -37,6 +37,7 @@ def test_a_new_folder_has_a_study_a_snakefile_profiles_and_a_readme(study: str, 
     assert {file.name for file in (here / "x").iterdir()} == {"Snakefile", "config", "profiles", "slurm", "README.md"}
     assert (here / "x/slurm/config.yaml").exists() and "aps run" in (here / "x/README.md").read_text()
     assert study in (here / "x/README.md").read_text()
+    assert os.access(here / "x/profiles/lsf/submit.py", os.X_OK)
 
 
 def test_what_is_there_already_is_not_written_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
+from contextlib import suppress
 from pathlib import Path
 
 from aps.errors import UserError
@@ -50,18 +53,27 @@ def lay_out(folder: Path, study: str) -> None:
     if study not in STUDIES:
         raise UserError(f"--study {study}: choose {', '.join(STUDIES)}")
     file, about = STUDIES[study]
-    if taken := next((folder / name for name in ("config", "Snakefile", "profiles") if (folder / name).exists()), None):
+    made = [folder / name for name in ("config", "Snakefile", "profiles", "slurm")]
+    if taken := next((path for path in made if os.path.lexists(path)), None):
         raise UserError(f"{taken} is there already; name a new folder")
+    readme = folder / "README.md"
+    if not readme.exists():
+        made.append(readme)
     try:
-        (folder / "config").mkdir(parents=True)
-        shutil.copyfile(SHARE / "config" / file, folder / "config" / "config.yaml")
-        shutil.copytree(
-            SHARE / "workflow" / "profiles", folder / "profiles", ignore=shutil.ignore_patterns("__pycache__")
-        )
+        profiles = [path for path in (SHARE / "workflow" / "profiles").glob("*/*") if path.is_file()]
+        for source, target in (
+            (SHARE / "config" / file, folder / "config" / "config.yaml"),
+            *((path, folder / "profiles" / path.parent.name / path.name) for path in profiles),
+        ):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+            target.chmod(target.stat().st_mode | stat.S_IWUSR)  # an installed package may be read-only
         (folder / "slurm").symlink_to("profiles/slurm")  # for `--profile slurm`
         (folder / "Snakefile").write_text(SNAKEFILE)
-        if not (folder / "README.md").exists():
-            name = folder.resolve().name
-            (folder / "README.md").write_text(README.format(name=name, study=study, about=about))
+        if readme in made:
+            readme.write_text(README.format(name=folder.resolve().name, study=study, about=about))
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another folder") from None
+        for path in made:  # a part would be in the way of the next attempt
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); free space or name another folder") from None

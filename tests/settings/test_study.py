@@ -327,7 +327,14 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(
     ("results", "way"),
-    [("taken", "taken"), ("taken/deeper", "taken"), ("link", "link"), (".", "demo"), ("folder", None), ("new/er", None)],
+    [
+        ("taken", "taken"),
+        ("taken/deeper", "taken"),
+        ("link", "link"),
+        (".", "demo"),
+        ("folder", None),
+        ("new/er", None),
+    ],
 )
 def test_a_file_in_the_way_of_the_results_is_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: str, way: str | None
