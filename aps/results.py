@@ -205,7 +205,7 @@ class StageRun:
         self._lock = hold(self.job.checkpoints, self.job.label)
         self._state_file = self.job.checkpoints / "run.json"
         self.journal = self.job.checkpoints / "history.jsonl"
-        fresh: dict[str, Any] = {"started": _now(), "seconds": 0.0, "peaks": {}}
+        fresh: dict[str, Any] = {"started": _now(), "seconds": 0.0, "process_seconds": 0.0, "peaks": {}}
         for folder, seconds in (
             (self.job.checkpoints, 0.0),
             (self.job.checkpoints / "outputs", 0.0),
@@ -213,7 +213,7 @@ class StageRun:
         ):
             sweep(folder, seconds)  # another process, such as sync, may be writing in the last one
         self._state = _read_clock(self._state_file) or fresh
-        self._before = float(self._state["seconds"])
+        self._before = {key: float(self._state[key]) for key in ("seconds", "process_seconds")}
         write_json(
             self._state_file, self._state
         )  # before the run is sent to MLflow, where its start time is part of its key
@@ -248,7 +248,9 @@ class StageRun:
 
     def save_clock(self) -> None:
         if self.writes:
-            self._state["seconds"] = self._before + time.monotonic() - self._start
+            seconds = time.monotonic() - self._start
+            self._state["seconds"] = self._before["seconds"] + seconds
+            self._state["process_seconds"] = self._before["process_seconds"] + seconds * ranks().world
             self._state["peaks"] = larger(self._state["peaks"], peaks())
             write_json(self._state_file, self._state)
 
@@ -337,7 +339,7 @@ class StageRun:
         upstream_cost = self._upstream.get("cost")
         cost = spent(
             self.job.settings, self._counts(), seconds, known["hardware"], self._state["peaks"], upstream_cost,
-            metrics.get("flops"),
+            metrics.get("flops"), self._state["process_seconds"],
         )  # fmt: skip
         return {
             "stage": known.pop("stage"),
@@ -362,7 +364,7 @@ class StageRun:
 
 
 def _read_clock(path: Path) -> dict[str, Any] | None:
-    """run.json: when the run started, how long it has worked and its peaks of memory.
+    """run.json: when the run started, how long it and its processes have worked, and its peaks of memory.
 
     None if it is missing or, with a warning, damaged.
     """
@@ -371,13 +373,20 @@ def _read_clock(path: Path) -> dict[str, Any] | None:
     try:
         state = read_json(path)
         seconds = state["seconds"]
-        if isinstance(state["started"], str) and type(seconds) in (int, float) and 0 <= seconds < math.inf:
+        of_processes = state.get("process_seconds", seconds * ranks().world)  # version 0.2 has no such entry
+        numbers = all(type(x) in (int, float) and 0 <= x < math.inf for x in (seconds, of_processes))
+        if isinstance(state["started"], str) and numbers:
             highest = {
                 key: float(value)
                 for key, value in state.get("peaks", {}).items()
                 if key in PEAKS and 0 <= value < math.inf
             }
-            return {"started": state["started"], "seconds": float(seconds), "peaks": highest}
+            return {
+                "started": state["started"],
+                "seconds": float(seconds),
+                "process_seconds": float(of_processes),
+                "peaks": highest,
+            }
     except (UserError, AttributeError, KeyError, TypeError, RecursionError):
         pass
     print(f"warning: {path}: damaged and replaced; the time that the run took so far is lost", file=sys.stderr)

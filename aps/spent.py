@@ -28,6 +28,7 @@ def spent(
     peaks: Mapping[str, float],
     pretraining: Mapping[str, Any] | None = None,
     flops: float | None = None,
+    process_seconds: float | None = None,
 ) -> dict[str, float]:
     """The cost of a run and of its pretraining, for metrics.json.
 
@@ -38,10 +39,13 @@ def spent(
         peaks: the largest of all its attempts.
         pretraining: `cost` in metrics.json of the pretraining that made its encoder.
         flops: operations that the run counted; used where they do not follow from its settings.
+        process_seconds: sum of the seconds of its processes, whose number may have changed from attempt to attempt; None:
+            it was that of `hardware` throughout.
     """
+    of_processes = seconds * hardware["processes"] if process_seconds is None else process_seconds
     run: dict[str, float | None] = {
         "seconds": seconds,
-        "gpu_hours": seconds * hardware["processes"] / 3600 if "gpu" in hardware else None,
+        "gpu_hours": of_processes / 3600 if "gpu" in hardware else None,
         "flops": _flops(settings, counts, flops),
     }
     before = pretraining or {}

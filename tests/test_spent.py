@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tiny_study import fake_job
 
+from aps import results
 from aps import spent as module
 from aps.cost import Counts
 from aps.errors import UserError
@@ -67,3 +68,26 @@ def test_memory_is_the_largest_of_all_attempts_and_of_the_pretraining(tmp_path: 
     with StageRun(job) as stage:
         stage.finish({"knn_top1": 50.0})
     assert read_json(job.out / "metrics.json")["cost"]["peak_memory_gb"] == 1e6
+
+
+@pytest.mark.parametrize("before", [None, 8])
+def test_gpu_hours_are_those_of_the_processes_that_each_attempt_had(
+    before: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten hours on eight GPUs, then the rest on one."""
+    monkeypatch.setattr(results, "hardware", lambda: {"gpu": "H100", "processes": 1})
+    job, attempts = fake_job(tmp_path / "results"), [36_000.0 * world for world in (before or 1, 1)]
+    with StageRun(job) as stage:
+        stage.save_clock()
+    file = job.checkpoints / "run.json"
+    state = json.loads(file.read_text()) | {"seconds": 36_000.0, "process_seconds": attempts[0]}
+    if before is None:
+        del state["process_seconds"]  # as an earlier version wrote it
+    file.write_text(json.dumps(state))
+    with StageRun(job) as stage:
+        stage._start -= 36_000.0
+        stage.finish({"knn_top1": 50.0})
+    cost = read_json(job.out / "metrics.json")["cost"]
+    assert cost["seconds"] == pytest.approx(72_000, rel=1e-3)
+    assert cost["gpu_hours"] == pytest.approx(sum(attempts) / 3600, rel=1e-3)
+    assert json.loads(file.read_text())["process_seconds"] == pytest.approx(sum(attempts), rel=1e-3)

@@ -44,7 +44,7 @@ AT_ONCE = 65_536  # rows whose numbers are checked at once
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically: a reader sees the old file or the whole new one.
+    """Write a safetensors file atomically: a reader sees the old file or the whole new one. Equal content, equal bytes.
 
     Raises:
         UserError: the folder can't be written or the disk is full.
@@ -54,8 +54,21 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     with atomic_path(Path(path)) as temporary:
         try:
             save_file(plain, temporary, sealed)
+            _sort_metadata(temporary)
         except SafetensorError as error:  # how the library reports a full disk
             raise UserError(f"{path}: cannot be written ({error}); free space or choose another folder") from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file. The library's order is random, but a run's key depends on a file's bytes."""
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the library writes compact JSON too"
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def save_encoder(

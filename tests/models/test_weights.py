@@ -50,6 +50,17 @@ def test_a_saved_encoder_comes_back_with_the_same_features(encoder: Encoder, fil
     assert set(load_file(file)) == set(encoder.state_dict())
 
 
+def test_equal_encoders_are_equal_files(encoder: Encoder, tmp_path: Path) -> None:
+    """An evaluation is repeated when its encoder's bytes change, so they must not change by themselves."""
+    info = {"experiment": 'Grün\t"1"', "mean": [0.5] * 3, "classes": ["ä", "b\n"]}
+    for i in range(8):  # the library's order of three keys differs in most of them
+        save_encoder(encoder, SETTINGS, tmp_path / f"{i}.safetensors", info)
+    assert len({file.read_bytes() for file in tmp_path.glob("*.safetensors")}) == 1
+    tensors, metadata = read_tensors(tmp_path / "0.safetensors")
+    assert json.loads(metadata["aps_info"]) == info
+    assert all(torch.equal(tensors[name], value) for name, value in encoder.state_dict().items())
+
+
 def test_random_loads_nothing_and_depends_on_the_seed_only(encoder: Encoder, images: Tensor) -> None:
     torch.manual_seed(0)
     assert torch.equal(load_encoder("random", SETTINGS).eval()(images), encoder(images))
