@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from aps.data.fingerprint import changed, outdated
+from aps.data.fingerprint import changed, is_there, outdated
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.files import read_json, sha256, write_json
@@ -68,17 +68,23 @@ class Finding:
 class Findings:
     """The findings of a whole study. Each run is read once, when it is first asked for.
 
+    Args:
+        sources: whether results also stop to count when the images in their source folders are no longer those that were
+            prepared. Whoever shows figures asks for it. Planning does not: it prepares the images again first, and if
+            they are the same, no result is lost. Images that are gone, or on another machine, change nothing.
+
     Attributes:
         finding: (experiment, seed, stage) -> Finding.
         why_outdated: dataset -> why it has to be prepared again; None where it need not be, or is not prepared yet.
     """
 
-    def __init__(self, study: Study) -> None:
-        self.study = study
+    def __init__(self, study: Study, sources: bool = False) -> None:
+        self.study, self._sources = study, sources
         self._folder = study_folder(study)
         self.finding = cache(self._find)
         self.why_outdated = cache(self._why_outdated)
         self._images = cache(self._digest_of_images)
+        self._changed_since = cache(self._source_changed)
 
     def __iter__(self) -> Iterator[Finding]:
         for job in self.study.jobs():
@@ -158,6 +164,8 @@ class Findings:
         made_from, source_now = metrics["dataset"].get("source"), self.study.source(settings.dataset_name).identity
         if images is None and made_from not in (None, source_now):  # not prepared yet, so there is no digest to compare
             return f"other images: the source of dataset {settings.dataset_name} is now {source_now}"
+        if self._sources and (change := self._changed_since(settings.dataset_name)) is not None:
+            return f"other images: {change}"
         source = self.study.pretrain_source(experiment) if settings.upstream is not None else None
         if source is not None:
             upstream = self.finding(source, seed, "pretrain")
@@ -183,6 +191,15 @@ class Findings:
             return changed(Manifest.read(path), path.parent, source.trust)
         except UserError as error:
             return str(error)
+
+    def _source_changed(self, dataset: str) -> str | None:
+        """What has changed in the source of a prepared dataset; None where nothing has, or where it is not there."""
+        path = manifest_of(self.study, dataset)
+        try:
+            manifest = Manifest.read(path)
+        except UserError:
+            return None
+        return changed(manifest, path.parent, self.study.source(dataset).trust or not is_there(manifest, path.parent))
 
     def _digest_of_images(self, dataset: str) -> str | None:
         """The digest of the prepared dataset; None if it is not prepared."""

@@ -63,7 +63,7 @@ class Status(NamedTuple):
 
 def status_of(study: Study, now: float | None = None) -> list[Status]:
     """The state of every run, in the study's order. `now` is in seconds since 1970."""
-    findings, statuses = Findings(study), dict[Job, Status]()
+    findings, statuses = Findings(study, sources=True), dict[Job, Status]()
     now = time.time() if now is None else now
     for job in study.jobs():
         statuses[job] = _status(study, findings, findings.finding(*job), now)

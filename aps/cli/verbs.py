@@ -66,7 +66,7 @@ def report(args: argparse.Namespace) -> None:
         sync_models(study, address)
     folder = args.out or report_folder(study)
     files, runs = write_report(study, folder, address, study_options(args))
-    Findings(study).stamp_report(folder)
+    Findings(study, sources=True).stamp_report(folder)
     if mlflow_answers:
         log_report(study, address, files)
     print(f"report on {len(runs)} of {len(study.jobs())} runs: {files[0]}, {files[1]}")

@@ -81,6 +81,11 @@ def changed(manifest: Manifest, folder: Path, trust: bool = False) -> str | None
     return "; ".join(parts) or "the files it was prepared from changed"
 
 
+def is_there(manifest: Manifest, folder: Path) -> bool:
+    """Whether the folders and files that a dataset was prepared from can be seen from here."""
+    return all((folder / root).exists() for root in (manifest.fingerprint.roots if manifest.fingerprint else ()))
+
+
 # --------------------------------------------------------------------------------------------------
 
 

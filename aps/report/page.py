@@ -48,7 +48,7 @@ def write_report(study: Study, folder: Path, address: str, options: str = "") ->
     Raises:
         UserError: a metrics.json is broken, a published entry is unknown, or the folder can't be written.
     """
-    findings = Findings(study)
+    findings = Findings(study, sources=True)
     table = Table(study, findings)
     pictures = all_figures(table, is_intact) + _examples(table)
     _remove_figures(folder)

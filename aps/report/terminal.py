@@ -17,7 +17,7 @@ def terminal(study: Study, address: str) -> str:
 
     address: of MLflow's server or store.
     """
-    findings = Findings(study)
+    findings = Findings(study, sources=True)
     table = Table(study, findings)
     header = ["experiment", *(score.label for score in table.scores)]
     body = [[name, *(table.text(name, score) for score in table.scores)] for name in table.evaluated()]

@@ -440,7 +440,10 @@ class SourceSettings(Section):
         None, min_length=1, description="folder with the dataset's archives or unpacked files; null: download"
     )
     download: bool = Field(True, description="false: fail rather than download")
-    trust: bool = Field(False, description="true: don't look for changed files in a tree each time the DAG is planned")
+    trust: bool = Field(
+        False,
+        description="true: don't look for changed files in a tree each time the DAG is planned or results are shown",
+    )
 
     @property
     def identity(self) -> str | None:
@@ -475,7 +478,10 @@ class UserDataset(Section):
         ge=16,
         description="keep a copy of every larger image of a folder with this many pixels on the shorter side",
     )
-    trust: bool = Field(False, description="true: don't look for changed files in a tree each time the DAG is planned")
+    trust: bool = Field(
+        False,
+        description="true: don't look for changed files in a tree each time the DAG is planned or results are shown",
+    )
 
     @property
     def kind(self) -> Literal["classification", "images", "detection"]:

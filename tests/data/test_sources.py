@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from aps.findings import Findings
 from aps.layout import data_folder, manifest_of, manifest_path
 from aps.settings.blocks import SourceSettings, UserDataset
 from aps.settings.reading import load_study
+from aps.status import status_of
 
 ROOT = Path(__file__).parents[2]
 COLOURS = {"red": (200, 40, 40), "blue": (40, 40, 200)}
@@ -106,6 +109,68 @@ def test_a_figure_of_another_source_is_not_shown_before_the_new_one_is_prepared(
     (here / "a.yaml").write_text(yaml.safe_dump(study("a", "images_b")))
     (after,) = Findings(load_study(["a.yaml"]))
     assert after.metrics is None and after.stale and "the source of dataset photos is now" in str(after.problem)
+
+
+def one_more(images: Path) -> None:
+    (images / "red/new.png").write_bytes((images / "red/0.png").read_bytes())
+
+
+def one_less(images: Path) -> None:
+    (images / "red/0.png").unlink()
+
+
+def exchanged(images: Path) -> None:
+    """Two images change places, and so their labels."""
+    red, blue, aside = images / "red/0.png", images / "blue/1.png", images / "aside.png"
+    red.rename(aside)
+    blue.rename(red)
+    aside.rename(blue)
+
+
+def another_class(images: Path) -> None:
+    (images / "red").rename(images / "green")
+
+
+def another_folder_in_its_place(images: Path) -> None:
+    shutil.rmtree(images / "red")
+    (images / "red").symlink_to("blue")
+
+
+CHANGES = [one_more, one_less, exchanged, another_class, another_folder_in_its_place]
+
+
+@pytest.mark.parametrize("change", [None, shutil.rmtree, *CHANGES])
+def test_a_figure_of_images_that_have_changed_is_not_shown_as_the_studys(
+    change: Callable[[Path], Any] | None, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever shows figures looks at the images; where there are none to look at, the figures stand."""
+    for verb in (["data", "photos"], ["knn"], ["report"]):
+        assert cli.main([*verb, "--configfile", "a.yaml"]) == 0
+    loaded = load_study(["a.yaml"])
+    shown = f"{Findings(loaded).runs()[0]['metrics']['knn_top1_k1']:.1f}"
+    if change is not None:
+        change(here / "images_a")
+    stands = change in (None, shutil.rmtree)
+    capsys.readouterr()
+    assert cli.main(["results", "--configfile", "a.yaml"]) == 0
+    table = capsys.readouterr().out
+    assert ("1 of 1 runs finished" in table and shown in table) == stands
+    assert ("other images: folder images_a: " in table) != stands
+    assert [one.state for one in status_of(loaded)] == ["done" if stands else "outdated"]
+    assert cli.main(["report", "--configfile", "a.yaml"]) == 0
+    csv = (here / "results/a/report/results.csv").read_text()
+    assert (len(csv.splitlines()) == 2) == stands
+    assert Findings(loaded).runs(), "planning prepares the images first, and then compares"
+
+
+def test_a_tree_that_is_trusted_is_not_looked_at(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trusting = study("a", "images_a")
+    trusting["datasets"]["photos"]["trust"] = True
+    (here / "a.yaml").write_text(yaml.safe_dump(trusting))
+    for verb in (["data", "photos"], ["knn"]):
+        assert cli.main([*verb, "--configfile", "a.yaml"]) == 0
+    one_less(here / "images_a")
+    assert len(Findings(load_study(["a.yaml"]), sources=True).runs()) == 1
 
 
 def snakemake(folder: Path, *arguments: str) -> str:
