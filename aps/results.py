@@ -163,23 +163,26 @@ def forget(checkpoints: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _publish(job: StageJob, finished: Path, metrics: dict[str, Any]) -> None:
-    """Link a finished run's files into the study's folder; metrics.json comes last: if it exists, all are complete."""
+def _publish(job: StageJob, finished: Path, metrics: dict[str, Any], restored: bool = True) -> None:
+    """Link a finished run's files into the study's folder; metrics.json comes last: if it exists, all are complete.
+
+    restored: whether the run was finished before.
+    """
     remove(job.out / "metrics.json")
     for name in metrics["files"]:
         _link(finished / name, job.out / name)
     name = job.settings.experiment
     names = {"experiment": name, "settings": metrics["settings"] | {"experiment": name}}
-    write_json(job.out / "metrics.json", seal(metrics | names | _track(job, finished, metrics)))
+    write_json(job.out / "metrics.json", seal(metrics | names | _track(job, finished, metrics, restored)))
 
 
-def _track(job: StageJob, finished: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+def _track(job: StageJob, finished: Path, metrics: dict[str, Any], restored: bool) -> dict[str, Any]:
     """Write tracking.json, the run's state in MLflow, beside its outputs. Returns the entries of metrics.json about it.
 
     If another study or experiment made the run, this study gets a separate run in MLflow, which `sync` sends.
     """
     about = about_run(job, metrics, upstream_of(job.encoder))
-    state = adopt(job.out / "tracking.json", finished / "tracking.json", about, job.tracking)
+    state = adopt(job.out / "tracking.json", finished / "tracking.json", about, job.tracking, restored)
     return {"mlflow_run_id": state.run_id, "mlflow_complete": state.complete or settled(job.tracking) == OFF}
 
 
@@ -219,7 +222,7 @@ class StageRun:
         )  # before the run is sent to MLflow, where its start time is part of its key
         self._upstream = upstream_of(self.job.encoder)
         about = about_run(self.job, self._known(), self._upstream)
-        self.tracker = Tracker(self.job.tracking, self.job.checkpoints, about)
+        self.tracker = Tracker(self.job.tracking, self.job.checkpoints, about, self.job.out / "tracking.json")
         self.tracker.start()
         return self
 
@@ -281,7 +284,7 @@ class StageRun:
         finished = self.job.checkpoints / "finished"
         shutil.rmtree(finished, ignore_errors=True)
         staged.replace(finished)
-        _publish(self.job, finished, metrics_file)
+        _publish(self.job, finished, metrics_file, restored=False)
         for state in self.job.checkpoints.glob("state-*"):
             state.unlink()
         if not tracked:

@@ -29,6 +29,8 @@ from aps.tracking.addresses import page, run_page, scrubbed
 KEY = "mlflow.aps.key"  # the tag that identifies a run
 PARENT = "mlflow.parentRunId"
 NOTE = "mlflow.note.content"
+SUPERSEDED = " (superseded)"  # behind the tag `stage` of a run whose results were replaced
+SUPERSEDED_BY = "superseded_by"  # the tag with the id of the run in its place
 EPOCH = "epoch"
 INHERITED = ("pretrain", "sampling", "views")  # blocks of the pretraining's settings that an evaluation also has
 LONGEST_TAG, LONGEST_PARAM = 5000, 6000  # letters that MLflow takes

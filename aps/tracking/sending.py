@@ -153,6 +153,8 @@ class Sender:
         new = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
         for start in range(0, max(len(params), len(new)), min(PARAMS, TAGS)):
             client.log_batch(run.info.run_id, params=params[start : start + PARAMS], tags=new[start : start + TAGS])
+        if describing.SUPERSEDED_BY in run.data.tags:  # its results are back in their place
+            client.delete_tag(run.info.run_id, describing.SUPERSEDED_BY)
         if about.datasets and not (run.inputs and run.inputs.dataset_inputs):
             inputs = [
                 DatasetInput(
@@ -202,6 +204,8 @@ class Sender:
         self._send_lost_points()
         server.delete_other_runs(state.experiment_id or "", state.about, run_id)
         server.client.set_terminated(run_id, FINISHED, self._ended)
+        if state.replaces is not None:
+            server.supersede(state.replaces, by=run_id)
         for file in self.files:
             server.add_artifact(self._run, file, "figures")
         state.complete = True

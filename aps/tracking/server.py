@@ -20,7 +20,7 @@ from typing import Any
 
 from aps.errors import UserError
 from aps.tracking.addresses import database_file, full, problem
-from aps.tracking.describing import KEY, About
+from aps.tracking.describing import KEY, SUPERSEDED, SUPERSEDED_BY, About
 from aps.tracking.reasons import NotMlflow, Unusable
 
 ARTIFACTS = "mlartifacts"  # beside a SQLite store; `aps ui` serves it
@@ -85,6 +85,20 @@ class Server:
         for other in self._with_key(experiment, about, deleted=False):
             if other.info.run_id != run_id:
                 self.client.delete_run(other.info.run_id)
+
+    def supersede(self, run_id: str, by: str) -> None:
+        """Take a run out of the view of its stage, because the results of the run `by` are in its place now."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = self.client.get_run(run_id)
+            stage = run.data.tags.get("stage", "")
+            if not stage.endswith(SUPERSEDED):
+                self.client.set_tag(run_id, "stage", f"{stage}{SUPERSEDED}")
+            self.client.set_tag(run_id, SUPERSEDED_BY, by)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # deleted, or elsewhere
+                raise
 
     def add_artifact(self, run: Any, file: Path, folder: str | None = None) -> None:
         store = database_file(self.address)

@@ -31,6 +31,7 @@ class State(BaseModel):
     ended: int | None = None  # ms
     finals: dict[str, float] | None = None  # final metrics, when the stage is finished
     complete: bool = False  # whether MLflow has everything
+    replaces: str | None = None  # id of the run whose results this one's take the place of
 
     def write(self, path: Path) -> None:
         write_json(path, self.model_dump())
@@ -54,17 +55,19 @@ def read_state(path: Path) -> State | None:
         return None
 
 
-def adopt(result: Path, saved: Path, about: About, address: str) -> State:
+def adopt(result: Path, saved: Path, about: About, address: str, restored: bool = True) -> State:
     """The state of a finished run of this study; it is written to the file `result`, beside the run's outputs.
 
     It comes from `result`, or else from `saved` in the folder of the run, if it is of this job in this study. Otherwise
-    the run is a new one for MLflow.
+    the run is a new one for MLflow. restored: whether the run was finished before. If it comes back in another one's
+    place, it has to be sent again, for MLflow to know.
     """
-    for file in (result, saved):
-        state = read_state(file)
-        if state is not None and state.about.key == about.key:
-            break
-    else:
+    before = state = read_state(result)
+    if state is None or state.about.key != about.key:
+        state = read_state(saved)
+    if state is None or state.about.key != about.key:
         state = State(address=settled(address), about=about)
+    if restored and before is not None and before.about.key != about.key and before.run_id is not None:
+        state.replaces, state.complete = before.run_id, False
     state.write(result)
     return state

@@ -31,9 +31,10 @@ class Tracker:
         address: address of the server or store, or OFF.
         folder: has history.jsonl and tracking.json, if the run was begun before.
         about: description of the run.
+        replaced: tracking.json of the run whose results these will take the place of, if there are any.
     """
 
-    def __init__(self, address: str, folder: Path, about: About) -> None:
+    def __init__(self, address: str, folder: Path, about: About, replaced: Path | None = None) -> None:
         self.state_file = folder / "tracking.json"
         address = settled(address)
         state = read_state(self.state_file)
@@ -42,6 +43,9 @@ class Tracker:
         if state.address != address:
             state.moved(address)
         state.about, state.status, state.ended, state.finals, state.complete = about, RUNNING, None, None, False
+        before = read_state(replaced) if replaced is not None else None
+        if before is not None and before.about.key != about.key:
+            state.replaces = before.run_id
         self.state, self.reason = state, ""  # why the last request failed
         self._sender = Sender(state.model_copy(), folder)
         self._sampler = Sampler(folder)

@@ -13,10 +13,11 @@ from test_tracker import assert_whole, play
 from tiny_study import fake_job
 
 from aps import cli
+from aps import results as results_module
 from aps.errors import UserError
 from aps.files import read_json
 from aps.layout import stage_folder
-from aps.results import StageJob, restore_finished
+from aps.results import StageJob, forget, restore_finished
 from aps.seals import read_metrics, seal
 from aps.settings.reading import load_study
 from aps.settings.study import Study
@@ -25,7 +26,7 @@ from aps.tracking.describing import PARENT
 from aps.tracking.server import Server, prepare_store
 from aps.tracking.state import read_state
 from aps.tracking.syncing import log_report, sync
-from aps.tracking.views import SHARED
+from aps.tracking.views import SHARED, View
 
 
 @pytest.fixture
@@ -105,6 +106,50 @@ def test_a_run_that_two_studies_share_is_a_run_of_each(results: Path, store: str
     ours, theirs = (read_json(job.out / "metrics.json")["mlflow_run_id"] for job in (first, second))
     assert ours != theirs and restore_finished(second)
     assert read_json(second.out / "metrics.json")["mlflow_run_id"] == theirs
+
+
+def shown(store: str) -> list[str]:
+    """Ids of the runs in the view of kNN."""
+    state = View("knn", ("knn/top1_k20",), (), ()).state()
+    server = Server(store)
+    found = server.client.search_runs([str(server.experiment("tiny"))], state["searchFilter"])
+    return [run.info.run_id for run in found]
+
+
+def test_a_view_shows_the_runs_whose_results_stand_and_each_seed_once(
+    results: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs that were repeated, or tried with other settings before, would be averaged with those that count."""
+    seconds = iter(range(60))
+    monkeypatch.setattr(results_module, "_now", lambda: f"2026-11-27T00:00:{next(seconds):02}+00:00")
+    one, two = fake_job(results, k=5, tracking=store), fake_job(results, k=7, tracking=store)
+    other_seed = play(fake_job(results, seed=1, tracking=store))["mlflow_run_id"]
+
+    def assert_shown(job: StageJob) -> str:
+        if not read_metrics(job.out / "metrics.json")["mlflow_complete"]:
+            study = study_of(results)
+            study.experiments["aps"] = study.experiments["aps"].model_copy(update={"knn": job.settings.knn})
+            assert sync(study, store).sent == 1
+        run = str(read_metrics(job.out / "metrics.json")["mlflow_run_id"])
+        assert sorted(shown(store)) == sorted([run, other_seed])
+        return run
+
+    play(one)
+    first = assert_shown(one)
+    forget(one.checkpoints)  # as --again does
+    play(one)
+    again = assert_shown(one)
+    play(two)
+    of_two = assert_shown(two)
+    assert len({first, again, of_two}) == 3
+    for job in (one, two, one):  # settings go back and forth: saved runs take their places again
+        assert restore_finished(job)
+        assert assert_shown(job) == (again if job is one else of_two)
+        assert restore_finished(job) and read_metrics(job.out / "metrics.json")["mlflow_complete"]
+    tags = {run.info.run_id: run.data.tags for run in runs(store)}
+    assert tags[of_two]["stage"] == "knn (superseded)" and tags[of_two]["superseded_by"] == again
+    assert tags[first]["superseded_by"] == again and "superseded_by" not in tags[again]
+    assert len(tags) == 4, "nothing is deleted"
 
 
 @pytest.mark.parametrize("verb", ["sync", "report"])
