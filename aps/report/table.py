@@ -254,11 +254,13 @@ class Table:
         rows = []
         for name, experiment in repeats.items():
             entry = entries[str(experiment.published)]  # checked with the settings
-            differences = published.differences(experiment, entry)
+            source = self.study.pretrain_source(name)
+            pretraining = self.study.experiments[source] if source is not None else None
             for key, theirs in entry.metrics.items():
                 stage, _, metric = key.partition(".")
                 if stage not in experiment.stages:
                     continue
+                differences = published.differences(experiment, entry, pretraining, stage)
                 repeated = [
                     r for r in runs if (r["experiment"], r["stage"]) == (name, stage) and metric in r["metrics"]
                 ]

@@ -93,6 +93,18 @@ def test_published_numbers_stand_beside_ours_and_are_compared_only_where_the_exp
     assert "not run" in page and ("+4.6" in page) == (difference is not None)
 
 
+def test_a_published_number_is_not_compared_with_that_of_an_encoder_whose_pretraining_is_another(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published, "load", lambda: PUBLISHED)
+    borrowed = {"published": "knn", "dataset": "digits", "pretrain": {"epochs": 1600}, "stages": ["knn"]}
+    borrowed["encoder"] = {"weights": "experiment:aps"}
+    settings = {"experiments": {"borrowed": borrowed, "aps": {"pretrain": {"epochs": 2}}}}
+    (row,) = table(load_study([tmp_path / "study.yaml"], settings)).beside_published([])
+    assert row["remark"] == "not compared: experiments.aps.pretrain.epochs 2 instead of 1600"
+    assert not row["compared"]
+
+
 def test_a_broken_result_is_no_figure_and_the_page_says_why(
     study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
