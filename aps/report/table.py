@@ -19,7 +19,8 @@ from aps import published
 from aps.errors import UserError
 from aps.files import read_json
 from aps.findings import NOT_RUN, Finding
-from aps.layout import manifest_of
+from aps.layout import encoder_file, manifest_of
+from aps.results import upstream_of
 from aps.settings.study import ExperimentSettings, Study
 from aps.stages import STAGES
 
@@ -198,17 +199,21 @@ class Table:
 
     # -- cost -------------------------------------------------------------------------------------
 
-    def spent(self, name: str) -> Spent | None:
-        """The cost over the seeds of which all stages have finished; None if there is no such seed."""
+    def spent(self, name: str, stage: str | None = None) -> Spent | None:
+        """The cost over the seeds of which all stages have finished; None if there is no such seed.
+
+        stage: count only this evaluation, and the pretraining; None: all stages.
+        """
         experiment = self.study.experiments[name]
+        stages = [own for own in experiment.stages if own == "pretrain" or stage in (None, own)]
         costs = []
         for seed in experiment.seeds:
-            runs = [self.findings[name, seed, stage].metrics for stage in experiment.stages]
-            source = self.study.pretrain_source(name)
-            pretraining = self.findings.get((source, seed, "pretrain")) if source is not None else None
-            if all(run is not None for run in runs) and (pretraining is None or pretraining.metrics is not None):
-                finished = [run for run in runs if run is not None]
-                costs.append(_seed_cost(finished, pretraining.metrics if pretraining else None))
+            runs = [self.findings[name, seed, own].metrics for own in stages if own != "pretrain"]
+            pretraining = self._pretraining(name, seed)
+            unfinished = pretraining is None and self.study.pretrain_source(name) is not None
+            finished = [run for run in runs if run is not None]
+            if len(finished) == len(runs) and not unfinished:
+                costs.append(_seed_cost(finished, pretraining))
         if not costs:
             return None
         flops = [flops for _, flops in costs if flops is not None]
@@ -216,6 +221,17 @@ class Table:
             Sample(tuple(seconds for seconds, _ in costs)),
             Sample(tuple(flops)) if len(flops) == len(costs) else None,
         )
+
+    def _pretraining(self, name: str, seed: int) -> Run | None:
+        """The run that made the encoder, of this study or beside the encoder's file; None if there is none."""
+        source = self.study.pretrain_source(name)
+        if source is not None:
+            finding = self.findings.get((source, seed, "pretrain"))
+            return finding.metrics if finding is not None else None
+        try:
+            return upstream_of(encoder_file(self.study, name, seed)) or None
+        except (UserError, OSError):
+            return None
 
     # -- comparisons -----------------------------------------------------------------------------
 
@@ -306,27 +322,29 @@ def machine(run: Run) -> str:
     return f"{hardware.get('gpu') or hardware['cpu']}, {count} process{'es' * (count > 1)}"
 
 
-def _seed_cost(runs: Sequence[Run], pretraining: Run | None) -> tuple[float, float | None]:
-    """Seconds and operations of one seed. Every evaluation's cost includes its pretraining's, which is counted once."""
-    pretraining_cost = _cost(pretraining) if pretraining is not None else (0.0, 0.0)
-    seconds, flops = pretraining_cost
-    for run in runs:
-        if run["stage"] == "pretrain":
-            continue  # counted already
-        run_seconds, run_flops = _cost(run)
-        included_seconds, included_flops = pretraining_cost if run.get("cost") else (0.0, 0.0)
-        seconds += run_seconds - included_seconds
-        if flops is None or run_flops is None or included_flops is None:
-            flops = None
-        else:
-            flops += run_flops - included_flops
-    return seconds, flops
+def _seed_cost(evaluations: Sequence[Run], pretraining: Run | None) -> tuple[float, float | None]:
+    """Seconds and operations of one seed; operations are None where they are unknown.
+
+    Seconds are each run's own, because a pretraining that was run again may have taken longer than the one that an
+    evaluation's cost includes. Operations follow from settings, so those of the pretraining are taken off again.
+    """
+    runs = [*evaluations, *([pretraining] if pretraining is not None else [])]
+    seconds = sum(float(run["wall_seconds"] or 0.0) for run in runs)
+    included = _flops(pretraining) if pretraining is not None else 0.0
+    total = included
+    for run in evaluations:
+        flops = _flops(run)
+        # Without the pretraining that this run's operations include, they can't be told apart.
+        lost = pretraining is None and (run.get("encoder") or {}).get("settings_digest") is not None
+        if total is None or included is None or flops is None or lost:
+            return seconds, None
+        total += flops - included
+    return seconds, total
 
 
-def _cost(run: Run) -> tuple[float, float | None]:
-    """Seconds and operations, with the pretraining's. Results of earlier versions have only the seconds of the run."""
-    cost = run.get("cost") or {}
-    return float(cost.get("seconds", run["wall_seconds"]) or 0.0), cost.get("flops")
+def _flops(run: Run) -> float | None:
+    """Operations, with the pretraining's; None in results of earlier versions."""
+    return (run.get("cost") or {}).get("flops")
 
 
 def _same_evaluation(a: ExperimentSettings, b: ExperimentSettings, stage: str) -> bool:

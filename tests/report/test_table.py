@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from made_up import finish, table
 from scipy.stats import binomtest
 
+from aps.files import sha256
 from aps.layout import manifest_path
 from aps.report.table import wilson
 from aps.report.terminal import terminal
@@ -155,6 +157,37 @@ def test_the_cost_of_a_seed_counts_its_pretraining_once(study: Study) -> None:
     spent = table(study).spent("aps")
     assert spent is not None and spent.flops is not None
     assert (spent.seconds.mean, spent.flops.mean) == (155.0, 3.5e12)
+
+
+def test_a_pretraining_that_ran_again_leaves_the_seconds_of_evaluations_as_they_are(study: Study) -> None:
+    """The same weights in another time: their evaluations count, with the earlier time in their cost."""
+    finish(study, "aps", 0, "pretrain", cost={"seconds": 300.0, "flops": 1e12})
+    for stage in ("finetune", "knn"):
+        finish(study, "aps", 0, stage, cost={"seconds": 110.0, "flops": 1.1e12}, wall_seconds=10.0)
+    spent = table(study).spent("aps")
+    assert spent is not None and spent.flops is not None
+    assert (spent.seconds.mean, spent.flops.mean) == (320.0, pytest.approx(1.2e12))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_pretraining_of_an_encoder_from_elsewhere_is_counted_once_or_its_operations_are_unknown(
+    study: Study, tmp_path: Path, kept: bool
+) -> None:
+    made = finish(study, "aps", 0, "pretrain", cost={"seconds": 100.0, "flops": 1e12})
+    encoder = tmp_path / "elsewhere/encoder.safetensors"
+    shutil.copytree(made, encoder.parent)
+    if not kept:
+        (encoder.parent / "metrics.json").unlink()
+    borrowed = {"dataset": "digits", "encoder": {"weights": str(encoder)}, "stages": ["finetune", "knn"]}
+    study = load_study([tmp_path / "study.yaml"], {"experiments": {"borrowed": borrowed}})
+    origin = {"sha256": sha256(encoder), "settings_digest": "of the pretraining"}
+    for stage, own, flops in (("finetune", 50.0, 3e12), ("knn", 5.0, 1.5e12)):
+        finish(
+            study, "borrowed", 0, stage, cost={"seconds": 100 + own, "flops": flops}, wall_seconds=own, encoder=origin
+        )
+    spent = table(study).spent("borrowed")
+    assert spent is not None
+    assert (spent.seconds.mean, spent.flops and spent.flops.mean) == ((155.0, 3.5e12) if kept else (55.0, None))
 
 
 def test_where_operations_are_unknown_there_are_none_and_the_seconds_stay(study: Study) -> None:
