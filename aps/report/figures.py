@@ -227,21 +227,23 @@ def _bars(values: dict[str, list[float]], styles: dict[str, Style]) -> Callable[
 
 
 def against_cost(table: Table) -> Picture | None:
-    """Final scores against the cost of one seed, pretraining and evaluations."""
+    """Final scores against the cost of one seed: the pretraining, and the stage that gave the score."""
     styles = make_styles(list(table.study.experiments))
-    costs = {name: spent for name in table.evaluated() if (spent := table.spent(name)) is not None}
-    counted = all(spent.flops is not None for spent in costs.values())
-    cost = {name: (spent.flops if counted and spent.flops else spent.seconds).mean for name, spent in costs.items()}
-    axis = "operations of one seed" if counted else "seconds of one seed"
     panels, legend = [], dict[str, Style]()
     for score in table.scores:
-        names = [name for name in cost if score in table.cells[name]]
-        if len(names) > 1:
-            panels.append(Panel(f"{score.label} against {axis}", _scatter(table, score, names, cost, axis, styles)))
-            legend |= {name: styles[name] for name in names}
+        names = [name for name in table.evaluated() if score in table.cells[name]]
+        costs = {name: spent for name in names if (spent := table.spent(name, score.stage)) is not None}
+        if len(costs) < 2:
+            continue
+        flops = {name: spent.flops.mean for name, spent in costs.items() if spent.flops is not None}
+        counted = len(flops) == len(costs)
+        cost = flops if counted else {name: spent.seconds.mean for name, spent in costs.items()}
+        axis = "operations of one seed" if counted else "seconds of one seed"
+        panels.append(Panel(f"{score.label} against {axis}", _scatter(table, score, list(cost), cost, axis, styles)))
+        legend |= {name: styles[name] for name in cost}
     if not panels:
         return None
-    caption = "Means over seeds, with their range; cost is that of pretraining and all evaluations of one seed."
+    caption = "Means over seeds, with their range; cost is that of one seed's pretraining and of the stage that gave the score."
     drawn = {name: style for name, style in styles.items() if name in legend}
     return Picture("score-cost", "cost", "Scores against cost", caption, panels, drawn, marks=True)
 

@@ -101,6 +101,25 @@ def test_scores_against_cost_need_two_experiments_of_which_all_has_run(study: St
         assert ("score-cost" in names(study)) == (name == "longer")
 
 
+def test_a_score_stands_against_the_cost_of_its_pretraining_and_its_own_stage(study: Study) -> None:
+    """Not of the others: with equal pretraining, who also finetunes is not further to the right in kNN."""
+    for name, stages in (("aps", ["pretrain", "finetune", "knn"]), ("longer", ["pretrain", "knn"])):
+        study = study.model_copy(
+            update={
+                "experiments": study.experiments | {name: study.experiments[name].model_copy(update={"stages": stages})}
+            }
+        )
+    for name, stages in (("aps", ("pretrain", "finetune", "knn")), ("longer", ("pretrain", "knn"))):
+        for stage in stages:
+            flops = {"pretrain": 1e12, "finetune": 7e12, "knn": 1.5e12}[stage]
+            scores = {"pretrain": {}, "finetune": {"test_top1": 90.0}, "knn": {"knn_top1_k20": 80.0}}[stage]
+            finish(study, name, 0, stage, cost={"seconds": flops / 1e10, "flops": flops}, **scores)
+    (picture,) = [p for p in all_figures(table(study), is_intact) if p.name == "score-cost"]
+    (panel,) = picture.panels
+    places = {float(x) for line in drawn(panel) for x in np.atleast_1d(line.get_xdata())}
+    assert panel.label == "kNN top-1, k = 20 against operations of one seed" and places == {1.5e12}
+
+
 def test_a_damaged_journal_leaves_its_curve_out_with_a_sentence(
     study: Study, capsys: pytest.CaptureFixture[str]
 ) -> None:
