@@ -32,7 +32,7 @@ from aps.report.drawing import (
     short,
 )
 from aps.report.sweep_figures import sweep_figures
-from aps.report.table import Column, Table
+from aps.report.table import SMALL_TEST, Column, Table
 from aps.stages import STAGES
 
 MONITOR = "knn_train_top1"
@@ -68,23 +68,33 @@ def all_figures(table: Table, is_intact: IsIntact) -> list[Picture]:
 
 
 def scores(table: Table) -> Picture | None:
-    """A panel for each score: every seed as a dot, the mean as a tick."""
+    """A panel for each score: every seed as a dot, the mean as a tick, the interval of a small test set as a line."""
     styles, panels = make_styles(list(table.study.experiments)), []
+    intervals = False
     for score in table.scores:
         names = [name for name in table.evaluated() if score in table.cells[name]]
         if names:
-            panels.append(
-                Panel(_description(table, score, names), _rows(table, score, names, styles), 0.55 + ROW * len(names))
-            )
+            lined = any(table.interval(name, score) for name in names)
+            intervals |= lined
+            height = 0.55 + ROW * len(names) + 0.2 * lined
+            panels.append(Panel(_description(table, score, names), _rows(table, score, names, styles), height))
     if not panels:
         return None
-    return Picture(
-        "scores", "scores", "Scores", "Dots are seeds, ticks their means; an axis spans ten points or more.", panels
-    )
+    caption = "Dots are seeds, ticks their means; an axis spans ten points or more."
+    if intervals:
+        caption += (
+            f" A thin line is not the seeds' spread: it is the 95 % interval of the mean (Wilson's) where there are fewer "
+            f"than {SMALL_TEST:,} test images."
+        )
+    return Picture("scores", "scores", "Scores", caption, panels)
 
 
 def _description(table: Table, score: Column, names: Sequence[str]) -> str:
-    return f"{score.label}, percent: " + ", ".join(f"{name} {table.cells[name][score]}" for name in names)
+    def described(name: str) -> str:
+        interval = table.interval(name, score)
+        return f"{name} {table.cells[name][score]}" + (f" (95 %: {interval})" if interval else "")
+
+    return f"{score.label}, percent: " + ", ".join(map(described, names))
 
 
 def _rows(table: Table, score: Column, names: Sequence[str], styles: dict[str, Style]) -> Callable[[Axes], None]:
@@ -109,6 +119,8 @@ def _rows(table: Table, score: Column, names: Sequence[str], styles: dict[str, S
         axes.set_xlim(axis_limits(values, LEAST_POINTS))
         grid_lines(axes, "x")
         axes.set_title(f"{score.label}, %")
+        if any(table.interval(name, score) for name in names):
+            axes.set_xlabel("thin lines: 95 % intervals of a small test set")
 
     return draw
 

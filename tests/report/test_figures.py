@@ -61,6 +61,19 @@ def test_a_figure_is_shown_only_where_its_run_exists(study: Study) -> None:
     assert names(study) == ["scores", "knn-cost", "curves"]
 
 
+@pytest.mark.parametrize("images", [359, 10_000])
+def test_whoever_sees_an_interval_reads_what_it_is(study: Study, images: int) -> None:
+    """In the caption, beside the axis of a figure that stands alone, and in the text for those who do not see it."""
+    for seed in (0, 1):
+        finish(study, "aps", seed, "knn", knn_top1_k20=80.0, test_images=images)
+    picture = next(p for p in all_figures(table(study), is_intact) if p.name == "scores")
+    axes = Figure().subplots()
+    picture.panels[0].draw(axes)
+    said = ["95 %" in text for text in (picture.caption, axes.get_xlabel(), picture.panels[0].label)]
+    assert said == [images == 359] * 3
+    assert ("not the seeds' spread" in picture.caption) == (images == 359)
+
+
 def drawn(panel: Panel) -> list[Line2D]:
     axes = Figure().subplots()
     panel.draw(axes)
