@@ -238,7 +238,8 @@ class Table:
     def above_floor(self) -> list[dict[str, Any]]:
         """Each experiment's scores compared with the same evaluation of a random encoder, the floor.
 
-        `times` is the difference divided by the larger of the two ranges over seeds; None if that range is 0.
+        `times` is the difference divided by the larger of the two ranges over seeds; None if that range is 0. `single`
+        are those of the two that have one seed, and so no range.
         """
         rows = []
         for floor, experiment in self.study.experiments.items():
@@ -259,6 +260,7 @@ class Table:
                                 "experiment": name, "floor": floor, "score": score.label, "ours": ours, "base": base,
                                 "difference": difference, "spread": spread, "times": difference / spread if spread else None,
                                 "column": score,
+                                "single": [n for n, of in ((name, ours), (floor, base)) if len(of.values) == 1],
                             }
                         )  # fmt: skip
         return rows

@@ -190,6 +190,27 @@ def test_cost_floor_interval_and_published_stand_by_a_score(
         assert said in row, said
 
 
+@pytest.mark.parametrize(
+    ("ours", "base", "spread"),
+    [
+        ((80.0,), (50.0,), "one seed"),
+        ((80.0, 80.0), (50.0, 50.0), "0.0"),
+        ((80.0, 80.0), (50.0,), "0.0 one seed of untrained"),
+        ((80.0,), (50.0, 51.5), "1.5 one seed of aps"),
+        ((80.0, 82.0), (50.0, 51.5), "2.0"),
+    ],
+)
+def test_equal_scores_of_several_seeds_are_a_spread_of_zero_and_not_one_seed(
+    study: Study, tmp_path: Path, ours: tuple[float, ...], base: tuple[float, ...], spread: str
+) -> None:
+    for name, scores in (("aps", ours), ("untrained", base)):
+        for seed, score in enumerate(scores):
+            finish(study, name, seed, "knn", knn_top1_k20=score)
+    page = write(study, tmp_path / "report")
+    (cell,) = re.findall(r'data-label="spread">(.*?)</td>', page)
+    assert " ".join(re.sub(r"<[^>]+>", " ", cell).split()) == spread
+
+
 @pytest.mark.parametrize(("flops", "text"), [(1.23e9, "1.23 GFLOP"), (4.5e20, "450 EFLOP"), (12.0, "12 FLOP")])
 def test_operations_have_a_unit(flops: float, text: str) -> None:
     assert operations(flops) == text
