@@ -113,10 +113,16 @@ class Table:
         """The score, or in two words why there is none."""
         if score in self.cells[name]:
             return str(self.cells[name][score])
-        if score.stage not in self.study.experiments[name].stages:
+        return self.absent(name, score.stage, score.metric)
+
+    def absent(self, name: str, stage: str, metric: str) -> str:
+        """In two words why an experiment has no such score yet; empty where its settings or its finished runs give none."""
+        experiment, k = self.study.experiments[name], _k_of(stage, metric)
+        if stage not in experiment.stages or (k is not None and k not in getattr(experiment, stage).k):
             return ""
-        runs = [(name, seed, score.stage) for seed in self.study.experiments[name].seeds]
-        findings = [self.findings[run] for run in runs if run in self.findings]
+        findings = [f for seed in experiment.seeds if (f := self.findings.get((name, seed, stage))) is not None]
+        if any(finding.metrics is not None for finding in findings):
+            return ""
         return next((f.problem.partition(":")[0] for f in findings if f.stale and f.problem), NOT_RUN)
 
     def stale(self) -> list[Finding]:
@@ -287,6 +293,7 @@ class Table:
                 rows.append(
                     {
                         "experiment": name, "method": entry.method, "metric": key, "published": theirs, "ours": ours,
+                        "absent": self.absent(name, stage, metric) or "not measured",
                         "difference": ours.mean - theirs if ours is not None and compared else None,
                         "compared": not differences,
                         "remark": "; ".join([*(["not compared: " + ", ".join(differences)] if differences else []),
@@ -307,15 +314,37 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def columns(study: Study) -> list[Column]:
-    """The scores of every stage that an experiment of the study runs."""
+    """The scores of every stage that an experiment of the study runs, so many that every run has one of them."""
     scores = []
     for stage in STAGES.values():
         ran = [e for e in study.experiments.values() if stage.name in e.stages]
         for score in stage.scores if ran else ():
-            values = getattr(getattr(ran[0], stage.name), "k", None) or (score.prefer,)
-            k = score.prefer if score.prefer in values else values[0]
-            scores.append(Column(stage.name, score.metric.format(k=k), score.label.format(k=k), score.share))
+            k_lists = [getattr(e, stage.name).k for e in ran] if "{k}" in score.metric else [(None,)]
+            for k in _covering(k_lists, score.prefer):
+                scores.append(Column(stage.name, score.metric.format(k=k), score.label.format(k=k), score.share))
     return scores
+
+
+def _covering(lists: Sequence[Sequence[Any]], prefer: Any) -> list[Any]:
+    """Values of which every list has one: a single one that all share, if there is one; `prefer` first, where a list has it."""
+    values = list(dict.fromkeys(value for of in lists for value in of))
+    values.sort(key=lambda value: value != prefer)
+    if shared := [value for value in values if all(value in of for of in lists)]:
+        return shared[:1]
+    chosen = [prefer] if prefer in values else []
+    while left := [of for of in lists if not set(of) & set(chosen)]:
+        chosen.append(max(values, key=lambda value: sum(value in of for of in left)))
+    return chosen
+
+
+def _k_of(stage: str, metric: str) -> int | None:
+    """The k in a metric's name, where its stage counts scores for a list `k`."""
+    for score in STAGES[stage].scores:
+        before, listed, after = score.metric.partition("{k}")
+        number = metric.removeprefix(before).removesuffix(after)
+        if listed and number.isdecimal() and metric == f"{before}{number}{after}":
+            return int(number)
+    return None
 
 
 def machine(run: Run) -> str:

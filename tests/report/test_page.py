@@ -93,6 +93,17 @@ def test_published_numbers_stand_beside_ours_and_are_compared_only_where_the_exp
     assert "not run" in page and ("+4.6" in page) == (difference is not None)
 
 
+def test_a_finished_run_that_lacks_the_published_k_is_not_called_not_run(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published, "load", lambda: PUBLISHED)
+    settings = {"published": "knn", "knn": {"k": [5]}, "stages": ["pretrain", "knn"]}
+    study = load_study([tmp_path / "study.yaml"], {"experiments": {"aps": settings}})
+    finish(study, "aps", 0, "knn", knn_top1_k5=80.0)
+    (row,) = table(study).beside_published(Findings(study).runs())
+    assert (row["ours"], row["absent"]) == (None, "not measured")
+
+
 def test_a_published_number_is_not_compared_with_that_of_an_encoder_whose_pretraining_is_another(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

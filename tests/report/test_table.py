@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +14,7 @@ from scipy.stats import binomtest
 
 from aps.files import sha256
 from aps.layout import manifest_path
+from aps.report import csv_file
 from aps.report.table import wilson
 from aps.report.terminal import terminal
 from aps.settings.reading import load_study
@@ -33,6 +36,50 @@ def test_what_has_not_run_is_said_and_what_is_not_planned_is_empty(study: Study)
     assert table(study).text("longer", scores["knn"]) == ""
     assert "detection" not in scores
     assert "0 of 14 runs finished" in terminal(study, "none")  # aps 2 x 3, untrained 2 x 2, longer 2 x 2
+
+
+@pytest.mark.parametrize(
+    ("of_aps", "of_untrained", "shown"),
+    [
+        ([10, 20], [20, 100], [20]),
+        ([20, 5], [5], [5]),
+        ([7], [5], [7, 5]),
+        ([5], [20], [20, 5]),
+        ([1, 5], [20, 100], [20, 1]),
+    ],
+)
+def test_a_score_of_every_k_that_experiments_do_not_share_is_shown_and_none_is_compared_with_another_k(
+    tmp_path: Path, study: Study, of_aps: list[int], of_untrained: list[int], shown: list[int]
+) -> None:
+    settings = {"aps": {"knn": {"k": of_aps}}, "untrained": {"knn": {"k": of_untrained}}}
+    study = load_study([tmp_path / "study.yaml"], {"experiments": settings})
+    for name, ks in (("aps", of_aps), ("untrained", of_untrained)):
+        for seed in (0, 1):
+            finish(study, name, seed, "knn", **{f"knn_top1_k{k}": 50.0 + k / 10 for k in ks})
+    found = table(study)
+    columns = [score for score in found.scores if score.stage == "knn"]
+    assert [score.metric for score in columns] == [f"knn_top1_k{k}" for k in shown]
+    for name, ks in (("aps", of_aps), ("untrained", of_untrained)):
+        texts = [found.text(name, score) for score in columns]
+        assert texts == [f"{50 + k / 10:.1f} ± 0.0" if k in ks else "" for k in shown] and any(texts)
+    assert len(found.verdicts()) == (len(shown) == 1)
+    rows = list(csv.DictReader(io.StringIO(csv_file.content(found))))
+    assert {row["experiment"]: row["value"] for row in rows} == {
+        name: str(50 + next(k for k in shown if k in ks) / 10)
+        for name, ks in (("aps", of_aps), ("untrained", of_untrained))
+    }
+
+
+def test_a_finished_run_without_a_score_is_not_called_not_run(tmp_path: Path, study: Study) -> None:
+    """A dataset with boxes alone has no mask AP."""
+    detector = {"image_size": 32, "window": 4, "global_blocks": [0], "pyramid_scales": [2.0, 1.0]}
+    settings = {"untrained": {"stages": ["detection"], "detection": detector}}
+    study = load_study([tmp_path / "study.yaml"], {"experiments": settings})
+    box, mask = (score for score in table(study).scores if score.stage == "detection")
+    assert (table(study).text("untrained", box), table(study).text("untrained", mask)) == ("not run", "not run")
+    for seed in (0, 1):
+        finish(study, "untrained", seed, "detection", box_AP=10.0)
+    assert (table(study).text("untrained", box), table(study).text("untrained", mask)) == ("10.0 ± 0.0", "")
 
 
 def test_the_floor_is_the_same_evaluation_of_random_weights(study: Study) -> None:
