@@ -92,7 +92,7 @@ def scores(table: Table) -> Picture | None:
 def _description(table: Table, score: Column, names: Sequence[str]) -> str:
     def described(name: str) -> str:
         interval = table.interval(name, score)
-        return f"{name} {table.cells[name][score]}" + (f" (95 %: {interval})" if interval else "")
+        return f"{name} {table.text(name, score)}" + (f" (95 %: {interval})" if interval else "")
 
     return f"{score.label}, percent: " + ", ".join(map(described, names))
 
@@ -113,7 +113,7 @@ def _rows(table: Table, score: Column, names: Sequence[str], styles: dict[str, S
             axes.plot(sample.mean, row, "|", color=style.colour, markersize=12, markeredgewidth=2)
             if interval := table.interval(name, score):
                 axes.plot([interval.low, interval.high], [row, row], color=style.colour, linewidth=1, alpha=0.5)
-        _name_rows(axes, [f"{short(name)}  {table.cells[name][score]}" for name in names])
+        _name_rows(axes, [f"{short(name)}  {table.text(name, score)}" for name in names])
         values = [value for name in names for value in table.cells[name][score].values]
         values += [edge for name in names if (interval := table.interval(name, score)) for edge in interval[:2]]
         axes.set_xlim(axis_limits(values, LEAST_POINTS))
@@ -256,6 +256,7 @@ def against_cost(table: Table) -> Picture | None:
     if not panels:
         return None
     caption = "Means over seeds, with their range; cost is that of one seed's pretraining and of the stage that gave the score."
+    caption += table.unfinished(legend, table.scores)
     drawn = {name: style for name, style in styles.items() if name in legend}
     return Picture("score-cost", "cost", "Scores against cost", caption, panels, drawn, marks=True)
 

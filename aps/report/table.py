@@ -27,6 +27,7 @@ from aps.stages import STAGES
 Run = dict[str, Any]  # the content of a metrics.json
 
 SMALL_TEST = 5000  # test images; with fewer, chance moves a score of 90 % by more than 0.8 points (95 % interval)
+MOST_NAMES = 6  # in one sentence
 Z = 1.959964  # 95 % of a normal distribution are within Z standard deviations
 
 
@@ -112,8 +113,20 @@ class Table:
     def text(self, name: str, score: Column) -> str:
         """The score, or in two words why there is none."""
         if score in self.cells[name]:
-            return str(self.cells[name][score])
+            missing = self.missing(name, score)
+            return f"{self.cells[name][score]}" + (f" ({missing} seeds)" if missing else "")
         return self.absent(name, score.stage, score.metric)
+
+    def missing(self, name: str, score: Column) -> str:
+        """`2 of 3` where fewer seeds have the score than are planned, else empty."""
+        have = len(self.cells[name][score].values) if score in self.cells[name] else 0
+        return _of_planned(have, self.study.experiments[name])
+
+    def unfinished(self, names: Iterable[str], scores: Iterable[Column]) -> str:
+        """A sentence for a caption on the experiments of which a score lacks seeds; empty where none does."""
+        scores = list(scores)
+        lacking = [n for n in names if any(score in self.cells[n] and self.missing(n, score) for score in scores)]
+        return f" Not all seeds have finished of {shortened(lacking)}." if lacking else ""
 
     def absent(self, name: str, stage: str, metric: str) -> str:
         """In two words why an experiment has no such score yet; empty where its settings or its finished runs give none."""
@@ -174,17 +187,27 @@ class Table:
             return self.cells[name][score]
 
         single = [name for name in names if len(sample(name).values) == 1]
-        several = sorted((name for name in names if name not in single), key=lambda name: -sample(name).mean)
+        partly = [name for name in names if name not in single and self.missing(name, score)]
+        whole = [name for name in names if name not in (*single, *partly)]
+        several = sorted(whole, key=lambda name: -sample(name).mean)
+        lacking = ", ".join(f"{name} {self.missing(name, score)}" for name in partly)
+        if len(several) < 2 and partly:
+            return Verdict(score, dataset, None, f"seeds are missing ({lacking}), so none is best yet")
         if len(several) < 2:
             which = "one seed" if not several else f"one seed of all but {several[0]}"
             return Verdict(score, dataset, None, f"{which}, so there is no spread and no best")
         first, *others = several
-        not_compared = f" (not compared, one seed: {', '.join(single)})" if single else ""
-        rivals = [name for name in single if sample(name).mean >= sample(first).mean - sample(first).range]
+        apart = [f"one seed: {', '.join(single)}"] if single else []
+        apart += [f"seeds missing: {lacking}"] if partly else []
+        not_compared = f" (not compared, {'; '.join(apart)})" if apart else ""
+        close = sample(first).mean - sample(first).range
+        rivals = [name for name in (*single, *partly) if max(sample(name).values) >= close]
         if rivals:
             rival = max(rivals, key=lambda name: sample(name).mean)
-            reason = f"none is best for certain: {rival} has {sample(rival)} with one seed, {first} {sample(first)}"
-            return Verdict(score, dataset, None, f"{reason}; give {rival} more seeds")
+            seeds = "one seed" if rival in single else f"{self.missing(rival, score)} seeds"
+            reason = f"none is best for certain: {rival} has {sample(rival)} with {seeds}, {first} {sample(first)}"
+            todo = f"give {rival} more seeds" if rival in single else f"run the other seeds of {rival}"
+            return Verdict(score, dataset, None, f"{reason}; {todo}")
         for other in others:
             difference, spread = sample(first).mean - sample(other).mean, max(sample(first).range, sample(other).range)
             both = f"{first} {sample(first)} and {other} {sample(other)} differ by {difference:.1f}"
@@ -293,6 +316,7 @@ class Table:
                 rows.append(
                     {
                         "experiment": name, "method": entry.method, "metric": key, "published": theirs, "ours": ours,
+                        "missing": _of_planned(len(repeated), experiment) if repeated else "",
                         "absent": self.absent(name, stage, metric) or "not measured",
                         "difference": ours.mean - theirs if ours is not None and compared else None,
                         "compared": not differences,
@@ -323,6 +347,16 @@ def columns(study: Study) -> list[Column]:
             for k in _covering(k_lists, score.prefer):
                 scores.append(Column(stage.name, score.metric.format(k=k), score.label.format(k=k), score.share))
     return scores
+
+
+def _of_planned(seeds: int, experiment: ExperimentSettings) -> str:
+    return f"{seeds} of {len(experiment.seeds)}" if seeds < len(experiment.seeds) else ""
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Names for a sentence, and how many more there are than it holds."""
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _covering(lists: Sequence[Sequence[Any]], prefer: Any) -> list[Any]:

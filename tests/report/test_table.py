@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from scipy.stats import binomtest
 from aps.files import sha256
 from aps.layout import manifest_path
 from aps.report import csv_file
+from aps.report.figures import all_figures
+from aps.report.page import is_intact, write_report
 from aps.report.table import wilson
 from aps.report.terminal import terminal
 from aps.settings.reading import load_study
@@ -27,7 +30,7 @@ def test_a_cell_is_the_mean_and_the_sample_standard_deviation_over_seeds(study: 
     finish(study, "untrained", 0, "knn", knn_top1_k20=50.0)
     knn = next(score for score in table(study).scores if score.stage == "knn")
     assert table(study).text("aps", knn) == "82.0 ± 2.8"  # sqrt(((80-82)^2 + (84-82)^2) / 1)
-    assert table(study).text("untrained", knn) == "50.0"
+    assert table(study).text("untrained", knn) == "50.0 (1 of 2 seeds)"
 
 
 def test_what_has_not_run_is_said_and_what_is_not_planned_is_empty(study: Study) -> None:
@@ -151,6 +154,57 @@ def test_an_experiment_of_one_seed_is_named_and_keeps_another_from_being_best_un
         assert reason.startswith(f"none is best for certain: untrained has {one_seed} with one seed, aps 90.5")
     else:
         assert reason.endswith("(not compared, one seed: untrained)")
+
+
+def of_three_seeds(tmp_path: Path, **scores: dict[int, float]) -> Study:
+    """A study of three seeds, with finetuned scores of an experiment by seed."""
+    study = load_study([tmp_path / "study.yaml"], {"defaults": {"seeds": [0, 1, 2]}})
+    for name, of_seeds in scores.items():
+        for seed, score in of_seeds.items():
+            if "pretrain" in study.experiments[name].stages:
+                finish(study, name, seed, "pretrain", loss=1.0)
+            finish(study, name, seed, "finetune", test_top1=score)
+    return study
+
+
+def test_a_mean_of_fewer_seeds_than_are_planned_says_so_wherever_it_stands(tmp_path: Path, study: Study) -> None:
+    study = of_three_seeds(tmp_path, aps={0: 80.0, 2: 82.0}, untrained={0: 50.0, 1: 51.0, 2: 52.0})
+    text = "81.0 ± 1.4 (2 of 3 seeds)"
+    assert text in terminal(study, "none") and "51.0 ± 1.0 (" not in terminal(study, "none")
+    write_report(study, tmp_path / "report", "none")
+    page = re.sub(r"<[^>]+>", "", (tmp_path / "report/report.html").read_text())
+    assert page.count(text) == 2, "in the table of scores and in that of the floor"
+    pictures = {picture.name: picture for picture in all_figures(table(study), is_intact)}
+    assert f"aps {text}" in pictures["scores"].panels[0].label
+    assert "Not all seeds have finished of aps." in pictures["score-cost"].caption
+
+
+def test_a_floor_of_fewer_seeds_says_so_beside_the_score(tmp_path: Path, study: Study) -> None:
+    study = of_three_seeds(tmp_path, aps={0: 80.0, 1: 80.0, 2: 80.0}, untrained={0: 50.0, 1: 50.0})
+    write_report(study, tmp_path / "report", "none")
+    assert "<small>floor 50.0 (+30.0), 2 of 3 seeds</small>" in (tmp_path / "report/report.html").read_text()
+
+
+def test_nobody_is_best_while_seeds_are_missing_of_those_who_are_compared(tmp_path: Path, study: Study) -> None:
+    study = of_three_seeds(tmp_path, aps={0: 90.0, 1: 90.0}, untrained={0: 50.0, 2: 50.0})
+    assert verdict(study, "finetune") == (
+        None, "seeds are missing (aps 2 of 3, untrained 2 of 3), so none is best yet",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("of_longer", "best"), [((50.0, 51.0), "aps"), ((50.0, 90.5), None), ((95.0, 96.0), None)])
+def test_only_experiments_with_all_their_seeds_are_compared_and_one_that_may_yet_win_keeps_them_from_being_best(
+    tmp_path: Path, study: Study, of_longer: tuple[float, float], best: str | None
+) -> None:
+    whole = {"aps": {0: 90.0, 1: 90.0, 2: 91.0}, "untrained": {0: 70.0, 1: 70.0, 2: 70.0}}
+    study = of_three_seeds(tmp_path, **whole, longer=dict(enumerate(of_longer)))
+    found, reason = verdict(study, "finetune")
+    assert found == best
+    if best is None:
+        assert reason.startswith("none is best for certain: longer has ") and "with 2 of 3 seeds, aps 90.3" in reason
+        assert reason.endswith("; run the other seeds of longer")
+    else:
+        assert reason.endswith("(not compared, seeds missing: longer 2 of 3)")
 
 
 def test_nobody_is_best_of_one(study: Study) -> None:
