@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from aps import published
+from aps.data.manifest import copies_in_train
 from aps.errors import UserError
 from aps.files import read_json
 from aps.findings import NOT_RUN, Finding
@@ -95,6 +96,7 @@ class Table:
         self.runs: list[Run] = [f.metrics for f in self.findings.values() if f.metrics is not None]
         self.scores = columns(study)
         self.test_images = cache(self._test_images)
+        self.manifest = cache(self._manifest)
         values: dict[str, dict[Column, list[float]]] = defaultdict(lambda: defaultdict(list))
         for run in self.runs:
             for score in self.scores:
@@ -163,13 +165,37 @@ class Table:
             return None
         if isinstance(n := run["metrics"].get("test_images"), int):
             return n
+        manifest = self.manifest(run["dataset"]["name"])
         try:
-            manifest = read_json(manifest_of(self.study, run["dataset"]["name"]))
             splits = manifest["splits"]
             split = splits.get("test") or splits["val"]
             return int(split["count"]) if manifest["digest"] == run["dataset"]["digest"] else None
-        except (UserError, KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError):
             return None
+
+    def copies(self) -> list[str]:
+        """A phrase for each dataset of which the images behind a score are in train too, as far as its manifest says."""
+        stages, phrases = {score.stage for score in self.scores}, dict[str, None]()
+        for run in self.runs:
+            if run["stage"] not in stages:
+                continue
+            dataset = self.study.experiments[run["experiment"]].dataset_of(run["stage"])
+            manifest = self.manifest(dataset)
+            if manifest.get("digest") != run["dataset"]["digest"]:
+                continue
+            for split, count in copies_in_train(manifest.get("notes", ())).items():
+                total = manifest["splits"][split]["count"]
+                be = "images are" if total > 1 else "image is"
+                phrases[f"{dataset}: {count:,} of {total:,} {split} {be} in train too, which flatters scores"] = None
+        return list(phrases)
+
+    def _manifest(self, dataset: str) -> dict[str, Any]:
+        """The manifest of a dataset; empty if it is not prepared or broken."""
+        try:
+            manifest = read_json(manifest_of(self.study, dataset))
+        except UserError:
+            return {}
+        return manifest if isinstance(manifest, dict) else {}
 
     def verdicts(self) -> list[Verdict]:
         """For each score and dataset: which experiment is best by more than the spread over seeds, or why none is."""

@@ -13,6 +13,7 @@ import pytest
 from made_up import finish, table
 from scipy.stats import binomtest
 
+from aps.data.manifest import copies_in_train, note_on_copies
 from aps.files import sha256
 from aps.layout import manifest_path
 from aps.report import csv_file
@@ -241,6 +242,29 @@ def test_test_images_are_those_of_the_manifest_unless_it_is_of_others_by_now(stu
     for digest, images in (("d" * 64, 100), ("e" * 64, None)):
         manifest.write_text(json.dumps({"digest": digest, "splits": {"test": {"count": 100}}}))
         assert table(study).test_images("aps", "finetune") == images
+
+
+def test_scores_on_images_that_are_in_train_too_say_so_in_a_line(study: Study, tmp_path: Path) -> None:
+    finish(study, "aps", 0, "finetune", test_top1=80.0)
+    path = manifest_path(study.results, "digits")
+    path.parent.mkdir(parents=True)
+    line = "digits: 12 of 1,040 test images are in train too, which flatters scores"
+    note = note_on_copies(12, "test")
+    for digest, notes, said in (
+        ("d" * 64, [note], True),
+        ("d" * 64, [f"{note}; duplicates.txt lists them", "red: the same in every pixel"], True),
+        ("d" * 64, ["red: the same in every pixel"], False),
+        ("e" * 64, [note], False),  # of others by now
+    ):
+        path.write_text(json.dumps({"digest": digest, "splits": {"test": {"count": 1040}}, "notes": notes}))
+        assert terminal(study, "none").count(line) == said
+        write_report(study, tmp_path / "report", "none")
+        assert (tmp_path / "report/report.html").read_text().count(f"<p>{line}.</p>") == said
+
+
+@pytest.mark.parametrize(("count", "split"), [(1, "test"), (12, "val"), (1234, "test")])
+def test_a_note_on_copies_is_read_as_it_was_written(count: int, split: str) -> None:
+    assert copies_in_train(["another note", note_on_copies(count, split)]) == {split: count}
 
 
 def test_where_few_test_images_make_intervals_overlap_nobody_is_best(study: Study) -> None:
