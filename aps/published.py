@@ -13,11 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from aps.errors import UserError
 from aps.layout import SHARE
+from aps.models.archs import dimensions
 from aps.registry import ARCHS, nearest
+from aps.settings.blocks import EncoderSettings
 from aps.settings.study import ExperimentSettings
 from aps.stages import STAGES
 
 TABLE = Path("config/published.yaml")
+OURS = "APS"  # the method that this project implements, by the name that entries have
+MLP_RATIO = 4.0  # of every arch (method.md, Model)
+
+Pair = tuple[str, Any, Any]  # a setting's key, the experiment's value, the published one
 
 
 class Entry(BaseModel):
@@ -29,6 +35,7 @@ class Entry(BaseModel):
     dataset: str
     arch: str
     patch_size: int
+    image_size: int | None = None  # of pretraining, pixels; None if not stated
     pretrain_epochs: int | None  # None if not stated
     metrics: dict[str, float] = Field(min_length=1)  # STAGE.METRIC: percent, as in the stage's metrics.json
     source: str
@@ -85,17 +92,74 @@ def check(experiment: ExperimentSettings) -> None:
         raise ValueError(f"published '{experiment.published}' is no entry; {nearest(experiment.published, entries)}")
 
 
-def differences(experiment: ExperimentSettings, entry: Entry) -> list[str]:
-    """How the experiment differs from the published one, as phrases; empty where they agree."""
-    detects = all(name.startswith("detection.") for name in entry.metrics)
-    dataset = experiment.dataset_of("detection") if detects else experiment.dataset.name
-    pairs: list[tuple[str, Any, Any]] = [
-        ("dataset", dataset, entry.dataset),
-        ("arch", experiment.encoder.arch, entry.arch),
-        ("patch_size", experiment.encoder.patch_size, entry.patch_size),
+def differences(
+    experiment: ExperimentSettings,
+    entry: Entry,
+    pretraining: ExperimentSettings | None = None,
+    stage: str | None = None,
+) -> list[str]:
+    """How the experiment differs from the published one, as phrases; empty where they agree.
+
+    Args:
+        pretraining: the experiment that makes its encoder (`Study.pretrain_source`), where that is another; without it,
+            nothing is said of the pretraining of `experiment:NAME`.
+        stage: the evaluation whose numbers are compared; None: all of the entry that the experiment runs.
+    """
+    weights = experiment.encoder.weights
+    evaluations = dict.fromkeys(name.partition(".")[0] for name in entry.metrics)
+    detects = all(STAGES[name].detects for name in evaluations)
+    found = _of_encoder(experiment, entry)
+    if weights == "pretrain" or pretraining is not None:
+        other = f"experiments.{weights.removeprefix('experiment:')}." if weights != "pretrain" else ""
+        found += [
+            (f"{other}{key}", *values) for key, *values in _of_pretraining(pretraining or experiment, entry, detects)
+        ]
+    elif not weights.startswith("experiment:"):  # nothing can be compared of an unknown pretraining
+        unknown = "" if weights == "random" else ", of unknown pretraining,"
+        found.append(("encoder.weights", f"{weights}{unknown}", "pretrain"))
+    for name in evaluations:
+        if name in experiment.stages and stage in (None, name):
+            found += _of_evaluation(experiment, entry, name)
+    return list(dict.fromkeys(f"{key} {ours} instead of {theirs}" for key, ours, theirs in found if ours != theirs))
+
+
+def _of_encoder(experiment: ExperimentSettings, entry: Entry) -> list[Pair]:
+    ours, theirs = experiment.encoder, dimensions(EncoderSettings(arch=entry.arch))
+    pairs: list[Pair] = [
+        ("encoder.arch", ours.arch, entry.arch),
+        ("encoder.patch_size", ours.patch_size, entry.patch_size),
+        ("encoder.mlp_ratio", ours.mlp_ratio, MLP_RATIO),
     ]
-    if entry.pretrain_epochs is not None:
-        pairs.append(("pretrain.epochs", experiment.pretrain.epochs, entry.pretrain_epochs))
-    if experiment.dataset.train_limit is not None:
-        pairs.append(("dataset.train_limit", experiment.dataset.train_limit, "all images"))
-    return [f"{key} {ours} instead of {theirs}" for key, ours, theirs in pairs if ours != theirs]
+    if ours.arch == entry.arch:  # else its other dimensions go without saying
+        own = dimensions(ours)
+        pairs += [(f"encoder.{key}", getattr(own, key), getattr(theirs, key)) for key in own._fields]
+    if entry.image_size is not None:
+        pairs.append(("encoder.image_size", ours.image_size, entry.image_size))
+    return pairs
+
+
+def _of_pretraining(experiment: ExperimentSettings, entry: Entry, detects: bool) -> list[Pair]:
+    """detects: whether the entry's dataset is that of detection, and not that of pretraining."""
+    pretrain, limit = experiment.pretrain, experiment.dataset.train_limit
+    pairs: list[Pair] = [("dataset.train_limit", limit, None if limit is None else "all images")]
+    if not detects:
+        pairs.append(("dataset", experiment.dataset.name, entry.dataset))
+    if entry.method == OURS:  # a sibling's numbers are a neighbour's, and named as its
+        pairs.append(("pretrain.method", pretrain.method, "aps"))
+        pairs.append(("sampling.strategy", experiment.sampling.strategy, "asymmetric"))
+    epochs = entry.pretrain_epochs
+    if pretrain.budget is not None:
+        ((unit, budget),) = pretrain.budget.model_dump(exclude_none=True).items()
+        pairs.append((f"pretrain.budget.{unit}", f"{budget:g}", "epochs" if epochs is None else f"{epochs} epochs"))
+    elif epochs is not None:
+        pairs.append(("pretrain.epochs", pretrain.epochs, epochs))
+    return pairs
+
+
+def _of_evaluation(experiment: ExperimentSettings, entry: Entry, stage: str) -> list[Pair]:
+    own = getattr(getattr(experiment, stage), "dataset", None)
+    key = "dataset" if own is None else f"{stage}.dataset"
+    pairs: list[Pair] = [(key, experiment.dataset_of(stage), entry.dataset)]
+    if not STAGES[stage].detects and (limit := experiment.dataset_settings(stage).train_limit) is not None:
+        pairs.append((f"{key}.train_limit", limit, "all images"))
+    return pairs

@@ -17,8 +17,8 @@ from aps.registry import resolve
 class Score(NamedTuple):
     """A score of a stage, a column of the tables. In percent; higher is better.
 
-    `{k}` in `metric` and `label` stands for the value of the stage's list setting `k`: `prefer` where the list has it,
-    else its first.
+    `{k}` in `metric` and `label` stands for a value of the stage's list setting `k`: one that all experiments have,
+    `prefer` before others; where they share none, there are as many columns as it takes.
     """
 
     metric: str

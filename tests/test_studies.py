@@ -4,13 +4,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from aps import published
 from aps.errors import UserError
 from aps.settings.reading import load_study
-from aps.settings.study import ExperimentSettings
+from aps.settings.study import ExperimentSettings, Study
 
 CONFIG = Path(__file__).parents[1] / "config"
 STUDIES = sorted(path.name for path in CONFIG.glob("*.yaml") if path.name != "published.yaml")
@@ -197,6 +199,102 @@ def test_differences_from_the_published_experiment_are_named() -> None:
     assert published.differences(shorter, entry) == ["pretrain.epochs 100 instead of 1600"]
     fewer = whole.model_copy(update={"dataset": whole.dataset.model_copy(update={"train_limit": 10})})
     assert published.differences(fewer, entry) == ["dataset.train_limit 10 instead of all images"]
+
+
+ENCODER = {"arch": "tiny", "image_size": 32, "patch_size": 2}
+SHORT = {"pretrain": {"epochs": 2}, "stages": ["pretrain"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({}, []),
+        ({"pretrain": {"budget": {"flops": 1e13}}}, ["pretrain.budget.flops 1e+13 instead of 1600 epochs"]),
+        ({"pretrain": {"budget": {"minutes": 3.22}}}, ["pretrain.budget.minutes 3.22 instead of 1600 epochs"]),
+        ({"pretrain": {"method": "simclr"}}, ["pretrain.method simclr instead of aps"]),
+        ({"sampling": {"strategy": "random"}}, ["sampling.strategy random instead of asymmetric"]),
+        ({"finetune": {"dataset": "cifar100"}}, ["finetune.dataset cifar100 instead of cifar10"]),
+        (
+            {"finetune": {"dataset": {"name": "cifar10", "train_limit": 500}}},
+            ["finetune.dataset.train_limit 500 instead of all images"],
+        ),
+        ({"knn": {"dataset": "cifar100"}}, []),  # the entry has no number of kNN
+        ({"dataset": "cifar100"}, ["dataset cifar100 instead of cifar10"]),
+        ({"encoder": {"weights": "random"}, "stages": ["finetune"]}, ["encoder.weights random instead of pretrain"]),
+        (
+            {"encoder": {"weights": "timm:vit_tiny"}, "stages": ["finetune"]},
+            ["encoder.weights timm:vit_tiny, of unknown pretraining, instead of pretrain"],
+        ),
+        (
+            {"encoder": {"weights": "e.safetensors"}, "stages": ["finetune"]},
+            ["encoder.weights e.safetensors, of unknown pretraining, instead of pretrain"],
+        ),
+        ({"encoder": {"depth": 2}}, ["encoder.depth 2 instead of 12"]),
+        ({"encoder": {"dim": 192, "heads": 6}}, ["encoder.heads 6 instead of 3"]),
+        ({"encoder": {"mlp_ratio": 2}}, ["encoder.mlp_ratio 2.0 instead of 4.0"]),
+        ({"encoder": {"arch": "small"}}, ["encoder.arch small instead of tiny"]),
+        ({"encoder": {"image_size": 16}}, ["encoder.image_size 16 instead of 32"]),
+        (
+            {"encoder": {"weights": "experiment:short"}, "stages": ["finetune"]},
+            ["experiments.short.pretrain.epochs 2 instead of 1600"],
+        ),
+        (
+            {"encoder": {"weights": "experiment:other"}, "stages": ["finetune"]},
+            [
+                "experiments.other.dataset.train_limit 5000 instead of all images",
+                "experiments.other.dataset cifar100 instead of cifar10",
+                "experiments.other.pretrain.method simclr instead of aps",
+                "experiments.other.pretrain.budget.minutes 1 instead of 1600 epochs",
+            ],
+        ),
+    ],
+)
+def test_whatever_makes_a_score_another_thing_than_the_published_one_is_a_difference(
+    tmp_path: Path, settings: dict[str, Any], found: list[str]
+) -> None:
+    others = {
+        "short": SHORT,
+        "other": {
+            "dataset": {"name": "cifar100", "train_limit": 5000},
+            "pretrain": {"method": "simclr", "epochs": 1600, "budget": {"minutes": 1}},
+            "stages": ["pretrain"],
+        },
+    }
+    mine = {"published": "cifar10-tiny-1600", "pretrain": {"epochs": 1600}, "stages": ["pretrain", "finetune", "knn"]}
+    base = {"dataset": "cifar10", "encoder": ENCODER}
+    blocks = {key: {**mine[key], **value} if key == "pretrain" else value for key, value in settings.items()}
+    (tmp_path / "s.yaml").write_text(
+        yaml.safe_dump({"defaults": base, "experiments": {"mine": mine | blocks, **others}})
+    )
+    assert differences(load_study([tmp_path / "s.yaml"]), "mine") == found
+
+
+def differences(study: Study, name: str) -> list[str]:
+    experiment, source = study.experiments[name], study.pretrain_source(name)
+    pretraining = study.experiments[source] if source is not None else None
+    return published.differences(experiment, ENTRIES[str(experiment.published)], pretraining)
+
+
+def test_a_number_of_one_stage_is_compared_whatever_another_stage_has_for_a_dataset(tmp_path: Path) -> None:
+    mine = {
+        "published": "patchmix-cifar100-small-800", "dataset": "cifar100", "encoder": {**ENCODER, "arch": "small"},
+        "pretrain": {"epochs": 800}, "linear_probe": {"dataset": "cifar10"},
+    }  # fmt: skip
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"experiments": {"mine": mine}}))
+    experiment = load_study([tmp_path / "s.yaml"]).experiments["mine"]
+    entry = ENTRIES["patchmix-cifar100-small-800"]
+    assert published.differences(experiment, entry, stage="knn") == []
+    for stage in ("linear_probe", None):
+        assert published.differences(experiment, entry, stage=stage) == [
+            "linear_probe.dataset cifar10 instead of cifar100"
+        ]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_shipped_experiment_is_what_was_published_with_the_pretraining_it_starts_from(name: str) -> None:
+    shipped = study(name)
+    for key, experiment in shipped.experiments.items():
+        assert experiment.published is None or differences(shipped, key) == [], key
 
 
 @pytest.mark.parametrize(

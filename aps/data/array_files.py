@@ -20,7 +20,7 @@ import numpy as np
 from aps.data import arrays
 from aps.data.fingerprint import take
 from aps.data.folder import SPLIT_SEED, held_out
-from aps.data.manifest import Manifest
+from aps.data.manifest import Manifest, note_on_copies
 from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
 
@@ -161,8 +161,7 @@ def _duplicates(train: np.ndarray, test: np.ndarray) -> list[str]:
     """The note on test images that are in train too."""
     known = {sha256(image.tobytes()).digest() for image in train}  # not the pixels: they would be held twice
     count = sum(sha256(image.tobytes()).digest() in known for image in test)
-    be = "images of test stand" if count > 1 else "image of test stands"
-    return [f"{count:,} {be} in train too, with the same content, which flatters test figures"] if count else []
+    return [note_on_copies(count, "test")] if count else []
 
 
 def _labels(path: Path, key: str, labels: np.ndarray, images: int) -> np.ndarray:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -249,6 +250,21 @@ def verify(manifest: Manifest, folder: Path, file: str) -> None:
     else:
         problem = f"damaged or altered since dataset '{manifest.name}' was prepared"
     raise UserError(f"{folder / file}: cannot be read ({problem}); {prepare_it(manifest.name)}")
+
+
+IN_TRAIN = re.compile(r"([\d,]+) images? of (\w+) stands? in train too,")
+
+
+def note_on_copies(count: int, split: str) -> str:
+    """The note on images of a split that are in train too."""
+    be = f"images of {split} stand" if count > 1 else f"image of {split} stands"
+    return f"{count:,} {be} in train too, with the same content, which flatters {split} figures"
+
+
+def copies_in_train(notes: Iterable[str]) -> dict[str, int]:
+    """Split -> how many of its images are in train too, by a manifest's notes; empty where none was found."""
+    found = filter(None, map(IN_TRAIN.match, notes))
+    return {match[2]: int(match[1].replace(",", "")) for match in found}
 
 
 NO_LABEL = -1  # the label of every image of a dataset without labels

@@ -34,6 +34,7 @@ from aps.data.manifest import (
     Split,
     Statistics,
     content_digest,
+    note_on_copies,
     with_sizes,
     write_index,
 )
@@ -270,10 +271,7 @@ def duplicates(folder: Path, splits: dict[str, Listing], contents: dict[str, lis
     listed = folder / "duplicates.txt"
     write_bytes(listed, "".join(f"{printable(pair)}\n" for pair in pairs).encode())
     held = " and ".join(split for split in splits if split != "train")
-    be = f"images of {held} stand" if len(pairs) > 1 else f"image of {held} stands"
-    return [
-        f"{len(pairs):,} {be} in train too, with the same content, which flatters {held} figures; {listed} lists them"
-    ]
+    return [f"{note_on_copies(len(pairs), held)}; {listed} lists them"]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ def settings_columns(table: Table, run: Run) -> dict[str, str]:
 
 def _row(table: Table, run: Run) -> tuple[dict[str, Any], ...]:
     metrics = {key: value for key, value in run["metrics"].items() if isinstance(value, int | float)}
-    headline = next((s.metric for s in table.scores if s.stage == run["stage"]), "loss")
+    scores = [s.metric for s in table.scores if s.stage == run["stage"]] or ["loss"]
+    headline = next((metric for metric in scores if metric in metrics), scores[0])
     fixed = {key: run[key] for key in FIXED if key in run and key != "dataset"} | {
         "dataset": run["dataset"]["name"],
         "dataset_digest": run["dataset"]["digest"],

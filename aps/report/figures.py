@@ -32,7 +32,7 @@ from aps.report.drawing import (
     short,
 )
 from aps.report.sweep_figures import sweep_figures
-from aps.report.table import Column, Table
+from aps.report.table import SMALL_TEST, Column, Table
 from aps.stages import STAGES
 
 MONITOR = "knn_train_top1"
@@ -68,23 +68,33 @@ def all_figures(table: Table, is_intact: IsIntact) -> list[Picture]:
 
 
 def scores(table: Table) -> Picture | None:
-    """A panel for each score: every seed as a dot, the mean as a tick."""
+    """A panel for each score: every seed as a dot, the mean as a tick, the interval of a small test set as a line."""
     styles, panels = make_styles(list(table.study.experiments)), []
+    intervals = False
     for score in table.scores:
         names = [name for name in table.evaluated() if score in table.cells[name]]
         if names:
-            panels.append(
-                Panel(_description(table, score, names), _rows(table, score, names, styles), 0.55 + ROW * len(names))
-            )
+            lined = any(table.interval(name, score) for name in names)
+            intervals |= lined
+            height = 0.55 + ROW * len(names) + 0.2 * lined
+            panels.append(Panel(_description(table, score, names), _rows(table, score, names, styles), height))
     if not panels:
         return None
-    return Picture(
-        "scores", "scores", "Scores", "Dots are seeds, ticks their means; an axis spans ten points or more.", panels
-    )
+    caption = "Dots are seeds, ticks their means; an axis spans ten points or more."
+    if intervals:
+        caption += (
+            f" A thin line is not the seeds' spread: it is the 95 % interval of the mean (Wilson's) where there are fewer "
+            f"than {SMALL_TEST:,} test images."
+        )
+    return Picture("scores", "scores", "Scores", caption, panels)
 
 
 def _description(table: Table, score: Column, names: Sequence[str]) -> str:
-    return f"{score.label}, percent: " + ", ".join(f"{name} {table.cells[name][score]}" for name in names)
+    def described(name: str) -> str:
+        interval = table.interval(name, score)
+        return f"{name} {table.text(name, score)}" + (f" (95 %: {interval})" if interval else "")
+
+    return f"{score.label}, percent: " + ", ".join(map(described, names))
 
 
 def _rows(table: Table, score: Column, names: Sequence[str], styles: dict[str, Style]) -> Callable[[Axes], None]:
@@ -103,12 +113,14 @@ def _rows(table: Table, score: Column, names: Sequence[str], styles: dict[str, S
             axes.plot(sample.mean, row, "|", color=style.colour, markersize=12, markeredgewidth=2)
             if interval := table.interval(name, score):
                 axes.plot([interval.low, interval.high], [row, row], color=style.colour, linewidth=1, alpha=0.5)
-        _name_rows(axes, [f"{short(name)}  {table.cells[name][score]}" for name in names])
+        _name_rows(axes, [f"{short(name)}  {table.text(name, score)}" for name in names])
         values = [value for name in names for value in table.cells[name][score].values]
         values += [edge for name in names if (interval := table.interval(name, score)) for edge in interval[:2]]
         axes.set_xlim(axis_limits(values, LEAST_POINTS))
         grid_lines(axes, "x")
         axes.set_title(f"{score.label}, %")
+        if any(table.interval(name, score) for name in names):
+            axes.set_xlabel("thin lines: 95 % intervals of a small test set")
 
     return draw
 
@@ -227,21 +239,24 @@ def _bars(values: dict[str, list[float]], styles: dict[str, Style]) -> Callable[
 
 
 def against_cost(table: Table) -> Picture | None:
-    """Final scores against the cost of one seed, pretraining and evaluations."""
+    """Final scores against the cost of one seed: the pretraining, and the stage that gave the score."""
     styles = make_styles(list(table.study.experiments))
-    costs = {name: spent for name in table.evaluated() if (spent := table.spent(name)) is not None}
-    counted = all(spent.flops is not None for spent in costs.values())
-    cost = {name: (spent.flops if counted and spent.flops else spent.seconds).mean for name, spent in costs.items()}
-    axis = "operations of one seed" if counted else "seconds of one seed"
     panels, legend = [], dict[str, Style]()
     for score in table.scores:
-        names = [name for name in cost if score in table.cells[name]]
-        if len(names) > 1:
-            panels.append(Panel(f"{score.label} against {axis}", _scatter(table, score, names, cost, axis, styles)))
-            legend |= {name: styles[name] for name in names}
+        names = [name for name in table.evaluated() if score in table.cells[name]]
+        costs = {name: spent for name in names if (spent := table.spent(name, score.stage)) is not None}
+        if len(costs) < 2:
+            continue
+        flops = {name: spent.flops.mean for name, spent in costs.items() if spent.flops is not None}
+        counted = len(flops) == len(costs)
+        cost = flops if counted else {name: spent.seconds.mean for name, spent in costs.items()}
+        axis = "operations of one seed" if counted else "seconds of one seed"
+        panels.append(Panel(f"{score.label} against {axis}", _scatter(table, score, list(cost), cost, axis, styles)))
+        legend |= {name: styles[name] for name in cost}
     if not panels:
         return None
-    caption = "Means over seeds, with their range; cost is that of pretraining and all evaluations of one seed."
+    caption = "Means over seeds, with their range; cost is that of one seed's pretraining and of the stage that gave the score."
+    caption += table.unfinished(legend, table.scores)
     drawn = {name: style for name, style in styles.items() if name in legend}
     return Picture("score-cost", "cost", "Scores against cost", caption, panels, drawn, marks=True)
 

@@ -25,7 +25,7 @@ from aps.report import csv_file
 from aps.report.differences import differing, shown
 from aps.report.drawing import DASHES, MARKERS, Picture
 from aps.report.figures import all_figures
-from aps.report.table import SMALL_TEST, Column, Run, Table, machine
+from aps.report.table import SMALL_TEST, Column, Run, Table, machine, shortened
 from aps.results import flatten
 from aps.seals import damage
 from aps.settings.study import Study
@@ -34,7 +34,6 @@ from aps.tracking.browsing import how_to_browse
 from aps.tracking.state import read_state
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
-MOST_LABELS = 6  # of results that are not shown for the same reason
 FIGURES = "figures"  # in the report's folder, with CATEGORY/NAME.png
 
 
@@ -127,6 +126,7 @@ def _page(table: Table, pictures: Sequence[Picture], folder: Path, address: str,
         datasets=len({v.dataset for v in verdicts}) > 1,
         spent={name: table.spent(name) for name in study.experiments},
         small=SMALL_TEST,
+        copies=table.copies(),
         floor=floor,
         published=published,
         pictures=[(picture, [(label, Markup(svg)) for label, svg in picture.inline()]) for picture in pictures],
@@ -164,7 +164,10 @@ def _notes(
         lines.append(f"95 %: {interval}")
     for row in floor:
         if row["experiment"] == name and row["column"] == score:
-            lines.append(f"floor {row['base'].mean:.1f} ({row['difference']:+.1f})")
+            missing = table.missing(row["floor"], score)
+            lines.append(
+                f"floor {row['base'].mean:.1f} ({row['difference']:+.1f})" + (f", {missing} seeds" if missing else "")
+            )
             break
     for row in published:
         if row["experiment"] == name and row["metric"] == f"{score.stage}.{score.metric}":
@@ -246,11 +249,7 @@ def _reasons(table: Table) -> dict[str, str]:
     labels_of: dict[str, list[str]] = {}
     for finding in table.stale():
         labels_of.setdefault(finding.problem or "", []).append(finding.label)
-    return {
-        problem: ", ".join(labels[:MOST_LABELS])
-        + (f" and {len(labels) - MOST_LABELS} more" if len(labels) > MOST_LABELS else "")
-        for problem, labels in labels_of.items()
-    }
+    return {problem: shortened(labels) for problem, labels in labels_of.items()}
 
 
 def _neighbour_pages(table: Table, folder: Path) -> list[tuple[str, str]]:

@@ -16,16 +16,19 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from aps import published
+from aps.data.manifest import copies_in_train
 from aps.errors import UserError
 from aps.files import read_json
 from aps.findings import NOT_RUN, Finding
-from aps.layout import manifest_of
+from aps.layout import encoder_file, manifest_of
+from aps.results import upstream_of
 from aps.settings.study import ExperimentSettings, Study
 from aps.stages import STAGES
 
 Run = dict[str, Any]  # the content of a metrics.json
 
 SMALL_TEST = 5000  # test images; with fewer, chance moves a score of 90 % by more than 0.8 points (95 % interval)
+MOST_NAMES = 6  # in one sentence
 Z = 1.959964  # 95 % of a normal distribution are within Z standard deviations
 
 
@@ -93,6 +96,7 @@ class Table:
         self.runs: list[Run] = [f.metrics for f in self.findings.values() if f.metrics is not None]
         self.scores = columns(study)
         self.test_images = cache(self._test_images)
+        self.manifest = cache(self._manifest)
         values: dict[str, dict[Column, list[float]]] = defaultdict(lambda: defaultdict(list))
         for run in self.runs:
             for score in self.scores:
@@ -111,11 +115,29 @@ class Table:
     def text(self, name: str, score: Column) -> str:
         """The score, or in two words why there is none."""
         if score in self.cells[name]:
-            return str(self.cells[name][score])
-        if score.stage not in self.study.experiments[name].stages:
+            missing = self.missing(name, score)
+            return f"{self.cells[name][score]}" + (f" ({missing} seeds)" if missing else "")
+        return self.absent(name, score.stage, score.metric)
+
+    def missing(self, name: str, score: Column) -> str:
+        """`2 of 3` where fewer seeds have the score than are planned, else empty."""
+        have = len(self.cells[name][score].values) if score in self.cells[name] else 0
+        return _of_planned(have, self.study.experiments[name])
+
+    def unfinished(self, names: Iterable[str], scores: Iterable[Column]) -> str:
+        """A sentence for a caption on the experiments of which a score lacks seeds; empty where none does."""
+        scores = list(scores)
+        lacking = [n for n in names if any(score in self.cells[n] and self.missing(n, score) for score in scores)]
+        return f" Not all seeds have finished of {shortened(lacking)}." if lacking else ""
+
+    def absent(self, name: str, stage: str, metric: str) -> str:
+        """In two words why an experiment has no such score yet; empty where its settings or its finished runs give none."""
+        experiment, k = self.study.experiments[name], _k_of(stage, metric)
+        if stage not in experiment.stages or (k is not None and k not in getattr(experiment, stage).k):
             return ""
-        runs = [(name, seed, score.stage) for seed in self.study.experiments[name].seeds]
-        findings = [self.findings[run] for run in runs if run in self.findings]
+        findings = [f for seed in experiment.seeds if (f := self.findings.get((name, seed, stage))) is not None]
+        if any(finding.metrics is not None for finding in findings):
+            return ""
         return next((f.problem.partition(":")[0] for f in findings if f.stale and f.problem), NOT_RUN)
 
     def stale(self) -> list[Finding]:
@@ -143,13 +165,37 @@ class Table:
             return None
         if isinstance(n := run["metrics"].get("test_images"), int):
             return n
+        manifest = self.manifest(run["dataset"]["name"])
         try:
-            manifest = read_json(manifest_of(self.study, run["dataset"]["name"]))
             splits = manifest["splits"]
             split = splits.get("test") or splits["val"]
             return int(split["count"]) if manifest["digest"] == run["dataset"]["digest"] else None
-        except (UserError, KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError):
             return None
+
+    def copies(self) -> list[str]:
+        """A phrase for each dataset of which the images behind a score are in train too, as far as its manifest says."""
+        stages, phrases = {score.stage for score in self.scores}, dict[str, None]()
+        for run in self.runs:
+            if run["stage"] not in stages:
+                continue
+            dataset = self.study.experiments[run["experiment"]].dataset_of(run["stage"])
+            manifest = self.manifest(dataset)
+            if manifest.get("digest") != run["dataset"]["digest"]:
+                continue
+            for split, count in copies_in_train(manifest.get("notes", ())).items():
+                total = manifest["splits"][split]["count"]
+                be = "images are" if total > 1 else "image is"
+                phrases[f"{dataset}: {count:,} of {total:,} {split} {be} in train too, which flatters scores"] = None
+        return list(phrases)
+
+    def _manifest(self, dataset: str) -> dict[str, Any]:
+        """The manifest of a dataset; empty if it is not prepared or broken."""
+        try:
+            manifest = read_json(manifest_of(self.study, dataset))
+        except UserError:
+            return {}
+        return manifest if isinstance(manifest, dict) else {}
 
     def verdicts(self) -> list[Verdict]:
         """For each score and dataset: which experiment is best by more than the spread over seeds, or why none is."""
@@ -167,17 +213,27 @@ class Table:
             return self.cells[name][score]
 
         single = [name for name in names if len(sample(name).values) == 1]
-        several = sorted((name for name in names if name not in single), key=lambda name: -sample(name).mean)
+        partly = [name for name in names if name not in single and self.missing(name, score)]
+        whole = [name for name in names if name not in (*single, *partly)]
+        several = sorted(whole, key=lambda name: -sample(name).mean)
+        lacking = ", ".join(f"{name} {self.missing(name, score)}" for name in partly)
+        if len(several) < 2 and partly:
+            return Verdict(score, dataset, None, f"seeds are missing ({lacking}), so none is best yet")
         if len(several) < 2:
             which = "one seed" if not several else f"one seed of all but {several[0]}"
             return Verdict(score, dataset, None, f"{which}, so there is no spread and no best")
         first, *others = several
-        not_compared = f" (not compared, one seed: {', '.join(single)})" if single else ""
-        rivals = [name for name in single if sample(name).mean >= sample(first).mean - sample(first).range]
+        apart = [f"one seed: {', '.join(single)}"] if single else []
+        apart += [f"seeds missing: {lacking}"] if partly else []
+        not_compared = f" (not compared, {'; '.join(apart)})" if apart else ""
+        close = sample(first).mean - sample(first).range
+        rivals = [name for name in (*single, *partly) if max(sample(name).values) >= close]
         if rivals:
             rival = max(rivals, key=lambda name: sample(name).mean)
-            reason = f"none is best for certain: {rival} has {sample(rival)} with one seed, {first} {sample(first)}"
-            return Verdict(score, dataset, None, f"{reason}; give {rival} more seeds")
+            seeds = "one seed" if rival in single else f"{self.missing(rival, score)} seeds"
+            reason = f"none is best for certain: {rival} has {sample(rival)} with {seeds}, {first} {sample(first)}"
+            todo = f"give {rival} more seeds" if rival in single else f"run the other seeds of {rival}"
+            return Verdict(score, dataset, None, f"{reason}; {todo}")
         for other in others:
             difference, spread = sample(first).mean - sample(other).mean, max(sample(first).range, sample(other).range)
             both = f"{first} {sample(first)} and {other} {sample(other)} differ by {difference:.1f}"
@@ -198,17 +254,21 @@ class Table:
 
     # -- cost -------------------------------------------------------------------------------------
 
-    def spent(self, name: str) -> Spent | None:
-        """The cost over the seeds of which all stages have finished; None if there is no such seed."""
+    def spent(self, name: str, stage: str | None = None) -> Spent | None:
+        """The cost over the seeds of which all stages have finished; None if there is no such seed.
+
+        stage: count only this evaluation, and the pretraining; None: all stages.
+        """
         experiment = self.study.experiments[name]
+        stages = [own for own in experiment.stages if own == "pretrain" or stage in (None, own)]
         costs = []
         for seed in experiment.seeds:
-            runs = [self.findings[name, seed, stage].metrics for stage in experiment.stages]
-            source = self.study.pretrain_source(name)
-            pretraining = self.findings.get((source, seed, "pretrain")) if source is not None else None
-            if all(run is not None for run in runs) and (pretraining is None or pretraining.metrics is not None):
-                finished = [run for run in runs if run is not None]
-                costs.append(_seed_cost(finished, pretraining.metrics if pretraining else None))
+            runs = [self.findings[name, seed, own].metrics for own in stages if own != "pretrain"]
+            pretraining = self._pretraining(name, seed)
+            unfinished = pretraining is None and self.study.pretrain_source(name) is not None
+            finished = [run for run in runs if run is not None]
+            if len(finished) == len(runs) and not unfinished:
+                costs.append(_seed_cost(finished, pretraining))
         if not costs:
             return None
         flops = [flops for _, flops in costs if flops is not None]
@@ -217,12 +277,24 @@ class Table:
             Sample(tuple(flops)) if len(flops) == len(costs) else None,
         )
 
+    def _pretraining(self, name: str, seed: int) -> Run | None:
+        """The run that made the encoder, of this study or beside the encoder's file; None if there is none."""
+        source = self.study.pretrain_source(name)
+        if source is not None:
+            finding = self.findings.get((source, seed, "pretrain"))
+            return finding.metrics if finding is not None else None
+        try:
+            return upstream_of(encoder_file(self.study, name, seed)) or None
+        except (UserError, OSError):
+            return None
+
     # -- comparisons -----------------------------------------------------------------------------
 
     def above_floor(self) -> list[dict[str, Any]]:
         """Each experiment's scores compared with the same evaluation of a random encoder, the floor.
 
-        `times` is the difference divided by the larger of the two ranges over seeds; None if that range is 0.
+        `times` is the difference divided by the larger of the two ranges over seeds; None if that range is 0. `single`
+        are those of the two that have one seed, and so no range.
         """
         rows = []
         for floor, experiment in self.study.experiments.items():
@@ -243,6 +315,7 @@ class Table:
                                 "experiment": name, "floor": floor, "score": score.label, "ours": ours, "base": base,
                                 "difference": difference, "spread": spread, "times": difference / spread if spread else None,
                                 "column": score,
+                                "single": [n for n, of in ((name, ours), (floor, base)) if len(of.values) == 1],
                             }
                         )  # fmt: skip
         return rows
@@ -254,11 +327,13 @@ class Table:
         rows = []
         for name, experiment in repeats.items():
             entry = entries[str(experiment.published)]  # checked with the settings
-            differences = published.differences(experiment, entry)
+            source = self.study.pretrain_source(name)
+            pretraining = self.study.experiments[source] if source is not None else None
             for key, theirs in entry.metrics.items():
                 stage, _, metric = key.partition(".")
                 if stage not in experiment.stages:
                     continue
+                differences = published.differences(experiment, entry, pretraining, stage)
                 repeated = [
                     r for r in runs if (r["experiment"], r["stage"]) == (name, stage) and metric in r["metrics"]
                 ]
@@ -267,6 +342,8 @@ class Table:
                 rows.append(
                     {
                         "experiment": name, "method": entry.method, "metric": key, "published": theirs, "ours": ours,
+                        "missing": _of_planned(len(repeated), experiment) if repeated else "",
+                        "absent": self.absent(name, stage, metric) or "not measured",
                         "difference": ours.mean - theirs if ours is not None and compared else None,
                         "compared": not differences,
                         "remark": "; ".join([*(["not compared: " + ", ".join(differences)] if differences else []),
@@ -287,15 +364,47 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def columns(study: Study) -> list[Column]:
-    """The scores of every stage that an experiment of the study runs."""
+    """The scores of every stage that an experiment of the study runs, so many that every run has one of them."""
     scores = []
     for stage in STAGES.values():
         ran = [e for e in study.experiments.values() if stage.name in e.stages]
         for score in stage.scores if ran else ():
-            values = getattr(getattr(ran[0], stage.name), "k", None) or (score.prefer,)
-            k = score.prefer if score.prefer in values else values[0]
-            scores.append(Column(stage.name, score.metric.format(k=k), score.label.format(k=k), score.share))
+            k_lists = [getattr(e, stage.name).k for e in ran] if "{k}" in score.metric else [(None,)]
+            for k in _covering(k_lists, score.prefer):
+                scores.append(Column(stage.name, score.metric.format(k=k), score.label.format(k=k), score.share))
     return scores
+
+
+def _of_planned(seeds: int, experiment: ExperimentSettings) -> str:
+    return f"{seeds} of {len(experiment.seeds)}" if seeds < len(experiment.seeds) else ""
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Names for a sentence, and how many more there are than it holds."""
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _covering(lists: Sequence[Sequence[Any]], prefer: Any) -> list[Any]:
+    """Values of which every list has one: a single one that all share, if there is one; `prefer` first, where a list has it."""
+    values = list(dict.fromkeys(value for of in lists for value in of))
+    values.sort(key=lambda value: value != prefer)
+    if shared := [value for value in values if all(value in of for of in lists)]:
+        return shared[:1]
+    chosen = [prefer] if prefer in values else []
+    while left := [of for of in lists if not set(of) & set(chosen)]:
+        chosen.append(max(values, key=lambda value: sum(value in of for of in left)))
+    return chosen
+
+
+def _k_of(stage: str, metric: str) -> int | None:
+    """The k in a metric's name, where its stage counts scores for a list `k`."""
+    for score in STAGES[stage].scores:
+        before, listed, after = score.metric.partition("{k}")
+        number = metric.removeprefix(before).removesuffix(after)
+        if listed and number.isdecimal() and metric == f"{before}{number}{after}":
+            return int(number)
+    return None
 
 
 def machine(run: Run) -> str:
@@ -304,27 +413,29 @@ def machine(run: Run) -> str:
     return f"{hardware.get('gpu') or hardware['cpu']}, {count} process{'es' * (count > 1)}"
 
 
-def _seed_cost(runs: Sequence[Run], pretraining: Run | None) -> tuple[float, float | None]:
-    """Seconds and operations of one seed. Every evaluation's cost includes its pretraining's, which is counted once."""
-    pretraining_cost = _cost(pretraining) if pretraining is not None else (0.0, 0.0)
-    seconds, flops = pretraining_cost
-    for run in runs:
-        if run["stage"] == "pretrain":
-            continue  # counted already
-        run_seconds, run_flops = _cost(run)
-        included_seconds, included_flops = pretraining_cost if run.get("cost") else (0.0, 0.0)
-        seconds += run_seconds - included_seconds
-        if flops is None or run_flops is None or included_flops is None:
-            flops = None
-        else:
-            flops += run_flops - included_flops
-    return seconds, flops
+def _seed_cost(evaluations: Sequence[Run], pretraining: Run | None) -> tuple[float, float | None]:
+    """Seconds and operations of one seed; operations are None where they are unknown.
+
+    Seconds are each run's own, because a pretraining that was run again may have taken longer than the one that an
+    evaluation's cost includes. Operations follow from settings, so those of the pretraining are taken off again.
+    """
+    runs = [*evaluations, *([pretraining] if pretraining is not None else [])]
+    seconds = sum(float(run["wall_seconds"] or 0.0) for run in runs)
+    included = _flops(pretraining) if pretraining is not None else 0.0
+    total = included
+    for run in evaluations:
+        flops = _flops(run)
+        # Without the pretraining that this run's operations include, they can't be told apart.
+        lost = pretraining is None and (run.get("encoder") or {}).get("settings_digest") is not None
+        if total is None or included is None or flops is None or lost:
+            return seconds, None
+        total += flops - included
+    return seconds, total
 
 
-def _cost(run: Run) -> tuple[float, float | None]:
-    """Seconds and operations, with the pretraining's. Results of earlier versions have only the seconds of the run."""
-    cost = run.get("cost") or {}
-    return float(cost.get("seconds", run["wall_seconds"]) or 0.0), cost.get("flops")
+def _flops(run: Run) -> float | None:
+    """Operations, with the pretraining's; None in results of earlier versions."""
+    return (run.get("cost") or {}).get("flops")
 
 
 def _same_evaluation(a: ExperimentSettings, b: ExperimentSettings, stage: str) -> bool:

@@ -32,6 +32,7 @@ def terminal(study: Study, address: str) -> str:
             "",
             *table_lines(header, body),
             *_verdicts(table),
+            *_copies(table),
             *_reasons(table),
             "",
             f"Report   {report / 'report.html'}" + ("" if (report / "report.html").exists() else " (not yet made)"),
@@ -48,6 +49,12 @@ def _verdicts(table: Table) -> list[str]:
     several = len({verdict.dataset for verdict in verdicts}) > 1
     lines = [f"  {v.score.label}{f' on {v.dataset}' if several else ''}: {v.reason}" for v in verdicts]
     return ["", *lines] if lines else []
+
+
+def _copies(table: Table) -> list[str]:
+    """Which scores are of images that are in train too."""
+    phrases = table.copies()
+    return ["", *(f"  {phrase}" for phrase in phrases)] if phrases else []
 
 
 def _reasons(table: Table) -> list[str]:

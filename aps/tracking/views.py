@@ -117,7 +117,9 @@ def views_of(study: Study) -> list[View]:
         ran = [e for e in study.experiments.values() if row.name in e.stages]
         if not ran:
             continue
-        scores = [metric_name(row.name, key) for key in headlines(row, ran[0])]
+        first = {score.metric.format(k=score.prefer) for score in row.scores}
+        keys = sorted(dict.fromkeys(key for e in ran for key in headlines(row, e)), key=lambda key: key not in first)
+        scores = [metric_name(row.name, key) for key in keys]
         curves = [metric_name(row.name, curve.key) for curve in row.curves]
         views.append(View(row.name, tuple(scores), tuple(curves), varying(study_parameters(study, row.name))))
     return views

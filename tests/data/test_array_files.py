@@ -13,7 +13,7 @@ import torch
 from aps.data.array_files import _duplicates, describe
 from aps.data.fingerprint import changed
 from aps.data.load import ArraySplit, load_split
-from aps.data.manifest import Manifest
+from aps.data.manifest import Manifest, copies_in_train
 from aps.errors import UserError
 
 
@@ -148,4 +148,5 @@ def test_looking_for_duplicates_holds_no_second_copy_of_the_images() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert notes and "2 images of test stand in train too" in notes[0]
+    assert copies_in_train(notes) == {"test": 2}
     assert peak < train.nbytes / 10

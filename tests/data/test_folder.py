@@ -8,6 +8,7 @@ from miniatures import image, jpeg, png, tree
 from aps.data import trees
 from aps.data.folder import describe
 from aps.data.load import FileSplit, load_split
+from aps.data.manifest import copies_in_train
 from aps.data.prepare import prepare
 from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
@@ -257,6 +258,7 @@ def test_images_that_stand_in_train_and_test_alike_are_reported(mine: Path, tmp_
     manifest = run(tmp_path)
     (note,) = manifest.notes
     assert note.startswith("1 image of test stands in train too, with the same content")
+    assert copies_in_train(manifest.notes) == {"test": 1}
     assert (tmp_path / "folder" / "duplicates.txt").read_text() == "train/cat/3.png = test/dog/copy.png\n"
 
 

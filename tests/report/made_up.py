@@ -33,6 +33,8 @@ experiments:
 def finish(study: Study, experiment: str, seed: int, stage: str, **metrics: Any) -> Path:
     """What a finished stage leaves, without running it."""
     settings, cost = study.stage_settings(experiment, seed, stage), metrics.pop("cost", None)
+    encoder = metrics.pop("encoder", None)
+    wall_seconds = metrics.pop("wall_seconds", _own_seconds(study, experiment, seed, stage, cost))
     folder = stage_folder(study_folder(study), experiment, seed, stage)
     folder.mkdir(parents=True)
     content = {
@@ -44,7 +46,7 @@ def finish(study: Study, experiment: str, seed: int, stage: str, **metrics: Any)
         "settings_digest": settings.digest,
         "dataset": {"name": "digits", "digest": "d" * 64},
         "finished": "2026-01-01T00:00:00+00:00",
-        "wall_seconds": 12.5,
+        "wall_seconds": wall_seconds,
         "mlflow_run_id": f"{experiment}-{seed}-{stage}",
         "mlflow_complete": True,
         "version": "0.1.0",
@@ -58,9 +60,20 @@ def finish(study: Study, experiment: str, seed: int, stage: str, **metrics: Any)
     for name in STAGES[stage].outputs:
         (folder / name).write_text(f"{experiment} {seed}")
     pretrained = stage_folder(study_folder(study), experiment, seed, "pretrain") / "encoder.safetensors"
-    content["encoder"] = {"sha256": sha256(pretrained) if pretrained.exists() and stage != "pretrain" else None}
+    content["encoder"] = encoder or {
+        "sha256": sha256(pretrained) if pretrained.exists() and stage != "pretrain" else None
+    }
     (folder / "metrics.json").write_text(json.dumps(seal(content | {"files": contents(folder)})))
     return folder
+
+
+def _own_seconds(study: Study, experiment: str, seed: int, stage: str, cost: dict[str, float] | None) -> float:
+    """What remains of the cost without its pretraining's."""
+    if cost is None:
+        return 12.5
+    file = stage_folder(study_folder(study), experiment, seed, "pretrain") / "metrics.json"
+    included = json.loads(file.read_text()).get("cost") if stage != "pretrain" and file.exists() else None
+    return cost["seconds"] - (included or {"seconds": 0.0})["seconds"]
 
 
 def table(study: Study) -> Table:

@@ -61,6 +61,19 @@ def test_a_figure_is_shown_only_where_its_run_exists(study: Study) -> None:
     assert names(study) == ["scores", "knn-cost", "curves"]
 
 
+@pytest.mark.parametrize("images", [359, 10_000])
+def test_whoever_sees_an_interval_reads_what_it_is(study: Study, images: int) -> None:
+    """In the caption, beside the axis of a figure that stands alone, and in the text for those who do not see it."""
+    for seed in (0, 1):
+        finish(study, "aps", seed, "knn", knn_top1_k20=80.0, test_images=images)
+    picture = next(p for p in all_figures(table(study), is_intact) if p.name == "scores")
+    axes = Figure().subplots()
+    picture.panels[0].draw(axes)
+    said = ["95 %" in text for text in (picture.caption, axes.get_xlabel(), picture.panels[0].label)]
+    assert said == [images == 359] * 3
+    assert ("not the seeds' spread" in picture.caption) == (images == 359)
+
+
 def drawn(panel: Panel) -> list[Line2D]:
     axes = Figure().subplots()
     panel.draw(axes)
@@ -99,6 +112,25 @@ def test_scores_against_cost_need_two_experiments_of_which_all_has_run(study: St
         for stage in stages:
             finish(study, name, 0, stage, test_top1=50.0, cost={"seconds": 1.0, "flops": 1e9})
         assert ("score-cost" in names(study)) == (name == "longer")
+
+
+def test_a_score_stands_against_the_cost_of_its_pretraining_and_its_own_stage(study: Study) -> None:
+    """Not of the others: with equal pretraining, who also finetunes is not further to the right in kNN."""
+    for name, stages in (("aps", ["pretrain", "finetune", "knn"]), ("longer", ["pretrain", "knn"])):
+        study = study.model_copy(
+            update={
+                "experiments": study.experiments | {name: study.experiments[name].model_copy(update={"stages": stages})}
+            }
+        )
+    for name, stages in (("aps", ("pretrain", "finetune", "knn")), ("longer", ("pretrain", "knn"))):
+        for stage in stages:
+            flops = {"pretrain": 1e12, "finetune": 7e12, "knn": 1.5e12}[stage]
+            scores = {"pretrain": {}, "finetune": {"test_top1": 90.0}, "knn": {"knn_top1_k20": 80.0}}[stage]
+            finish(study, name, 0, stage, cost={"seconds": flops / 1e10, "flops": flops}, **scores)
+    (picture,) = [p for p in all_figures(table(study), is_intact) if p.name == "score-cost"]
+    (panel,) = picture.panels
+    places = {float(x) for line in drawn(panel) for x in np.atleast_1d(line.get_xdata())}
+    assert panel.label == "kNN top-1, k = 20 against operations of one seed" and places == {1.5e12}
 
 
 def test_a_damaged_journal_leaves_its_curve_out_with_a_sentence(

@@ -93,6 +93,29 @@ def test_published_numbers_stand_beside_ours_and_are_compared_only_where_the_exp
     assert "not run" in page and ("+4.6" in page) == (difference is not None)
 
 
+def test_a_finished_run_that_lacks_the_published_k_is_not_called_not_run(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published, "load", lambda: PUBLISHED)
+    settings = {"published": "knn", "knn": {"k": [5]}, "stages": ["pretrain", "knn"]}
+    study = load_study([tmp_path / "study.yaml"], {"experiments": {"aps": settings}})
+    finish(study, "aps", 0, "knn", knn_top1_k5=80.0)
+    (row,) = table(study).beside_published(Findings(study).runs())
+    assert (row["ours"], row["absent"]) == (None, "not measured")
+
+
+def test_a_published_number_is_not_compared_with_that_of_an_encoder_whose_pretraining_is_another(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published, "load", lambda: PUBLISHED)
+    borrowed = {"published": "knn", "dataset": "digits", "pretrain": {"epochs": 1600}, "stages": ["knn"]}
+    borrowed["encoder"] = {"weights": "experiment:aps"}
+    settings = {"experiments": {"borrowed": borrowed, "aps": {"pretrain": {"epochs": 2}}}}
+    (row,) = table(load_study([tmp_path / "study.yaml"], settings)).beside_published([])
+    assert row["remark"] == "not compared: experiments.aps.pretrain.epochs 2 instead of 1600"
+    assert not row["compared"]
+
+
 def test_a_broken_result_is_no_figure_and_the_page_says_why(
     study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +199,27 @@ def test_cost_floor_interval_and_published_stand_by_a_score(
         ">152</td>",
     ):
         assert said in row, said
+
+
+@pytest.mark.parametrize(
+    ("ours", "base", "spread"),
+    [
+        ((80.0,), (50.0,), "one seed"),
+        ((80.0, 80.0), (50.0, 50.0), "0.0"),
+        ((80.0, 80.0), (50.0,), "0.0 one seed of untrained"),
+        ((80.0,), (50.0, 51.5), "1.5 one seed of aps"),
+        ((80.0, 82.0), (50.0, 51.5), "2.0"),
+    ],
+)
+def test_equal_scores_of_several_seeds_are_a_spread_of_zero_and_not_one_seed(
+    study: Study, tmp_path: Path, ours: tuple[float, ...], base: tuple[float, ...], spread: str
+) -> None:
+    for name, scores in (("aps", ours), ("untrained", base)):
+        for seed, score in enumerate(scores):
+            finish(study, name, seed, "knn", knn_top1_k20=score)
+    page = write(study, tmp_path / "report")
+    (cell,) = re.findall(r'data-label="spread">(.*?)</td>', page)
+    assert " ".join(re.sub(r"<[^>]+>", " ", cell).split()) == spread
 
 
 @pytest.mark.parametrize(("flops", "text"), [(1.23e9, "1.23 GFLOP"), (4.5e20, "450 EFLOP"), (12.0, "12 FLOP")])

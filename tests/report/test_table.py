@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 from made_up import finish, table
 from scipy.stats import binomtest
 
+from aps.data.manifest import copies_in_train, note_on_copies
+from aps.files import sha256
 from aps.layout import manifest_path
+from aps.report import csv_file
+from aps.report.figures import all_figures
+from aps.report.page import is_intact, write_report
 from aps.report.table import wilson
 from aps.report.terminal import terminal
 from aps.settings.reading import load_study
@@ -22,7 +31,7 @@ def test_a_cell_is_the_mean_and_the_sample_standard_deviation_over_seeds(study: 
     finish(study, "untrained", 0, "knn", knn_top1_k20=50.0)
     knn = next(score for score in table(study).scores if score.stage == "knn")
     assert table(study).text("aps", knn) == "82.0 ± 2.8"  # sqrt(((80-82)^2 + (84-82)^2) / 1)
-    assert table(study).text("untrained", knn) == "50.0"
+    assert table(study).text("untrained", knn) == "50.0 (1 of 2 seeds)"
 
 
 def test_what_has_not_run_is_said_and_what_is_not_planned_is_empty(study: Study) -> None:
@@ -31,6 +40,50 @@ def test_what_has_not_run_is_said_and_what_is_not_planned_is_empty(study: Study)
     assert table(study).text("longer", scores["knn"]) == ""
     assert "detection" not in scores
     assert "0 of 14 runs finished" in terminal(study, "none")  # aps 2 x 3, untrained 2 x 2, longer 2 x 2
+
+
+@pytest.mark.parametrize(
+    ("of_aps", "of_untrained", "shown"),
+    [
+        ([10, 20], [20, 100], [20]),
+        ([20, 5], [5], [5]),
+        ([7], [5], [7, 5]),
+        ([5], [20], [20, 5]),
+        ([1, 5], [20, 100], [20, 1]),
+    ],
+)
+def test_a_score_of_every_k_that_experiments_do_not_share_is_shown_and_none_is_compared_with_another_k(
+    tmp_path: Path, study: Study, of_aps: list[int], of_untrained: list[int], shown: list[int]
+) -> None:
+    settings = {"aps": {"knn": {"k": of_aps}}, "untrained": {"knn": {"k": of_untrained}}}
+    study = load_study([tmp_path / "study.yaml"], {"experiments": settings})
+    for name, ks in (("aps", of_aps), ("untrained", of_untrained)):
+        for seed in (0, 1):
+            finish(study, name, seed, "knn", **{f"knn_top1_k{k}": 50.0 + k / 10 for k in ks})
+    found = table(study)
+    columns = [score for score in found.scores if score.stage == "knn"]
+    assert [score.metric for score in columns] == [f"knn_top1_k{k}" for k in shown]
+    for name, ks in (("aps", of_aps), ("untrained", of_untrained)):
+        texts = [found.text(name, score) for score in columns]
+        assert texts == [f"{50 + k / 10:.1f} ± 0.0" if k in ks else "" for k in shown] and any(texts)
+    assert len(found.verdicts()) == (len(shown) == 1)
+    rows = list(csv.DictReader(io.StringIO(csv_file.content(found))))
+    assert {row["experiment"]: row["value"] for row in rows} == {
+        name: str(50 + next(k for k in shown if k in ks) / 10)
+        for name, ks in (("aps", of_aps), ("untrained", of_untrained))
+    }
+
+
+def test_a_finished_run_without_a_score_is_not_called_not_run(tmp_path: Path, study: Study) -> None:
+    """A dataset with boxes alone has no mask AP."""
+    detector = {"image_size": 32, "window": 4, "global_blocks": [0], "pyramid_scales": [2.0, 1.0]}
+    settings = {"untrained": {"stages": ["detection"], "detection": detector}}
+    study = load_study([tmp_path / "study.yaml"], {"experiments": settings})
+    box, mask = (score for score in table(study).scores if score.stage == "detection")
+    assert (table(study).text("untrained", box), table(study).text("untrained", mask)) == ("not run", "not run")
+    for seed in (0, 1):
+        finish(study, "untrained", seed, "detection", box_AP=10.0)
+    assert (table(study).text("untrained", box), table(study).text("untrained", mask)) == ("10.0 ± 0.0", "")
 
 
 def test_the_floor_is_the_same_evaluation_of_random_weights(study: Study) -> None:
@@ -104,6 +157,57 @@ def test_an_experiment_of_one_seed_is_named_and_keeps_another_from_being_best_un
         assert reason.endswith("(not compared, one seed: untrained)")
 
 
+def of_three_seeds(tmp_path: Path, **scores: dict[int, float]) -> Study:
+    """A study of three seeds, with finetuned scores of an experiment by seed."""
+    study = load_study([tmp_path / "study.yaml"], {"defaults": {"seeds": [0, 1, 2]}})
+    for name, of_seeds in scores.items():
+        for seed, score in of_seeds.items():
+            if "pretrain" in study.experiments[name].stages:
+                finish(study, name, seed, "pretrain", loss=1.0)
+            finish(study, name, seed, "finetune", test_top1=score)
+    return study
+
+
+def test_a_mean_of_fewer_seeds_than_are_planned_says_so_wherever_it_stands(tmp_path: Path, study: Study) -> None:
+    study = of_three_seeds(tmp_path, aps={0: 80.0, 2: 82.0}, untrained={0: 50.0, 1: 51.0, 2: 52.0})
+    text = "81.0 ± 1.4 (2 of 3 seeds)"
+    assert text in terminal(study, "none") and "51.0 ± 1.0 (" not in terminal(study, "none")
+    write_report(study, tmp_path / "report", "none")
+    page = re.sub(r"<[^>]+>", "", (tmp_path / "report/report.html").read_text())
+    assert page.count(text) == 2, "in the table of scores and in that of the floor"
+    pictures = {picture.name: picture for picture in all_figures(table(study), is_intact)}
+    assert f"aps {text}" in pictures["scores"].panels[0].label
+    assert "Not all seeds have finished of aps." in pictures["score-cost"].caption
+
+
+def test_a_floor_of_fewer_seeds_says_so_beside_the_score(tmp_path: Path, study: Study) -> None:
+    study = of_three_seeds(tmp_path, aps={0: 80.0, 1: 80.0, 2: 80.0}, untrained={0: 50.0, 1: 50.0})
+    write_report(study, tmp_path / "report", "none")
+    assert "<small>floor 50.0 (+30.0), 2 of 3 seeds</small>" in (tmp_path / "report/report.html").read_text()
+
+
+def test_nobody_is_best_while_seeds_are_missing_of_those_who_are_compared(tmp_path: Path, study: Study) -> None:
+    study = of_three_seeds(tmp_path, aps={0: 90.0, 1: 90.0}, untrained={0: 50.0, 2: 50.0})
+    assert verdict(study, "finetune") == (
+        None, "seeds are missing (aps 2 of 3, untrained 2 of 3), so none is best yet",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("of_longer", "best"), [((50.0, 51.0), "aps"), ((50.0, 90.5), None), ((95.0, 96.0), None)])
+def test_only_experiments_with_all_their_seeds_are_compared_and_one_that_may_yet_win_keeps_them_from_being_best(
+    tmp_path: Path, study: Study, of_longer: tuple[float, float], best: str | None
+) -> None:
+    whole = {"aps": {0: 90.0, 1: 90.0, 2: 91.0}, "untrained": {0: 70.0, 1: 70.0, 2: 70.0}}
+    study = of_three_seeds(tmp_path, **whole, longer=dict(enumerate(of_longer)))
+    found, reason = verdict(study, "finetune")
+    assert found == best
+    if best is None:
+        assert reason.startswith("none is best for certain: longer has ") and "with 2 of 3 seeds, aps 90.3" in reason
+        assert reason.endswith("; run the other seeds of longer")
+    else:
+        assert reason.endswith("(not compared, seeds missing: longer 2 of 3)")
+
+
 def test_nobody_is_best_of_one(study: Study) -> None:
     finish(study, "aps", 0, "knn", knn_top1_k20=80.0)
     assert table(study).verdicts() == []
@@ -140,6 +244,29 @@ def test_test_images_are_those_of_the_manifest_unless_it_is_of_others_by_now(stu
         assert table(study).test_images("aps", "finetune") == images
 
 
+def test_scores_on_images_that_are_in_train_too_say_so_in_a_line(study: Study, tmp_path: Path) -> None:
+    finish(study, "aps", 0, "finetune", test_top1=80.0)
+    path = manifest_path(study.results, "digits")
+    path.parent.mkdir(parents=True)
+    line = "digits: 12 of 1,040 test images are in train too, which flatters scores"
+    note = note_on_copies(12, "test")
+    for digest, notes, said in (
+        ("d" * 64, [note], True),
+        ("d" * 64, [f"{note}; duplicates.txt lists them", "red: the same in every pixel"], True),
+        ("d" * 64, ["red: the same in every pixel"], False),
+        ("e" * 64, [note], False),  # of others by now
+    ):
+        path.write_text(json.dumps({"digest": digest, "splits": {"test": {"count": 1040}}, "notes": notes}))
+        assert terminal(study, "none").count(line) == said
+        write_report(study, tmp_path / "report", "none")
+        assert (tmp_path / "report/report.html").read_text().count(f"<p>{line}.</p>") == said
+
+
+@pytest.mark.parametrize(("count", "split"), [(1, "test"), (12, "val"), (1234, "test")])
+def test_a_note_on_copies_is_read_as_it_was_written(count: int, split: str) -> None:
+    assert copies_in_train(["another note", note_on_copies(count, split)]) == {split: count}
+
+
 def test_where_few_test_images_make_intervals_overlap_nobody_is_best(study: Study) -> None:
     for seed in (0, 1):
         finish(study, "aps", seed, "knn", knn_top1_k20=80.0, test_images=100)
@@ -155,6 +282,37 @@ def test_the_cost_of_a_seed_counts_its_pretraining_once(study: Study) -> None:
     spent = table(study).spent("aps")
     assert spent is not None and spent.flops is not None
     assert (spent.seconds.mean, spent.flops.mean) == (155.0, 3.5e12)
+
+
+def test_a_pretraining_that_ran_again_leaves_the_seconds_of_evaluations_as_they_are(study: Study) -> None:
+    """The same weights in another time: their evaluations count, with the earlier time in their cost."""
+    finish(study, "aps", 0, "pretrain", cost={"seconds": 300.0, "flops": 1e12})
+    for stage in ("finetune", "knn"):
+        finish(study, "aps", 0, stage, cost={"seconds": 110.0, "flops": 1.1e12}, wall_seconds=10.0)
+    spent = table(study).spent("aps")
+    assert spent is not None and spent.flops is not None
+    assert (spent.seconds.mean, spent.flops.mean) == (320.0, pytest.approx(1.2e12))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_pretraining_of_an_encoder_from_elsewhere_is_counted_once_or_its_operations_are_unknown(
+    study: Study, tmp_path: Path, kept: bool
+) -> None:
+    made = finish(study, "aps", 0, "pretrain", cost={"seconds": 100.0, "flops": 1e12})
+    encoder = tmp_path / "elsewhere/encoder.safetensors"
+    shutil.copytree(made, encoder.parent)
+    if not kept:
+        (encoder.parent / "metrics.json").unlink()
+    borrowed = {"dataset": "digits", "encoder": {"weights": str(encoder)}, "stages": ["finetune", "knn"]}
+    study = load_study([tmp_path / "study.yaml"], {"experiments": {"borrowed": borrowed}})
+    origin = {"sha256": sha256(encoder), "settings_digest": "of the pretraining"}
+    for stage, own, flops in (("finetune", 50.0, 3e12), ("knn", 5.0, 1.5e12)):
+        finish(
+            study, "borrowed", 0, stage, cost={"seconds": 100 + own, "flops": flops}, wall_seconds=own, encoder=origin
+        )
+    spent = table(study).spent("borrowed")
+    assert spent is not None
+    assert (spent.seconds.mean, spent.flops and spent.flops.mean) == ((155.0, 3.5e12) if kept else (55.0, None))
 
 
 def test_where_operations_are_unknown_there_are_none_and_the_seconds_stay(study: Study) -> None:

@@ -146,3 +146,9 @@ def test_nothing_varies_in_a_study_of_one_experiment() -> None:
     (row,) = [row for row in ROWS if row.name == "knn"]
     assert headlines(row, study.experiments["e"]) == ["knn_top1_k7", "knn_top1_k3"]
     assert all(view.state()["groupBy"] for view in views_of(study))
+
+
+def test_a_view_has_the_scores_of_every_experiment_whatever_its_k() -> None:
+    experiments = {name: {"dataset": "digits", "knn": {"k": k}} for name, k in (("a", [5, 7]), ("b", [20, 5]))}
+    knn = next(view for view in views_of(load_study([], {"experiments": experiments})) if view.stage == "knn")
+    assert knn.scores == ("knn/top1_k20", "knn/top1_k5", "knn/top1_k7")
