@@ -9,12 +9,13 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aps import registry
 from aps.errors import UserError
 from aps.methods import Method
-from aps.models.encoder import Encoder
+from aps.models.encoder import Encoder, build_encoder
 from aps.results import StageJob, saved_run
 from aps.settings.reading import load_study
 
@@ -101,3 +102,41 @@ def test_a_stage_too_reads_only_the_blocks_that_it_names(digits: Path, tmp_path:
     assert settings.knn.k and settings.encoder.arch == "micro"
     with pytest.raises(UserError, match=r"stage knn reads the block 'views', .* add it to `uses`"):
         _ = settings.views
+
+
+class Tied(Plain):
+    """Its networks share modules, and single tensors."""
+
+    def networks(self, encoder: Encoder) -> nn.ModuleDict:
+        networks = super().networks(encoder)
+        networks["online"] = nn.Sequential(encoder, networks["head"])
+        networks["decoder"] = nn.Linear(encoder.embed_dim, 8, bias=False)
+        networks["decoder"].weight = networks["head"].weight
+        return networks
+
+
+def test_networks_that_share_tensors_are_saved_whole_and_resume(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, tied=Tied, plain=Plain)
+    whole, stopped, alone = (
+        job(digits, tmp_path / name, name if name == "plain" else "tied") for name in ("whole", "stopped", "plain")
+    )
+    small.run(whole)
+    small.run(stopped, stop_after=2)
+    small.run(stopped)
+    small.run(alone)
+    found = {
+        run: [load_file(run.out / f"{part}.safetensors") for part in ("encoder", "heads")] for run in (whole, alone)
+    }
+    assert small.same(load_file(stopped.out / "heads.safetensors"), found[whole][1])
+    assert small.same(found[whole][0], found[alone][0])  # a tensor with two names is stepped once
+    heads = found[whole][1]
+    for name in ("online.1.weight", "decoder.weight"):
+        assert torch.equal(heads[name], heads["head.weight"])
+    assert small.same({f"online.0.{name}": x for name, x in found[whole][0].items()}, {
+        name: x for name, x in heads.items() if name.startswith("online.0.")
+    })  # fmt: skip
+    Tied(whole.settings).networks(build_encoder(small.ENCODER)).load_state_dict(
+        heads | {f"encoder.{name}": x for name, x in found[whole][0].items()}
+    )
