@@ -22,6 +22,7 @@ from aps.runtime.counting import Counted, autocast, count
 from aps.sampling import Geometry, global_noise
 from aps.settings.blocks import EncoderSettings
 from aps.settings.study import StageSettings, blocks_of, stage_model
+from aps.training import contract
 from aps.training.features import BATCH
 from aps.training.knn import BLOCK, CHUNK, MONITOR_IMAGES
 from aps.training.linear_probe import Heads
@@ -120,10 +121,11 @@ def _count_pretraining(settings: str, half: bool) -> Counted:
     """settings: all that the method reads, as JSON, so that the count can be cached."""
     chosen = StageSettings.from_json(settings)
     method, B = build_method(chosen), chosen.pretrain.batch_size // chosen.pretrain.accumulate
-    sizes = [view.size for view in method.views()]
+    sizes = [view.size for view in contract.views(method)]
     # Sampling depends on values, so it is done with real tensors, for two images; only the shapes are used.
     whole = [Geometry(torch.tensor([[0.0, 0.0, S, S]] * 2), torch.zeros(2, dtype=torch.bool)) for S in sizes]
     drawn = method.sample(whole, global_noise(2, torch.device("cpu"), torch.Generator().manual_seed(0)))
+    contract.sampled(method, drawn, 2)
     kinds = Counter(tuple((x.shape[1:], x.dtype) for x in sampled) for sampled in drawn)
 
     def step(networks: Any, kind: tuple[tuple[torch.Size, torch.dtype], ...]) -> None:
@@ -131,7 +133,7 @@ def _count_pretraining(settings: str, half: bool) -> Counted:
         sampled = tuple(torch.empty(B, *shape, dtype=dtype) for shape, dtype in kind)
         with autocast(half):
             outputs = method.forward(networks, views, sampled)
-        loss, _ = method.loss(tree_map_only(Tensor, at_least_float32, outputs), 0.0)
+        loss, _ = contract.loss(method, method.loss(tree_map_only(Tensor, at_least_float32, outputs), 0.0))
         loss.backward()
 
     parts = [(n, count(lambda: build_networks(method), partial(step, kind=kind))) for kind, n in kinds.items()]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+import traceback
+from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 import torch
@@ -17,7 +22,10 @@ from aps.errors import UserError
 from aps.methods import Method
 from aps.models.encoder import Encoder, build_encoder
 from aps.results import StageJob, saved_run
+from aps.runtime.processes import Distributed
 from aps.settings.reading import load_study
+from aps.training.contract import RESERVED
+from aps.training.pretrain import Trainer
 
 
 class Plain(Method):
@@ -140,3 +148,208 @@ def test_networks_that_share_tensors_are_saved_whole_and_resume(
     Tied(whole.settings).networks(build_encoder(small.ENCODER)).load_state_dict(
         heads | {f"encoder.{name}": x for name, x in found[whole][0].items()}
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One thing wrong
+
+
+def returning(name: str, value: Any) -> dict[str, Any]:
+    """A method whose function `name` returns a value, or what a function makes of the method and what is right."""
+    right = getattr(Plain, name)
+
+    def function(self: Any, *arguments: Any) -> Any:
+        return value(self, right(self, *arguments)) if callable(value) else value
+
+    return {name: function}
+
+
+def figures(**found: Any) -> dict[str, Any]:
+    return returning("loss", lambda self, right: (right[0], found))
+
+
+def view(**changes: Any) -> dict[str, Any]:
+    return returning("views", lambda self, right: (right[0], right[1]._replace(**changes)))
+
+
+def with_network(name: str, make: Any) -> dict[str, Any]:
+    return returning("networks", lambda self, right: nn.ModuleDict({**right, name: make(right)}))
+
+
+def keeping_a_network(self: Any, right: nn.ModuleDict) -> nn.ModuleDict:
+    self.teacher = nn.Linear(3, 3)
+    return right
+
+
+def with_a_centre(self: Any, right: Any) -> Any:
+    self.centre = 0.5 * self.centre + right[0].detach()
+    return right
+
+
+SCALAR = torch.tensor(1.0)
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "no views": (returning("views", ()), "`views` returned a tuple of 0"),
+    "a number of views": (returning("views", 2), "`views` returned 2"),
+    "a view beside the patches": (view(size=6), "size 6; give a positive multiple of encoder.patch_size 4"),
+    "a view without pixels": (view(size=0), "size 0"),
+    "a view with two sides": (view(size=(16, 8)), r"size \(16, 8\)"),
+    "a third chance": (view(chances=3), "chances 3; give 1 or 2"),
+    "a view's augmentation": (view(augmentation=None), "augmentation None"),
+    "a plain dictionary": (returning("networks", lambda self, right: dict(right)), "return an nn.ModuleDict"),
+    "evaluated misspelt": ({"evaluated": "techer"}, "no 'techer', which `evaluated` names; it has encoder, head"),
+    "evaluated no encoder": ({"evaluated": "head"}, "'head' of `networks`, a Linear; name an Encoder"),
+    "a network aside": (returning("networks", keeping_a_network), "`self.teacher` is a network"),
+    "no parameters": (returning("parameters", []), "`parameters` is empty"),
+    "parameters twice": (
+        returning("parameters", lambda self, right: [{"params": right}, {"params": right[-1:]}]),
+        "`parameters` has head.bias twice",
+    ),
+    "foreign parameters": (returning("parameters", [nn.Parameter(torch.ones(3))]), "no parameter of `networks`"),
+    "a learning rate": (
+        returning("parameters", lambda self, right: [{"params": right, "lr": 1.0}]),
+        "sets lr, which follows the schedule; set lr_scale",
+    ),
+    "no weight decay": (returning("weight_decay", None), "`weight_decay` returned None"),
+    "half a step": ({"steps": 0.5}, "`steps` is 0.5"),
+    "an array": (returning("state_dict", {"queue": np.zeros(3)}), "a ndarray under 'queue'"),
+    "a deque": (returning("state_dict", {"queue": deque([SCALAR])}), "a deque under 'queue'"),
+    "a path": (returning("state_dict", {"file": [Path("x")]}), "a list of 1 under 'file'"),
+    "a function": (returning("state_dict", {"f": lambda x: x}), "a function under 'f'"),
+    "no state": (returning("state_dict", None), "`state_dict` returned None"),
+    "no draws": (returning("sample", None), "`sample` returned None; return 1 draws"),
+    "too few draws": ({"steps": 3, "sample": lambda *_: [()]}, "a list of 1; return 3 draws"),
+    "a draw that is a tensor": (returning("sample", [torch.zeros(32, 4)]), "each a tuple of tensors"),
+    "a draw of other rows": (returning("sample", [(torch.zeros(3, 4),)]), r"a tensor of shape \(3, 4\), float32"),
+    "a loss without figures": (returning("loss", lambda self, right: right[0]), "return the loss and a dictionary"),
+    "a loss of each image": (returning("loss", lambda self, right: (right[0].expand(3), {})), r"shape \(3,\)"),
+    "a loss without gradient": (returning("loss", lambda self, right: (right[0].detach(), {})), "has no gradient"),
+    "a figure that is a number": (figures(share=0.5), "the figure 'share' of `loss` is 0.5"),
+    "a figure of each image": (figures(share=torch.ones(3)), "return a scalar tensor"),
+    "a figure's name": (figures(loss=SCALAR), "named 'loss', as one of the stage's"),
+    "a parameter in vain": (
+        with_network("extra", lambda right: nn.Linear(4, 4)),
+        r"extra.weight \(and 1 more\) of `networks` got no gradient",
+    ),
+    "a state that is not saved": (
+        {"centre": SCALAR, **returning("loss", with_a_centre), "__init__": lambda self, e: centred(self, e)},
+        "`self.centre` changes in a step and a resumed run would not have it",
+    ),
+}
+
+
+def centred(self: Any, experiment: Any) -> None:
+    Method.__init__(self, experiment)
+    self.centre = torch.zeros(())
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_method_is_a_sentence_before_it_is_trained(
+    mistake: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attributes, expected = MISTAKES[mistake]
+    name = f"own{list(MISTAKES).index(mistake)}"
+    use(monkeypatch, **{name: type("Own", (Plain,), {**attributes, "__module__": __name__})})
+    assert re.search(expected, refusal(job(digits, tmp_path, name)))
+
+
+def test_the_names_that_a_figure_may_not_have_are_those_of_the_stage(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, plain=Plain)
+    done = job(digits, tmp_path, "plain", knn_every=1)
+    small.run(done)
+    lines = [json.loads(line) for line in (done.out / "history.jsonl").read_text().splitlines()]
+    written = {
+        *json.loads((done.out / "metrics.json").read_text())["metrics"],
+        *(key for line in lines for key in line),
+    }
+    assert written - {"sharpness"} == RESERVED
+
+
+class Moody(Plain):
+    """Its figures change from step to step."""
+
+    def loss(self, outputs: Tensor, progress: float) -> Any:
+        loss, found = super().loss(outputs, progress)
+        return loss, found | ({"late": loss.detach()} if progress else {})
+
+
+class Late(Plain):
+    """A figure that has a gradient, and is a number from the second epoch on only."""
+
+    def loss(self, outputs: Tensor, progress: float) -> Any:
+        loss, _ = super().loss(outputs, progress)
+        return loss, {"twice": 2 * loss * (1.0 if progress < 0.5 else float("nan"))}
+
+
+def test_figures_have_the_same_names_at_every_step_and_are_finite(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, moody=Moody, late=Late)
+    with pytest.raises(
+        UserError, match=r"moody .*: a step has the figures loss, sharpness, late and one before it had"
+    ):
+        small.run(job(digits, tmp_path / "moody", "moody"))
+    with pytest.raises(UserError, match=r"late .*: its figure 'twice' became nan; return finite numbers"):
+        small.run(job(digits, tmp_path / "late", "late"))
+    lines = [json.loads(line) for line in next(tmp_path.glob("late/**/history.jsonl")).read_text().splitlines()]
+    assert lines[0]["twice"] == pytest.approx(2 * lines[0]["loss"])
+
+
+class Fails(Plain):
+    def forward(self, networks: nn.ModuleDict, views: tuple[Tensor, ...], sampled: Any) -> Any:
+        return networks["haed"](views)
+
+
+def test_an_exception_in_a_methods_own_code_ends_in_a_line_that_names_its_file(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, fails=Fails)
+    with pytest.raises(KeyError) as found:
+        small.run(job(digits, tmp_path, "fails"))
+    last = traceback.format_exception(found.value)[-1]
+    assert re.match(rf"pretrain.method fails \({__file__}\) failed in line \d+: KeyError: 'haed'\n", last)
+
+
+class Aside(Plain):
+    """Tensors of its own that are none of a run's state: one that is made once, one that is gone after each step."""
+
+    kept: Tensor | None = None
+
+    def loss(self, outputs: Tensor, progress: float) -> Any:
+        if self.kept is None:
+            self.kept = torch.arange(4)
+        self.scratch = outputs.detach()
+        return super().loss(outputs, progress)
+
+    def after_step(self, networks: nn.ModuleDict, progress: float) -> None:
+        del self.scratch
+
+
+def test_a_method_may_keep_constants_and_what_a_step_leaves_to_itself(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, aside=Aside)
+    small.run(job(digits, tmp_path, "aside"))
+
+
+class InVain(Plain):
+    def networks(self, encoder: Encoder) -> nn.ModuleDict:
+        return nn.ModuleDict({**super().networks(encoder), "extra": nn.Linear(4, 4)})
+
+
+def one_of_two(rank: int, folder: Path, digits: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, invain=InVain)
+        trainer = Trainer(job(digits, folder, "invain"), Distributed(rank, 2, torch.device("cpu")))
+        with pytest.raises(UserError, match="got no gradient"):
+            trainer.step((torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)), (), lr=0.1)
+    (folder / f"said{rank}").touch()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_say_it_as_one_does(digits: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_of_two, (tmp_path, digits), nprocs=2)
+    assert len(list(tmp_path.glob("said*"))) == 2
