@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from aps.errors import UserError
+from aps.errors import BrokenContract, UserError
 from aps.methods import Method, Sampled
 from aps.models.encoder import Encoder
 from aps.registry import METHODS
@@ -49,10 +49,6 @@ RESERVED = frozenset(
     ]
 )
 Memory = dict[str, tuple[Tensor, int]]  # a method's tensors by name, each with the number of changes made in place
-
-
-class BrokenContract(UserError):
-    """A method does not do what the contract asks."""
 
 
 def ask(method: Method, kept: bool, sentence: str) -> None:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from aps.errors import BrokenContract
 from aps.runtime.processes import Distributed
-from aps.training.contract import BrokenContract
 from aps.training.cost import batches_within, step_flops
 
 
