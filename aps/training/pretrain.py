@@ -6,6 +6,7 @@ rates, on any number of processes that divides the batch.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from aps.data.load import load_split
 from aps.errors import UserError
@@ -32,7 +34,7 @@ from aps.training import contract
 from aps.training.batches import Batch, Batches
 from aps.training.features import normalization, pixels
 from aps.training.knn import monitor
-from aps.training.loop import Line, Loop
+from aps.training.loop import Line, Loop, all_finite, weights_not_finite
 from aps.training.meter import Meter
 from aps.training.networks import at_least_float32, build_method, build_networks
 from aps.training.order import SAMPLING, STEP, seed_of, seeded
@@ -56,6 +58,7 @@ def run(job: StageJob) -> None:
         loop = Loop(
             job, stage, distributed, learner.state_dict, learner.load_state_dict,
             total=lambda: learner.pace.total, images=settings.batch_size, steps=learner.trainer.method.steps,
+            defect=learner.defect,
         )  # fmt: skip
         loop.train(learner, epoch)
         if distributed.main:
@@ -163,6 +166,28 @@ class Pretraining:
         self.trainer.load_state_dict(state["trainer"])
         self.meter.load_state_dict(state["meter"])
         self.pace.load_state_dict(state["pace"])
+
+    def defect(self, state: dict[str, Any]) -> str | None:
+        """What in a state is not finite, as a clause. A buffer or a method's own tensor may be infinite, as a least value yet
+        to be found is; only `nan` is a mistake there."""
+        trainer, who = state["trainer"], where_defined(self.settings.method)
+        buffers = {
+            name: trainer["networks"][name]
+            for name, _ in self.trainer.networks.named_buffers()
+            if name in trainer["networks"]
+        }
+        weights = {name: x for name, x in trainer["networks"].items() if name not in buffers}
+        if not all_finite([weights, trainer["optimizer"]]):
+            return weights_not_finite("pretrain")
+        for kind, tensors in (("buffer", buffers), ("state", trainer["method"])):
+            for name, value in tensors.items():
+                if any(bool(x.isnan().any()) for x in tree_leaves(value) if isinstance(x, Tensor)):
+                    return f"the {kind} '{name}' of {who} is nan; see where its numbers come from"
+        figures = dict(zip(self.meter.names, self.meter.sums.tolist(), strict=True)) if self.meter.steps else {}
+        names = [name for name, value in figures.items() if not math.isfinite(value)]
+        return (
+            f"the figure '{names[0]}' of {who} is no finite number; return finite ones from `loss`" if names else None
+        )
 
     def save(self, stage: StageRun) -> None:
         """Write the encoder that is evaluated, and the other networks as a second file."""

@@ -353,3 +353,42 @@ def one_of_two(rank: int, folder: Path, digits: Path) -> None:
 def test_two_processes_say_it_as_one_does(digits: Path, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(one_of_two, (tmp_path, digits), nprocs=2)
     assert len(list(tmp_path.glob("said*"))) == 2
+
+
+class Best(Plain):
+    """Keeps the least loss in a buffer, which is infinite at first, or is no number."""
+
+    first = float("inf")
+
+    def networks(self, encoder: Encoder) -> nn.ModuleDict:
+        networks = super().networks(encoder)
+        networks["head"].register_buffer("best", torch.tensor(self.first))
+        return networks
+
+
+class Lost(Best):
+    first = float("nan")
+
+
+class LateFigure(Plain):
+    def loss(self, outputs: Tensor, progress: float) -> Any:
+        loss, _ = super().loss(outputs, progress)
+        return loss, {"share": loss.detach() * float("inf")}
+
+
+def test_what_is_not_finite_in_a_checkpoint_is_named_and_a_buffer_may_be_infinite(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, best=Best, lost=Lost, latefigure=LateFigure)
+    done = job(digits, tmp_path / "best", "best")
+    small.run(done, stop_after=2)
+    small.run(done)
+    assert load_file(done.out / "heads.safetensors")["head.best"].isinf()
+    with pytest.raises(
+        UserError, match=rf"the buffer 'head.best' of pretrain.method lost \({__file__}\) is nan; .* is kept"
+    ):
+        small.run(job(digits, tmp_path / "lost", "lost"))
+    often = job(digits, tmp_path / "figure", "latefigure")
+    object.__setattr__(often, "checkpoint_minutes", 0.0)
+    with pytest.raises(UserError, match=r"after 1 batches the figure 'share' of pretrain.method latefigure"):
+        small.run(often)
