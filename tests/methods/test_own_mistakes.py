@@ -14,6 +14,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,8 +24,11 @@ from aps.methods import Method
 from aps.models.encoder import Encoder, build_encoder
 from aps.results import StageJob, saved_run
 from aps.runtime.processes import Distributed
+from aps.settings.base import Positive
+from aps.settings.blocks import PretrainSettings
 from aps.settings.reading import load_study
 from aps.training.contract import RESERVED
+from aps.training.cost import step_flops
 from aps.training.pretrain import Trainer
 
 
@@ -392,3 +396,30 @@ def test_what_is_not_finite_in_a_checkpoint_is_named_and_a_buffer_may_be_infinit
     object.__setattr__(often, "checkpoint_minutes", 0.0)
     with pytest.raises(UserError, match=r"after 1 batches the figure 'share' of pretrain.method latefigure"):
         small.run(often)
+
+
+class Frozen(Plain):
+    """Its settings are checked against one another, and what a step computes depends on them."""
+
+    class Settings(PretrainSettings):
+        freeze: Positive = Field(2, description="epochs")
+
+        @model_validator(mode="after")
+        def _check(self) -> Any:
+            if self.freeze >= self.epochs:
+                raise ValueError(f"freeze {self.freeze} must be below epochs {self.epochs}")
+            return self
+
+    def forward(self, networks: nn.ModuleDict, views: tuple[Tensor, ...], sampled: Any) -> Any:
+        return super().forward(networks, views * (2 if self.settings.weight_decay == 0.5 else 1), sampled)
+
+
+def test_operations_are_counted_with_the_values_of_the_study(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, frozen=Frozen, frozentoo=Frozen)
+    default = Frozen.Settings.model_fields["epochs"].default
+    long = {"freeze": default + 5, "epochs": default + 10}
+    once = step_flops(job(digits, tmp_path, "frozen", **long).settings)
+    twice = step_flops(job(digits, tmp_path, "frozentoo", weight_decay=0.5, **long).settings)
+    assert once > 0 and 1.8 < twice / once < 2.2
