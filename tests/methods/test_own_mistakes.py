@@ -22,6 +22,7 @@ from aps import registry
 from aps.errors import UserError
 from aps.methods import Method
 from aps.models.encoder import Encoder, build_encoder
+from aps.preflight import problems
 from aps.results import StageJob, saved_run
 from aps.runtime.processes import Distributed
 from aps.settings.base import Positive
@@ -71,22 +72,21 @@ def use(monkeypatch: pytest.MonkeyPatch, **methods: type[Method]) -> None:
     monkeypatch.setattr(registry.METHODS, "_rows", registry.METHODS._rows | rows)
 
 
-def job(digits: Path, folder: Path, method: str, blocks: dict[str, Any] | None = None, **pretrain: Any) -> StageJob:
+def experiment(method: str, blocks: dict[str, Any] | None = None, **pretrain: Any) -> dict[str, Any]:
     own = {"method": method, "epochs": 2, "batch_size": 32, "warmup_epochs": 1, **pretrain}
-    experiment = {
+    return {
         "dataset": {"name": "digits", "train_limit": 100},
         "encoder": small.ENCODER.model_dump(),
         "pretrain": own,
         "stages": ["pretrain"],
         **(blocks or {}),
     }
-    settings = load_study([], {"experiments": {"mine": experiment}}).stage_settings("mine", 0, "pretrain")
-    return StageJob(
-        settings=settings,
-        manifest=digits,
-        out=folder / "out",
-        checkpoints=saved_run(folder, settings, digits, None),
-    )
+
+
+def job(digits: Path, folder: Path, method: str, blocks: dict[str, Any] | None = None, **pretrain: Any) -> StageJob:
+    study = load_study([], {"experiments": {"mine": experiment(method, blocks, **pretrain)}})
+    settings, out = study.stage_settings("mine", 0, "pretrain"), folder / "out"
+    return StageJob(settings=settings, manifest=digits, out=out, checkpoints=saved_run(folder, settings, digits, None))
 
 
 def refusal(job: StageJob) -> str:
@@ -423,3 +423,30 @@ def test_operations_are_counted_with_the_values_of_the_study(
     once = step_flops(job(digits, tmp_path, "frozen", **long).settings)
     twice = step_flops(job(digits, tmp_path, "frozentoo", weight_decay=0.5, **long).settings)
     assert once > 0 and 1.8 < twice / once < 2.2
+
+
+class Misspelt(Plain):
+    blocks = ("samplng",)
+
+
+class Text(Plain):
+    blocks = "sampling"  # type: ignore[assignment]
+
+
+class SmallView(Plain):
+    views = view(size=6)["views"]
+
+
+def test_what_a_study_needs_of_a_method_is_looked_at_where_the_study_is_checked(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, misspelt=Misspelt, text=Text, smallview=SmallView, plain=Plain)
+    with pytest.raises(UserError, match=rf"misspelt \({__file__}\): `blocks` names 'samplng'; did you mean 'sampling'"):
+        job(digits, tmp_path, "misspelt")
+    with pytest.raises(UserError, match=r"`blocks` is 'sampling'; write a tuple"):
+        job(digits, tmp_path, "text")
+    experiments = {name: experiment(name) for name in ("smallview", "plain")}
+    found = [said for said in problems(load_study([], {"experiments": experiments})) if "`views`" in said]
+    assert len(found) == 1 and re.match(
+        r"experiment 'smallview': pretrain.method smallview .* has size 6; give", found[0]
+    )
