@@ -239,6 +239,12 @@ def method_of(raw: Any) -> str:
 
 def _of_method(base: Any, method: str) -> Any:
     method_class = METHODS.load(method)
+    for name, parent in (("Settings", PretrainSettings), ("Views", ViewSettings)):
+        block = getattr(method_class, name, None)
+        if not isinstance(block, type) or not issubclass(block, parent):
+            raise UserError(f"{where_defined(method)}: `{name}` is no subclass of {parent.__name__}; make it one")
+        if required := [key for key, field in block.model_fields.items() if field.is_required()]:
+            raise UserError(f"{where_defined(method)}: '{required[0]}' of its `{name}` has no default; give it one")
     pretrain: Any = (method_class.Settings, method_class.Settings(method=method))
     views: Any = (method_class.Views, method_class.Views())
     return create_model(base.__name__, __base__=base, pretrain=pretrain, views=views)

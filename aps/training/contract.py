@@ -1,7 +1,7 @@
 """Checks that a method keeps to the contract of `aps.methods`, so that a mistake in one is a sentence and not a traceback.
 
 Design: everything is checked before training or at its first step, and nothing in the steps after it. The checks ask for
-types, shapes and names, never for a tensor's values, so that the device is not waited for.
+types, shapes and names. Only for a tensor that a method keeps and does not save do they ask for values, once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ RESERVED = frozenset(
         "dead_dimensions",
     ]
 )
-Memory = dict[str, tuple[Tensor, int]]  # a method's tensors by name, each with the number of changes made in place
+Memory = dict[str, tuple[Tensor, Tensor]]  # tensors by name, each with a copy
 
 
 def ask(method: Method, kept: bool, sentence: str) -> None:
@@ -142,6 +142,8 @@ def start(method: Method) -> None:
     ask(method, type(steps) is int and steps > 0, f"`steps` is {steps!r}; give a positive whole number")
     right = isinstance(decay, int | float) and math.isfinite(decay) and decay >= 0
     ask(method, right, f"`weight_decay` returned {_shown(decay)}; return a number, 0 or more")
+    rate = method.drop_path
+    ask(method, isinstance(rate, int | float) and 0 <= rate < 1, f"`drop_path` is {rate!r}; give a share below 1")
     state(method)
 
 
@@ -225,23 +227,26 @@ def gradients(method: Method, networks: nn.ModuleDict) -> None:
     )
 
 
-def memory(method: Method) -> Memory:
-    """The tensors that a method keeps on itself."""
-    return {name: (x, x._version) for name, x in vars(method).items() if isinstance(x, Tensor)}
+def memory(method: Method, networks: nn.ModuleDict) -> Memory:
+    """The tensors of a method that no checkpoint holds unless `state_dict` has them, and a copy of each."""
+    saved = networks.state_dict(keep_vars=True)
+    own = {id(x) for x in saved.values()}
+    found = {f"self.{name}": x for name, x in vars(method).items() if isinstance(x, Tensor) and id(x) not in own}
+    found |= {name: x for name, x in networks.named_buffers() if name not in saved}
+    return {name: (x, x.detach().clone()) for name, x in found.items()}
 
 
 def remembered(method: Method, networks: nn.ModuleDict, before: Memory) -> None:
-    """Check, after a step, that each of the method's own tensors that it changed is in `state_dict`."""
+    """Check, after a step, that a checkpoint holds each tensor that the step has changed."""
     state(method)
-    own = {id(x) for x in (*networks.parameters(), *networks.buffers())}
     saved = {x.shape for x in tree_leaves(method.state_dict()) if isinstance(x, Tensor)}
-    for name, (x, changes) in memory(method).items():
-        changed = name in before and (before[name][0] is not x or before[name][1] != changes)
+    for name, (x, _) in memory(method, networks).items():
+        changed = x.shape not in saved and name in before and not torch.equal(x, before[name][1].to(x))
         ask(
             method,
-            not changed or id(x) in own or x.shape in saved,
-            f"`self.{name}` changes in a step and a resumed run would not have it; return it by `state_dict`, or set it to "
-            "None in `after_step`",
+            not changed,
+            f"`{name}` changes in a step and a resumed run would not have it; return it by `state_dict`, or make it a buffer "
+            "of `networks` that is persistent; what only one step needs, delete in `after_step`",
         )
 
 

@@ -251,7 +251,7 @@ class Trainer:
             group["lr"] = lr * group.get("lr_scale", 1.0)
             if scheduled:
                 group["weight_decay"] = decay
-        parts, before = self.settings.accumulate, contract.memory(self.method) if self.first else {}
+        parts, before = self.settings.accumulate, contract.memory(self.method, self.networks) if self.first else {}
         sums: dict[str, Tensor] = {}
         chunks = zip(*(x.chunk(parts) for x in (*views, *sampled)), strict=True)
         for part, tensors in enumerate(chunks, 1):
