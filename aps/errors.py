@@ -14,6 +14,10 @@ class UserError(Exception):
         super().__init__(sentence)
 
 
+class BrokenContract(UserError):
+    """A method or strategy of the user's own does not do what its contract asks (docs/extending.md)."""
+
+
 class Preempted(Exception):
     """The run was asked to stop and has saved its state; the same command goes on from there.
 

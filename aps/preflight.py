@@ -1,9 +1,10 @@
 """Checks before the first job of a study that no job will fail for its inputs: `python -m aps check`.
 
 `aps.settings.checks` checks settings alone, whenever a study is read. This checks them against the machine: sources
-that do not exist, batches larger than the dataset, resources, the address of the tracking server.
+that do not exist, batches larger than the dataset, resources, the address of the tracking server. Views that a method makes
+itself are checked here too, since that needs torch.
 
-It imports nothing heavy, opens no image and asks no server.
+It imports nothing heavy for other methods, opens no image and asks no server.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.findings import Findings
 from aps.layout import encoder_file, manifest_of
-from aps.registry import nearest
+from aps.methods import Method
+from aps.registry import METHODS, nearest
 from aps.settings.blocks import SourceSettings
 from aps.settings.study import Study
 from aps.stages import STAGES
@@ -37,6 +39,8 @@ def problems(study: Study) -> Iterator[str]:
     for experiment, e in study.experiments.items():
         for stage in e.stages:
             yield from _batch(study, experiment, stage)
+        if "pretrain" in e.stages:
+            yield from _views(study, experiment)
         file = encoder_file(study, experiment, e.seeds[0]) if study.pretrain_source(experiment) is None else None
         if file is not None and not file.exists():
             yield f"experiment '{experiment}': encoder.weights: {file} does not exist; give the path of a .safetensors file"
@@ -111,6 +115,21 @@ def _batch(study: Study, experiment: str, stage: str) -> Iterator[str]:
     elif batch is not None and batch > images - held:
         reason = f" ({held} of {images} are held out)" if held else ""
         yield f"{setting} {batch} exceeds the {images - held} training images{reason}; lower it"
+
+
+def _views(study: Study, experiment: str) -> Iterator[str]:
+    """Views of a method's own that can't be made."""
+    settings = study.stage_settings(experiment, study.experiments[experiment].seeds[0], "pretrain")
+    if METHODS.load(settings.pretrain.method).views is Method.views:
+        return
+    from aps.training import contract
+    from aps.training.networks import build_method
+
+    try:
+        with contract.blaming(settings.pretrain.method):
+            contract.views(build_method(settings))
+    except UserError as error:
+        yield f"experiment '{experiment}': {error}"
 
 
 def _address(address: str) -> Iterator[str]:

@@ -16,13 +16,14 @@ It does not know pixels, models, files, or where the boxes come from.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from aps.errors import UserError
+from aps.errors import BrokenContract, UserError
 from aps.registry import STRATEGIES
 from aps.settings.blocks import SamplingSettings
 
@@ -170,7 +171,7 @@ def full(settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry
 def draw(settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise) -> Kept:
     """Cells kept of both views of a batch, T times, on the geometries' device.
 
-    Raises UserError where T samplings of n cells don't fit the N cells.
+    Raises UserError where T samplings of n cells don't fit the N cells, or the strategy returned something else.
     """
     cells, kept = grid * grid, kept_cells(grid, settings.ratio)
     if settings.strategy != "full" and not 1 <= kept * settings.samplings <= cells:
@@ -179,8 +180,42 @@ def draw(settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry
             f"and at most the {cells} cells of a view; change sampling.samplings or sampling.ratio"
         )
     strategy: Strategy = STRATEGIES.load(settings.strategy)
-    cells1, cells2 = strategy(settings, grid, view1, view2, noise)
+    found = strategy(settings, grid, view1, view2, noise)
+    _check(strategy, found, settings, cells, len(view1.boxes))
+    cells1, cells2 = found
     return Kept(cells1.transpose(0, 1).contiguous(), cells2.transpose(0, 1).contiguous())
+
+
+_checked: set[Strategy] = set()  # those whose cells were looked at
+
+
+def _check(strategy: Strategy, found: object, settings: SamplingSettings, cells: int, images: int) -> None:
+    """Raises BrokenContract where a strategy returned something else than cells of both views.
+
+    Their numbers are looked at once, on the CPU, where no device is waited for: operations are counted there before a run
+    starts.
+    """
+
+    def ask(kept: object, sentence: str) -> None:
+        if not kept:
+            file = getattr(sys.modules.get(strategy.__module__), "__file__", strategy.__module__)
+            raise BrokenContract(f"sampling.strategy {settings.strategy} ({file}) returned {sentence}")
+
+    both = isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(x, Tensor) for x in found)
+    ask(both, f"a {type(found).__name__}; return two tensors (B, T, n), the cells of each view")
+    tensors: Any = found
+    for x in tensors:
+        fits = x.dim() == 3 and x.shape[:2] == (images, settings.samplings) and x.shape == tensors[0].shape
+        ask(
+            fits and x.dtype == torch.int64,
+            f"cells of shape {tuple(x.shape)}, {str(x.dtype).removeprefix('torch.')}; return (B, T, n), here ({images}, "
+            f"{settings.samplings}, n) with the same n for both views, int64",
+        )
+    if strategy not in _checked and tensors[0].device.type == "cpu":
+        for x in tensors:
+            ask(((x >= 0) & (x < cells)).all(), f"a cell that is none of 0 to {cells - 1}; a view has {cells} cells")
+            ask((x.sort(dim=2).values.diff(dim=2) > 0).all(), "a cell twice; return n different cells of a view")
+        _checked.add(strategy)
 
 
 def sample(

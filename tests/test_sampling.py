@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aps.errors import UserError
 from aps.registry import STRATEGIES
-from aps.sampling import ROUNDING, Geometry, coverage, kept_cells, least, sample, selective, sparse
+from aps.sampling import ROUNDING, Geometry, Noise, Strategy, coverage, kept_cells, least, sample, selective, sparse
 from aps.settings.blocks import SamplingSettings, ViewSettings
 from aps.views import apply_view, draw_parameters
 
@@ -528,3 +528,46 @@ def test_the_first_cells_are_the_least_in_order_and_of_equals_the_earlier(levels
     values = torch.randint(1, levels, (7, 3, 50), generator=torch.Generator().manual_seed(0)).float() * 1e-3
     values[0, 0, 10] = 1e30  # as a covered cell's
     assert torch.equal(least(values, 20), values.sort(dim=-1, stable=True).indices[..., :20])
+
+
+def wrong(how: str) -> Strategy:
+    """A strategy with one thing wrong."""
+
+    def strategy(settings: SamplingSettings, grid: int, view1: Geometry, view2: Geometry, noise: Noise) -> object:
+        cells = STRATEGIES.load("random")(settings, grid, view1, view2, noise)[0]
+        others = {
+            "one tensor": cells,
+            "one sampling": (cells[:, 0], cells[:, 0]),
+            "fewer samplings": (cells[:, :1], cells[:, :1]),
+            "floats": (cells.float(), cells.float()),
+            "other widths": (cells, cells[..., :1]),
+            "outside": (cells, cells + grid * grid),
+            "below": (cells - 1 - cells.min(), cells),
+            "twice": (cells * 0, cells),
+        }
+        return others[how]
+
+    return strategy  # type: ignore[return-value]
+
+
+WRONG = {
+    "one tensor": "a Tensor; return two tensors",
+    "one sampling": r"shape \(2, 4\), int64; return \(B, T, n\), here \(2, 3, n\)",
+    "fewer samplings": r"shape \(2, 1, 4\), int64",
+    "floats": r"shape \(2, 3, 4\), float32; .* int64",
+    "other widths": r"shape \(2, 3, 1\), int64; .* the same n for both views",
+    "outside": "a cell that is none of 0 to 15",
+    "below": "a cell that is none of 0 to 15",
+    "twice": "a cell twice; return n different cells",
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_strategy_that_returns_something_else_than_cells_is_told_so(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "own", wrong(how))
+    monkeypatch.setattr(STRATEGIES, "_rows", STRATEGIES._rows | {"own": f"{__name__}:own"})
+    whole = Geometry(torch.tensor([[0.0, 0.0, 8.0, 8.0]] * 2), torch.zeros(2, dtype=torch.bool))
+    with pytest.raises(UserError, match=rf"^sampling.strategy own \({__file__}\) returned .*{WRONG[how]}"):
+        sample(SamplingSettings(strategy="own", samplings=3), 4, whole, whole, torch.Generator())

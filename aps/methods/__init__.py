@@ -114,7 +114,8 @@ class Method:
     def loss(self, outputs: Any, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """outputs: those of `forward`, in at least float32 -> loss, a scalar; figures, scalars without gradient.
 
-        The loss is the mean over this process's rows. progress: share of the run's steps that are done, in [0, 1).
+        Figures have the same names at every step, and none of the stage's (`aps.training.contract.RESERVED`). The loss is the
+        mean over this process's rows. progress: share of the run's steps that are done, in [0, 1).
         """
         raise NotImplementedError
 
@@ -133,7 +134,10 @@ class Method:
         """Called when the weights have changed, under no_grad: update momentum copies."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The method's state outside of `networks`: tensors and plain data."""
+        """The method's state outside of `networks`: tensors, numbers, text, lists, tuples and dictionaries.
+
+        It has to be equal on all processes, because the first one's is saved.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

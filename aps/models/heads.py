@@ -35,7 +35,7 @@ def synchronize_batch_norm(module: nn.Module) -> nn.Module:
     if type(module) is nn.BatchNorm1d:
         return CrossProcessBatchNorm.of(module)
     for parent in list(module.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # `named_children` leaves out a child's second name
             if type(child) is nn.BatchNorm1d:
                 parent.add_module(name, CrossProcessBatchNorm.of(child))
     return module

@@ -46,10 +46,18 @@ AT_ONCE = 65_536  # rows whose numbers are checked at once
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically: a reader sees the old file or the whole new one. Equal content, equal bytes.
 
+    Names that share a tensor, such as tied weights, get a copy each.
+
     Raises:
         UserError: the folder can't be written or the disk is full.
     """
-    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for name, x in tensors.items():
+        saved = x.detach().cpu().contiguous()
+        storage = saved.untyped_storage().data_ptr()
+        plain[name] = saved.clone() if storage in known else saved  # the library refuses what shares memory
+        known.add(storage)
     sealed = dict(metadata or {}) | {SEAL_KEY: _seal(plain, metadata or {})}
     with atomic_path(Path(path)) as temporary:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aps.errors import UserError
 from aps.registry import CHECKS, DATASETS, DETECTION_DATASETS, METHODS, nearest, resolve
-from aps.settings.study import ExperimentSettings, Study
+from aps.settings.study import ALL_BLOCKS, ExperimentSettings, Study, where_defined
 from aps.stages import STAGES
 
 MONITOR_LEAST = 10  # images of which kNN monitoring holds out a tenth
@@ -28,7 +28,7 @@ def check(study: Study, where: str) -> None:
             _check_limit(e, stage, prefix)
         components = [resolve(path) for path in (*CHECKS, *(STAGES[stage].check for stage in e.stages)) if path]
         if "pretrain" in e.stages:
-            components += [_check_parts, METHODS.load(e.pretrain.method).check]
+            components += [_check_blocks, _check_parts, METHODS.load(e.pretrain.method).check]
         for component in components:
             try:
                 component(e)
@@ -91,6 +91,17 @@ def _check_dataset(study: Study, e: ExperimentSettings, stage: str, prefix: str)
     if not row.detects and own is not None and e.dataset_settings(stage).statistics == "published":
         raise UserError(
             f"{prefix} {key} '{name}' is your own, so it has no published statistics; set {key}.statistics: measured"
+        )
+
+
+def _check_blocks(e: ExperimentSettings) -> None:
+    """Raises ValueError where a method names blocks of settings that there are not."""
+    name, blocks = e.pretrain.method, METHODS.load(e.pretrain.method).blocks
+    if not isinstance(blocks, tuple | list):
+        raise ValueError(f"{where_defined(name)}: `blocks` is {blocks!r}; write a tuple of names of blocks")
+    if unknown := [block for block in blocks if block not in ALL_BLOCKS]:
+        raise ValueError(
+            f"{where_defined(name)}: `blocks` names {unknown[0]!r}; {nearest(str(unknown[0]), ALL_BLOCKS)}"
         )
 
 

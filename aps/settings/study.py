@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -150,13 +151,24 @@ class StudySettings(Section):
 
 
 class StageSettings(Blocks):
-    """All settings that one run of one stage depends on. Blocks that the stage does not read keep their defaults."""
+    """All settings that one run of one stage depends on. Other blocks have their defaults, and reading one is an error."""
 
     stage: Stage
     experiment: str
     seed: Seed
     upstream: str | None = None  # digest of the pretraining it starts from; a new pretraining reruns the stage
     dataset: DatasetSettings = DatasetSettings(name="")
+
+    def __getattribute__(self, name: str) -> Any:
+        """Raises UserError for a block on which the stage does not say to depend: the study's values are not in it."""
+        if name in ALL_BLOCKS and name not in self._declared:
+            raise UserError(undeclared(self, name))
+        return super().__getattribute__(name)
+
+    @cached_property
+    def _declared(self) -> frozenset[str]:
+        blocks = super().__getattribute__("__dict__")
+        return frozenset(blocks_of(blocks["stage"], blocks["pretrain"].method))
 
     def dataset_settings(self, stage: str) -> DatasetSettings:
         """The images that the stage reads; the same call as on an experiment."""
@@ -168,8 +180,7 @@ class StageSettings(Blocks):
 
     def relevant(self) -> dict[str, Any]:
         """The blocks that the stage reads, as plain data with every default filled in."""
-        blocks = blocks_of(self.stage, self.pretrain.method)
-        return self.model_dump(mode="json", include={"stage", "experiment", "seed", "upstream", *blocks})
+        return self.model_dump(mode="json", include={"stage", "experiment", "seed", "upstream", *self._declared})
 
     def to_json(self) -> str:
         return json.dumps(self.relevant(), sort_keys=True, separators=(",", ":"))
@@ -195,8 +206,27 @@ class StageSettings(Blocks):
             raise UserError(sentence("--settings", "", error, cls)) from None
 
 
+ALL_BLOCKS = frozenset((*SharedBlocks.model_fields, "dataset", *STAGES))
+
+
+def undeclared(settings: StageSettings, block: str) -> str:
+    """The sentence for a block that a stage, or the method that it trains, reads without saying so."""
+    if settings.stage != "pretrain":
+        return f"stage {settings.stage} reads the block '{block}', which its row of aps/stages.py does not name; add it to `uses`"
+    return (
+        f"{where_defined(settings.pretrain.method)} reads the block '{block}' of the settings, which its `blocks` does not name; "
+        f"add '{block}' to `blocks`, so that the study's values reach it and a run depends on them"
+    )
+
+
 # --------------------------------------------------------------------------------------------------
 # Methods: the block `pretrain` and the defaults of `views` are those of the method that `pretrain.method` names.
+
+
+def where_defined(method: str) -> str:
+    """How a sentence names a method: its name and its file."""
+    found = METHODS.load(method)
+    return f"pretrain.method {method} ({getattr(sys.modules.get(found.__module__), '__file__', found.__module__)})"
 
 
 def method_of(raw: Any) -> str:
@@ -209,6 +239,12 @@ def method_of(raw: Any) -> str:
 
 def _of_method(base: Any, method: str) -> Any:
     method_class = METHODS.load(method)
+    for name, parent in (("Settings", PretrainSettings), ("Views", ViewSettings)):
+        block = getattr(method_class, name, None)
+        if not isinstance(block, type) or not issubclass(block, parent):
+            raise UserError(f"{where_defined(method)}: `{name}` is no subclass of {parent.__name__}; make it one")
+        if required := [key for key, field in block.model_fields.items() if field.is_required()]:
+            raise UserError(f"{where_defined(method)}: '{required[0]}' of its `{name}` has no default; give it one")
     pretrain: Any = (method_class.Settings, method_class.Settings(method=method))
     views: Any = (method_class.Views, method_class.Views())
     return create_model(base.__name__, __base__=base, pretrain=pretrain, views=views)

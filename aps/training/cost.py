@@ -6,7 +6,9 @@ so that a study of many experiments counts each network once.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -21,7 +23,8 @@ from aps.models.encoder import build_encoder
 from aps.runtime.counting import Counted, autocast, count
 from aps.sampling import Geometry, global_noise
 from aps.settings.blocks import EncoderSettings
-from aps.settings.study import StageSettings, blocks_of, stage_model
+from aps.settings.study import blocks_of, stage_model
+from aps.training import contract
 from aps.training.features import BATCH
 from aps.training.knn import BLOCK, CHUNK, MONITOR_IMAGES
 from aps.training.linear_probe import Heads
@@ -105,25 +108,35 @@ def pretrain(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> 
 def _pretraining_part(settings: Any, half: bool = False) -> Counted:
     """Forward and backward of one part of a batch; there is one unless `pretrain.accumulate` cuts it."""
     block = settings.pretrain
-    fields = type(block).model_fields
     blocks: dict[str, Any] = {
         name: getattr(settings, name) for name in blocks_of("pretrain", block.method) if name != "dataset"
     }
-    blocks["pretrain"] = block.model_copy(update={name: fields[name].default for name in SCHEDULE})
     blocks["encoder"] = _shape(settings.encoder)
-    blocks |= {"stage": "pretrain", "experiment": "", "seed": 0}
-    return _count_pretraining(stage_model(block.method)(**blocks).to_json(), half)
+    plain = {name: value.model_dump(mode="json") for name, value in blocks.items()}
+    for name in SCHEDULE:
+        del plain["pretrain"][name]
+    with contract.blaming(block.method):
+        return _count_pretraining(_Chosen(json.dumps(plain, sort_keys=True), blocks), half)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Blocks that pretraining reads, equal to others that differ only in settings that do not change the operations."""
+
+    key: str
+    blocks: dict[str, Any] = field(compare=False)
 
 
 @cache
-def _count_pretraining(settings: str, half: bool) -> Counted:
-    """settings: all that the method reads, as JSON, so that the count can be cached."""
-    chosen = StageSettings.from_json(settings)
+def _count_pretraining(settings: _Chosen, half: bool) -> Counted:
+    blocks = settings.blocks | {"stage": "pretrain", "experiment": "", "seed": 0}
+    chosen = stage_model(blocks["pretrain"].method)(**blocks)
     method, B = build_method(chosen), chosen.pretrain.batch_size // chosen.pretrain.accumulate
-    sizes = [view.size for view in method.views()]
+    sizes = [view.size for view in contract.views(method)]
     # Sampling depends on values, so it is done with real tensors, for two images; only the shapes are used.
     whole = [Geometry(torch.tensor([[0.0, 0.0, S, S]] * 2), torch.zeros(2, dtype=torch.bool)) for S in sizes]
     drawn = method.sample(whole, global_noise(2, torch.device("cpu"), torch.Generator().manual_seed(0)))
+    contract.sampled(method, drawn, 2)
     kinds = Counter(tuple((x.shape[1:], x.dtype) for x in sampled) for sampled in drawn)
 
     def step(networks: Any, kind: tuple[tuple[torch.Size, torch.dtype], ...]) -> None:
@@ -131,7 +144,7 @@ def _count_pretraining(settings: str, half: bool) -> Counted:
         sampled = tuple(torch.empty(B, *shape, dtype=dtype) for shape, dtype in kind)
         with autocast(half):
             outputs = method.forward(networks, views, sampled)
-        loss, _ = method.loss(tree_map_only(Tensor, at_least_float32, outputs), 0.0)
+        loss, _ = contract.loss(method, method.loss(tree_map_only(Tensor, at_least_float32, outputs), 0.0))
         loss.backward()
 
     parts = [(n, count(lambda: build_networks(method), partial(step, kind=kind))) for kind, n in kinds.items()]

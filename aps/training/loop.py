@@ -63,6 +63,7 @@ class Loop:
         unit: what a batch is called in messages.
         steps: steps of the journal for each batch.
         may_diverge: whether the state may hold numbers that are not finite.
+        defect: a clause about what else in the state forbids to save it, or None; without it every number has to be finite.
     """
 
     def __init__(
@@ -78,10 +79,11 @@ class Loop:
         unit: str = "batches",
         steps: int = 1,
         may_diverge: bool = False,
+        defect: Callable[[dict[str, Any]], str | None] | None = None,
     ) -> None:
         self.job, self.stage, self.distributed = job, stage, distributed
         self._total, self.images, self.unit, self.steps = total, images, unit, steps
-        self._state, self._may_diverge = state, may_diverge
+        self._state, self._may_diverge, self._defect = state, may_diverge, defect or self._not_finite
         self._checkpoints = Checkpoints(job.checkpoints, job.checkpoint_minutes, writes=distributed.main)
         saved = self._checkpoints.load()
         self.resumed = saved is not None
@@ -147,14 +149,18 @@ class Loop:
 
     def _save(self) -> None:
         state = self._state()
-        if self.distributed.main and not self._may_diverge and not all_finite(state):
-            stage = self.job.settings.stage
-            raise UserError(
-                f"{self.job.label}: after {self.done} {self.unit} its weights are no finite numbers; lower {stage}.lr, or set "
-                f"{stage}.precision: fp32; the checkpoint before is kept"
-            )
+        if self.distributed.main and not self._may_diverge and (defect := self._defect(state)) is not None:
+            raise UserError(f"{self.job.label}: after {self.done} {self.unit} {defect}; the checkpoint before is kept")
         self._checkpoints.save(self.done, {"state": state, "rate": self.rate})
         self.stage.save_clock()
+
+    def _not_finite(self, state: object) -> str | None:
+        return None if all_finite(state) else weights_not_finite(self.job.settings.stage)
+
+
+def weights_not_finite(block: str) -> str:
+    """The clause for weights that are not finite; `block` is the name of the training's settings."""
+    return f"its weights are no finite numbers; lower {block}.lr, or set {block}.precision: fp32"
 
 
 def not_finite(loss: float, name: str, block: str, where: str = "") -> str:

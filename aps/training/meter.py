@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,16 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aps.errors import UserError
 from aps.runtime.processes import Distributed
 from aps.training.batches import Batch
 from aps.training.loop import finite
 
 
 class Meter:
-    """Sums figures on the device, and reads them (which synchronizes) only to log."""
+    """Sums figures on the device, and reads them (which synchronizes) only to log.
 
-    def __init__(self, distributed: Distributed) -> None:
-        self.distributed = distributed
+    Args:
+        method: the name of the method that returns them, for messages.
+    """
+
+    def __init__(self, distributed: Distributed, method: str) -> None:
+        self.distributed, self.method = distributed, method
         self.names: list[str] = []
         self.sums = torch.zeros(0, device=distributed.device)
         self.steps = 0
@@ -44,10 +50,15 @@ class Meter:
         return batch
 
     def add(self, figures: dict[str, Tensor]) -> None:
-        """Add a step's figures: the same names every time, scalars on the device."""
+        """Add a step's figures: the same names every time, scalars on the device. Raises UserError for other names."""
         if not self.steps:
             self.names = list(figures)
             self.sums = torch.zeros(len(figures), device=self.distributed.device)
+        elif len(figures) != len(self.names) or not all(name in figures for name in self.names):
+            raise UserError(
+                f"{self.method}: a step has the figures {', '.join(figures)} and one before it had {', '.join(self.names)}; "
+                "return the same names from `loss` at every step"
+            )
         self.sums += torch.stack([figures[name].float() for name in self.names])
         self.steps += 1
 
@@ -57,10 +68,13 @@ class Meter:
         This is the only host synchronization of the loop.
 
         Raises:
-            UserError: the loss is not finite.
+            UserError: the loss or a figure is not finite.
         """
         means = dict(zip(self.names, (self.distributed.mean(self.sums) / self.steps).tolist(), strict=True))
         finite(means["loss"], "pretraining", "pretrain")
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise UserError(f"{self.method}: its figure '{name}' became {mean}; return finite numbers from `loss`")
         now = time.perf_counter()
         if self._events:
             torch.cuda.synchronize()

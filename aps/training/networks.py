@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from aps.models.encoder import build_encoder
 from aps.registry import METHODS
+from aps.training import contract
 
 if TYPE_CHECKING:
     from aps.methods import Method
@@ -25,9 +26,9 @@ def build_networks(method: Method) -> nn.ModuleDict:
     """The method's networks with a new encoder, in training mode."""
     settings = method.experiment
     encoder = build_encoder(settings.encoder, method.drop_path)
-    encoder.any_size = any(view.size != settings.encoder.image_size for view in method.views())
+    encoder.any_size = any(view.size != settings.encoder.image_size for view in contract.views(method))
     encoder.set_grad_checkpointing(settings.pretrain.activation_checkpointing)
-    return method.networks(encoder).train()
+    return contract.networks(method, encoder).train()
 
 
 def at_least_float32(x: Tensor) -> Tensor:

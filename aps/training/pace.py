@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from aps.errors import BrokenContract
 from aps.runtime.processes import Distributed
 from aps.training.cost import batches_within, step_flops
 
@@ -63,6 +64,8 @@ class Pace:
         """Operations of an optimizer step; None where they can't be counted and the budget does not need them."""
         try:
             return step_flops(settings)
+        except BrokenContract:
+            raise
         except Exception as error:  # a method may do anything that tensors without data do not support
             if self._budget is not None and self._budget.flops is not None:
                 raise

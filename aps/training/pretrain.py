@@ -6,6 +6,7 @@ rates, on any number of processes that divides the batch.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from aps.data.load import load_split
 from aps.errors import UserError
@@ -27,10 +29,12 @@ from aps.runtime.memory import keep_memory
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
 from aps.sampling import global_noise
+from aps.settings.study import where_defined
+from aps.training import contract
 from aps.training.batches import Batch, Batches
 from aps.training.features import normalization, pixels
 from aps.training.knn import monitor
-from aps.training.loop import Line, Loop
+from aps.training.loop import Line, Loop, all_finite, weights_not_finite
 from aps.training.meter import Meter
 from aps.training.networks import at_least_float32, build_method, build_networks
 from aps.training.order import SAMPLING, STEP, seed_of, seeded
@@ -48,12 +52,13 @@ def run(job: StageJob) -> None:
         UserError: the settings do not fit the data or the processes; the loss is not finite.
         Preempted: the run was asked to stop; its state is saved.
     """
-    with processes() as distributed, StageRun(job) as stage:
+    with contract.blaming(job.settings.pretrain.method), processes() as distributed, StageRun(job) as stage:
         learner = Pretraining(job, distributed)
         settings, epoch = job.settings.pretrain, learner.data.batches
         loop = Loop(
             job, stage, distributed, learner.state_dict, learner.load_state_dict,
             total=lambda: learner.pace.total, images=settings.batch_size, steps=learner.trainer.method.steps,
+            defect=learner.defect,
         )  # fmt: skip
         loop.train(learner, epoch)
         if distributed.main:
@@ -73,15 +78,16 @@ class Pretraining:
     def __init__(self, job: StageJob, distributed: Distributed) -> None:
         self.job, self.distributed, self.settings = job, distributed, job.settings.pretrain
         method = build_method(job.settings)
+        views = contract.views(method)
         self.normalization = normalization(job)
         self.split = load_split(job.manifest, "train", job.settings.dataset.train_limit)
         self.data = Batches(
-            self.split, method.views(), self.settings.batch_size, self.normalization, job.settings.seed, distributed,
+            self.split, views, self.settings.batch_size, self.normalization, job.settings.seed, distributed,
             job.workers,
         )  # fmt: skip
+        self.trainer = Trainer(job, distributed, method)  # first, since it says what is wrong with a method
         self.pace = Pace(job.settings, self.data.batches, method.steps, distributed)
-        self.trainer = Trainer(job, distributed, method)
-        self.meter = Meter(distributed)
+        self.meter = Meter(distributed, where_defined(self.settings.method))
         self.length: dict[str, float] = {}
         self.watch = Watch("pretraining", "pretrain", distributed, job.manifest)
         warmup, epochs = self.settings.warmup_epochs, self.settings.epochs
@@ -111,6 +117,8 @@ class Pretraining:
         generator = seeded(seed, SAMPLING, done // per_epoch, done, device=distributed.device)
         noise = global_noise(len(batch.views[0]), distributed.device, generator, distributed.rank, distributed.world)
         sampled = self.trainer.method.sample(batch.geometries, noise)
+        if self.trainer.first:
+            contract.sampled(self.trainer.method, sampled, len(batch.views[0]))
         for step, drawn in zip(range(done * steps, (done + 1) * steps), sampled, strict=True):
             torch.manual_seed(seed_of(seed, STEP, step, distributed.rank))  # for drop path and other global draws
             self.lr = pretraining_lr(self.settings, self.pace.epoch(step), 1)
@@ -159,6 +167,28 @@ class Pretraining:
         self.meter.load_state_dict(state["meter"])
         self.pace.load_state_dict(state["pace"])
 
+    def defect(self, state: dict[str, Any]) -> str | None:
+        """What in a state is not finite, as a clause. A buffer or a method's own tensor may be infinite, as a least value yet
+        to be found is; only `nan` is a mistake there."""
+        trainer, who = state["trainer"], where_defined(self.settings.method)
+        buffers = {
+            name: trainer["networks"][name]
+            for name, _ in self.trainer.networks.named_buffers()
+            if name in trainer["networks"]
+        }
+        weights = {name: x for name, x in trainer["networks"].items() if name not in buffers}
+        if not all_finite([weights, trainer["optimizer"]]):
+            return weights_not_finite("pretrain")
+        for kind, tensors in (("buffer", buffers), ("state", trainer["method"])):
+            for name, value in tensors.items():
+                if any(bool(x.isnan().any()) for x in tree_leaves(value) if isinstance(x, Tensor)):
+                    return f"the {kind} '{name}' of {who} is nan; see where its numbers come from"
+        figures = dict(zip(self.meter.names, self.meter.sums.tolist(), strict=True)) if self.meter.steps else {}
+        names = [name for name, value in figures.items() if not math.isfinite(value)]
+        return (
+            f"the figure '{names[0]}' of {who} is no finite number; return finite ones from `loss`" if names else None
+        )
+
     def save(self, stage: StageRun) -> None:
         """Write the encoder that is evaluated, and the other networks as a second file."""
         settings = self.job.settings
@@ -185,8 +215,9 @@ class Trainer:
             keep_memory()
         torch.manual_seed(job.settings.seed)
         self.networks = build_networks(self.method).to(self.device)
-        groups: list[Any] = list(self.method.parameters(self.networks))
-        groups = groups if isinstance(groups[0], dict) else [{"params": groups}]
+        groups = contract.groups(self.method, self.networks)
+        contract.start(self.method)
+        self.first = True  # whether the next step is the first of this process, which checks what the method returns
         self._scheduled = ["weight_decay" not in group for group in groups]
         self.optimizer = torch.optim.AdamW(
             groups, betas=self.settings.betas, weight_decay=self.settings.weight_decay, fused=True
@@ -220,18 +251,24 @@ class Trainer:
             group["lr"] = lr * group.get("lr_scale", 1.0)
             if scheduled:
                 group["weight_decay"] = decay
-        parts = self.settings.accumulate
+        parts, before = self.settings.accumulate, contract.memory(self.method, self.networks) if self.first else {}
         sums: dict[str, Tensor] = {}
         chunks = zip(*(x.chunk(parts) for x in (*views, *sampled)), strict=True)
         for part, tensors in enumerate(chunks, 1):
             with self._sync_gradients(part == parts):
                 with self.precision.autocast():
                     outputs = self._forward(tensors[: len(views)], tensors[len(views) :])
-                loss, figures = self.method.loss(map_tensors(at_least_float32, outputs), progress)
+                result = self.method.loss(map_tensors(at_least_float32, outputs), progress)
+                loss, figures = contract.loss(self.method, result) if self.first else result
                 self.precision.scaler.scale(loss / parts).backward()
-            for name, value in ({"loss": loss.detach()} | figures).items():
-                sums[name] = sums.get(name, 0.0) + value / parts
+            for name, value in ({"loss": loss} | figures).items():
+                sums[name] = sums.get(name, 0.0) + value.detach() / parts
+        if self.first:
+            contract.gradients(self.method, self.networks)
         self._update(progress)
+        if self.first:
+            contract.remembered(self.method, self.networks, before)
+            self.first = False
         return sums
 
     @torch.no_grad()

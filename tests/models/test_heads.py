@@ -25,3 +25,9 @@ def test_synchronizing_keeps_names_and_values_and_changes_nothing_in_one_process
     assert list(synchronized.state_dict()) == names
     assert all(one is other for one, other in zip(synchronized.parameters(), parameters, strict=True))
     assert torch.equal(synchronized(x), expected)
+
+
+def test_a_norm_that_has_two_names_is_synchronized_under_both() -> None:
+    norm = torch.nn.BatchNorm1d(4)
+    shared = synchronize_batch_norm(torch.nn.ModuleDict({"one": norm, "other": norm}))
+    assert all(type(child) is CrossProcessBatchNorm for child in shared._modules.values())
