@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ def resolve(path: str) -> Any:
     """The object that `package.module:attribute` names."""
     module, _, attribute = path.partition(":")
     return getattr(import_module(module), attribute)
+
+
+def shown_file(file: Path | None) -> str:
+    """A file for people: one of this package from the package on, so that a sentence is the same everywhere."""
+    if file is None:
+        return "its file"
+    return str(file.relative_to(PACKAGE.parent) if file.is_relative_to(PACKAGE) else file)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -71,9 +79,20 @@ class Registry:
     def __contains__(self, name: object) -> bool:
         return name in self._rows or name in self._entry_points  # entry points last: reading them is slow
 
+    def _path(self, name: str) -> str:
+        return self._rows[name] if name in self._rows else self._entry_points[name]
+
+    def file(self, name: str) -> Path | None:
+        """The file that defines a name, found without importing it; None where there is none."""
+        try:
+            spec = find_spec(self._path(name).partition(":")[0])
+        except Exception:  # an unknown name, or whatever the package around it does when it is imported
+            return None
+        return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
     def load(self, name: str) -> Any:
         """The object behind a name; imports its module. Raises KeyError if the name is unknown."""
-        path = self._rows[name] if name in self._rows else self._entry_points[name]
+        path = self._path(name)
         if not path.endswith(":"):
             return resolve(path)
         module = import_module(path.removesuffix(":"))

@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import Any
 
 from aps import __version__
+from aps.code import changed_code, code_of, known_code
 from aps.cost import Counts
 from aps.errors import Preempted, UserError
 from aps.files import append, atomic_path, read_json, remove, sha256, sweep, write_json
@@ -153,7 +154,19 @@ def restore_finished(job: StageJob) -> bool:
         shutil.rmtree(finished)
         return False
     _publish(job, finished, metrics)
+    _warn_of_code(job, metrics, upstream_of(job.encoder))
     return True
+
+
+def _warn_of_code(job: StageJob, *reused: dict[str, Any]) -> None:
+    """Say which of the results that are used again, the run's or its encoder's, were made by other code."""
+    for metrics in reused:
+        for clause in changed_code(metrics.get("code"), metrics.get("settings", {})):
+            what = "its result" if metrics["stage"] == job.settings.stage else "its encoder"
+            print(
+                f"warning: {job.label}: {what} was made by {clause}; --again of {metrics['stage']} makes it anew",
+                file=sys.stderr,
+            )
 
 
 def forget(checkpoints: Path) -> None:
@@ -214,14 +227,33 @@ class StageRun:
             sweep(folder, seconds)  # another process, such as sync, may be writing in the last one
         self._state = _read_clock(self._state_file) or fresh
         self._before = {key: float(self._state[key]) for key in ("seconds", "process_seconds")}
+        self._note_code()
         write_json(
             self._state_file, self._state
         )  # before the run is sent to MLflow, where its start time is part of its key
         self._upstream = upstream_of(self.job.encoder)
+        _warn_of_code(self.job, self._upstream)
         about = about_run(self.job, self._known(), self._upstream)
         self.tracker = Tracker(self.job.tracking, self.job.checkpoints, about)
         self.tracker.start()
         return self
+
+    def _note_code(self) -> None:
+        """Note the code that does the run's work, and warn where it is not the one that began it."""
+        now, goes_on = code_of(self.job.settings.relevant()), any(self.job.checkpoints.glob("state-*.pt"))
+        begun = self._state.get("code") if goes_on else now
+        if not begun:  # by an earlier version, which did not note it
+            return
+        for clause in changed_code(begun, self.job.settings.relevant()):
+            print(
+                f"warning: {self.job.label}: it was begun by {clause} and goes on with the code as it is now; --again trains "
+                "it with one code",
+                file=sys.stderr,
+            )
+        self._state["code"] = {
+            kind: known + [digest for digest in now.get(kind, []) if digest != known[-1]]
+            for kind, known in begun.items()
+        }
 
     def resume(self, step: int) -> None:
         """Drop journal lines after `step`: the checkpoint does not hold their work, so it is done again.
@@ -331,6 +363,7 @@ class StageRun:
                 "mlflow_run_id": self._upstream.get("mlflow_run_id"),
             },
             "started": self._state["started"],
+            **({"code": self._state["code"]} if self._state.get("code") else {}),
             **provenance(),
         }  # fmt: skip
 
@@ -386,6 +419,7 @@ def _read_clock(path: Path) -> dict[str, Any] | None:
                 "seconds": float(seconds),
                 "process_seconds": float(of_processes),
                 "peaks": highest,
+                **({"code": code} if (code := known_code(state.get("code"))) else {}),
             }
     except (UserError, AttributeError, KeyError, TypeError, RecursionError):
         pass

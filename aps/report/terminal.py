@@ -33,6 +33,7 @@ def terminal(study: Study, address: str) -> str:
             *table_lines(header, body),
             *_verdicts(table),
             *_reasons(table),
+            *_other_code(findings),
             "",
             f"Report   {report / 'report.html'}" + ("" if (report / "report.html").exists() else " (not yet made)"),
             f"Table    {report / 'results.csv'}",
@@ -48,6 +49,12 @@ def _verdicts(table: Table) -> list[str]:
     several = len({verdict.dataset for verdict in verdicts}) > 1
     lines = [f"  {v.score.label}{f' on {v.dataset}' if several else ''}: {v.reason}" for v in verdicts]
     return ["", *lines] if lines else []
+
+
+def _other_code(findings: Findings) -> list[str]:
+    """Which results that are shown were made by code that has changed since."""
+    lines = findings.other_code()
+    return ["", *(f"  {line}" for line in lines)] if lines else []
 
 
 def _reasons(table: Table) -> list[str]:
