@@ -30,6 +30,15 @@ def resolve(path: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
+def file_of(path: str) -> Path | None:
+    """The file of the module in `package.module:attribute`, found without importing it; None where there is none."""
+    try:
+        spec = find_spec(path.partition(":")[0])
+    except Exception:  # whatever the package around it does when it is imported
+        return None
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
 def shown_file(file: Path | None) -> str:
     """A file for people: one of this package from the package on, so that a sentence is the same everywhere."""
     if file is None:
@@ -84,11 +93,7 @@ class Registry:
 
     def file(self, name: str) -> Path | None:
         """The file that defines a name, found without importing it; None where there is none."""
-        try:
-            spec = find_spec(self._path(name).partition(":")[0])
-        except Exception:  # an unknown name, or whatever the package around it does when it is imported
-            return None
-        return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+        return file_of(self._path(name)) if name in self else None
 
     def load(self, name: str) -> Any:
         """The object behind a name; imports its module. Raises KeyError if the name is unknown."""

@@ -293,9 +293,14 @@ class StageRun:
         return folder / name
 
     def finish(self, metrics: dict[str, Any], **extra: Any) -> None:
-        """Write metrics.json, and put all outputs into the result folder, each of them complete."""
+        """Write metrics.json, and put all outputs into the result folder, each of them complete.
+
+        Raises:
+            UserError: an output or a score is not what the stage's row declares.
+        """
         if not self.writes:
             return
+        self._check(metrics, extra)
         self.journal.touch()
         self.save_clock()
         shutil.copyfile(self.journal, self.staging("history.jsonl"))
@@ -307,9 +312,6 @@ class StageRun:
         metrics_file = report | {"files": contents(staged)}
         write_json(staged / "metrics.json", seal(metrics_file))
         shutil.copyfile(self.tracker.state_file, staged / "tracking.json")
-        missing = [name for name in STAGES[self.job.settings.stage].files if not (staged / name).exists()]
-        if missing:
-            raise RuntimeError(f"{self.job.label} finished without {', '.join(missing)}")
         finished = self.job.checkpoints / "finished"
         shutil.rmtree(finished, ignore_errors=True)
         staged.replace(finished)
@@ -318,6 +320,38 @@ class StageRun:
             state.unlink()
         if not tracked:
             say_missing(self.job.label, self.tracker.reason)
+
+    def _check(self, metrics: dict[str, Any], extra: dict[str, Any]) -> None:
+        """Raises UserError where a stage does not finish with what its row declares: tables and reports rely on it."""
+        stage, label = STAGES[self.job.settings.stage], self.job.label
+        if missing := [name for name in stage.outputs if not self.staging(name).exists()]:
+            raise UserError(
+                f"{label} finished without {', '.join(missing)}: {stage.source} has to write to StageRun.staging(NAME) what "
+                "its row of aps/stages.py declares; mend either"
+            )
+        for key, value in {**metrics, **extra}.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                raise UserError(
+                    f"{label}: '{key}' is a {type(value).__name__} (or holds what JSON can't); {stage.source} has to give "
+                    "StageRun.finish plain numbers and text"
+                ) from None
+        for score in stage.scores:
+            key = score.key(getattr(self.job.settings, stage.name))
+            value = metrics.get(key)
+            if key not in metrics:
+                if not score.optional:
+                    print(
+                        f"warning: {label} finished without its score '{key}', so it has none in tables: {stage.source} has "
+                        f"to give it to StageRun.finish, or its row of aps/stages.py not to declare it",
+                        file=sys.stderr,
+                    )
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(
+                    f"{label}: its score '{key}' is {str(value)[:40]!r} of type {type(value).__name__}; {stage.source} has to "
+                    "give StageRun.finish a finite number"
+                )
 
     def _draw(self, report: dict[str, Any]) -> None:
         """Draw the stage's picture, if it has one. A failure is only a warning: the run is worth more."""
