@@ -57,6 +57,7 @@ class Registry:
     """Names of one kind.
 
     Args:
+        word: what one of them is called in sentences.
         group: group of entry points in which other packages add names.
         rows: name -> dotted path.
         folder: a folder of this package. Each of its files is a name, except those that start with an underscore.
@@ -65,12 +66,13 @@ class Registry:
 
     def __init__(
         self,
+        word: str,
         group: str,
         rows: Mapping[str, str] | None = None,
         folder: str | None = None,
         attribute: str | None = None,
     ) -> None:
-        self.group, self._attribute = group, attribute
+        self.word, self.group, self._attribute = word, group, attribute
         self._rows = dict(rows or {})
         if folder is not None:
             package = f"aps.{folder.replace('/', '.')}"
@@ -95,6 +97,10 @@ class Registry:
         """The file that defines a name, found without importing it; None where there is none."""
         return file_of(self._path(name)) if name in self else None
 
+    def described(self, name: str) -> str:
+        """A name and its file, for sentences about a mistake in it: `method 'x' (FILE)`."""
+        return f"{self.word} '{name}'" + (f" ({shown_file(file)})" if (file := self.file(name)) is not None else "")
+
     def load(self, name: str) -> Any:
         """The object behind a name; imports its module. Raises KeyError if the name is unknown."""
         path = self._path(name)
@@ -108,9 +114,10 @@ class Registry:
         return nearest(name, self.names())
 
 
-METHODS = Registry("aps.methods", folder="methods")
-ENGINES = Registry("aps.engines", folder="detection/engines", attribute="Engine")
+METHODS = Registry("method", "aps.methods", folder="methods")
+ENGINES = Registry("detection engine", "aps.engines", folder="detection/engines", attribute="Engine")
 STRATEGIES = Registry(
+    "sampling strategy",
     "aps.strategies",
     {
         "asymmetric": "aps.sampling:asymmetric",
@@ -119,6 +126,7 @@ STRATEGIES = Registry(
     },
 )
 ARCHS = Registry(
+    "architecture",
     "aps.archs",
     {
         "micro": "aps.models.archs:MICRO",
@@ -129,6 +137,7 @@ ARCHS = Registry(
 )
 # Datasets: a function (folder, source, name) -> Manifest, see aps/data/__init__.py.
 DATASETS = Registry(
+    "dataset",
     "aps.datasets",
     {
         "digits": "aps.data.digits:prepare",
@@ -141,6 +150,7 @@ DATASETS = Registry(
 )
 USER_DATASETS = ("folder",)  # names of datasets whose content is whatever the user's source holds
 DETECTION_DATASETS = Registry(
+    "dataset",
     "aps.detection_datasets",
     {
         "digits_coco": "aps.data.composites:prepare",
