@@ -326,7 +326,7 @@ class StageRun:
         stage, label = STAGES[self.job.settings.stage], self.job.label
         if missing := [name for name in stage.outputs if not self.staging(name).exists()]:
             raise UserError(
-                f"{label} finished without {', '.join(missing)}: {stage.source} has to write to StageRun.staging(NAME) what "
+                f"{label} finished without {', '.join(missing)}: {stage.described} has to write to StageRun.staging(NAME) what "
                 "its row of aps/stages.py declares; mend either"
             )
         for key, value in {**metrics, **extra}.items():
@@ -334,7 +334,7 @@ class StageRun:
                 json.dumps(value)
             except (TypeError, ValueError):
                 raise UserError(
-                    f"{label}: '{key}' is a {type(value).__name__} (or holds what JSON can't); {stage.source} has to give "
+                    f"{label}: '{key}' is a {type(value).__name__} (or holds what JSON can't); {stage.described} has to give "
                     "StageRun.finish plain numbers and text"
                 ) from None
         for score in stage.scores:
@@ -343,13 +343,13 @@ class StageRun:
             if key not in metrics:
                 if not score.optional:
                     print(
-                        f"warning: {label} finished without its score '{key}', so it has none in tables: {stage.source} has "
+                        f"warning: {label} finished without its score '{key}', so it has none in tables: {stage.described} has "
                         f"to give it to StageRun.finish, or its row of aps/stages.py not to declare it",
                         file=sys.stderr,
                     )
             elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise UserError(
-                    f"{label}: its score '{key}' is {str(value)[:40]!r} of type {type(value).__name__}; {stage.source} has to "
+                    f"{label}: its score '{key}' is {str(value)[:40]!r} of type {type(value).__name__}; {stage.described} has to "
                     "give StageRun.finish a finite number"
                 )
 

@@ -78,14 +78,14 @@ class Stage:
         """The name of the Snakemake rule that runs it."""
         return f"{self.name}_encoder"
 
-    @property
-    def source(self) -> str:
-        """Its module and file, for sentences about a mistake in it."""
-        return f"{self.module} ({shown_file(file_of(self.module))})"
-
     def block(self) -> Any:
         """The class of its block of settings."""
-        return resolve(self.settings)
+        return resolve(self.settings, self.described)
+
+    @property
+    def described(self) -> str:
+        """For sentences about a mistake in it: `stage 'x' (FILE)`."""
+        return f"stage '{self.name}' ({shown_file(file_of(self.module))})"
 
 
 ROWS = (

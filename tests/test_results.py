@@ -92,7 +92,7 @@ def test_every_declared_output_must_be_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), "50 %", None, True, torch.tensor(5.0), np.float32(5.0)])
 def test_a_score_that_is_no_finite_number_is_one_sentence_and_no_result(tmp_path: Path, score: Any) -> None:
     job = fake_job(tmp_path)
-    sentence = r"knn aps/seed0: (its score )?'knn_top1_k5' is .* aps\.training\.knn \(aps/training/knn\.py\) has to"
+    sentence = r"knn aps/seed0: (its score )?'knn_top1_k5' is .* stage 'knn' \(aps/training/knn\.py\) has to"
     with pytest.raises(UserError, match=sentence), StageRun(job) as stage:
         stage.finish({"knn_top1_k5": score})
     assert not job.out.exists() or not (job.out / "metrics.json").exists()
@@ -123,7 +123,10 @@ def test_a_stage_that_returns_without_finishing_is_one_sentence(
     monkeypatch.setattr("aps.cli.stage.stage_job", lambda *_: job)
     monkeypatch.setattr("aps.training.knn.run", run)
     assert main(["knn", "--configfile", "none.yaml"]) == 2
-    assert "knn aps/seed0 returned without a result; the function `run` of aps.training.knn" in capsys.readouterr().err
+    assert (
+        "knn aps/seed0 returned without a result; the function `run` of stage 'knn' (aps/training/knn.py) has"
+        in capsys.readouterr().err
+    )
 
 
 def test_metrics_come_last_so_that_they_mean_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,10 +59,10 @@ def stage_verb(name: str) -> Callable[[argparse.Namespace], None]:
 
 def _compute(stage: Stage, job: StageJob) -> None:
     """Run the stage. Raises UserError where it returns without a result."""
-    resolve(f"{stage.module}:run")(job)
+    resolve(f"{stage.module}:run", stage.described)(job)
     if ranks().rank == 0 and not (job.checkpoints / "finished" / "metrics.json").exists():
         raise UserError(
-            f"{job.label} returned without a result; the function `run` of {stage.source} has to end with StageRun.finish"
+            f"{job.label} returned without a result; the function `run` of {stage.described} has to end with StageRun.finish"
         )
 
 
