@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from aps.code import changed_code, source_now
 from aps.data.fingerprint import changed, is_there, outdated
 from aps.data.manifest import Manifest
 from aps.errors import UserError
@@ -36,6 +37,14 @@ NOT_RUN = "not run"
 STAMP = "report.json"
 
 
+class OtherCode(NamedTuple):
+    """Code that has changed since it made a result."""
+
+    experiment: str  # with `stage`, what it made
+    stage: str
+    clause: str
+
+
 @dataclass(frozen=True)
 class Finding:
     """What was found of one run's result."""
@@ -47,6 +56,7 @@ class Finding:
     metrics: dict[str, Any] | None  # content of metrics.json; None if it is not the study's
     problem: str | None  # why there are no figures
     changes: tuple[tuple[str, Any, Any], ...] = ()  # settings that differ: (key, result's, study's)
+    other_code: tuple[OtherCode, ...] = ()  # by which it or its encoder was made; such a result counts
 
     @property
     def label(self) -> str:
@@ -85,6 +95,7 @@ class Findings:
         self.why_outdated = cache(self._why_outdated)
         self._images = cache(self._digest_of_images)
         self._changed_since = cache(self._source_changed)
+        self._code_now = cache(source_now)
 
     def __iter__(self) -> Iterator[Finding]:
         for job in self.study.jobs():
@@ -97,10 +108,30 @@ class Findings:
     def stale(self) -> list[Finding]:
         return [finding for finding in self if finding.stale]
 
+    def other_code(self, options: str = "") -> list[str]:
+        """For each experiment with results that count, but were made by code that has changed since: a line with the
+        command that makes them anew. `options` name the study in it."""
+        seeds: dict[tuple[str, OtherCode], list[int]] = {}
+        for finding in self:
+            for other in finding.other_code:
+                of_seeds = seeds.setdefault((finding.experiment, other), [])
+                of_seeds += [finding.seed] if finding.seed not in of_seeds else []
+        lines = []
+        for (experiment, other), (first, *more) in seeds.items():
+            command = f"python -m aps {other.stage} --experiment {other.experiment} --seed {first} --again {options}"
+            also = f", and so for seed {', '.join(map(str, more))}" if more else ""
+            lines.append(f"{experiment}: made by {other.clause}: `{command.strip()}`{also}")
+        return lines
+
     def digest(self) -> str:
         """A digest of all that a report shows: figures, why there are none, and the descriptions of experiments."""
         runs = [
-            [f.label, f.problem, {k: v for k, v in (f.metrics or {}).items() if not k.startswith(("mlflow", "sha256"))}]
+            [
+                f.label,
+                f.problem,
+                {k: v for k, v in (f.metrics or {}).items() if not k.startswith(("mlflow", "sha256"))},
+                *f.other_code,
+            ]
             for f in self
         ]
         texts = [self.study.question, *([n, e.description, e.published] for n, e in self.study.experiments.items())]
@@ -139,7 +170,16 @@ class Findings:
             return Finding(*job, None, f"damaged: {error}")
         except (KeyError, TypeError, AttributeError) as error:
             return Finding(*job, None, f"damaged: {file} lacks {error}")
-        return Finding(*job, None if problem else metrics, problem)
+        if problem is not None:
+            return Finding(*job, None, problem)
+        return Finding(*job, metrics, None, other_code=self._other_code(metrics, experiment, seed, stage))
+
+    def _other_code(self, metrics: dict[str, Any], experiment: str, seed: int, stage: str) -> tuple[OtherCode, ...]:
+        clauses = changed_code(metrics.get("code"), metrics["settings"], self._code_now)
+        upstream = self.study.stage_settings(experiment, seed, stage).upstream
+        source = self.study.pretrain_source(experiment) if upstream is not None else None
+        of_encoder = self.finding(source, seed, "pretrain").other_code if source is not None else ()
+        return (*of_encoder, *(OtherCode(experiment, stage, clause) for clause in clauses))
 
     def _changes(self, metrics: dict[str, Any], experiment: str, seed: int, stage: str) -> list[tuple[str, Any, Any]]:
         """The stage's settings that differ: (key, result's, study's). Its upstream's are not among them."""

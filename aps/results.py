@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import Any
 
 from aps import __version__
+from aps.code import changed_code, code_of, known_code
 from aps.cost import Counts
 from aps.errors import Preempted, UserError
 from aps.files import append, atomic_path, read_json, remove, sha256, sweep, write_json
@@ -153,7 +154,19 @@ def restore_finished(job: StageJob) -> bool:
         shutil.rmtree(finished)
         return False
     _publish(job, finished, metrics)
+    _warn_of_code(job, metrics, upstream_of(job.encoder))
     return True
+
+
+def _warn_of_code(job: StageJob, *reused: dict[str, Any]) -> None:
+    """Say which of the results that are used again, the run's or its encoder's, were made by other code."""
+    for metrics in reused:
+        for clause in changed_code(metrics.get("code"), metrics.get("settings", {})):
+            what = "its result" if metrics["stage"] == job.settings.stage else "its encoder"
+            print(
+                f"warning: {job.label}: {what} was made by {clause}; --again of {metrics['stage']} makes it anew",
+                file=sys.stderr,
+            )
 
 
 def forget(checkpoints: Path) -> None:
@@ -217,14 +230,33 @@ class StageRun:
             sweep(folder, seconds)  # another process, such as sync, may be writing in the last one
         self._state = _read_clock(self._state_file) or fresh
         self._before = {key: float(self._state[key]) for key in ("seconds", "process_seconds")}
+        self._note_code()
         write_json(
             self._state_file, self._state
         )  # before the run is sent to MLflow, where its start time is part of its key
         self._upstream = upstream_of(self.job.encoder)
+        _warn_of_code(self.job, self._upstream)
         about = about_run(self.job, self._known(), self._upstream)
         self.tracker = Tracker(self.job.tracking, self.job.checkpoints, about, self.job.out / "tracking.json")
         self.tracker.start()
         return self
+
+    def _note_code(self) -> None:
+        """Note the code that does the run's work, and warn where it is not the one that began it."""
+        now, goes_on = code_of(self.job.settings.relevant()), any(self.job.checkpoints.glob("state-*.pt"))
+        begun = self._state.get("code") if goes_on else now
+        if not begun:  # by an earlier version, which did not note it
+            return
+        for clause in changed_code(begun, self.job.settings.relevant()):
+            print(
+                f"warning: {self.job.label}: it was begun by {clause} and goes on with the code as it is now; --again trains "
+                "it with one code",
+                file=sys.stderr,
+            )
+        self._state["code"] = {
+            kind: known + [digest for digest in now.get(kind, []) if digest != known[-1]]
+            for kind, known in begun.items()
+        }
 
     def resume(self, step: int) -> None:
         """Drop journal lines after `step`: the checkpoint does not hold their work, so it is done again.
@@ -264,9 +296,14 @@ class StageRun:
         return folder / name
 
     def finish(self, metrics: dict[str, Any], **extra: Any) -> None:
-        """Write metrics.json, and put all outputs into the result folder, each of them complete."""
+        """Write metrics.json, and put all outputs into the result folder, each of them complete.
+
+        Raises:
+            UserError: an output or a score is not what the stage's row declares.
+        """
         if not self.writes:
             return
+        self._check(metrics, extra)
         self.journal.touch()
         self.save_clock()
         shutil.copyfile(self.journal, self.staging("history.jsonl"))
@@ -278,9 +315,6 @@ class StageRun:
         metrics_file = report | {"files": contents(staged)}
         write_json(staged / "metrics.json", seal(metrics_file))
         shutil.copyfile(self.tracker.state_file, staged / "tracking.json")
-        missing = [name for name in STAGES[self.job.settings.stage].files if not (staged / name).exists()]
-        if missing:
-            raise RuntimeError(f"{self.job.label} finished without {', '.join(missing)}")
         finished = self.job.checkpoints / "finished"
         shutil.rmtree(finished, ignore_errors=True)
         staged.replace(finished)
@@ -289,6 +323,38 @@ class StageRun:
             state.unlink()
         if not tracked:
             say_missing(self.job.label, self.tracker.reason)
+
+    def _check(self, metrics: dict[str, Any], extra: dict[str, Any]) -> None:
+        """Raises UserError where a stage does not finish with what its row declares: tables and reports rely on it."""
+        stage, label = STAGES[self.job.settings.stage], self.job.label
+        if missing := [name for name in stage.outputs if not self.staging(name).exists()]:
+            raise UserError(
+                f"{label} finished without {', '.join(missing)}: {stage.described} has to write to StageRun.staging(NAME) what "
+                "its row of aps/stages.py declares; mend either"
+            )
+        for key, value in {**metrics, **extra}.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                raise UserError(
+                    f"{label}: '{key}' is a {type(value).__name__} (or holds what JSON can't); {stage.described} has to give "
+                    "StageRun.finish plain numbers and text"
+                ) from None
+        for score in stage.scores:
+            key = score.key(getattr(self.job.settings, stage.name))
+            value = metrics.get(key)
+            if key not in metrics:
+                if not score.optional:
+                    print(
+                        f"warning: {label} finished without its score '{key}', so it has none in tables: {stage.described} has "
+                        f"to give it to StageRun.finish, or its row of aps/stages.py not to declare it",
+                        file=sys.stderr,
+                    )
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(
+                    f"{label}: its score '{key}' is {str(value)[:40]!r} of type {type(value).__name__}; {stage.described} has to "
+                    "give StageRun.finish a finite number"
+                )
 
     def _draw(self, report: dict[str, Any]) -> None:
         """Draw the stage's picture, if it has one. A failure is only a warning: the run is worth more."""
@@ -334,6 +400,7 @@ class StageRun:
                 "mlflow_run_id": self._upstream.get("mlflow_run_id"),
             },
             "started": self._state["started"],
+            **({"code": self._state["code"]} if self._state.get("code") else {}),
             **provenance(),
         }  # fmt: skip
 
@@ -389,6 +456,7 @@ def _read_clock(path: Path) -> dict[str, Any] | None:
                 "seconds": float(seconds),
                 "process_seconds": float(of_processes),
                 "peaks": highest,
+                **({"code": code} if (code := known_code(state.get("code"))) else {}),
             }
     except (UserError, AttributeError, KeyError, TypeError, RecursionError):
         pass

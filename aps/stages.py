@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from aps.registry import resolve
+from aps.registry import file_of, resolve, shown_file
 
 
 class Score(NamedTuple):
@@ -25,6 +25,12 @@ class Score(NamedTuple):
     label: str
     prefer: int | None = None
     share: bool = False  # whether it is an accuracy over test images, so that an interval can be given
+    optional: bool = False  # whether some runs have none
+
+    def key(self, block: Any) -> str:
+        """Its key in metrics.json for a stage's block of settings."""
+        values = getattr(block, "k", None) or (self.prefer,)
+        return self.metric.format(k=self.prefer if self.prefer in values else values[0])
 
 
 class Curve(NamedTuple):
@@ -74,7 +80,12 @@ class Stage:
 
     def block(self) -> Any:
         """The class of its block of settings."""
-        return resolve(self.settings)
+        return resolve(self.settings, self.described)
+
+    @property
+    def described(self) -> str:
+        """For sentences about a mistake in it: `stage 'x' (FILE)`."""
+        return f"stage '{self.name}' ({shown_file(file_of(self.module))})"
 
 
 ROWS = (
@@ -150,7 +161,7 @@ ROWS = (
         settings="aps.settings.blocks:DetectionSettings",
         uses=("encoder",),
         outputs=("model.safetensors", "predictions.json", "predictions.png"),
-        scores=(Score("box_AP", "box AP"), Score("mask_AP", "mask AP")),
+        scores=(Score("box_AP", "box AP"), Score("mask_AP", "mask AP", optional=True)),
         curves=(Curve("loss", "detection loss"),),
         detects=True,
         check="aps.detection.geometry:check",

@@ -61,9 +61,9 @@ class Status(NamedTuple):
         return ", ".join(part for part in parts if part)
 
 
-def status_of(study: Study, now: float | None = None) -> list[Status]:
-    """The state of every run, in the study's order. `now` is in seconds since 1970."""
-    findings, statuses = Findings(study, sources=True), dict[Job, Status]()
+def status_of(study: Study, now: float | None = None, findings: Findings | None = None) -> list[Status]:
+    """The state of every run, in the study's order. `now` is in seconds since 1970; `findings` are those of the study."""
+    findings, statuses = findings or Findings(study, sources=True), dict[Job, Status]()
     now = time.time() if now is None else now
     for job in study.jobs():
         statuses[job] = _status(study, findings, findings.finding(*job), now)

@@ -12,10 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tiny_study import fake_job
 
 from aps import __version__, results
+from aps.cli import main
 from aps.errors import UserError
 from aps.files import read_json, sha256
 from aps.journal import read_history
@@ -82,8 +85,48 @@ def test_every_declared_output_must_be_there(tmp_path: Path) -> None:
     play(job)
     assert {file.name for file in job.out.iterdir()} == {*STAGES["knn"].files, "tracking.json"}
     other = replace(job, settings=job.settings.model_copy(update={"stage": "finetune"}))
-    with pytest.raises(RuntimeError, match=r"finished without model.safetensors"):
+    with pytest.raises(UserError, match=r"finished without model.safetensors"):
         play(replace(other, checkpoints=tmp_path / "other"))
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), "50 %", None, True, torch.tensor(5.0), np.float32(5.0)])
+def test_a_score_that_is_no_finite_number_is_one_sentence_and_no_result(tmp_path: Path, score: Any) -> None:
+    job = fake_job(tmp_path)
+    sentence = r"knn aps/seed0: (its score )?'knn_top1_k5' is .* stage 'knn' \(aps/training/knn\.py\) has to"
+    with pytest.raises(UserError, match=sentence), StageRun(job) as stage:
+        stage.finish({"knn_top1_k5": score})
+    assert not job.out.exists() or not (job.out / "metrics.json").exists()
+
+
+def test_a_figure_that_no_json_holds_is_one_sentence(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"'confusion' is a list .* plain numbers"),
+        StageRun(fake_job(tmp_path)) as stage,
+    ):
+        stage.finish({"knn_top1_k5": 5.0}, confusion=[torch.zeros(2)])
+
+
+def test_a_declared_score_that_is_missing_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given, warned in (({"knn_top1_k5": 5}, False), ({"top1": 5.0}, True)):
+        forget(fake_job(tmp_path).checkpoints)
+        with StageRun(fake_job(tmp_path)) as stage:
+            stage.finish(given)
+        said = capsys.readouterr().err
+        assert ("finished without its score 'knn_top1_k5'" in said) == warned, said
+
+
+@pytest.mark.parametrize("run", [lambda job: None, lambda job: StageRun(job).__enter__().__exit__(None, None, None)])
+def test_a_stage_that_returns_without_finishing_is_one_sentence(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = fake_job(tmp_path)
+    monkeypatch.setattr("aps.cli.stage.stage_job", lambda *_: job)
+    monkeypatch.setattr("aps.training.knn.run", run)
+    assert main(["knn", "--configfile", "none.yaml"]) == 2
+    assert (
+        "knn aps/seed0 returned without a result; the function `run` of stage 'knn' (aps/training/knn.py) has"
+        in capsys.readouterr().err
+    )
 
 
 def test_metrics_come_last_so_that_they_mean_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,17 @@ import argparse
 import contextlib
 import errno
 import sys
+import traceback
+from pathlib import Path
 
 from aps.cli.study import runnable
 from aps.cli.table import parse, parser
 from aps.errors import Preempted, UserError
 from aps.files import DISK_ERRORS
+from aps.registry import REGISTRIES, shown_file
 from aps.runtime.memory import lost_worker, out_of_memory
 from aps.runtime.ranks import ranks, started_by_torchrun
+from aps.stages import STAGES
 
 __all__ = ["main", "parser"]
 
@@ -40,6 +44,24 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped by the keyboard; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except Exception as error:
+        if (sentence := _blamed(error)) is not None:
+            error.add_note(sentence)  # the last line, under the traceback
+        raise
+
+
+def _blamed(error: Exception) -> str | None:
+    """A sentence for a crash that names the file of a method, strategy, dataset or stage in which it began, if it did."""
+    modules = [known.module(name) for known in REGISTRIES for name in known.names()]
+    modules += [row.module for row in STAGES.values()]
+    files = {getattr(sys.modules.get(module), "__file__", None) for module in modules}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename in files:
+            return (
+                f"error: {shown_file(Path(frame.filename))}, line {frame.lineno}, {frame.name}: {type(error).__name__}, as above; "
+                "correct it there if the file is yours, else report it"
+            )
+    return None
 
 
 def _main(arguments: list[str] | None) -> int:

@@ -7,7 +7,6 @@ an experiment and a seed, and the same paths follow from those.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING
 from aps.cli.study import load, tracking_address
 from aps.errors import Preempted, UserError
 from aps.files import check_weights
-from aps.runtime.ranks import started_by_torchrun
+from aps.registry import resolve
+from aps.runtime.ranks import ranks, started_by_torchrun
 from aps.stages import STAGES, Stage
 
 if TYPE_CHECKING:  # settings take half of the time that `--help` does
@@ -37,7 +37,7 @@ def stage_verb(name: str) -> Callable[[argparse.Namespace], None]:
         stage = STAGES[name]
         job = stage_job(stage, args)
         if started_by_torchrun():
-            importlib.import_module(stage.module).run(job)
+            _compute(stage, job)
             return
         with Claim(job.checkpoints, stage.name):
             if args.again:
@@ -51,10 +51,19 @@ def stage_verb(name: str) -> Callable[[argparse.Namespace], None]:
                     raise Preempted(f"{job.label} on {args.processes} processes")
                 track_model(job.out, job.tracking, job.label)
             else:
-                importlib.import_module(stage.module).run(job)
+                _compute(stage, job)
                 track_model(job.out, job.tracking, job.label)
 
     return run
+
+
+def _compute(stage: Stage, job: StageJob) -> None:
+    """Run the stage. Raises UserError where it returns without a result."""
+    resolve(f"{stage.module}:run", stage.described)(job)
+    if ranks().rank == 0 and not (job.checkpoints / "finished" / "metrics.json").exists():
+        raise UserError(
+            f"{job.label} returned without a result; the function `run` of {stage.described} has to end with StageRun.finish"
+        )
 
 
 def stage_job(stage: Stage, args: argparse.Namespace) -> StageJob:

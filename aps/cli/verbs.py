@@ -81,10 +81,13 @@ def results(args: argparse.Namespace) -> None:
 
 def status(args: argparse.Namespace) -> None:
     study = load(args)
+    from aps.findings import Findings
     from aps.status import status_of, text
 
-    statuses = status_of(study)
-    print(text(study, statuses))
+    findings = Findings(study, sources=True)
+    statuses = status_of(study, findings=findings)
+    lines = findings.other_code()
+    print("\n".join([text(study, statuses), *([""] if lines else []), *(runnable(line, args) for line in lines)]))
     if args.picture is not None:
         from aps.report.states import draw_status
 

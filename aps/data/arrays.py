@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save
-from torch import Tensor
 
 from aps.data.manifest import (
     ChannelStatistics,
@@ -22,7 +21,9 @@ from aps.data.manifest import (
     with_sizes,
 )
 from aps.data.statistics import Accumulator
+from aps.errors import UserError
 from aps.files import write_bytes
+from aps.registry import DATASETS
 from aps.settings.blocks import SourceSettings
 
 
@@ -44,14 +45,16 @@ def store(
         published: the constants with which a published recipe normalizes, if any.
 
     Raises:
-        ValueError: arrays of another shape or type.
+        UserError: arrays of another shape or type, or labels that do not fit the classes.
     """
+    if "train" not in splits:
+        raise UserError(f"{DATASETS.described(name)}: has {', '.join(splits) or 'no split'} and no train; add it")
     written, contents = {}, []
     statistics = Accumulator()
     for split, (pixels, targets) in splits.items():
+        _check(name, split, np.asarray(pixels), None if targets is None else np.asarray(targets), len(classes))
         images = torch.from_numpy(np.array(pixels, order="C"))
         labels = None if targets is None else torch.from_numpy(np.array(targets, dtype=np.int64))
-        _check(name, split, images, labels, len(classes))
         if split == "train":
             for chunk in images.split(4096):
                 statistics.add(chunk)
@@ -77,13 +80,25 @@ def store(
     return with_sizes(manifest, folder)
 
 
-def _check(name: str, split: str, images: Tensor, labels: Tensor | None, classes: int) -> None:
-    """Raises ValueError, not UserError: other arrays come from a broken parser, not from the user."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-        raise ValueError(f"{name} {split}: images {images.dtype} {tuple(images.shape)}")
+def _check(name: str, split: str, images: np.ndarray, labels: np.ndarray | None, classes: int) -> None:
+    """Raises UserError, which names the dataset's file: its function `prepare` gave other arrays than it has to."""
+    where = f"{DATASETS.described(name)}, split '{split}'"
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise UserError(
+            f"{where}: its images are {images.dtype} of shape {images.shape}; give uint8, 0 to 255, of shape (images, 1 or 3 "
+            "channels, height, width)"
+        )
+    if (labels is None) != (classes == 0):
+        has, lacks = ("classes", "labels") if labels is None else ("labels", "classes")
+        raise UserError(f"{where}: it has {has} but no {lacks}; give both, or neither and the split train alone")
     if labels is None:
         return
-    if len(images) != len(labels):
-        raise ValueError(f"{name} {split}: {len(images)} images, {len(labels)} labels")
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"{where}: its labels are {labels.dtype} of shape {labels.shape} for {len(images)} images; give each one a whole "
+            "number"
+        )
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise ValueError(f"{name} {split}: labels outside 0..{classes - 1}")
+        raise UserError(
+            f"{where}: its labels go from {labels.min()} to {labels.max()}; give 0 to {classes - 1}, for its {classes} classes"
+        )

@@ -138,6 +138,11 @@ def load_split(
 def _check_labels(file: Path, labels: Tensor, manifest: Manifest) -> None:
     low, high = (0, len(manifest.classes) - 1) if manifest.classes else (NO_LABEL, NO_LABEL)
     if len(labels) and not (low <= int(labels.min()) and int(labels.max()) <= high):
+        if manifest.classes and int(labels.max()) == NO_LABEL:  # prepared by a version that did not refuse it
+            raise UserError(
+                f"{file}: dataset '{manifest.name}' has classes and no labels; give it both or neither in its file, then "
+                f"{prepare_it(manifest.name)}"
+            )
         wrong = int(labels.max()) if int(labels.max()) > high else int(labels.min())
         raise UserError(
             f"{file}: holds label {wrong}, but dataset '{manifest.name}' has classes {low} to {high}; "

@@ -27,6 +27,7 @@ from aps.registry import DATASETS, DETECTION_DATASETS
 COPY = "prepared.json"  # a copy of the manifest, beside it
 LOCK = ".lock"  # held by the process that prepares the dataset
 COPIES = "shrunk"  # how the names of folders of smaller copies begin, beside the manifest
+SPLITS = {"classification": ("train", "test"), "images": ("train",), "detection": ("train", "val")}  # that a kind needs
 RGB = tuple[float, float, float]
 ROUNDING = 1e-6  # of sums over many pixels
 CONSTANT = 1e-4  # a channel with a smaller standard deviation (a fortieth of 1/255) is taken for constant
@@ -139,6 +140,14 @@ class Manifest(_Block):
         measured = self.statistics.measured
         deviations = measured.std if measured else (1.0,) * 3
         return tuple(name for name, std in zip(("red", "green", "blue"), deviations, strict=True) if std <= CONSTANT)
+
+    def shortcoming(self) -> str | None:
+        """Which split its kind needs and it lacks, as the end of a sentence, else None: some stage would miss it."""
+        missing = [split for split in SPLITS[self.kind] if split not in self.splits]
+        if not missing:
+            return None
+        advice = ", or leave classes and labels out" if self.kind == "classification" else ""
+        return f"has {', '.join(self.splits) or 'no split'} and no {missing[0]}, which a dataset for {self.kind} needs; add it{advice}"
 
     def problem(self, folder: Path) -> str | None:
         """What is missing or changed among its files, as part of a sentence, else None.

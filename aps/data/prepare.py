@@ -87,6 +87,16 @@ def _prepare(name: str, folder: Path, source: SourceSettings | UserDataset) -> M
     else:
         registry = DATASETS if name in DATASETS else DETECTION_DATASETS
         manifest = registry.load(name)(folder, source, name)
+        if not isinstance(manifest, Manifest):
+            raise UserError(
+                f"{registry.described(name)}: its function returned {type(manifest).__name__}; return the Manifest that "
+                "arrays.store or trees.describe gives"
+            )
+        if (problem := manifest.shortcoming()) is not None:
+            raise UserError(f"{registry.described(name)}: {problem}")
+    if manifest.kind == "classification" and len(manifest.classes) == 1:
+        note = f"warning: it has one class, '{manifest.classes[0]}', so kNN, linear_probe and finetune score 100 % whatever was learned"
+        manifest = manifest.model_copy(update={"notes": (*manifest.notes, note)})
     if constant := manifest.constant_channels:
         note = f"{' and '.join(constant)}: the same in every pixel of train, so normalized by 1 instead of a deviation of 0"
         manifest = manifest.model_copy(update={"notes": (*manifest.notes, note)})
@@ -125,7 +135,7 @@ def _prepared(name: str, folder: Path, source: SourceSettings | UserDataset) -> 
     except UserError as error:
         print(f"{name}: {error}; preparing it again", flush=True)
         return None
-    problem = outdated(known, source) or manifest.problem(folder)
+    problem = outdated(known, source) or manifest.shortcoming() or manifest.problem(folder)
     if problem is not None:
         print(f"{name}: prepared before, but {problem}; preparing it again", flush=True)
         return None

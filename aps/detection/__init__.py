@@ -25,8 +25,9 @@ def load_engine(engine: str) -> Any:
     check_engine(engine)
     try:
         return ENGINES.load(engine)
-    except ImportError as error:
-        if engine not in NEEDED:
+    except (ImportError, UserError) as broken:
+        error = broken if isinstance(broken, ImportError) else broken.__cause__
+        if engine not in NEEDED or not isinstance(error, ImportError):
             raise
         module, install = NEEDED[engine]
         raise UserError(

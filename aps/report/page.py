@@ -50,6 +50,7 @@ def write_report(study: Study, folder: Path, address: str, options: str = "") ->
     findings = Findings(study, sources=True)
     table = Table(study, findings)
     pictures = all_figures(table, is_intact) + _examples(table)
+    other_code = findings.other_code(options)
     _remove_figures(folder)
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     files = [folder / "report.html", folder / "results.csv"]
@@ -61,7 +62,7 @@ def write_report(study: Study, folder: Path, address: str, options: str = "") ->
     with atomic_path(folder / "results.csv") as temporary:
         temporary.write_text(csv_file.content(table))
     with atomic_path(folder / "report.html") as temporary:
-        temporary.write_text(_page(table, pictures, folder, address, options))
+        temporary.write_text(_page(table, pictures, folder, address, options, other_code))
     return files, table.runs
 
 
@@ -103,7 +104,9 @@ def _examples(table: Table) -> list[Picture]:
 # --------------------------------------------------------------------------------------------------
 
 
-def _page(table: Table, pictures: Sequence[Picture], folder: Path, address: str, options: str) -> str:
+def _page(
+    table: Table, pictures: Sequence[Picture], folder: Path, address: str, options: str, other_code: Sequence[str]
+) -> str:
     study = table.study
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -137,6 +140,7 @@ def _page(table: Table, pictures: Sequence[Picture], folder: Path, address: str,
         groups=_groups(table, folder, address, options),
         pages=_neighbour_pages(table, folder),
         stale=_reasons(table),
+        other_code=other_code,
         mlflow=how_to_browse(study, address),
         options=options,
         version=__version__,

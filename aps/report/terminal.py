@@ -34,6 +34,7 @@ def terminal(study: Study, address: str) -> str:
             *_verdicts(table),
             *_copies(table),
             *_reasons(table),
+            *_other_code(findings),
             "",
             f"Report   {report / 'report.html'}" + ("" if (report / "report.html").exists() else " (not yet made)"),
             f"Table    {report / 'results.csv'}",
@@ -55,6 +56,12 @@ def _copies(table: Table) -> list[str]:
     """Which scores are of images that are in train too."""
     phrases = table.copies()
     return ["", *(f"  {phrase}" for phrase in phrases)] if phrases else []
+
+
+def _other_code(findings: Findings) -> list[str]:
+    """Which results that are shown were made by code that has changed since."""
+    lines = findings.other_code()
+    return ["", *(f"  {line}" for line in lines)] if lines else []
 
 
 def _reasons(table: Table) -> list[str]:

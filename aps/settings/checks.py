@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aps.errors import UserError
-from aps.registry import CHECKS, DATASETS, DETECTION_DATASETS, METHODS, nearest, resolve
+from aps.registry import CHECKS, DATASETS, DETECTION_DATASETS, METHODS, file_of, nearest, raised, resolve
 from aps.settings.study import ALL_BLOCKS, ExperimentSettings, Study, where_defined
 from aps.stages import STAGES
 
@@ -26,14 +26,27 @@ def check(study: Study, where: str) -> None:
         for stage in e.stages:
             _check_dataset(study, e, stage, prefix)
             _check_limit(e, stage, prefix)
-        components = [resolve(path) for path in (*CHECKS, *(STAGES[stage].check for stage in e.stages)) if path]
+        components = [("", resolve(path)) for path in CHECKS]
+        rows = [(STAGES[stage].described, STAGES[stage].check) for stage in e.stages]
+        components += [(what, resolve(path, what)) for what, path in rows if path]
         if "pretrain" in e.stages:
-            components += [_check_blocks, _check_parts, METHODS.load(e.pretrain.method).check]
-        for component in components:
+            method = e.pretrain.method
+            components += [("", _check_blocks), ("", _check_parts)]
+            components += [(METHODS.described(method), METHODS.load(method).check)]
+        for what, component in components:
             try:
                 component(e)
             except ValueError as error:
                 raise UserError(f"{prefix} {error}") from None
+            except UserError:
+                raise
+            except Exception as error:
+                if not what:
+                    raise
+                raise UserError(
+                    f"{prefix} the check of {what} failed: {raised(error, file_of(component.__module__))}; correct it, or let it "
+                    "raise ValueError with a sentence"
+                ) from error
         source = study.pretrain_source(name)
         if source is None:
             continue

@@ -346,12 +346,16 @@ class Plan:
             return
 
     def explain(self) -> list[str]:
-        """A line for each result that has to be made again, with the reason."""
+        """A line for each result that has to be made again, with the reason, and for each experiment made by other code."""
         stale = self.findings.stale()
         changes = {name: self.findings.why_outdated(name) for name in self.study.dataset_names()}
         lines = [f"data {name}: {reason}" for name, reason in changes.items() if reason is not None]
         lines += [f"{finding.label}: {finding.reason}" for finding in stale[:MOST_EXPLAINED]]
         lines += [f"and {number_of(len(stale) - MOST_EXPLAINED, 'run')} more"] if len(stale) > MOST_EXPLAINED else []
+        other_code = self.findings.other_code(self.config_options)
+        lines += other_code[:MOST_EXPLAINED]
+        if len(other_code) > MOST_EXPLAINED:
+            lines.append(f"and {number_of(len(other_code) - MOST_EXPLAINED, 'experiment')} more made by other code")
         if (old := find_old_layout(self.study.results)) is not None:
             lines.append(
                 f"{old}: a result of version 0.1, whose folders did not say which study they are of; it is not used, move it "
