@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aps.errors import UserError
 from aps.registry import CHECKS, DATASETS, DETECTION_DATASETS, METHODS, file_of, nearest, raised, resolve
-from aps.settings.study import ALL_BLOCKS, ExperimentSettings, Study, where_defined
+from aps.settings.study import ALL_BLOCKS, ExperimentSettings, Study
 from aps.stages import STAGES
 
 MONITOR_LEAST = 10  # images of which kNN monitoring holds out a tenth
@@ -111,10 +111,10 @@ def _check_blocks(e: ExperimentSettings) -> None:
     """Raises ValueError where a method names blocks of settings that there are not."""
     name, blocks = e.pretrain.method, METHODS.load(e.pretrain.method).blocks
     if not isinstance(blocks, tuple | list):
-        raise ValueError(f"{where_defined(name)}: `blocks` is {blocks!r}; write a tuple of names of blocks")
+        raise ValueError(f"{METHODS.described(name)}: `blocks` is {blocks!r}; write a tuple of names of blocks")
     if unknown := [block for block in blocks if block not in ALL_BLOCKS]:
         raise ValueError(
-            f"{where_defined(name)}: `blocks` names {unknown[0]!r}; {nearest(str(unknown[0]), ALL_BLOCKS)}"
+            f"{METHODS.described(name)}: `blocks` names {unknown[0]!r}; {nearest(str(unknown[0]), ALL_BLOCKS)}"
         )
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -214,19 +213,13 @@ def undeclared(settings: StageSettings, block: str) -> str:
     if settings.stage != "pretrain":
         return f"stage {settings.stage} reads the block '{block}', which its row of aps/stages.py does not name; add it to `uses`"
     return (
-        f"{where_defined(settings.pretrain.method)} reads the block '{block}' of the settings, which its `blocks` does not name; "
+        f"{METHODS.described(settings.pretrain.method)} reads the block '{block}' of the settings, which its `blocks` does not name; "
         f"add '{block}' to `blocks`, so that the study's values reach it and a run depends on them"
     )
 
 
 # --------------------------------------------------------------------------------------------------
 # Methods: the block `pretrain` and the defaults of `views` are those of the method that `pretrain.method` names.
-
-
-def where_defined(method: str) -> str:
-    """How a sentence names a method: its name and its file."""
-    found = METHODS.load(method)
-    return f"pretrain.method {method} ({getattr(sys.modules.get(found.__module__), '__file__', found.__module__)})"
 
 
 def method_of(raw: Any) -> str:
@@ -239,12 +232,6 @@ def method_of(raw: Any) -> str:
 
 def _of_method(base: Any, method: str) -> Any:
     method_class = METHODS.load(method)
-    for name, parent in (("Settings", PretrainSettings), ("Views", ViewSettings)):
-        block = getattr(method_class, name, None)
-        if not isinstance(block, type) or not issubclass(block, parent):
-            raise UserError(f"{where_defined(method)}: `{name}` is no subclass of {parent.__name__}; make it one")
-        if required := [key for key, field in block.model_fields.items() if field.is_required()]:
-            raise UserError(f"{where_defined(method)}: '{required[0]}' of its `{name}` has no default; give it one")
     pretrain: Any = (method_class.Settings, method_class.Settings(method=method))
     views: Any = (method_class.Views, method_class.Views())
     return create_model(base.__name__, __base__=base, pretrain=pretrain, views=views)

@@ -24,7 +24,6 @@ from aps.methods import Method, Sampled
 from aps.models.encoder import Encoder
 from aps.registry import METHODS
 from aps.settings.blocks import ViewSettings
-from aps.settings.study import where_defined
 from aps.text import shorten
 from aps.views import View
 
@@ -54,7 +53,7 @@ Memory = dict[str, tuple[Tensor, Tensor]]  # tensors by name, each with a copy
 def ask(method: Method, kept: bool, sentence: str) -> None:
     """Raises BrokenContract, with the method's name and file before the sentence, if the contract is not kept."""
     if not kept:
-        raise BrokenContract(f"{where_defined(method.settings.method)}: {sentence}")
+        raise BrokenContract(f"{METHODS.described(method.settings.method)}: {sentence}")
 
 
 @contextmanager
@@ -69,7 +68,7 @@ def blaming(name: str) -> Iterator[None]:
         files = {getattr(sys.modules.get(c.__module__), "__file__", None) for c in ancestors}
         if lines := [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename in files]:
             said = shorten(" ".join(str(error).split()), 200, "...")
-            error.add_note(f"{where_defined(name)} failed in line {lines[-1]}: {type(error).__name__}: {said}")
+            error.add_note(f"{METHODS.described(name)} failed in line {lines[-1]}: {type(error).__name__}: {said}")
         raise
 
 

@@ -23,13 +23,13 @@ from aps.methods import Method, Sampled
 from aps.models.encoder import Encoder
 from aps.models.heads import synchronize_batch_norm
 from aps.models.weights import save_encoder, save_tensors
+from aps.registry import METHODS
 from aps.results import StageJob, StageRun
 from aps.runtime.compiling import compile_module
 from aps.runtime.memory import keep_memory
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
 from aps.sampling import global_noise
-from aps.settings.study import where_defined
 from aps.training import contract
 from aps.training.batches import Batch, Batches
 from aps.training.features import normalization, pixels
@@ -87,7 +87,7 @@ class Pretraining:
         )  # fmt: skip
         self.trainer = Trainer(job, distributed, method)  # first, since it says what is wrong with a method
         self.pace = Pace(job.settings, self.data.batches, method.steps, distributed)
-        self.meter = Meter(distributed, where_defined(self.settings.method))
+        self.meter = Meter(distributed, METHODS.described(self.settings.method))
         self.length: dict[str, float] = {}
         self.watch = Watch("pretraining", "pretrain", distributed, job.manifest)
         warmup, epochs = self.settings.warmup_epochs, self.settings.epochs
@@ -170,7 +170,7 @@ class Pretraining:
     def defect(self, state: dict[str, Any]) -> str | None:
         """What in a state is not finite, as a clause. A buffer or a method's own tensor may be infinite, as a least value yet
         to be found is; only `nan` is a mistake there."""
-        trainer, who = state["trainer"], where_defined(self.settings.method)
+        trainer, who = state["trainer"], METHODS.described(self.settings.method)
         buffers = {
             name: trainer["networks"][name]
             for name, _ in self.trainer.networks.named_buffers()

@@ -95,7 +95,7 @@ def refusal(make: Callable[[], StageJob], folder: Path) -> str:
     with pytest.raises(UserError) as found:
         small.run(make())
     sentence = str(found.value)
-    assert re.search(rf"pretrain.method \w+ \({__file__}\)", sentence) and "\n" not in sentence
+    assert re.search(rf"method '\w+' \({__file__}\)", sentence) and "\n" not in sentence
     assert not [*folder.rglob("history.jsonl")]
     return sentence
 
@@ -250,8 +250,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         },
         "`head.mean` changes in a step",
     ),
-    "no block": ({"Settings": type("Settings", (), {})}, "`Settings` is no subclass of PretrainSettings"),
-    "a key without a default": ({"Settings": Needy}, "'must' of its `Settings` has no default"),
+    "no block": (
+        {"Settings": type("Settings", (), {})},
+        "its Settings does not inherit from aps.settings.blocks.PretrainSettings",
+    ),
+    "a key without a default": ({"Settings": Needy}, "'must' of its Settings has no default"),
     "stochastic depth": ({"drop_path": 1.5}, "`drop_path` is 1.5"),
 }
 
@@ -311,7 +314,7 @@ def test_figures_have_the_same_names_at_every_step_and_are_finite(
 ) -> None:
     use(monkeypatch, moody=Moody, late=Late)
     with pytest.raises(
-        UserError, match=r"moody .*: a step has the figures loss, sharpness, late and one before it had"
+        UserError, match=r"moody' .*: a step has the figures loss, sharpness, late and one before it had"
     ):
         small.run(job(digits, tmp_path / "moody", "moody"))
     with pytest.raises(UserError, match=r"late .*: its figure 'twice' became nan; return finite numbers"):
@@ -332,7 +335,7 @@ def test_an_exception_in_a_methods_own_code_ends_in_a_line_that_names_its_file(
     with pytest.raises(KeyError) as found:
         small.run(job(digits, tmp_path, "fails"))
     last = traceback.format_exception(found.value)[-1]
-    assert re.match(rf"pretrain.method fails \({__file__}\) failed in line \d+: KeyError: 'haed'\n", last)
+    assert re.match(rf"method 'fails' \({__file__}\) failed in line \d+: KeyError: 'haed'\n", last)
 
 
 class Aside(Plain):
@@ -409,13 +412,11 @@ def test_what_is_not_finite_in_a_checkpoint_is_named_and_a_buffer_may_be_infinit
     small.run(done, stop_after=2)
     small.run(done)
     assert load_file(done.out / "heads.safetensors")["head.best"].isinf()
-    with pytest.raises(
-        UserError, match=rf"the buffer 'head.best' of pretrain.method lost \({__file__}\) is nan; .* is kept"
-    ):
+    with pytest.raises(UserError, match=rf"the buffer 'head.best' of method 'lost' \({__file__}\) is nan; .* is kept"):
         small.run(job(digits, tmp_path / "lost", "lost"))
     often = job(digits, tmp_path / "figure", "latefigure")
     object.__setattr__(often, "checkpoint_minutes", 0.0)
-    with pytest.raises(UserError, match=r"after 1 batches the figure 'share' of pretrain.method latefigure"):
+    with pytest.raises(UserError, match=r"after 1 batches the figure 'share' of method 'latefigure'"):
         small.run(often)
 
 
@@ -462,12 +463,12 @@ def test_what_a_study_needs_of_a_method_is_looked_at_where_the_study_is_checked(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, misspelt=Misspelt, text=Text, smallview=SmallView, plain=Plain)
-    with pytest.raises(UserError, match=rf"misspelt \({__file__}\): `blocks` names 'samplng'; did you mean 'sampling'"):
+    with pytest.raises(
+        UserError, match=rf"'misspelt' \({__file__}\): `blocks` names 'samplng'; did you mean 'sampling'"
+    ):
         job(digits, tmp_path, "misspelt")
     with pytest.raises(UserError, match=r"`blocks` is 'sampling'; write a tuple"):
         job(digits, tmp_path, "text")
     experiments = {name: experiment(name) for name in ("smallview", "plain")}
     found = [said for said in problems(load_study([], {"experiments": experiments})) if "`views`" in said]
-    assert len(found) == 1 and re.match(
-        r"experiment 'smallview': pretrain.method smallview .* has size 6; give", found[0]
-    )
+    assert len(found) == 1 and re.match(r"experiment 'smallview': method 'smallview' .* has size 6; give", found[0])
