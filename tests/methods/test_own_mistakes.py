@@ -317,7 +317,7 @@ def test_figures_have_the_same_names_at_every_step_and_are_finite(
         UserError, match=r"moody' .*: a step has the figures loss, sharpness, late and one before it had"
     ):
         small.run(job(digits, tmp_path / "moody", "moody"))
-    with pytest.raises(UserError, match=r"late .*: its figure 'twice' became nan; return finite numbers"):
+    with pytest.raises(UserError, match=r"late' .*: its figure 'twice' became nan; return finite numbers"):
         small.run(job(digits, tmp_path / "late", "late"))
     lines = [json.loads(line) for line in next(tmp_path.glob("late/**/history.jsonl")).read_text().splitlines()]
     assert lines[0]["twice"] == pytest.approx(2 * lines[0]["loss"])
