@@ -22,10 +22,8 @@ from aps.cli.study import runnable
 from aps.cli.table import parse, parser
 from aps.errors import Preempted, UserError
 from aps.files import DISK_ERRORS
-from aps.registry import REGISTRIES, shown_file
 from aps.runtime.memory import lost_worker, out_of_memory
 from aps.runtime.ranks import ranks, started_by_torchrun
-from aps.stages import STAGES
 
 __all__ = ["main", "parser"]
 
@@ -52,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _blamed(error: Exception) -> str | None:
     """A sentence for a crash that names the file of a method, strategy, dataset or stage in which it began, if it did."""
+    from aps.registry import REGISTRIES, shown_file
+    from aps.stages import STAGES
+
     modules = [known.module(name) for known in REGISTRIES for name in known.names()]
     modules += [row.module for row in STAGES.values()]
     files = {getattr(sys.modules.get(module), "__file__", None) for module in modules}

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from aps.errors import UserError
 from aps.stages import STAGES
-from aps.workflow.start import SNAKEFILES
 
 if TYPE_CHECKING:  # settings take half of the time that `--help` does
     from aps.settings.study import Study
@@ -62,6 +61,8 @@ def runnable(text: str, args: argparse.Namespace) -> str:
     """
     if getattr(args, "settings", None) is not None:
         return text  # a rule gave the settings
+    from aps.workflow.start import SNAKEFILES
+
     text = _with_study(text, args)
     if any(Path(name).exists() for name in SNAKEFILES):
         return text
