@@ -297,8 +297,8 @@ def _check_folder(study: Study, where: str) -> None:
     nearest_one = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), None)
     if nearest_one is not None and not os.path.isdir(nearest_one):
         raise UserError(
-            f"{where}: results = {shown(study.results)}: no results can lie in {nearest_one} (Not a directory); choose another "
-            "folder, or move that away"
+            f"{where}: results = {shown(study.results)}: {folder}/.lock: cannot be written (Not a directory); set another "
+            f"`results` folder, or move {nearest_one} away"
         )
 
 
