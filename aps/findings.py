@@ -29,7 +29,7 @@ from aps.registry import USER_DATASETS
 from aps.results import flatten, images_digest
 from aps.seals import contents, damage, read_metrics
 from aps.settings.study import Study
-from aps.text import shorten
+from aps.text import listed, shorten
 
 MOST_CHANGES = 3  # settings that one sentence names
 LONGEST_VALUE = 30  # letters
@@ -71,7 +71,7 @@ class Finding:
     def reason(self) -> str:
         """Why the run has to be repeated, for the plan: `pretrain.epochs 16 -> 100`."""
         if self.changes:
-            return _listed([f"{key} {_shown(old)} -> {_shown(new)}" for key, old, new in self.changes])
+            return listed([f"{key} {_shown(old)} -> {_shown(new)}" for key, old, new in self.changes], MOST_CHANGES)
         return self.problem or ""
 
 
@@ -163,8 +163,8 @@ class Findings:
             metrics = read_metrics(file)
             changes = self._changes(metrics, experiment, seed, stage)
             if changes:
-                listed = _listed([f"{key} {_shown(old)}, now {_shown(new)}" for key, old, new in changes])
-                return Finding(*job, None, f"other settings: {listed}", tuple(changes))
+                texts = [f"{key} {_shown(old)}, now {_shown(new)}" for key, old, new in changes]
+                return Finding(*job, None, f"other settings: {listed(texts, MOST_CHANGES)}", tuple(changes))
             problem = self._problem(metrics, experiment, seed, stage, folder)
         except UserError as error:
             return Finding(*job, None, f"damaged: {error}")
@@ -245,11 +245,6 @@ class Findings:
         """The digest of the prepared dataset; None if it is not prepared."""
         path = manifest_of(self.study, dataset)
         return images_digest(path) if path.exists() else None
-
-
-def _listed(texts: list[str]) -> str:
-    more = f" and {len(texts) - MOST_CHANGES} more" if len(texts) > MOST_CHANGES else ""
-    return ", ".join(texts[:MOST_CHANGES]) + more
 
 
 def _shown(value: Any) -> str:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from traceback import extract_tb
+from traceback import FrameSummary, extract_tb
 from typing import Any
 
 from aps.errors import Preempted, UserError
@@ -66,10 +66,15 @@ def _imported(module: str, what: str) -> Any:
 
 def raised(error: Exception, file: Path | None) -> str:
     """An exception, and the line of `file` that led to it: `KeyError: 'x' (line 7)`."""
-    lines = [frame.lineno for frame in extract_tb(error.__traceback__) if file and Path(frame.filename) == file]
+    frame = frame_in(error, {str(file)})
     return f"{type(error).__name__}: {shorten(' '.join(str(error).split()), 200)}" + (
-        f" (line {lines[-1]})" if lines else ""
+        f" (line {frame.lineno})" if frame is not None else ""
     )
+
+
+def frame_in(error: Exception, files: Container[str | None]) -> FrameSummary | None:
+    """The innermost place in one of the files that led to an exception; None if none did."""
+    return next((frame for frame in reversed(extract_tb(error.__traceback__)) if frame.filename in files), None)
 
 
 def file_of(path: str) -> Path | None:

@@ -341,7 +341,7 @@ class StageRun:
                     "StageRun.finish plain numbers and text"
                 ) from None
         for score in stage.scores:
-            key = score.key(getattr(self.job.settings, stage.name))
+            key = score.keys(getattr(self.job.settings, stage.name))[0]
             value = metrics.get(key)
             if key not in metrics:
                 if not score.optional:

@@ -27,10 +27,11 @@ class Score(NamedTuple):
     share: bool = False  # whether it is an accuracy over test images, so that an interval can be given
     optional: bool = False  # whether some runs have none
 
-    def key(self, block: Any) -> str:
-        """Its key in metrics.json for a stage's block of settings."""
-        values = getattr(block, "k", None) or (self.prefer,)
-        return self.metric.format(k=self.prefer if self.prefer in values else values[0])
+    def keys(self, block: Any) -> list[str]:
+        """Its keys in metrics.json for a stage's block of settings; that of the preferred k comes first."""
+        if "{k}" not in self.metric:
+            return [self.metric]
+        return [self.metric.format(k=k) for k in sorted(block.k, key=lambda k: k != self.prefer)]
 
 
 class Curve(NamedTuple):

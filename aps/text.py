@@ -18,6 +18,12 @@ def number_of(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def listed(texts: Sequence[str], most: int) -> str:
+    """At most `most` texts in a row, and how many more there are."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
 def shorten(text: str, letters: int, ellipsis: str = "…") -> str:
     """`text`, cut at its end to at most `letters` letters. Errors use `...`, since logs may not be UTF-8."""
     return text if len(text) <= letters else text[: letters - len(ellipsis)] + ellipsis

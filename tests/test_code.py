@@ -140,6 +140,14 @@ def test_whoever_uses_such_a_result_again_says_so(
         assert "--again of pretrain makes it anew" in said
 
 
+def begun(study: Study) -> StageJob:
+    """A pretraining that was stopped and left a checkpoint."""
+    one = job(study, "mine", 0, "pretrain")
+    with pytest.raises(Preempted):
+        play(one, checkpoint=True)
+    return one
+
+
 def test_a_run_that_goes_on_with_other_code_says_so_at_once_and_ever_after(
     study: Study, own: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,9 +168,7 @@ def test_a_run_that_goes_on_with_other_code_says_so_at_once_and_ever_after(
 def test_a_run_without_a_checkpoint_is_of_the_code_that_does_its_work(
     study: Study, own: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = job(study, "mine", 0, "pretrain")
-    with pytest.raises(Preempted):
-        play(one, checkpoint=True)
+    one = begun(study)
     (one.checkpoints / "state-000000001.pt").unlink()
     own["method"].write_text(METHOD + "# a comment\n")
     play(one)
@@ -172,9 +178,7 @@ def test_a_run_without_a_checkpoint_is_of_the_code_that_does_its_work(
 def test_results_without_the_record_and_runs_begun_without_it_say_nothing(
     study: Study, own: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = job(study, "mine", 0, "pretrain")
-    with pytest.raises(Preempted):
-        play(one, checkpoint=True)
+    one = begun(study)
     state = read_json(one.checkpoints / "run.json")
     write_json(one.checkpoints / "run.json", {key: value for key, value in state.items() if key != "code"})
     own["method"].write_text(METHOD + "# a comment\n")

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import errno
 import sys
-import traceback
 from pathlib import Path
 
 from aps.cli.study import runnable
@@ -50,19 +49,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _blamed(error: Exception) -> str | None:
     """A sentence for a crash that names the file of a method, strategy, dataset or stage in which it began, if it did."""
-    from aps.registry import REGISTRIES, shown_file
+    from aps.registry import REGISTRIES, frame_in, shown_file
     from aps.stages import STAGES
 
     modules = [known.module(name) for known in REGISTRIES for name in known.names()]
     modules += [row.module for row in STAGES.values()]
     files = {getattr(sys.modules.get(module), "__file__", None) for module in modules}
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.filename in files:
-            return (
-                f"error: {shown_file(Path(frame.filename))}, line {frame.lineno}, {frame.name}: {type(error).__name__}, as above; "
-                "correct it there if the file is yours, else report it"
-            )
-    return None
+    if (frame := frame_in(error, files)) is None:
+        return None
+    return (
+        f"error: {shown_file(Path(frame.filename))}, line {frame.lineno}, {frame.name}: {type(error).__name__}, as above; "
+        "correct it there if the file is yours, else report it"
+    )
 
 
 def _main(arguments: list[str] | None) -> int:

@@ -65,8 +65,9 @@ def report(args: argparse.Namespace) -> None:
     if mlflow_answers:
         sync_models(study, address)
     folder = args.out or report_folder(study)
-    files, runs = write_report(study, folder, address, study_options(args))
-    Findings(study, sources=True).stamp_report(folder)
+    findings = Findings(study, sources=True)
+    files, runs = write_report(study, folder, address, study_options(args), findings)
+    findings.stamp_report(folder)
     if mlflow_answers:
         log_report(study, address, files)
     print(f"report on {len(runs)} of {len(study.jobs())} runs: {files[0]}, {files[1]}")

@@ -25,10 +25,11 @@ from aps.report import csv_file
 from aps.report.differences import differing, shown
 from aps.report.drawing import DASHES, MARKERS, Picture
 from aps.report.figures import all_figures
-from aps.report.table import SMALL_TEST, Column, Run, Table, machine, shortened
+from aps.report.table import MOST_NAMES, SMALL_TEST, Column, Run, Table, machine
 from aps.results import flatten
 from aps.seals import damage
 from aps.settings.study import Study
+from aps.text import listed
 from aps.tracking.addresses import run_page, settled
 from aps.tracking.browsing import how_to_browse
 from aps.tracking.state import read_state
@@ -37,17 +38,20 @@ TEMPLATE = Path(__file__).with_name("page.html.j2")
 FIGURES = "figures"  # in the report's folder, with CATEGORY/NAME.png
 
 
-def write_report(study: Study, folder: Path, address: str, options: str = "") -> tuple[list[Path], list[Run]]:
+def write_report(
+    study: Study, folder: Path, address: str, options: str = "", findings: Findings | None = None
+) -> tuple[list[Path], list[Run]]:
     """Write report.html, results.csv and figures/CATEGORY/NAME.png into `folder`; return the files and the runs shown.
 
     Args:
         address: address of MLflow's server or store, for links.
         options: options of the command line that name the study, for the commands that the page shows.
+        findings: those of the study; None: look for them here.
 
     Raises:
         UserError: a metrics.json is broken, a published entry is unknown, or the folder can't be written.
     """
-    findings = Findings(study, sources=True)
+    findings = findings or Findings(study, sources=True)
     table = Table(study, findings)
     pictures = all_figures(table, is_intact) + _examples(table)
     other_code = findings.other_code(options)
@@ -253,7 +257,7 @@ def _reasons(table: Table) -> dict[str, str]:
     labels_of: dict[str, list[str]] = {}
     for finding in table.stale():
         labels_of.setdefault(finding.problem or "", []).append(finding.label)
-    return {problem: shortened(labels) for problem, labels in labels_of.items()}
+    return {problem: listed(labels, MOST_NAMES) for problem, labels in labels_of.items()}
 
 
 def _neighbour_pages(table: Table, folder: Path) -> list[tuple[str, str]]:

@@ -24,6 +24,7 @@ from aps.layout import encoder_file, manifest_of
 from aps.results import upstream_of
 from aps.settings.study import ExperimentSettings, Study
 from aps.stages import STAGES
+from aps.text import listed
 
 Run = dict[str, Any]  # the content of a metrics.json
 
@@ -128,7 +129,7 @@ class Table:
         """A sentence for a caption on the experiments of which a score lacks seeds; empty where none does."""
         scores = list(scores)
         lacking = [n for n in names if any(score in self.cells[n] and self.missing(n, score) for score in scores)]
-        return f" Not all seeds have finished of {shortened(lacking)}." if lacking else ""
+        return f" Not all seeds have finished of {listed(lacking, MOST_NAMES)}." if lacking else ""
 
     def absent(self, name: str, stage: str, metric: str) -> str:
         """In two words why an experiment has no such score yet; empty where its settings or its finished runs give none."""
@@ -377,12 +378,6 @@ def columns(study: Study) -> list[Column]:
 
 def _of_planned(seeds: int, experiment: ExperimentSettings) -> str:
     return f"{seeds} of {len(experiment.seeds)}" if seeds < len(experiment.seeds) else ""
-
-
-def shortened(names: Sequence[str]) -> str:
-    """Names for a sentence, and how many more there are than it holds."""
-    more = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _covering(lists: Sequence[Sequence[Any]], prefer: Any) -> list[Any]:

@@ -127,12 +127,7 @@ def views_of(study: Study) -> list[View]:
 
 def headlines(row: Stage, experiment: ExperimentSettings) -> list[str]:
     """Keys of metrics.json that are a stage's scores. Of several k of kNN, the preferred one comes first."""
-    keys = []
-    for score in row.scores:
-        values = getattr(getattr(experiment, row.name), "k", None) or ()
-        ks = sorted(values, key=lambda k: k != score.prefer)
-        keys += [score.metric.format(k=k) for k in ks] if "{k}" in score.metric else [score.metric]
-    return keys
+    return [key for score in row.scores for key in score.keys(getattr(experiment, row.name))]
 
 
 def study_parameters(study: Study, stage: str) -> dict[str, dict[str, str]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from aps.errors import BrokenContract, UserError
 from aps.methods import Method, Sampled
 from aps.models.encoder import Encoder
-from aps.registry import METHODS
+from aps.registry import METHODS, frame_in
 from aps.settings.blocks import ViewSettings
 from aps.text import shorten
 from aps.views import View
@@ -66,9 +65,9 @@ def blaming(name: str) -> Iterator[None]:
     except Exception as error:
         ancestors = [c for c in METHODS.load(name).__mro__ if issubclass(c, Method) and c is not Method]
         files = {getattr(sys.modules.get(c.__module__), "__file__", None) for c in ancestors}
-        if lines := [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename in files]:
+        if (frame := frame_in(error, files)) is not None:
             said = shorten(" ".join(str(error).split()), 200, "...")
-            error.add_note(f"{METHODS.described(name)} failed in line {lines[-1]}: {type(error).__name__}: {said}")
+            error.add_note(f"{METHODS.described(name)} failed in line {frame.lineno}: {type(error).__name__}: {said}")
         raise
 
 

@@ -18,7 +18,8 @@ except UserError as error:
 
 if workflow.is_main_process:
     PLAN.warn_of_environment()
-    print(*PLAN.explain(), sep="\n", end="\n" if PLAN.explain() else "", file=sys.stderr)
+    for line in PLAN.explain():
+        print(line, file=sys.stderr)
 
 RESULTS = PLAN.written.results
 FOLDER = study_folder(PLAN.written)
