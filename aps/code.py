@@ -1,4 +1,6 @@
-"""Which code made a result: digests of the files that define a run's method, sampling strategy and detection engine.
+"""Which code made a result: a digest of the files of a run's method, sampling strategy and detection engine.
+
+The files are the one that defines it and those of its own package or folder that it imports.
 
 They are no part of a run's key: a comment may have changed, and an upgrade is not to throw results away. So nobody
 computes a result again for them; who shows or reuses one that other code made says so.
@@ -8,14 +10,18 @@ It imports nothing that a method or a strategy imports, so that planning stays q
 
 from __future__ import annotations
 
+import ast
+import hashlib
 from collections.abc import Callable, Iterator
+from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from aps.errors import UserError
 from aps.files import sha256
-from aps.registry import ENGINES, METHODS, STRATEGIES, shown_file
+from aps.registry import ENGINES, METHODS, PACKAGE, STRATEGIES, shown_file
 
-Code = dict[str, list[str]]  # kind -> SHA-256 of its file; of each version, where it changed while the run was at work
+Code = dict[str, list[str]]  # kind -> SHA-256 of its code; of each version, where it changed while the run was at work
 
 # Kind -> where a run's settings name it, and the registry that knows its file.
 KINDS = {
@@ -26,24 +32,70 @@ KINDS = {
 
 
 class Source(NamedTuple):
-    """A file as it is now."""
+    """The code of a method, strategy or engine as it is now."""
 
-    digest: str | None  # SHA-256; None where it is not here
-    file: str
+    digest: str | None  # SHA-256; None where a file of it can't be read
+    file: str  # the one that defines it, and how many more, for people
 
 
 def source_now(kind: str, name: str) -> Source:
-    """The file that defines a method, strategy or engine. One of this package is named from the package on."""
-    file = KINDS[kind][2].file(name)
+    """The code of a method, strategy or engine. A file of this package is named from the package on."""
+    registry = KINDS[kind][2]
+    if (file := registry.file(name)) is None:
+        return Source(None, shown_file(file))
+    files = _files(registry.module(name), file)
+    shown = shown_file(file) if len(files) == 1 else f"{shown_file(file)} or a file that it imports"
     try:
-        digest = sha256(file) if file is not None else None
+        digests = [sha256(each) for each in files]
     except UserError:
-        digest = None
-    return Source(digest, shown_file(file))
+        return Source(None, shown)
+    return Source(digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(), shown)
+
+
+def _files(module: str, file: Path) -> list[Path]:
+    """A module's file, then those of its own package or folder that are imported with it.
+
+    Of this package they are files of the same folder, for a result also has the version and commit of the package.
+    """
+    packages = module.split(".")[: None if file.stem == "__init__" else -1]
+    top, inside = file.parents[len(packages)], file.is_relative_to(PACKAGE)
+    home = file.parent if inside else top.joinpath(*packages[:1])
+    if home == PACKAGE or home.name in ("site-packages", "dist-packages"):
+        return [file]
+    found = [file]
+    for each in found:  # it grows
+        names = {parents for name in _imports(each, top) for parents in accumulate((part,) for part in name)}
+        for path in (top.joinpath(*name) for name in names):
+            for other in (path.with_name(f"{path.name}.py"), path / "__init__.py"):
+                shared = inside and other.parent == home and other.name == "__init__.py"
+                if other not in found and other.is_relative_to(home) and not shared and other.is_file():
+                    found.append(other)
+    return [file, *sorted(found[1:])]
+
+
+def _imports(file: Path, top: Path) -> Iterator[tuple[str, ...]]:
+    """Names that a file imports, each split at its dots, and those that may be modules or attributes of one."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return
+    package = file.parent.relative_to(top).parts
+    yield package  # it is imported first
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names):
+                yield from (tuple(alias.name.split(".")) for alias in names)
+            case ast.ImportFrom(module, names, level):
+                start = package[: len(package) + 1 - level] if level else ()
+                start += tuple(module.split(".")) if module else ()
+                yield start
+                yield from ((*start, alias.name) for alias in names)
+            case ast.Call(ast.Name("lazy"), [ast.Constant(str(name))]):  # that of aps.methods
+                yield tuple(name.split("."))
 
 
 def code_of(settings: dict[str, Any]) -> Code:
-    """The files that define a run with these settings, for its metrics.json."""
+    """The code of a run with these settings, for its metrics.json."""
     return {kind: [digest] for kind, name in _named(settings) if (digest := source_now(kind, name).digest) is not None}
 
 
@@ -57,8 +109,8 @@ def known_code(value: Any) -> Code:
 
 
 def changed_code(code: Any, settings: dict[str, Any], now: Callable[[str, str], Source] = source_now) -> list[str]:
-    """For each file that is another than those that made a result, a clause: `other code of method 'x' (FILE has changed
-    since)`. There is none of a file that is not here.
+    """For each code that is another than what made a result, a clause: `other code of method 'x' (FILE has changed
+    since)`. There is none of code that is not here.
 
     Args:
         code: what metrics.json or run.json has of it; None in those of earlier versions.

@@ -13,9 +13,9 @@ from tiny_study import pretend_prepared
 
 import aps.methods
 from aps import registry
-from aps.code import KINDS, code_of
+from aps.code import KINDS, code_of, source_now
 from aps.errors import Preempted
-from aps.files import read_json, write_json
+from aps.files import read_json, sha256, write_json
 from aps.findings import Findings
 from aps.layout import manifest_of, stage_folder, study_folder
 from aps.registry import METHODS, STRATEGIES
@@ -210,3 +210,79 @@ def test_a_trained_method_has_its_code_in_its_metrics(digits: Path, tmp_path: Pa
     one = small.job("pretrain", digits, tmp_path, epochs=1)
     small.run(one)
     assert read_json(one.out / "metrics.json")["code"] == code_of(one.settings.relevant())
+
+
+PACKAGE = {  # of another distribution: the code of `lab.methods.mine` and what does not belong to it
+    "lab/__init__.py": "",
+    "lab/methods/__init__.py": "",
+    "lab/methods/mine.py": "import torch, numpy.linalg\nfrom aps.methods import Method, lazy\nfrom ..losses import pull\n"
+    "from lab import heads\nfrom . import views\nschedule = lazy('lab.schedule')\nclass Mine(Method):\n    def f(self):\n"
+    "        import lab.late\n",
+    "lab/losses.py": "from lab.deep.down import x\n",
+    "lab/heads/__init__.py": "",
+    "lab/methods/views.py": "from lab.methods.mine import Mine\n",
+    "lab/schedule.py": "not python (\n",
+    "lab/late.py": "",
+    "lab/deep/__init__.py": "",
+    "lab/deep/down.py": "x = 1\n",
+    "lab/other.py": "",
+    "labels.py": "",
+}
+NO_PART = {"lab/other.py", "labels.py"}
+
+
+@pytest.mark.parametrize("changed", sorted(PACKAGE))
+def test_code_is_the_file_and_those_of_its_package_that_it_imports_however(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in PACKAGE.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for package in ("lab", "lab.methods"):  # looking for a file imports the packages around it
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.delitem(sys.modules, package)
+    monkeypatch.setattr(METHODS, "_rows", METHODS._rows | {"mine": "lab.methods.mine:Mine"})
+    before = source_now("method", "mine")
+    assert before.file == f"{tmp_path}/lab/methods/mine.py or a file that it imports" and "lab.late" not in sys.modules
+    (tmp_path / changed).write_text(f"{PACKAGE[changed]}# a comment\n")
+    assert (source_now("method", "mine").digest != before.digest) == (changed not in NO_PART)
+
+
+def test_a_file_of_a_folder_has_its_neighbours_and_an_installed_one_is_alone(
+    own: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = own["strategy"].with_name("distances.py")
+    own["strategy"].write_text("from distances import far\n")
+    alone = source_now("strategy", "corner")
+    beside.write_text("far = 1\n")
+    assert alone.digest == sha256(own["strategy"]) != source_now("strategy", "corner").digest
+    installed = tmp_path / "site-packages"
+    own["strategy"].parent.rename(installed)
+    monkeypatch.syspath_prepend(str(installed))
+    assert source_now("strategy", "corner").digest == alone.digest
+
+
+def test_the_code_of_this_package_s_names_is_one_file_unless_it_has_helpers_beside_it(
+    own: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for kind, (_, _, known) in KINDS.items():
+        for name in known.names():
+            file = known.file(name)
+            if file is not None and file.is_relative_to(registry.PACKAGE):
+                assert source_now(kind, name).digest == sha256(file)
+    folder = tmp_path / "aps" / "methods"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr("aps.code.PACKAGE", tmp_path / "aps")
+    monkeypatch.setattr(aps.methods, "__path__", [str(folder)])
+    for name, text in {
+        "__init__": "",
+        "own": "from aps.methods import Method\nfrom aps.methods._parts import x\n",
+        "_parts": "",
+    }.items():
+        (folder / f"{name}.py").write_text(text)
+    before = source_now("method", "own").digest
+    (folder / "__init__.py").write_text("# the contract\n")
+    assert source_now("method", "own").digest == before
+    (folder / "_parts.py").write_text("# a helper\n")
+    assert source_now("method", "own").digest != before
