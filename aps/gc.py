@@ -8,7 +8,9 @@ because it may have been prepared by its name, without a study.
 
 from __future__ import annotations
 
+import fcntl
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +20,7 @@ from aps.errors import UserError
 from aps.findings import Findings
 from aps.layout import dataset_of, encoder_file, manifest_of, study_folder
 from aps.results import saved_run
-from aps.runtime.slurm import ATTEMPT
+from aps.runtime.slurm import ATTEMPT, FRESH_SECONDS, may_run
 from aps.settings.study import Study
 from aps.stages import STAGES
 
@@ -30,7 +32,7 @@ class Unneeded(NamedTuple):
     folder: Path
     bytes: int  # on disk; a file with several hard links counts in part
     why: str
-    marks: tuple[Path, ...]  # while one of these files exists, a process may use the folder
+    marks: tuple[Path, ...]  # files of processes that may use the folder; a killed one leaves its own
 
 
 def unneeded(studies: Sequence[Study]) -> list[Unneeded]:
@@ -65,7 +67,7 @@ def delete(folders: Sequence[Unneeded]) -> int:
     """Removes the folders that `unneeded` found, except those in use; returns the number of bytes freed."""
     freed = 0
     for entry in folders:
-        if not any(mark.exists() for mark in entry.marks):
+        if not any(map(_at_work, entry.marks)):
             shutil.rmtree(entry.folder)
             freed += entry.bytes
             link = entry.folder.with_name(dataset_of(entry.folder))
@@ -75,8 +77,23 @@ def delete(folders: Sequence[Unneeded]) -> int:
 
 
 def _entry(folder: Path, why: str, marks: tuple[Path, ...] = ()) -> Unneeded:
-    used = any(mark.exists() for mark in marks)
-    return Unneeded(folder, _size(folder), IN_USE if used else why, marks)
+    return Unneeded(folder, _size(folder), IN_USE if any(map(_at_work, marks)) else why, marks)
+
+
+def _at_work(mark: Path) -> bool:
+    """Whether a process works under a mark: that of a run, or the lock of a preparation."""
+    if mark.name == ATTEMPT:
+        return may_run(mark.parent)
+    try:
+        with mark.open("r+") as lock:  # NFS locks only what may be written
+            if time.time() - mark.stat().st_mtime < FRESH_SECONDS:
+                return True
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:  # held, or a file system without locks
+        return True
+    return False
 
 
 def _data(root: Path, studies: Sequence[Study]) -> Iterator[tuple[Path, str]]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,7 @@ from tiny_study import fake_job
 
 from aps.cli import main
 from aps.results import StageRun
+from aps.runtime import slurm
 
 
 @pytest.fixture
@@ -50,6 +56,39 @@ def test_a_run_at_work_is_not_deleted(folder: Path, capsys: pytest.CaptureFixtur
     (working / "attempt.json").write_text("{}")
     assert main(["gc", "study.yaml", "--delete"]) == 0
     assert "at work or killed: not deleted" in capsys.readouterr().out and working.exists()
+
+
+@pytest.mark.parametrize("content", ['{"host": "another"}', "", "[]", '{"host": "another", "slurm_job": "4711"}'])
+def test_a_killed_run_is_deleted_when_its_mark_is_old(folder: Path, content: str) -> None:
+    killed = play(7)
+    (killed / "attempt.json").write_text(content)
+    os.utime(killed / "attempt.json", (0, 0))
+    assert main(["gc", "study.yaml", "--delete"]) == 0
+    assert not killed.exists()
+
+
+def test_a_process_that_was_killed_here_keeps_nothing_and_one_that_lives_does(folder: Path) -> None:
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    runs = {"dead": play(7), "alive": play(9)}
+    for name, run in runs.items():
+        pid = os.getpid() if name == "alive" else sleeper.pid
+        mark = {"host": platform.node(), "pid": pid, **slurm._identity(pid)}
+        (run / "attempt.json").write_text(json.dumps(mark))
+        os.utime(run / "attempt.json", (0, 0))
+    sleeper.kill()
+    sleeper.wait()
+    assert main(["gc", "study.yaml", "--delete"]) == 0
+    assert not runs["dead"].exists() and runs["alive"].exists()
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "CANCELLED", ""])
+def test_a_job_in_slurm_s_queue_keeps_its_run(folder: Path, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = play(7)
+    (waiting / "attempt.json").write_text(json.dumps({"host": "another", "slurm_job": "4711"}))
+    os.utime(waiting / "attempt.json", (0, 0))
+    monkeypatch.setattr(slurm, "job_fields", lambda job: {"JobState": state} if job == "4711" and state else {})
+    assert main(["gc", "study.yaml", "--delete"]) == 0
+    assert waiting.exists() == (state in ("PENDING", "RUNNING"))
 
 
 @pytest.fixture
@@ -108,6 +147,22 @@ def test_copies_are_not_deleted_while_a_run_or_a_preparation_is_at_work(
     assert main(["gc", "study.yaml", "--delete"]) == 0
     assert "at work or killed: not deleted" in capsys.readouterr().out
     assert sorted(needed.glob("shrunk-*")) == before and len(before) == 2
+
+
+def test_killed_runs_and_preparations_do_not_keep_copies(photos: Path) -> None:
+    """Only a lock that is held does."""
+    needed = Path("results/data/mine").resolve()
+    run, lock = Path("results/runs/pretrain/0123/attempt.json"), needed / ".lock"
+    run.parent.mkdir(parents=True)
+    for file in (run, lock):
+        file.touch()
+        os.utime(file, (0, 0))
+    with lock.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert main(["gc", "study.yaml", "--delete"]) == 0
+        assert len(list(needed.glob("shrunk-*"))) == 2
+    assert main(["gc", "study.yaml", "--delete"]) == 0
+    assert len(list(needed.glob("shrunk-*"))) == 1
 
 
 def test_a_plain_name_that_leads_nowhere_goes_with_its_folder(photos: Path) -> None:

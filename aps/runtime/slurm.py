@@ -232,6 +232,22 @@ def running_attempt(folder: Path) -> dict[str, object] | None:
     return mark if age < FRESH_SECONDS else None
 
 
+def may_run(folder: Path) -> bool:
+    """Whether an attempt is at work in the folder of a run, or waits in Slurm's queue to go on there."""
+    file = folder / ATTEMPT
+    try:
+        fresh = time.time() - file.stat().st_mtime < FRESH_SECONDS
+        mark = read_json(file)
+    except OSError:
+        return False
+    except UserError:  # not to be read, so nobody knows whose it is
+        return fresh
+    if running_attempt(folder) is not None:
+        return True
+    job = mark.get("slurm_job") if isinstance(mark, dict) else None
+    return job is not None and job_fields(str(job)).get("JobState") in ALIVE
+
+
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Hold a lock of the file system; where it has no locks, warn that no second attempt may be started."""
