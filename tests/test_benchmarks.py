@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 import torch
 
+from aps.data.prepare import prepare
 from aps.runtime.processes import processes
 from aps.sampling import coverage
-from aps.settings.blocks import EncoderSettings, SamplingSettings, ViewSettings
+from aps.settings.blocks import EncoderSettings, SamplingSettings, UserDataset, ViewSettings
 from aps.views import draw_parameters
-from benchmarks import common, gpu
+from benchmarks import common, gpu, local_noise
 from benchmarks.__main__ import NAMES
 from benchmarks.choices import CHOICES
 from benchmarks.ordinary import sample_image
@@ -392,3 +393,19 @@ def test_the_memory_that_a_benchmark_notes_is_that_of_the_gpu_it_uses(monkeypatc
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=(index + 1) * 2**30)
     )
     assert common.machine()["gpu_memory_gib"] == 2
+
+
+def test_local_noise_adds_a_colour_to_each_block_of_each_image(tmp_path: Path) -> None:
+    images, labels = np.full((8, 8, 8, 3), 128, np.uint8), np.arange(8) % 2
+    np.savez(tmp_path / "plain.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    source = UserDataset(arrays=str(tmp_path / "plain.npz"))
+    prepare("plain", tmp_path / "plain", source)
+    local_noise.main([str(tmp_path / "plain/manifest.json"), "0", "20", "--out", str(tmp_path)])
+    none, some = (np.load(tmp_path / f"plain-local{deviation}.npz") for deviation in (0, 20))
+    for split in ("train", "test"):
+        assert (none[f"{split}_images"] == images).all() and (some[f"{split}_labels"] == labels).all()
+        blocks = some[f"{split}_images"].reshape(8, 2, 4, 2, 4, 3).astype(int)
+        assert (blocks == blocks[:, :, :1, :, :1]).all()
+        colours = blocks[:, :, 0, :, 0].reshape(-1, 3)
+        assert len(np.unique(colours, axis=0)) == len(colours) == 32 and 12 < (colours - 128).std() < 28
+    assert (some["train_images"] != some["test_images"]).any()
