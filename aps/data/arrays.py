@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from aps.data.manifest import (
     ChannelStatistics,
@@ -22,7 +23,7 @@ from aps.data.manifest import (
 )
 from aps.data.statistics import Accumulator
 from aps.errors import UserError
-from aps.files import write_bytes
+from aps.files import atomic_path
 from aps.registry import DATASETS
 from aps.settings.blocks import SourceSettings
 
@@ -53,13 +54,13 @@ def store(
     statistics = Accumulator()
     for split, (pixels, targets) in splits.items():
         _check(name, split, np.asarray(pixels), None if targets is None else np.asarray(targets), len(classes))
-        images = torch.from_numpy(np.array(pixels, order="C"))
+        images = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))  # a copy only where it is needed
         labels = None if targets is None else torch.from_numpy(np.array(targets, dtype=np.int64))
         if split == "train":
             for chunk in images.split(4096):
                 statistics.add(chunk)
         file = f"{split}.safetensors"
-        write_bytes(folder / file, save({"images": images} | ({} if labels is None else {"labels": labels})))
+        _write(folder / file, {"images": images} | ({} if labels is None else {"labels": labels}))
         written[split] = Split(count=len(images), tensors=file)
         contents += [split, list(images.shape), images.numpy().data.cast("B")]
         contents += [] if labels is None else [labels.numpy().data.cast("B")]
@@ -78,6 +79,14 @@ def store(
         source=source.path,
     )
     return with_sizes(manifest, folder)
+
+
+def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with atomic_path(file) as temporary:
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:  # how the library reports a full disk
+            raise UserError(f"{file}: cannot be written ({error}); free space or choose another folder") from None
 
 
 def _check(name: str, split: str, images: np.ndarray, labels: np.ndarray | None, classes: int) -> None:
