@@ -1,5 +1,6 @@
 import errno
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -83,6 +84,17 @@ def test_a_full_disk_is_one_sentence_and_the_next_run_goes_on(tmp_path: Path, mo
     assert load_file(folder / "train.safetensors")["labels"].shape == (1438,)
     monkeypatch.undo()
     assert prepare("digits", folder, HERE).splits["test"].count == 359
+
+
+def test_a_disk_that_fills_within_a_file_is_one_sentence_and_leaves_no_part_of_it(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"train\.safetensors: cannot be written \(.*File too large.*\); free space"):
+            prepare("digits", tmp_path / "digits", HERE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "digits").iterdir()) == []
 
 
 def test_a_folder_without_write_permission_is_one_sentence(tmp_path: Path) -> None:
