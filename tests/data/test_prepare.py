@@ -90,7 +90,9 @@ def test_a_disk_that_fills_within_a_file_is_one_sentence_and_leaves_no_part_of_i
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        with pytest.raises(UserError, match=r"train\.safetensors: cannot be written \(.*File too large.*\); free space"):
+        with pytest.raises(
+            UserError, match=r"train\.safetensors: cannot be written \(.*File too large.*\); free space"
+        ):
             prepare("digits", tmp_path / "digits", HERE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
