@@ -2,7 +2,7 @@
 
 `aps.settings.checks` checks settings alone, whenever a study is read. This checks them against the machine: sources
 that do not exist, batches larger than the dataset, resources, the address of the tracking server. Views that a method makes
-itself are checked here too, since that needs torch.
+itself and budgets of operations are checked here too, since that needs torch.
 
 It imports nothing heavy for other methods, opens no image and asks no server.
 """
@@ -41,6 +41,7 @@ def problems(study: Study) -> Iterator[str]:
             yield from _batch(study, experiment, stage)
         if "pretrain" in e.stages:
             yield from _views(study, experiment)
+            yield from _budget(study, experiment)
         file = encoder_file(study, experiment, e.seeds[0]) if study.pretrain_source(experiment) is None else None
         if file is not None and not file.exists():
             yield f"experiment '{experiment}': encoder.weights: {file} does not exist; give the path of a .safetensors file"
@@ -128,6 +129,21 @@ def _views(study: Study, experiment: str) -> Iterator[str]:
     try:
         with contract.blaming(settings.pretrain.method):
             contract.views(build_method(settings))
+    except UserError as error:
+        yield f"experiment '{experiment}': {error}"
+
+
+def _budget(study: Study, experiment: str) -> Iterator[str]:
+    """A budget of operations that is less than one batch. It is counted by torch."""
+    settings = study.stage_settings(experiment, study.experiments[experiment].seeds[0], "pretrain")
+    budget = settings.pretrain.budget
+    if budget is None or budget.flops is None:
+        return
+    from aps.training.cost import batches_within
+    from aps.training.networks import build_method
+
+    try:
+        batches_within(budget.flops, settings, build_method(settings).steps)
     except UserError as error:
         yield f"experiment '{experiment}': {error}"
 

@@ -409,7 +409,7 @@ class StageRun:
         upstream_cost = self._upstream.get("cost")
         cost = spent(
             self.job.settings, self._counts(), seconds, known["hardware"], self._state["peaks"], upstream_cost,
-            metrics.get("flops"), self._state["process_seconds"],
+            metrics.get("flops"), self._state["process_seconds"], metrics.get("reading_seconds", 0.0),
         )  # fmt: skip
         return {
             "stage": known.pop("stage"),

@@ -29,6 +29,7 @@ def spent(
     pretraining: Mapping[str, Any] | None = None,
     flops: float | None = None,
     process_seconds: float | None = None,
+    readings: float = 0.0,
 ) -> dict[str, float]:
     """The cost of a run and of its pretraining, for metrics.json.
 
@@ -41,11 +42,12 @@ def spent(
         flops: operations that the run counted; used where they do not follow from its settings.
         process_seconds: sum of the seconds of its processes, whose number may have changed from attempt to attempt; None:
             it was that of `hardware` throughout.
+        readings: seconds of them that read kNN during pretraining: no part of the cost, as their operations are none.
     """
     of_processes = seconds * hardware["processes"] if process_seconds is None else process_seconds
     run: dict[str, float | None] = {
-        "seconds": seconds,
-        "gpu_hours": of_processes / 3600 if "gpu" in hardware else None,
+        "seconds": seconds - readings,
+        "gpu_hours": (of_processes - readings * hardware["processes"]) / 3600 if "gpu" in hardware else None,
         "flops": _flops(settings, counts, flops),
     }
     before = pretraining or {}

@@ -133,6 +133,16 @@ def test_a_batch_that_the_prepared_images_cannot_fill_is_refused(
     assert status == 2 and any(f"experiment 'e': {sentence}" == error for error in errors), errors
 
 
+def test_a_budget_of_less_than_a_batch_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flops, right in ((1e3, False), (1e12, True)):
+        budget = {"budget": {"flops": flops}, "batch_size": 8}
+        encoder = {"arch": "micro", "image_size": 16, "patch_size": 4}
+        experiment = {"dataset": "digits", "stages": ["pretrain"], "pretrain": budget, "encoder": encoder}
+        status, _, errors = check(capsys, {"experiments": {"e": experiment}})
+        sentence = "experiment 'e': pretrain.budget.flops 1000 is less than the "
+        assert (status == 0) == right and (right or errors[0].startswith(sentence)), errors
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [

@@ -192,6 +192,10 @@ def _probe(folder: Path, metrics: dict[str, Any], address: str, device: torch.de
     network, settings = _encoder_of(folder, metrics, address)
     pick = info["lrs"].index(info["lr"])
     weight, bias = fold(heads, pick)
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise UserError(
+            f"{address}: its head of learning rate {info['lr']:g} has diverged; lower linear_probe.lrs and run linear_probe again"
+        )
     network.reset_classifier(len(weight))
     _set_linear(network.head, weight, bias)
     classes = _class_names(info["classes"], len(weight), address)

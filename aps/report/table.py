@@ -412,10 +412,10 @@ def _seed_cost(evaluations: Sequence[Run], pretraining: Run | None) -> tuple[flo
     """Seconds and operations of one seed; operations are None where they are unknown.
 
     Seconds are each run's own, because a pretraining that was run again may have taken longer than the one that an
-    evaluation's cost includes. Operations follow from settings, so those of the pretraining are taken off again.
+    evaluation's cost includes; kNN readings are no part of them. Operations follow from settings, so those of the pretraining are taken off again.
     """
     runs = [*evaluations, *([pretraining] if pretraining is not None else [])]
-    seconds = sum(float(run["wall_seconds"] or 0.0) for run in runs)
+    seconds = sum(float(run["wall_seconds"] or 0.0) - run["metrics"].get("reading_seconds", 0.0) for run in runs)
     included = _flops(pretraining) if pretraining is not None else 0.0
     total = included
     for run in evaluations:

@@ -188,8 +188,12 @@ class SamplingSettings(Section):
 class BudgetSettings(Section):
     """The budget of a pretraining: operations or time."""
 
-    flops: PositiveFloat | None = Field(None, description="operations of all steps, counted; a multiply-add is two")
-    minutes: PositiveFloat | None = Field(None, description="of training; such a run does not repeat bit for bit")
+    flops: Annotated[PositiveFloat, Field(le=1e30)] | None = Field(
+        None, description="operations of all steps, counted; a multiply-add is two"
+    )
+    minutes: Annotated[PositiveFloat, Field(le=1e7)] | None = Field(
+        None, description="of training; such a run does not repeat bit for bit"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> BudgetSettings:
@@ -280,7 +284,7 @@ class LinearProbeSettings(Section):
 
     epochs: Positive = Field(100, description="over train")
     batch_size: Positive = Field(256, description="over all processes")
-    lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = Field(
+    lrs: Annotated[tuple[Annotated[PositiveFloat, Field(le=1e6)], ...], Field(min_length=1)] = Field(
         (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), description="learning rates as given, trained as parallel heads in one pass"
     )
     momentum: Probability = Field(0.9, description="SGD's")
@@ -298,7 +302,7 @@ class LinearProbeSettings(Section):
     @model_validator(mode="after")
     def _check(self) -> LinearProbeSettings:
         check_crop(self.crop_scale)
-        check_distinct("lrs", self.lrs)
+        check_distinct("lrs", tuple(f"{lr:g}" for lr in self.lrs))  # as figures are named
         if self.batch_norm and self.batch_size < 2:
             raise ValueError(
                 "batch_size 1 has no statistics for batch_norm; raise batch_size, or set batch_norm: false"

@@ -40,6 +40,7 @@ RESERVED = frozenset(
         "input_share",
         "flops",
         "seconds",
+        "reading_seconds",
         "images_per_second",
         "knn_train_top1",
         "effective_rank",

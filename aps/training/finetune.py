@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,6 +85,13 @@ class Finetuning:
         self.loss = math.nan  # the last epoch's
         self.best = {"epoch": -1, "accuracy": -1.0}
         self.mistakes: dict[str, Any] = {}  # the confusion matrix, for metrics.json
+        warmup, epochs = self.settings.warmup_epochs, self.settings.epochs
+        if distributed.main and warmup >= epochs:
+            print(
+                f"warning: {job.label}: finetune.warmup_epochs {warmup} takes all of finetune.epochs {epochs}, so the learning "
+                "rate never reaches its peak; lower finetune.warmup_epochs or raise finetune.epochs",
+                file=sys.stderr,
+            )
 
     def batches(self, epoch: int, first: int) -> Iterator[Examples]:
         return self.examples.epoch(epoch, first)

@@ -1,13 +1,15 @@
 """Linear probe: linear classifiers on a frozen encoder, one for each learning rate, all trained in one pass.
 
 The encoder runs in eval mode and takes nearly all of the time. All heads read the same features, so a sweep costs little
-more than one run. All learning rates are reported; the one in the headline is chosen on a held-out part of train.
+more than one run. All learning rates are reported; the one in the headline is chosen on a held-out part of train. A head
+that diverged, so that its weights or answers are no finite numbers, has no accuracy and is not chosen.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,12 +36,14 @@ from aps.training.order import IMAGE, VIEWS, KeyedLoader, MayDecode, Order, held
 from aps.training.schedule import cosine, scaled_lr
 from aps.views import crop_resize, cut, draw_boxes
 
+FEW = 10  # held-out images on which no learning rate can be told from another
+
 
 def run(job: StageJob) -> None:
     """Run the stage. It writes heads.safetensors, history.jsonl and metrics.json.
 
     Raises:
-        UserError: the settings do not fit the data, the encoder or the processes.
+        UserError: the settings do not fit the data, the encoder or the processes; every head diverged.
         Preempted: the run was asked to stop; its state is saved.
     """
     with processes() as distributed, StageRun(job) as stage:
@@ -88,6 +92,7 @@ class Probing:
             momentum=settings.momentum,
         )
         self.losses = torch.zeros(count, device=device)  # one for each head, summed over this epoch's batches
+        self.means: list[float] = []  # those of the last epoch, a mean for each head
         self.total = settings.epochs * self.order.batches
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -113,22 +118,29 @@ class Probing:
     def lines(self, done: int) -> Iterator[Line]:
         if done % self.order.batches:
             return
-        means = (self.distributed.mean(self.losses) / self.order.batches).tolist()
+        self.means = (self.distributed.mean(self.losses) / self.order.batches).tolist()
         self.losses.zero_()
-        named = {f"loss_lr{lr:g}": value for lr, value in zip(self.settings.lrs, means, strict=True)}
+        named = {f"loss_lr{lr:g}": value for lr, value in zip(self.settings.lrs, self.means, strict=True)}
         finite = {name: value for name, value in named.items() if math.isfinite(value)}
         yield {"epoch": done // self.order.batches, **finite}
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracies of every head on test and on the held-out part of train, on which the headline's head is chosen."""
+        """Accuracies of every head on test and on the held-out part of train, on which the headline's head is chosen.
+
+        Raises:
+            UserError: every head diverged.
+        """
         self.heads.eval()
         finite = torch.ones((), dtype=torch.bool, device=self.distributed.device)
+        diverged = torch.zeros(len(self.settings.lrs), device=self.distributed.device)  # above 0 where a head did
 
         def classify(x: Tensor) -> Tensor:
             features = self.encoder(x).float()
             finite.logical_and_(features.isfinite().all())
             with torch.autocast(x.device.type, enabled=False):  # in float32, as they were trained
-                return self.heads(features)
+                logits = self.heads(features)
+            diverged.logical_or_(~logits.isfinite().all(dim=2).all(dim=1))
+            return logits
 
         size, lrs = self.job.settings.encoder.image_size, self.settings.lrs
         on_held, on_test = (
@@ -146,19 +158,55 @@ class Probing:
         )
         if not finite:
             raise UserError(f"features of the held-out or test images are NaN or infinite; {BROKEN_ENCODER}")
-        pick = max(range(len(lrs)), key=lambda i: on_held[i])
+        whole = [i for i, share in enumerate(self.distributed.mean(diverged).tolist()) if share == 0]
+        self._warn(whole)
+        pick = max(whole, key=lambda i: on_held[i])
         metrics = {"test_top1": on_test[pick], "holdout_top1": on_held[pick], "lr": lrs[pick]}
-        for lr, held_top1, test_top1 in zip(lrs, on_held, on_test, strict=True):
-            metrics |= {f"holdout_top1_lr{lr:g}": held_top1, f"test_top1_lr{lr:g}": test_top1}
+        for i in whole:
+            metrics |= {f"holdout_top1_lr{lrs[i]:g}": on_held[i], f"test_top1_lr{lrs[i]:g}": on_test[i]}
         return metrics
 
+    def _warn(self, whole: list[int]) -> None:
+        """Warn of heads that diverged, and of a choice among the others that means little.
+
+        whole: the heads that did not.
+
+        Raises:
+            UserError: there is none.
+        """
+        lrs, classes = self.settings.lrs, len(self.manifest.classes)
+        if not whole:
+            raise UserError("every head of linear_probe.lrs diverged; name lower learning rates")
+        clauses = []
+        if lost := ", ".join(f"{lr:g}" for i, lr in enumerate(lrs) if i not in whole):
+            clauses.append(f"its heads at {lost} of linear_probe.lrs diverged and have no accuracy; leave these out")
+        guessing = math.log(classes)  # the loss of equal answers
+        if self.means and not any(self.means[i] <= guessing for i in whole):
+            clauses.append(
+                f"every head's loss is above {guessing:.3g}, that of guessing, so its accuracy says nothing of the encoder; lower "
+                "linear_probe.lrs, or raise linear_probe.epochs"
+            )
+        if len(whole) > 1 and len(self.held) < FEW:
+            clauses.append(
+                f"its learning rate is chosen on {len(self.held)} held-out image{'s' * (len(self.held) > 1)}, too few to tell; "
+                "raise linear_probe.holdout, or name one rate in linear_probe.lrs"
+            )
+        for clause in clauses if self.distributed.main else ():
+            print(f"warning: {self.job.label}: {clause}", file=sys.stderr)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict(), "losses": self.losses}
+        return {
+            "heads": self.heads.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "losses": self.losses,
+            "means": self.means,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses.copy_(state["losses"])
+        self.means = state.get("means", [])  # version 0.2 has no such entry
 
     def save(self, stage: StageRun, lr: float) -> None:
         """Write the heads, with what a later user of the head of learning rate `lr` needs."""

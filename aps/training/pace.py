@@ -5,8 +5,8 @@ momenta and temperatures follow the same schedule from start to end, warmup incl
 step (`aps.training.cost`), so the number of steps is known beforehand, and such a run repeats bit for bit.
 
 A run of minutes ends by the clock, and its schedule follows the time that has passed. The number of steps depends on the
-machine and its load, so such a run does not repeat. The clock stops between two attempts and during kNN readings; it runs
-during compiling, waiting for data and saving checkpoints.
+machine and its load, so such a run does not repeat. The clock stops between two attempts and during kNN readings, whose
+time is counted apart; it runs during compiling, waiting for data and saving checkpoints.
 
 It does not know what a step is.
 """
@@ -40,6 +40,7 @@ class Pace:
 
     Attributes:
         total: batches of the whole run; for a budget of minutes, the current estimate.
+        readings: seconds of kNN readings, over all attempts.
     """
 
     def __init__(self, settings: Any, batches: int, steps: int, distributed: Distributed) -> None:
@@ -47,6 +48,7 @@ class Pace:
         self._epochs, self._budget = settings.pretrain.epochs, settings.pretrain.budget
         self._seconds = 0.0  # seconds of training before the clock was last started
         self._since: float | None = None  # when the clock was last started; None: it is stopped
+        self.readings = 0.0
         # Processes exchange the time on the CPU, so that no device is waited for
         self._group: Any = dist.new_group(backend="gloo") if distributed.world > 1 and self._minutes else None
         self._share = 0.0  # share of the minutes that had passed when the last batch was done
@@ -104,9 +106,10 @@ class Pace:
     def stopped(self) -> Iterator[None]:
         """A context in which the clock is stopped; it runs afterwards."""
         self._wait()
-        self._seconds, self._since = self.seconds, None
+        self._seconds, self._since, stopped = self.seconds, None, time.monotonic()
         yield
         self._wait()
+        self.readings += time.monotonic() - stopped
         self.start()
 
     def batch_done(self, done: int) -> None:
@@ -134,7 +137,8 @@ class Pace:
             torch.cuda.synchronize(self.distributed.device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "share": self._share, "total": self.total}
+        return {"seconds": self.seconds, "readings": self.readings, "share": self._share, "total": self.total}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._seconds, self._share, self.total = state["seconds"], state["share"], state["total"]
+        self.readings = state.get("readings", 0.0)  # version 0.2 has no such entry

@@ -68,7 +68,10 @@ def run(job: StageJob) -> None:
                 "steps": loop.total * loop.steps,
                 **(learner.length or learner.so_far(loop.total)),
             }
-            metrics = {**learner.meter.last, "images_per_second": loop.rate, **length}
+            speed = {"images_per_second": loop.total * settings.batch_size / max(1e-9, length["seconds"])}
+            if settings.knn_every:
+                speed["reading_seconds"] = learner.pace.readings
+            metrics = {**learner.meter.last, **speed, **length}
             stage.finish(metrics, precision=learner.trainer.precision.name)
 
 
@@ -133,7 +136,7 @@ class Pretraining:
             self.watch.check()
             yield {"epoch": done / per_epoch, "lr": self.lr, **self.meter.read(), **self.so_far(done)}
         if every and (done % (every * per_epoch) == 0 or last):
-            with self.pace.stopped():
+            with self.pace.stopped(), self.meter.stopped():
                 found = monitor(
                     self.trainer.encoder, self.split, self.normalization, self.distributed, self.job.workers
                 )

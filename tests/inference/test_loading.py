@@ -15,10 +15,12 @@ import torch
 from aps.data.load import FileSplit, load_split
 from aps.data.manifest import Manifest
 from aps.errors import UserError
+from aps.files import write_json
 from aps.inference.load import load
 from aps.inference.model import Detector, Model
 from aps.models.encoder import build_encoder
-from aps.models.weights import load_encoder, read_tensors, save_encoder, save_tensors
+from aps.models.weights import INFO_KEY, load_encoder, read_tensors, save_encoder, save_tensors
+from aps.seals import contents, seal
 from aps.settings.blocks import EncoderSettings
 from aps.training.linear_probe import Heads
 
@@ -74,6 +76,20 @@ def test_a_probe_is_its_encoder_and_the_head_that_was_picked(stages: Path) -> No
     expected = heads(encoder.embed(images))[pick].softmax(1)
     assert torch.allclose(model.predict(images).probabilities, expected, atol=1e-5)
     assert torch.allclose(model.embed(images), encoder.embed(images))
+
+
+def test_a_probe_whose_head_has_diverged_is_refused(finished: Path, tmp_path: Path) -> None:
+    """Such a head of an earlier version may have been the one that was picked."""
+    folder = shutil.copytree(finished / "results/photos/floor/seed0/linear_probe", tmp_path / "probe")
+    tensors, metadata = read_tensors(folder / "heads.safetensors")
+    info = json.loads(metadata[INFO_KEY])
+    tensors[f"heads.{info['lrs'].index(info['lr'])}.weight"][0, 0] = float("nan")
+    (folder / "heads.safetensors").unlink()
+    save_tensors(tensors, folder / "heads.safetensors", metadata)
+    made = metrics(folder)
+    write_json(folder / "metrics.json", seal(made | {"files": contents(folder)}))
+    with pytest.raises(UserError, match=r"its head of learning rate .* has diverged; lower linear_probe\.lrs"):
+        load(folder)
 
 
 def test_an_encoder_embeds_as_its_stage_did(finished: Path, stages: Path) -> None:

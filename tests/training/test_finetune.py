@@ -245,6 +245,13 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path) -> None:
         small.run(small.job("finetune", digits, tmp_path / "nan", warmup_lr=1e30, epochs=2))
 
 
+def test_a_warmup_without_an_end_is_warned_of(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small.run(small.job("finetune", digits, tmp_path / "short", epochs=2, warmup_epochs=1))
+    assert "warning" not in capsys.readouterr().err
+    small.run(small.job("finetune", digits, tmp_path / "long", epochs=1, warmup_epochs=1))
+    assert "finetune.warmup_epochs 1 takes all of finetune.epochs 1" in capsys.readouterr().err
+
+
 def test_an_odd_batch_trains_where_nothing_is_mixed(digits: Path, tmp_path: Path) -> None:
     small.run(small.job("finetune", digits, tmp_path, batch_size=33, mixup=0.0, cutmix=0.0, epochs=1))
 

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from aps.data.load import load_split
 from aps.data.manifest import Manifest
+from aps.errors import UserError
 from aps.models.encoder import build_encoder
+from aps.models.weights import load_encoder
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed
 from aps.settings.blocks import DatasetSettings
@@ -82,6 +84,42 @@ def test_the_rate_is_picked_on_images_held_out_of_train_and_all_are_reported(
     train = load_split(digits, "train", 100)
     assert [len(split) for split in asked.splits] == [20, 359]
     assert torch.equal(asked.splits[0].images, train.images[held])
+
+
+def test_a_head_that_diverged_has_no_accuracy_and_is_not_chosen(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def huge(*args: Any) -> Any:
+        """An encoder whose features are so large that a usual learning rate gives logits beyond float32."""
+        encoder = load_encoder(*args)
+        encoder.norm.weight.data.fill_(1e25)
+        return encoder
+
+    monkeypatch.setattr(linear_probe, "load_encoder", huge)
+    job = small.job("linear_probe", digits, tmp_path, lrs=(1.0, 1e-30, 0.5), holdout=0.2)
+    found = small.run(job)
+    assert found["lr"] == 1e-30 and found["test_top1"] == found["test_top1_lr1e-30"]
+    assert not [key for key in found if key.endswith(("lr1", "lr0.5"))]
+    said = capsys.readouterr().err
+    assert "its heads at 1, 0.5 of linear_probe.lrs diverged and have no accuracy; leave these out" in said
+    with pytest.raises(UserError, match=r"every head of linear_probe\.lrs diverged; name lower learning rates"):
+        small.run(small.job("linear_probe", digits, tmp_path / "none", lrs=(1.0,), holdout=0.2))
+
+
+@pytest.mark.parametrize(
+    "own, words",
+    [
+        ({"lrs": (1e5, 1e6)}, "every head's loss is above 2.3, that of guessing"),
+        ({"lrs": (0.1, 1e6), "holdout": 0.01}, "its learning rate is chosen on 1 held-out image, too few to tell"),
+        ({"lrs": (0.1, 1e6)}, ""),
+    ],
+)
+def test_an_accuracy_that_says_nothing_is_warned_of(
+    own: dict[str, Any], words: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small.run(small.job("linear_probe", digits, tmp_path, **{"epochs": 10, "holdout": 0.2, "batch_norm": True, **own}))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert words in "".join(warnings) and len(warnings) == bool(words)
 
 
 def test_held_out_images_are_not_trained_on(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from pydantic import ValidationError
 from aps.cost import Counts
 from aps.errors import UserError
 from aps.runtime.processes import Distributed
+from aps.seals import read_metrics
 from aps.settings.blocks import BudgetSettings
 from aps.settings.reading import load_study
+from aps.training import meter as meter_module
 from aps.training import pace as pace_module
 from aps.training import pretrain
 from aps.training.cost import pretrain as pretrain_cost
 from aps.training.cost import step_flops
+from aps.training.meter import Meter
 from aps.training.pace import Pace
 from aps.training.pretrain import Trainer
 from aps.training.schedule import pretraining_lr
@@ -71,6 +75,57 @@ def test_a_run_of_operations_ends_in_mid_epoch_and_says_what_it_was(digits: Path
     assert "knn_train_top1" in history[1] and "knn_train_top1" in history[3]
     times = [line["seconds"] for line in read(job)]
     assert times == sorted(times) and times[0] > 0
+
+
+def test_the_time_of_knn_readings_is_no_step_s_and_no_cost(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, monitor = [], pretrain.monitor
+    monkeypatch.setattr(pretrain, "monitor", lambda *a: (time.sleep(1), seen.append(1), monitor(*a))[2])
+    job = small.job("pretrain", digits, tmp_path, epochs=3, knn_every=1)
+    small.run(job)
+    result, lines = read_metrics(job.out / "metrics.json"), [line for line in read(job) if "step_ms" in line]
+    metrics = result["metrics"]
+    assert len(seen) == 3 and metrics["reading_seconds"] > 3
+    assert metrics["images_per_second"] == pytest.approx(3 * 96 / metrics["seconds"])
+    assert result["cost"]["seconds"] == pytest.approx(result["wall_seconds"] - metrics["reading_seconds"], abs=0.02)
+    assert sum(12 * line["step_ms"] / 1000 for line in lines) <= metrics["seconds"] + 0.5
+
+
+def test_the_clock_of_the_steps_goes_on_after_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
+    figures = {"loss": torch.ones(())}
+
+    def work(meter: Meter, start: float) -> None:
+        """Four steps of 2 seconds each, a quarter of them waiting."""
+        now[0] = start
+        for _ in range(4):
+            meter.fetch(iter(Slow(now, 0.5)))
+            now[0] += 1.5
+            meter.add(figures)
+
+    first, second = Meter(small.ONE, "it"), Meter(small.ONE, "it")
+    now[0] = 50.0  # between making it and the first batch
+    work(first, 100.0)
+    state = first.state_dict()
+    now[0] = 900.0
+    second.load_state_dict(state)
+    work(second, 900.0)
+    with second.stopped():
+        now[0] += 70
+    assert second.read() == {"loss": 1.0, "step_ms": 2000.0, "input_share": 0.25}
+
+
+class Slow:
+    """Batches that take `seconds` of the clock `now`."""
+
+    def __init__(self, now: list[float], seconds: float) -> None:
+        self.now, self.seconds = now, seconds
+
+    def __iter__(self) -> Any:
+        self.now[0] += self.seconds
+        yield None
 
 
 def read(job: Any) -> list[dict[str, Any]]:
