@@ -231,6 +231,7 @@ class StageRun:
         self._state = _read_clock(self._state_file) or fresh
         self._before = {key: float(self._state[key]) for key in ("seconds", "process_seconds")}
         self._note_code()
+        self._state["settings_digest"] = self.job.settings.digest  # for `aps.gc`
         write_json(
             self._state_file, self._state
         )  # before the run is sent to MLflow, where its start time is part of its key

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import fcntl
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +19,7 @@ from PIL import Image
 from tiny_study import fake_job
 
 from aps.cli import main
+from aps.errors import Preempted
 from aps.results import StageRun
 from aps.runtime import slurm
 
@@ -89,6 +93,77 @@ def test_a_job_in_slurm_s_queue_keeps_its_run(folder: Path, state: str, monkeypa
     monkeypatch.setattr(slurm, "job_fields", lambda job: {"JobState": state} if job == "4711" and state else {})
     assert main(["gc", "study.yaml", "--delete"]) == 0
     assert waiting.exists() == (state in ("PENDING", "RUNNING"))
+
+
+@pytest.mark.parametrize("missing", ["gone", "truncated"])
+def test_saved_runs_are_kept_while_the_images_they_were_made_from_are_missing(
+    folder: Path, missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Snakemake deletes a manifest before its dataset is prepared again."""
+    other, needed, begun = play(7), play(5), begin(5)
+    manifest = Path("results/data/digits/manifest.json")
+    content = manifest.read_text()
+    manifest.unlink() if missing == "gone" else manifest.write_text(content[:20])
+    assert main(["gc", "study.yaml", "--delete"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "2 saved runs kept: nobody can tell whether a study needs them, since results/data/digits/manifest.json" in said
+    )
+    assert needed.exists() and begun.exists() and not other.exists()
+    manifest.write_text(content)
+    assert main(["gc", "study.yaml", "--delete"]) == 0
+    assert "kept" not in capsys.readouterr().out and needed.exists() and not begun.exists()
+
+
+def begin(k: int) -> Path:
+    """A run with these settings on other images, which was stopped."""
+    job = fake_job(Path("results"), "floor", k=k, weights="random")
+    job = dataclasses.replace(job, checkpoints=job.checkpoints.with_name("0" * 16))
+    with pytest.raises(Preempted), StageRun(job) as stage:
+        stage.log(1, loss=1.0)
+        raise Preempted("asked")
+    return job.checkpoints
+
+
+def test_an_experiment_that_one_of_two_files_of_a_study_has_stays(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    play(5), play(9, "gone"), play(9, "other")
+    study = yaml.safe_load(Path("study.yaml").read_text())
+    study["experiments"]["other"] = study["experiments"].pop("floor")
+    Path("other.yaml").write_text(yaml.safe_dump(study))
+    assert main(["gc", "study.yaml", "other.yaml", "--delete"]) == 0
+    assert {path.name for path in Path("results/tiny").iterdir()} == {"floor", "other"}
+    assert capsys.readouterr().out.count("has no such experiment") == 1
+
+
+def test_what_no_stage_made_and_links_are_no_results_of_an_experiment(folder: Path) -> None:
+    play(5), play(9, "gone"), play(9, "mixed"), play(9, "moved")
+    tiny = Path("results/tiny")
+    (tiny / "exports").mkdir()
+    (tiny / "exports/model.onnx").touch()
+    (tiny / "mixed/notes.txt").touch()
+    (tiny / "moved").rename("elsewhere")
+    (tiny / "moved").symlink_to(Path("elsewhere").resolve())
+    assert main(["gc", "study.yaml", "--delete"]) == 0
+    assert {path.name for path in tiny.iterdir()} == {"floor", "exports", "mixed", "moved"}
+    assert (tiny / "moved/seed0/knn/metrics.json").exists()
+
+
+def test_a_folder_that_cannot_be_deleted_is_named_and_the_rest_goes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, rmtree = [play(7), play(9)], shutil.rmtree
+
+    def refuse(path: Path) -> None:
+        if path == runs[0]:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    assert main(["gc", "study.yaml", "--delete"]) == 0
+    assert f"{runs[0]}: cannot be deleted (Permission denied); delete it yourself" in capsys.readouterr().err
+    assert runs[0].exists() and not runs[1].exists()
 
 
 @pytest.fixture

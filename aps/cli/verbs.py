@@ -184,10 +184,12 @@ def sync(args: argparse.Namespace) -> None:
 
 
 def gc(args: argparse.Namespace) -> None:
-    from aps.gc import delete, unneeded
+    from aps.gc import delete, survey
     from aps.settings.reading import load_study
 
-    folders = unneeded([load_study([file]) for file in args.studies])
+    folders, kept = survey([load_study([file]) for file in args.studies])
+    if kept is not None:
+        print(kept)
     for entry in folders:
         print(f"{entry.bytes / 1e6:10,.1f} MB  {entry.folder}  ({entry.why})")
     total = sum(entry.bytes for entry in folders)
