@@ -1,13 +1,16 @@
 """Sends what MLflow lacks of a study's finished runs, the study's report, and the views of its page.
 
 Design: if the server can't be reached, no further run is tried. If it refuses one run, the others are still sent.
+That a run was sent once does not say that MLflow still has it: a database may be lost, or brought back from a copy. So
+MLflow is asked, once for all runs of an experiment. What is gone is sent again; what a person deleted stays deleted.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from aps.files import read_json, write_json
 from aps.layout import manifest_of, stage_folder, study_folder
 from aps.seals import read_metrics, seal
 from aps.settings.study import Study
+from aps.text import listed, number_of
 from aps.tracking.addresses import OFF, settled
 from aps.tracking.describing import About, describe, finals
 from aps.tracking.reasons import why, will_last
@@ -23,6 +27,8 @@ from aps.tracking.sending import Sender, pictures
 from aps.tracking.server import Server
 from aps.tracking.state import State, read_state
 from aps.tracking.views import tags, views_of
+
+MOST_NAMES = 3  # of deleted runs, in a sentence
 
 
 @dataclass
@@ -33,11 +39,17 @@ class Synced:
     missing: int = 0
     reason: str = ""  # why the last of the missing runs was not sent
     away: bool = False  # whether the server can't be used, so that further requests are useless
+    unasked: bool = False  # whether MLflow did not say which runs it has, for the reason above
+    deleted: list[str] = field(default_factory=list)  # names of runs that somebody deleted in MLflow
 
 
 def sync(study: Study, address: str) -> Synced:
-    """Send what MLflow lacks of a study's finished runs. Prints a sentence for each run that could not be sent."""
+    """Send what MLflow lacks of a study's finished runs.
+
+    Prints a sentence for each run that could not be sent, and one about those that were deleted in MLflow.
+    """
     address, synced = settled(address), Synced()
+    held = cache(lambda experiment: _held(study, address, experiment))
     pretraining_first = sorted(study.jobs(), key=lambda job: job[2] != "pretrain")
     for experiment, seed, stage in pretraining_first if address != OFF else ():
         folder = stage_folder(study_folder(study), experiment, seed, stage)
@@ -46,8 +58,25 @@ def sync(study: Study, address: str) -> Synced:
             about = describe(
                 metrics, study.study, pretraining_of(metrics, folder), description, _manifest(study, metrics)
             )
-            _sync_run(about, address, folder, metrics, synced)
+            _sync_run(about, address, folder, metrics, synced, held)
+    if synced.deleted:
+        print(
+            f"MLflow at {address}: {number_of(len(synced.deleted), 'run')} of study '{study.study}' had been deleted there "
+            f"and stay so ({listed(synced.deleted, MOST_NAMES)}); to have them back, restore them on its page (State: Deleted)",
+            file=sys.stderr,
+        )
     return synced
+
+
+def _held(study: Study, address: str, experiment: str) -> dict[str, Any]:
+    """MLflow's runs of an experiment, deleted ones too, by their ids. Empty if there is no such experiment.
+
+    Raises:
+        Exception: any of mlflow's, if a request fails.
+    """
+    server = Server(address)
+    server.experiment(study.study, make=False)  # one that was deleted is restored, and its runs with it
+    return {run.info.run_id: run for run in server.runs(experiment, deleted=True)}
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
@@ -58,13 +87,32 @@ def _metrics(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _sync_run(about: About, address: str, folder: Path, metrics: dict[str, Any], synced: Synced) -> None:
+def _sync_run(
+    about: About,
+    address: str,
+    folder: Path,
+    metrics: dict[str, Any],
+    synced: Synced,
+    held: Callable[[str], dict[str, Any]],
+) -> None:
+    """Send what MLflow lacks of a run. held: gives MLflow's runs of an experiment, by their ids."""
     file = folder / "tracking.json"
     state = read_state(file)
     if state is None or state.about.key != about.key:
         state = State(address=address, about=about)
     if state.complete and state.address == address:
-        return
+        if synced.unasked:
+            return
+        try:
+            run = held(str(state.experiment_id)).get(str(state.run_id))
+        except Exception as error:  # anything that a server or a locked database may raise
+            synced.reason, synced.away, synced.unasked = why(error), will_last(error), True
+            print(f"MLflow at {address} does not say which runs it has: {synced.reason}", file=sys.stderr)
+            return
+        if run is not None:
+            if run.info.lifecycle_stage == "deleted":
+                synced.deleted.append(about.name)
+            return
     if synced.away:
         synced.missing += 1
         return

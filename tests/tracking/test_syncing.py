@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from aps.results import StageJob, forget, restore_finished
 from aps.seals import read_metrics, seal
 from aps.settings.reading import load_study
 from aps.settings.study import Study
-from aps.tracking import tracker
+from aps.tracking import server, tracker
 from aps.tracking.describing import PARENT
 from aps.tracking.server import Server, prepare_store
 from aps.tracking.state import read_state
@@ -150,6 +152,114 @@ def test_a_view_shows_the_runs_whose_results_stand_and_each_seed_once(
     assert tags[of_two]["stage"] == "knn (superseded)" and tags[of_two]["superseded_by"] == again
     assert tags[first]["superseded_by"] == again and "superseded_by" not in tags[again]
     assert len(tags) == 4, "nothing is deleted"
+
+
+def lose(store: str, run_id: str) -> None:
+    """Delete a run for good, as a database that was brought back from an older copy lacks it."""
+    client = Server(store).client
+    client.delete_run(run_id)
+    client._tracking_client.store._hard_delete_run(run_id)
+
+
+@pytest.mark.parametrize("lost", ["database", "one run"])
+def test_what_mlflow_has_lost_is_sent_again_whole_and_once(
+    results: Path, store: str, empty_store: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    jobs = [fake_job(results, seed=seed, tracking=store) for seed in range(3)]
+    ids = [play(job)["mlflow_run_id"] for job in jobs]
+    if lost == "one run":
+        lose(store, ids[1])
+    else:
+        store = f"sqlite:///{results / 'mlflow.db'}"
+        with (
+            contextlib.closing(sqlite3.connect(empty_store)) as new,
+            contextlib.closing(sqlite3.connect(results / "mlflow.db")) as file,
+        ):
+            new.backup(file)
+    for sent in (3 if lost == "database" else 1, 0):
+        found = sync(study_of(results, 3), store)
+        assert (found.sent, found.missing, found.deleted) == (sent, 0, [])
+    for job in jobs:
+        assert_whole(store, job)
+
+
+def test_a_run_that_was_deleted_in_mlflow_stays_so_with_a_word_until_it_is_restored_there(
+    results: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = [play(fake_job(results, seed=seed, tracking=store))["mlflow_run_id"] for seed in range(3)]
+    client, study = Server(store).client, study_of(results, 3)
+    for run in ids[:2]:
+        client.delete_run(run)
+    for _ in range(2):
+        assert sync(study, store).sent == 0
+        assert capsys.readouterr().err == (
+            f"MLflow at {store}: 2 runs of study 'tiny' had been deleted there and stay so (aps/seed0/knn, aps/seed1/knn); "
+            "to have them back, restore them on its page (State: Deleted)\n"
+        )
+    assert [run.info.run_id for run in runs(store)] == ids[2:]
+    for run in ids[:2]:
+        client.restore_run(run)
+    assert sync(study, store).sent == 0 and capsys.readouterr().err == "" and len(runs(store)) == 3
+
+
+def test_a_deleted_experiment_is_restored_with_its_runs_and_a_renamed_one_keeps_them(
+    results: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    play(fake_job(results, tracking=store))
+    client = Server(store).client
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    client.delete_experiment(experiment)
+    found = sync(study_of(results), store)
+    assert (found.sent, found.deleted) == (0, []) and len(runs(store)) == 1
+    assert capsys.readouterr().err == "MLflow: experiment 'tiny' had been deleted there; it is restored\n"
+    client.rename_experiment(experiment, "old")
+    assert sync(study_of(results), store).sent == 0 and client.get_experiment_by_name("tiny") is None
+
+
+def test_a_study_that_mlflow_has_is_asked_for_by_the_page_and_not_by_the_run(
+    results: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(5):
+        play(fake_job(results, seed=seed, tracking=store), lines=1)
+    asked: list[str] = []
+    original = server.Server.__init__
+
+    def counting(self: Server, *arguments: Any) -> None:
+        original(self, *arguments)
+        for name in [name for name in dir(self.client) if name.startswith(("get_", "search_", "log_", "set_"))]:
+            method = getattr(self.client, name)
+            setattr(self.client, name, lambda *a, _m=method, _n=name, **k: (asked.append(_n), _m(*a, **k))[1])
+
+    monkeypatch.setattr(server.Server, "__init__", counting)
+    monkeypatch.setattr(server, "PAGE", 2)
+    assert sync(study_of(results, 5), store).sent == 0
+    assert asked == ["get_experiment_by_name", "search_runs", "search_runs", "search_runs"]
+
+
+def test_a_server_that_does_not_say_what_it_has_is_one_sentence_and_asked_once(
+    tmp_path: Path, results: Path, store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(3):
+        play(fake_job(results, seed=seed, tracking=store), lines=1)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    with bad_server(status(401)) as (address, asked):
+        for seed in range(3):
+            file = results / "tiny" / "aps" / f"seed{seed}" / "knn" / "tracking.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"address": address}))
+        study = study_of(results, 3, address=address).model_dump(
+            mode="json", include={"study", "results", "tracking_uri"}
+        )
+        experiment = {"dataset": "digits", "seeds": [0, 1, 2], "stages": ["knn"], "knn": {"k": [5]},
+                      "encoder": {"weights": "random"}}  # fmt: skip
+        (tmp_path / "study.yaml").write_text(json.dumps(study | {"experiments": {"aps": experiment}}))
+        assert cli.main(["sync", "--configfile", str(tmp_path / "study.yaml")]) == 2
+    said = capsys.readouterr()
+    reason = (
+        "401: it asks who you are; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    )
+    assert len(asked) == 1 and f"MLflow at {address} does not say which runs it has ({reason}); mend that" in said.err
+    assert "0 runs brought up to date, 0 models logged, 0 could not be sent" in said.out
 
 
 @pytest.mark.parametrize("verb", ["sync", "report"])
