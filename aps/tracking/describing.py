@@ -29,6 +29,7 @@ from aps.tracking.addresses import page, run_page, scrubbed
 KEY = "mlflow.aps.key"  # the tag that identifies a run
 PARENT = "mlflow.parentRunId"
 NOTE = "mlflow.note.content"
+USER = "mlflow.user"
 SUPERSEDED = " (superseded)"  # behind the tag `stage` of a run whose results were replaced
 SUPERSEDED_BY = "superseded_by"  # the tag with the id of the run in its place
 EPOCH = "epoch"
@@ -122,6 +123,18 @@ def describe(
     )
 
 
+def renewed(sent: About, now: About) -> About:
+    """The description of a run that was sent before, with what has changed since. It is equal to `sent` if nothing has.
+
+    What is known no longer stays, such as a pretraining that was replaced, and so does who made the run, whoever sends
+    it now. A parameter of MLflow's cannot change.
+    """
+    tags = sent.tags | now.tags
+    if USER in sent.tags:
+        tags[USER] = sent.tags[USER]
+    return sent.model_copy(update={"params": now.params | sent.params, "tags": tags, "note": now.note})
+
+
 def inherit(settings: Mapping[str, Any], pretraining: Mapping[str, Any] | None) -> dict[str, Any]:
     """A run's settings, with those blocks of its pretraining's settings that the run does not have."""
     blocks = pretraining or {}
@@ -160,7 +173,7 @@ def _tags(metrics: Mapping[str, Any], pretraining: Mapping[str, Any] | None) -> 
         "dataset": (metrics.get("dataset") or {}).get("name"),
         "slurm_job": hardware.get("slurm_job"),
         "machine": hardware.get("gpu") or hardware.get("cpu"),
-        "mlflow.user": _user(),
+        USER: _user(),
         "mlflow.source.name": metrics.get("command"),
         "mlflow.source.type": "JOB" if hardware.get("slurm_job") else "LOCAL",
         "mlflow.source.git.commit": commit or None,

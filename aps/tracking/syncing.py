@@ -3,6 +3,7 @@
 Design: if the server can't be reached, no further run is tried. If it refuses one run, the others are still sent.
 That a run was sent once does not say that MLflow still has it: a database may be lost, or brought back from a copy. So
 MLflow is asked, once for all runs of an experiment. What is gone is sent again; what a person deleted stays deleted.
+And what is known of a run may change: an evaluation is linked to its pretraining once MLflow has that, too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from aps.seals import read_metrics, seal
 from aps.settings.study import Study
 from aps.text import listed, number_of
 from aps.tracking.addresses import OFF, settled
-from aps.tracking.describing import About, describe, finals
+from aps.tracking.describing import About, describe, finals, renewed
 from aps.tracking.reasons import why, will_last
 from aps.tracking.sending import Sender, pictures
 from aps.tracking.server import Server
@@ -100,6 +101,7 @@ def _sync_run(
     state = read_state(file)
     if state is None or state.about.key != about.key:
         state = State(address=address, about=about)
+    run = None  # MLflow's, if it has the run whole
     if state.complete and state.address == address:
         if synced.unasked:
             return
@@ -112,16 +114,22 @@ def _sync_run(
         if run is not None:
             if run.info.lifecycle_stage == "deleted":
                 synced.deleted.append(about.name)
-            return
+                return
+            about = renewed(state.about, about)
+            if about == state.about:
+                return
     if synced.away:
         synced.missing += 1
         return
-    state.moved(address)  # the run had no tracking or another server, or its results were moved
-    state.about, state.finals = about, finals(metrics)
+    sender = Sender(state, folder)
     try:
-        sender = Sender(state, folder)
-        sender.files = pictures(folder)
-        sender.send()
+        if run is not None:
+            sender.renew(run, about)
+        else:
+            state.moved(address)  # the run had no tracking or another server, or its results were moved
+            state.about, state.finals = about, finals(metrics)
+            sender.files = pictures(folder)
+            sender.send()
         synced.sent += 1
     except Exception as error:  # anything that a server or a locked database may raise
         synced.missing += 1

@@ -20,11 +20,11 @@ from aps.errors import UserError
 from aps.files import read_json
 from aps.layout import stage_folder
 from aps.results import StageJob, forget, restore_finished
-from aps.seals import read_metrics, seal
+from aps.seals import contents, read_metrics, seal
 from aps.settings.reading import load_study
 from aps.settings.study import Study
-from aps.tracking import server, tracker
-from aps.tracking.describing import PARENT
+from aps.tracking import describing, server, tracker
+from aps.tracking.describing import NOTE, PARENT
 from aps.tracking.server import Server, prepare_store
 from aps.tracking.state import read_state
 from aps.tracking.syncing import log_report, sync
@@ -316,16 +316,59 @@ def test_a_damaged_result_is_left_to_the_report_and_the_others_are_sent(results:
 def test_a_pretraining_that_mlflow_missed_is_linked_to_once_both_are_sent(results: Path, store: str) -> None:
     """The evaluation ran while nobody knew the pretraining's run."""
     pretrained = missed(results)
-    encoder = pretrained.out / "encoder.safetensors"
-    encoder.write_bytes(b"weights")
-    made = read_json(pretrained.out / "metrics.json")
-    from aps.seals import contents
-
-    (pretrained.out / "metrics.json").write_text(json.dumps(seal(made | {"files": contents(pretrained.out)})))
-    job = missed(results, seed=1, encoder=encoder)
+    job = missed(results, seed=1, encoder=as_pretraining(pretrained))
     assert sync(study_of(results, 2), store).sent == 2
     parent, child = (read_json(j.out / "metrics.json")["mlflow_run_id"] for j in (pretrained, job))
     assert Server(store).client.get_run(child).data.tags[PARENT] == parent
+
+
+def as_pretraining(job: StageJob) -> Path:
+    """Make a finished job one that other jobs may start from -> its encoder."""
+    encoder = job.out / "encoder.safetensors"
+    encoder.write_bytes(b"weights")
+    made = read_json(job.out / "metrics.json")
+    (job.out / "metrics.json").write_text(json.dumps(seal(made | {"files": contents(job.out)})))
+    return encoder
+
+
+def test_an_evaluation_that_reached_mlflow_before_its_pretraining_is_linked_to_it_once_that_is_sent(
+    results: Path, store: str
+) -> None:
+    pretrained = missed(results)
+    job = fake_job(results, seed=1, encoder=as_pretraining(pretrained), tracking=store)
+    child = play(job)["mlflow_run_id"]
+    client, study = Server(store).client, study_of(results, 2)
+    assert PARENT not in client.get_run(child).data.tags
+    client.set_tag(child, "mine", "kept")
+    for sent in (2, 0):
+        assert sync(study, store).sent == sent
+    parent = read_json(pretrained.out / "metrics.json")["mlflow_run_id"]
+    tags = client.get_run(child).data.tags
+    assert parent and tags[PARENT] == tags["encoder_run_id"] == parent and f"runs/{parent}" in tags[NOTE]
+    assert tags["mine"] == "kept"
+    assert_whole(store, job)
+
+
+def test_a_description_that_changed_is_sent_and_what_people_wrote_in_mlflow_stays(
+    results: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = fake_job(results, tracking=store, description="")
+    run = play(job)["mlflow_run_id"]
+    client, study = Server(store).client, study_of(results)
+    client.set_tag(run, NOTE, "by hand")
+    made_by = client.get_run(run).data.tags["mlflow.user"]
+    monkeypatch.setattr(describing.getpass, "getuser", lambda: "somebody-else")
+    assert sync(study, store).sent == 0
+    monkeypatch.setattr(describing, "parameters", lambda *_: {"knn.k": "[7]", "knn.new": "1"})  # as a later version may
+    for sent in (1, 0):
+        assert sync(study, store).sent == sent
+    found = client.get_run(run).data
+    assert (found.params["knn.k"], found.params["knn.new"]) == ("[5]", "1")
+    assert found.tags[NOTE] == "by hand" and found.tags["mlflow.user"] == made_by
+    study.experiments["aps"] = study.experiments["aps"].model_copy(update={"description": "what it is"})
+    for sent in (1, 0):
+        assert sync(study, store).sent == sent
+    assert client.get_run(run).data.tags[NOTE] == "what it is"
 
 
 def test_the_report_is_one_run_however_often_it_is_made_and_tells_the_page_what_to_open_with(
