@@ -30,6 +30,7 @@ KEY = "mlflow.aps.key"  # the tag that identifies a run
 PARENT = "mlflow.parentRunId"
 NOTE = "mlflow.note.content"
 USER = "mlflow.user"
+RESULTS = "results_folder"  # the tag with the name of the results folder: two people may run one study
 SUPERSEDED = " (superseded)"  # behind the tag `stage` of a run whose results were replaced
 SUPERSEDED_BY = "superseded_by"  # the tag with the id of the run in its place
 EPOCH = "epoch"
@@ -97,6 +98,7 @@ def describe(
     pretraining: Mapping[str, Any] | None = None,
     description: str = "",
     manifest: Mapping[str, Any] | None = None,
+    results: str | None = None,
 ) -> About:
     """The description of a run.
 
@@ -107,6 +109,7 @@ def describe(
         pretraining: metrics.json of the pretraining that made its encoder.
         description: description of the experiment.
         manifest: content of its dataset's manifest.
+        results: name of the results folder (`aps.tracking.state.results_name`).
     """
     stage, experiment, seed = str(metrics["stage"]), str(metrics["experiment"]), metrics["seed"]
     name = f"{experiment}/seed{seed}/{stage}"
@@ -117,7 +120,7 @@ def describe(
         key=_digest(study, name, metrics["settings_digest"], metrics["started"]),
         started=_milliseconds(metrics["started"]),
         params=parameters(metrics["settings"], pretraining["settings"] if pretraining else None),
-        tags=_tags(metrics, pretraining),
+        tags=_tags(metrics, pretraining) | ({RESULTS: results} if results else {}),
         note=description,
         datasets=[_dataset(metrics, manifest or {})] if metrics.get("dataset") else [],
     )

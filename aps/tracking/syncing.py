@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from aps.seals import read_metrics, seal
 from aps.settings.study import Study
 from aps.text import listed, number_of
 from aps.tracking.addresses import OFF, settled
-from aps.tracking.describing import About, describe, finals, renewed
+from aps.tracking.describing import RESULTS, About, describe, finals, renewed
 from aps.tracking.reasons import why, will_last
 from aps.tracking.sending import Sender, pictures
 from aps.tracking.server import Server
-from aps.tracking.state import State, read_state
-from aps.tracking.views import tags, views_of
+from aps.tracking.state import State, read_state, results_name
+from aps.tracking.views import View, tags, views_of
 
 MOST_NAMES = 3  # of deleted runs, in a sentence
 
@@ -57,7 +57,12 @@ def sync(study: Study, address: str) -> Synced:
         if metrics := _metrics(folder):
             description = study.experiments[experiment].description
             about = describe(
-                metrics, study.study, pretraining_of(metrics, folder), description, _manifest(study, metrics)
+                metrics,
+                study.study,
+                pretraining_of(metrics, folder),
+                description,
+                _manifest(study, metrics),
+                results_name(study.results),
             )
             _sync_run(about, address, folder, metrics, synced, held)
     if synced.deleted:
@@ -173,8 +178,7 @@ def log_report(study: Study, address: str, files: Sequence[Path]) -> None:
         experiment = server.experiment(study.study, make=False)
         if experiment is None:
             return
-        old = server.client.search_runs([experiment], "tags.stage = 'report'", max_results=1)
-        run = old[0] if old else server.client.create_run(experiment, run_name="report", tags={"stage": "report"})
+        run = _report_run(server, experiment, results_name(study.results))
         for file in files:
             server.add_artifact(run, file)
         server.client.set_terminated(run.info.run_id, "FINISHED")
@@ -183,9 +187,37 @@ def log_report(study: Study, address: str, files: Sequence[Path]) -> None:
         print(f"MLflow at {address} did not take the report: {why(error)}", file=sys.stderr)
 
 
+def _report_run(server: Server, experiment: str, results: str) -> Any:
+    """The run of a results folder's report: its own, else one of an earlier version, which is of no folder, or a new one."""
+    found = {run.data.tags.get(RESULTS): run for run in server.runs(experiment, "tags.stage = 'report'")}
+    run = found.get(results) or found.get(None)
+    if run is None:
+        return server.client.create_run(experiment, run_name="report", tags={"stage": "report", RESULTS: results})
+    if RESULTS not in run.data.tags:
+        server.client.set_tag(run.info.run_id, RESULTS, results)
+    return run
+
+
 def show_views(study: Study, server: Server, experiment: str) -> None:
-    """Write the views of the study's page to MLflow."""
+    """Write the views of the study's page to MLflow. A sentence says whether runs of other results folders are there.
+
+    A view then has a row for each folder: an average over both would count each seed twice.
+    """
+    results, views, others = results_name(study.results), list[View](), set[str]()
+    for view in views_of(study):
+        found = server.client.search_runs(
+            [experiment], f"{view.search} and tags.{RESULTS} != '{results}'", max_results=1
+        )
+        others |= {run.data.tags[RESULTS] for run in found}
+        views.append(replace(view, apart=bool(found)))
+    if others:
+        print(
+            f"MLflow at {server.address}: study '{study.study}' has runs of other results there too "
+            f"({listed(sorted(others), MOST_NAMES)}), which its tables show apart; search for tags.{RESULTS} = '{results}' "
+            "to see these alone",
+            file=sys.stderr,
+        )
     existing = server.client.get_experiment(experiment).tags
-    for key, value in tags(views_of(study), experiment).items():
+    for key, value in tags(views, experiment).items():
         if existing.get(key) != value:
             server.client.set_experiment_tag(experiment, key, value)

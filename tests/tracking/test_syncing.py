@@ -26,7 +26,7 @@ from aps.settings.study import Study
 from aps.tracking import describing, server, tracker
 from aps.tracking.describing import NOTE, PARENT
 from aps.tracking.server import Server, prepare_store
-from aps.tracking.state import read_state
+from aps.tracking.state import read_state, results_name
 from aps.tracking.syncing import log_report, sync
 from aps.tracking.views import SHARED, View
 
@@ -386,6 +386,86 @@ def test_the_report_is_one_run_however_often_it_is_made_and_tells_the_page_what_
     assert (results / "mlartifacts" / "tiny" / report.info.run_id / "artifacts" / "report.html").read_text() == "second"
     tags = Server(store).client.get_experiment_by_name("tiny").tags
     assert tags["mlflow.experimentKind"] == "custom_model_development" and f"{SHARED}aps-knn" in tags
+
+
+def test_two_results_folders_of_one_study_are_told_apart_in_tables_reports_and_a_sentence(
+    tmp_path: Path, results: Path, store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two people, or one person on two clusters, run the same study on one server."""
+    seconds = iter(range(60))
+    monkeypatch.setattr(results_module, "_now", lambda: f"2026-11-27T00:00:{next(seconds):02}+00:00")
+    folders = (results, tmp_path / "theirs" / "results")
+    found: dict[Path, str] = {}
+    for folder in folders:
+        play(fake_job(folder, tracking=store), lines=1)
+        page = folder / "report.html"
+        page.write_text(str(folder))
+        log_report(study_of(folder), store, [page])
+        found[folder] = capsys.readouterr().err
+    mine, theirs = (results_name(folder) for folder in folders)
+    assert found[results] == "" and found[folders[1]] == (
+        f"MLflow at {store}: study 'tiny' has runs of other results there too ({mine}), which its tables show apart; search "
+        f"for tags.results_folder = '{theirs}' to see these alone\n"
+    )
+    client, experiment = Server(store).client, Server(store).experiment("tiny", make=False)
+    for name, folder in ((mine, results), (theirs, folders[1])):
+        by_stage = {
+            run.data.tags["stage"]: run for run in client.search_runs([experiment], f"tags.results_folder = '{name}'")
+        }
+        assert by_stage.keys() == {"knn", "report"}
+        report = results / "mlartifacts" / "tiny" / by_stage["report"].info.run_id / "artifacts" / "report.html"
+        assert report.read_text() == str(folder)
+    tags = client.get_experiment(experiment).tags
+    assert [group["groupByData"] for group in json.loads(tags[f"{SHARED}aps-knn"])["groupBy"]["groupByKeys"]] == [
+        "experiment", "results_folder",
+    ]  # fmt: skip
+    moved = results.rename(tmp_path / "moved")
+    assert results_name(moved) == mine, "a folder that was moved is the same results"
+
+
+def test_runs_of_an_earlier_version_get_the_name_of_their_results_folder_and_no_second_copy(
+    tmp_path: Path, results: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = fake_job(results, tracking=store)
+    run = play(job)["mlflow_run_id"]
+    client, study = Server(store).client, study_of(results)
+    page = tmp_path / "report.html"
+    page.write_text("")
+    log_report(study, store, [page])
+    name = results_name(results)
+    for made in runs(store):
+        client.delete_tag(made.info.run_id, "results_folder")
+    file = job.out / "tracking.json"
+    state = read_json(file)
+    del state["about"]["tags"]["results_folder"]
+    file.write_text(json.dumps(state))
+    for sent in (1, 0):
+        assert sync(study, store).sent == sent
+        log_report(study, store, [page])
+    assert sorted(made.data.tags["stage"] for made in runs(store)) == ["knn", "report"]
+    assert {made.data.tags["results_folder"] for made in runs(store)} == {name}
+    assert client.get_run(run).data.tags["results_folder"] == name and capsys.readouterr().err == ""
+    assert_whole(store, job)
+
+
+@pytest.mark.parametrize("kept", ["as made", b"lab\n", b"\xff'\n", b"", "not"])
+def test_the_name_of_a_results_folder_fits_a_search_wherever_it_lies_and_whatever_the_file_holds(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch, kept: str | bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / "we ird 'q\""
+    results = odd / "results"
+    results.mkdir(parents=True)
+    monkeypatch.chdir(odd)
+    if kept == "not":
+        (results / ".mlflow-name").mkdir()
+    elif isinstance(kept, bytes):
+        (results / ".mlflow-name").write_bytes(kept)
+    play(fake_job(Path("results"), tracking=store), lines=1)
+    for _ in range(2):
+        log_report(study_of(Path("results")), store, [])
+    name = results_name(results)
+    assert [run.data.tags["results_folder"] for run in runs(store)] == [name, name] and capsys.readouterr().err == ""
+    assert name == "lab" or kept != b"lab\n"
 
 
 def test_a_report_that_a_server_does_not_take_is_one_sentence(
