@@ -6,6 +6,7 @@
     results/data/DATASET/manifest.json      a prepared dataset
     results/data/DATASET-KEY/               one of the user's datasets; DATASET is a link to the one prepared last
     results/mlflow.db, mlartifacts/         MLflow, where no server is named
+    results/.mlflow-name                    what MLflow calls this folder
 
 A study never touches another study's folder. Studies that ask for the same run share one saved run: its KEY is a digest
 of what determines its result (`aps.results.run_key`). The KEY of a user's dataset is a digest of its source, so that
@@ -39,6 +40,11 @@ def log_file(study_folder: str | Path, experiment: str, seed: int, stage: str) -
 
 def run_folder(results: str | Path, stage: str, key: str) -> Path:
     return Path(results) / "runs" / stage / key
+
+
+def folder_of_runs(run: Path) -> Path:
+    """The results folder of a saved run's folder: the inverse of `run_folder`."""
+    return run.parent.parent.parent
 
 
 def data_folder(dataset: str, source: SourceSettings | UserDataset | None = None) -> str:

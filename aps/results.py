@@ -35,7 +35,7 @@ from aps.cost import Counts
 from aps.errors import Preempted, UserError
 from aps.files import append, atomic_path, read_json, remove, sha256, sweep, write_json
 from aps.journal import read_history
-from aps.layout import run_folder
+from aps.layout import folder_of_runs, run_folder
 from aps.registry import resolve
 from aps.runtime.ranks import ranks
 from aps.runtime.slurm import MARKS, hold, job_id
@@ -46,7 +46,7 @@ from aps.stages import STAGES
 from aps.tracking.addresses import OFF, settled
 from aps.tracking.describing import About, command, describe, finals
 from aps.tracking.sending import pictures
-from aps.tracking.state import FAILED, KILLED, adopt
+from aps.tracking.state import FAILED, KILLED, adopt, results_name
 from aps.tracking.tracker import Tracker, say_missing
 
 
@@ -201,7 +201,8 @@ def _track(job: StageJob, finished: Path, metrics: dict[str, Any], restored: boo
 
 def about_run(job: StageJob, metrics: dict[str, Any], upstream: dict[str, Any]) -> About:
     """What MLflow is told about a run. `upstream` is metrics.json of the run that made its encoder, or empty."""
-    return describe(metrics, job.study, upstream or None, job.description, read_json(job.manifest))
+    name = results_name(folder_of_runs(job.checkpoints)) if settled(job.tracking) != OFF else None
+    return describe(metrics, job.study, upstream or None, job.description, read_json(job.manifest), name)
 
 
 @dataclass

@@ -167,7 +167,7 @@ def sync(args: argparse.Namespace) -> None:
 
     address = tracking_address(study)
     runs = sync_runs(study, address)
-    models, missing_models = sync_models(study, address) if not runs.missing else (0, 0)
+    models, missing_models = sync_models(study, address) if not runs.missing and not runs.unasked else (0, 0)
     print(
         f"MLflow: {number_of(runs.sent, 'run')} brought up to date, {number_of(models, 'model')} logged, "
         f"{runs.missing + missing_models} could not be sent"
@@ -176,6 +176,10 @@ def sync(args: argparse.Namespace) -> None:
         raise UserError(
             f"MLflow at {address} did not take {number_of(runs.missing, 'run')} ({runs.reason}); mend that and run "
             "`python -m aps sync` again"
+        )
+    if runs.unasked:
+        raise UserError(
+            f"MLflow at {address} does not say which runs it has ({runs.reason}); mend that and run `python -m aps sync` again"
         )
     if missing_models:
         raise UserError(

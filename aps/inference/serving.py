@@ -29,7 +29,7 @@ from aps.layout import stage_folder, study_folder
 from aps.seals import read_metrics
 from aps.settings.study import Study
 from aps.tracking.addresses import HTTP, OFF, database_file, full, settled
-from aps.tracking.reasons import why
+from aps.tracking.reasons import why, will_last
 from aps.tracking.server import ARTIFACTS, PROXIED, Server
 
 STORE = "results/mlflow.db"  # where a study without a server tracks
@@ -75,15 +75,18 @@ def sync_models(study: Study, address: str) -> tuple[int, int]:
     sent, connect = 0, cache(_client)
     folders = [stage_folder(study_folder(study), *job) for job in study.jobs()]
     waiting = [folder for folder in folders if (folder / "metrics.json").exists()] if _wanted(address) else []
+    missing = 0
     for number, folder in enumerate(waiting):
         try:
             sent += _track(folder, address, connect)
         except UserError as error:  # the report names damaged results
             logging.getLogger(__name__).debug("%s", error)
-        except Exception as error:  # the server is down, and trying every other model would take minutes
+        except Exception as error:  # any of mlflow's
+            missing += 1
             print(f"{folder}: MLflow at {address} did not take its model: {why(error)}", file=sys.stderr)
-            return sent, len(waiting) - number
-    return sent, 0
+            if will_last(error):  # the server is away, and trying every other model would take minutes
+                return sent, missing + len(waiting) - number - 1
+    return sent, missing
 
 
 def _wanted(address: str) -> bool:
@@ -91,7 +94,7 @@ def _wanted(address: str) -> bool:
 
 
 def _track(folder: Path, address: str, connect: Callable[[str], Any]) -> bool:
-    """Log the model of a stage's results, unless its MLflow run has one; returns whether it did.
+    """Log the model of a stage's results, unless its MLflow run has one or was deleted; returns whether it did.
 
     Args:
         connect: gives an MlflowClient of an address.
@@ -104,7 +107,7 @@ def _track(folder: Path, address: str, connect: Callable[[str], Any]) -> bool:
     if metrics["stage"] not in ANSWERS or run is None:
         return False
     client = connect(address)
-    if _logged(client, run) is not None:
+    if client.get_run(run).info.lifecycle_stage == "deleted" or _logged(client, run) is not None:
         return False
     encoder = find_encoder(folder, metrics) if metrics["stage"] == "linear_probe" else None
     log_model(client, address, run, folder, encoder)

@@ -29,6 +29,8 @@ from aps.tracking.addresses import page, run_page, scrubbed
 KEY = "mlflow.aps.key"  # the tag that identifies a run
 PARENT = "mlflow.parentRunId"
 NOTE = "mlflow.note.content"
+USER = "mlflow.user"
+RESULTS = "results_folder"  # the tag with the name of the results folder: two people may run one study
 SUPERSEDED = " (superseded)"  # behind the tag `stage` of a run whose results were replaced
 SUPERSEDED_BY = "superseded_by"  # the tag with the id of the run in its place
 EPOCH = "epoch"
@@ -96,6 +98,7 @@ def describe(
     pretraining: Mapping[str, Any] | None = None,
     description: str = "",
     manifest: Mapping[str, Any] | None = None,
+    results: str | None = None,
 ) -> About:
     """The description of a run.
 
@@ -106,6 +109,7 @@ def describe(
         pretraining: metrics.json of the pretraining that made its encoder.
         description: description of the experiment.
         manifest: content of its dataset's manifest.
+        results: name of the results folder (`aps.tracking.state.results_name`).
     """
     stage, experiment, seed = str(metrics["stage"]), str(metrics["experiment"]), metrics["seed"]
     name = f"{experiment}/seed{seed}/{stage}"
@@ -116,10 +120,22 @@ def describe(
         key=_digest(study, name, metrics["settings_digest"], metrics["started"]),
         started=_milliseconds(metrics["started"]),
         params=parameters(metrics["settings"], pretraining["settings"] if pretraining else None),
-        tags=_tags(metrics, pretraining),
+        tags=_tags(metrics, pretraining) | ({RESULTS: results} if results else {}),
         note=description,
         datasets=[_dataset(metrics, manifest or {})] if metrics.get("dataset") else [],
     )
+
+
+def renewed(sent: About, now: About) -> About:
+    """The description of a run that was sent before, with what has changed since. It is equal to `sent` if nothing has.
+
+    What is known no longer stays, such as a pretraining that was replaced, and so does who made the run, whoever sends
+    it now. A parameter of MLflow's cannot change.
+    """
+    tags = sent.tags | now.tags
+    if USER in sent.tags:
+        tags[USER] = sent.tags[USER]
+    return sent.model_copy(update={"params": now.params | sent.params, "tags": tags, "note": now.note})
 
 
 def inherit(settings: Mapping[str, Any], pretraining: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -160,7 +176,7 @@ def _tags(metrics: Mapping[str, Any], pretraining: Mapping[str, Any] | None) -> 
         "dataset": (metrics.get("dataset") or {}).get("name"),
         "slurm_job": hardware.get("slurm_job"),
         "machine": hardware.get("gpu") or hardware.get("cpu"),
-        "mlflow.user": _user(),
+        USER: _user(),
         "mlflow.source.name": metrics.get("command"),
         "mlflow.source.type": "JOB" if hardware.get("slurm_job") else "LOCAL",
         "mlflow.source.git.commit": commit or None,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aps.tracking import describing
-from aps.tracking.describing import KEY, NOTE, metric_name, numbers
+from aps.tracking.describing import KEY, NOTE, About, metric_name, numbers
 from aps.tracking.server import Server
 from aps.tracking.state import FINISHED, RUNNING, State
 
@@ -140,19 +140,39 @@ class Sender:
             self._server = Server(self.state.address)
         return self._server
 
+    def renew(self, run: Any, about: About) -> None:
+        """Send what has changed in the description of a complete run, `about`. What people wrote in MLflow stays.
+
+        Args:
+            run: MLflow's.
+
+        Raises:
+            Exception: any of mlflow's, if a request fails. Then `state` is as it was.
+        """
+        before = self._tags(self.state.about, run)
+        self._log_description(run, about.params, dict(self._tags(about, run).items() - before.items()))
+        self.state.about = about
+
+    def _tags(self, about: About, run: Any) -> dict[str, str]:
+        note = describing.note(about, self.state.experiment_id or "", run.info.run_id)
+        return about.tags | {KEY: about.key, NOTE: note}
+
+    def _log_description(self, run: Any, params: dict[str, str], tags: dict[str, str]) -> None:
+        """Send parameters that the run does not have, as they cannot change, and tags that it has otherwise."""
+        from mlflow.entities import Param, RunTag
+
+        new = [Param(key, value) for key, value in params.items() if key not in run.data.params]
+        changed = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
+        for start in range(0, max(len(new), len(changed)), min(PARAMS, TAGS)):
+            self.server.client.log_batch(
+                run.info.run_id, params=new[start : start + PARAMS], tags=changed[start : start + TAGS]
+            )
+
     def _describe(self) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
         run, about, client = self._run, self.state.about, self.server.client
-        existing = run.data.params  # they cannot change
-        params = [Param(key, value) for key, value in about.params.items() if key not in existing]
-        tags = about.tags | {
-            KEY: about.key,
-            NOTE: describing.note(about, self.state.experiment_id or "", run.info.run_id),
-        }
-        new = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
-        for start in range(0, max(len(params), len(new)), min(PARAMS, TAGS)):
-            client.log_batch(run.info.run_id, params=params[start : start + PARAMS], tags=new[start : start + TAGS])
+        self._log_description(run, about.params, self._tags(about, run))
         if describing.SUPERSEDED_BY in run.data.tags:  # its results are back in their place
             client.delete_tag(run.info.run_id, describing.SUPERSEDED_BY)
         if about.datasets and not (run.inputs and run.inputs.dataset_inputs):

@@ -13,7 +13,7 @@ import shutil
 import sqlite3
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from aps.tracking.reasons import NotMlflow, Unusable
 ARTIFACTS = "mlartifacts"  # beside a SQLite store; `aps ui` serves it
 PROXIED = "mlflow-artifacts:/"  # an artifact's address that does not say where the server keeps it
 LOCK_SECONDS = 20  # how long to wait for another writer of a SQLite store, as mlflow does
+PAGE = 500  # runs in an answer, which a busy server gives within REQUEST_SECONDS
 REQUEST_SECONDS = 10  # time limit of a request, unless MLFLOW_HTTP_REQUEST_TIMEOUT is set
 
 
@@ -79,6 +80,18 @@ class Server:
             self.client.restore_run(run.info.run_id)
             self._say(f"MLflow: run '{about.name}' had been deleted there; it is restored")
         return run
+
+    def runs(self, experiment: str, search: str = "", deleted: bool = False) -> Iterator[Any]:
+        """The runs of an experiment that a search finds; deleted ones too if `deleted`."""
+        from mlflow.entities import ViewType
+
+        view, token = ViewType.ALL if deleted else ViewType.ACTIVE_ONLY, None
+        while True:
+            found = self.client.search_runs([experiment], search, view, max_results=PAGE, page_token=token)
+            yield from found
+            token = found.token
+            if not token:
+                return
 
     def delete_other_runs(self, experiment: str, about: About, run_id: str) -> None:
         """Delete all runs of the job except `run_id`."""

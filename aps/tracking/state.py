@@ -1,4 +1,4 @@
-"""tracking.json, beside a run's journal: the run's id in MLflow, and what was sent.
+"""tracking.json, beside a run's journal: the run's id in MLflow, and what was sent. And the name of a results folder.
 
 Nothing is lost with the file: if it is missing or damaged, it is written again, and the run is found in MLflow by its
 key.
@@ -6,16 +6,38 @@ key.
 
 from __future__ import annotations
 
+import re
+import secrets
+import socket
 import sys
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from aps.files import write_json
+from aps.errors import UserError
+from aps.files import atomic_path, write_json
 from aps.tracking.addresses import settled
-from aps.tracking.describing import About
+from aps.tracking.describing import LONGEST_TAG, About
 
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"  # MLflow's names of a run's status
+
+
+def results_name(results: str | Path) -> str:
+    """The name by which MLflow tells the runs of a results folder from another folder's of the same study.
+
+    It is made once, of the host and the path, and kept in the folder: hosts that share the folder have different names,
+    and folders of two clusters may have the same path. So a folder that is moved keeps its name, and one that is made
+    anew gets another. Where it can't be kept, it is the path alone, which is the same for every host.
+    """
+    file, path = Path(results) / ".mlflow-name", str(Path(results).resolve())
+    try:
+        if not file.exists():
+            with atomic_path(file) as temporary:
+                temporary.write_text(f"{socket.gethostname()}:{path} {secrets.token_hex(2)}\n", errors="replace")
+        name = file.read_text(errors="replace").strip() or path  # of two processes that make it at once, the last one's
+    except (OSError, UserError):
+        name = path
+    return re.sub(r"[\"'`\\\s]+", " ", name)[:LONGEST_TAG]  # quotes would end the text in a search of MLflow's
 
 
 class State(BaseModel):

@@ -16,7 +16,7 @@ from typing import Any
 from aps.settings.study import ExperimentSettings, Study
 from aps.stages import ROWS, Stage
 from aps.tracking.addresses import page
-from aps.tracking.describing import EPOCH, metric_name, parameters, prefix
+from aps.tracking.describing import EPOCH, RESULTS, metric_name, parameters, prefix
 
 SHARED = "mlflow.sharedViewState."
 MACHINE_LEARNING = "custom_model_development"  # otherwise MLflow shows its pages for language models
@@ -32,12 +32,19 @@ class View:
         scores: final metrics, by MLflow's names.
         curves: metrics over the steps, by MLflow's names.
         varied: parameters that differ between experiments.
+        apart: whether the runs of several results folders are there, which no average may mix.
     """
 
     stage: str
     scores: tuple[str, ...]
     curves: tuple[str, ...]
     varied: tuple[str, ...]
+    apart: bool = False
+
+    @property
+    def search(self) -> str:
+        """What finds the stage's runs."""
+        return f"tags.stage = '{self.stage}'"
 
     @property
     def name(self) -> str:
@@ -49,10 +56,12 @@ class View:
         metrics = [*shown[:1], *COSTS, *shown[1:]]
         varied = list(self.varied[:MOST_PARAMETERS])
         groups = [{"mode": "param", "groupByData": "experiment"}]
+        if self.apart:
+            groups.append({"mode": "tag", "groupByData": RESULTS})
         columns = [*_columns("params", varied), *_columns("metrics", metrics), *_columns("params", ["seed"])]
         charts = [*self._charts(varied), *self._hidden()]
         return {
-            "searchFilter": f"tags.stage = '{self.stage}'",
+            "searchFilter": self.search,
             "orderByKey": f"metrics.`{metrics[0]}`",
             "orderByAsc": not self.scores,
             "selectedColumns": columns,

@@ -311,6 +311,35 @@ def test_a_finished_stage_logs_its_model_and_sync_logs_what_is_missing_once(
     assert torch.allclose(load(f"runs:/{run}").embed(image), load(folder).embed(image))
 
 
+def test_a_run_that_is_gone_from_mlflow_keeps_no_other_from_its_model_and_sync_sends_both_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    server = f"sqlite:///{tmp_path / 'results' / 'mlflow.db'}"
+    study = str(small_study(tmp_path, server))
+    monkeypatch.setenv("APS_LOG_MODELS", "0")
+    for verb in (["data", "digits"], ["pretrain"], ["linear_probe"]):
+        assert main([*verb, "--configfile", study]) == 0
+    monkeypatch.delenv("APS_LOG_MODELS")
+    stages = tmp_path / "results/small/mine/seed0"
+    gone, there = (
+        json.loads((stages / stage / "metrics.json").read_text())["mlflow_run_id"]
+        for stage in ("pretrain", "linear_probe")
+    )
+    client = MlflowClient(tracking_uri=server)
+    client.delete_run(gone)
+    assert sync_models(load_study([study]), server) == (1, 0), "a deleted run gets none"
+    assert models_of(server) == {"linear_probe": 1}
+    client._tracking_client.store._hard_delete_run(gone)
+    client.delete_logged_model(serving._logged(client, there).removeprefix("models:/"))
+    capsys.readouterr()
+    assert sync_models(load_study([study]), server) == (1, 1)
+    assert f"{stages / 'pretrain'}: MLflow at {server} did not take its model: it is gone" in capsys.readouterr().err
+    assert main(["sync", "--configfile", study]) == 0
+    assert "1 model logged, 0 could not be sent" in capsys.readouterr().out
+    assert models_of(server) == {"pretrain": 1, "linear_probe": 1}
+
+
 def test_a_server_that_is_slow_or_fails_keeps_no_stage_waiting(
     finished: Path, stages: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
