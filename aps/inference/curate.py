@@ -41,7 +41,7 @@ class Curated:
     """One value for each of the M images of the file, in its order."""
 
     group: np.ndarray  # int64: near duplicates have the same number; -1: no duplicates
-    keep: np.ndarray  # bool: true for images in no group, and for one of each group
+    keep: np.ndarray  # bool: true for images in no group, and for one file of each group, by all its names
     nearest: np.ndarray  # int64: the most similar row; -1 where there is only one image
     similarity: np.ndarray  # float32: similarity to it
     outlier: np.ndarray  # float32: outlier score
@@ -158,14 +158,19 @@ class _Groups:
 
 
 def _kept(group: np.ndarray, index: Index) -> np.ndarray:
-    """bool (M): rows in no group, and the largest file of each group, the first of equals."""
+    """bool (M): rows in no group, and the largest file of each group, the first of equals, by all its names."""
     sizes = index.sizes()
     keep = group < 0
     largest: dict[int, int] = {}
-    for row in np.flatnonzero(group >= 0).tolist():
+    members = np.flatnonzero(group >= 0).tolist()
+    for row in members:
         if sizes[row] > sizes[largest.setdefault(int(group[row]), row)]:
             largest[int(group[row])] = row
     keep[list(largest.values())] = True
+    named = index.describe(members)
+    kept = {number: index.identity(named[row][0]) for number, row in largest.items()}
+    for row in members:  # whoever deletes another name of the kept file may delete the file
+        keep[row] |= (own := index.identity(named[row][0])) is not None and own == kept[int(group[row])]
     return keep
 
 
@@ -200,7 +205,10 @@ def summary(index: Index, found: Curated, outliers: int) -> str:
     named = index.describe(sorted({row for rows in groups[:outliers] for row in rows} | set(found.outliers(outliers))))
     for rows in groups[:outliers]:
         lines.append(f"  keep {named[rows[0]][0]}")
-        lines += [f"       {named[row][0]}  ({found.similarity[row]:.3f})" for row in rows[1:SHOWN]]
+        lines += [
+            f"  {'keep' if found.keep[row] else '    '} {named[row][0]}  ({found.similarity[row]:.3f})"
+            for row in rows[1:SHOWN]
+        ]
         lines += [f"       ... and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
     if len(groups) > outliers:
         lines.append(f"  ... and {number_of(len(groups) - outliers, 'group')} more")

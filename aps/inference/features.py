@@ -34,7 +34,7 @@ from sklearn.decomposition import IncrementalPCA
 from aps import __version__
 from aps.errors import Preempted, UserError
 from aps.files import atomic_path, check_is_no_folder, read_json, write_json
-from aps.inference.images import ImageLike, walk
+from aps.inference.images import ImageLike, Once, walk
 from aps.inference.model import BATCH, Model
 from aps.progress import Progress
 
@@ -57,9 +57,9 @@ class Item(NamedTuple):
         return self.path, self.bytes, self.modified
 
 
-def files(paths: Iterable[str | Path]) -> Iterator[Item]:
+def files(paths: Iterable[str | Path], once: Once | None = None) -> Iterator[Item]:
     """Items of image files and of folders of them; see `aps.inference.images.walk`."""
-    for path in walk(paths):
+    for path in walk(paths, once):
         name = os.fsencode(path).decode("utf-8", errors="backslashreplace")  # Parquet's text is UTF-8
         try:
             status = path.stat()

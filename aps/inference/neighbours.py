@@ -175,6 +175,13 @@ class Index:
         candidates = (Path(path), Path(self.metadata["folder"]) / path)
         return next((candidate for candidate in candidates if candidate.is_file()), None)
 
+    def identity(self, path: str) -> tuple[int, int] | None:
+        """Device and inode of a row's image file; None: gone."""
+        if (file := self.image(path)) is None:
+            return None
+        status = file.stat()
+        return status.st_dev, status.st_ino
+
     def _search_faiss(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         index = self._faiss
         similar, rows = index.search(queries.numpy(), k)

@@ -22,6 +22,7 @@ from aps.text import number_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from aps.inference.images import Once
     from aps.inference.model import Detections, Loaded, Model
 
 Verb = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
@@ -147,9 +148,10 @@ def _readable(args: argparse.Namespace, prepare: Prepare) -> Iterator[tuple[list
     Raises:
         UserError: a path does not exist, or no image can be read.
     """
-    from aps.inference.images import decoded, walk
+    from aps.inference.images import Once, decoded, walk
 
-    names, paths = tee(walk(args.images))
+    once = Once()
+    names, paths = tee(walk(args.images, once))
     any_readable = False
     for batch in decoded(paths, prepare, args.batch_size):
         named = list(zip(islice(names, len(batch)), batch, strict=True))
@@ -158,8 +160,14 @@ def _readable(args: argparse.Namespace, prepare: Prepare) -> Iterator[tuple[list
         if kept := [(path, x) for path, x in named if not isinstance(x, UserError)]:
             any_readable = True
             yield [path for path, _ in kept], [x for _, x in kept]
+    _say_met_again(once)
     if not any_readable:
         raise UserError("none of the images can be read; give others")
+
+
+def _say_met_again(once: Once) -> None:
+    if once.left_out:
+        print(f"left out: {number_of(once.left_out, 'name')} of folders and images met before", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -177,14 +185,16 @@ def _embed(args: argparse.Namespace) -> None:
 
 def _write_features(args: argparse.Namespace, out: Path) -> Any:
     from aps.inference.features import files, write_features
-    from aps.inference.images import walk
+    from aps.inference.images import Once, walk
     from aps.runtime.processes import Distributed
     from aps.runtime.signals import stop_requested
 
     model = _model(args, "embed")
     alone = Distributed(0, 1, model.device)
-    total = sum(1 for _ in walk(args.images))
-    return write_features(model, files(args.images), total, out, args.batch_size, lambda: stop_requested(alone))
+    once = Once()
+    total = sum(1 for _ in walk(args.images, once))
+    _say_met_again(once)
+    return write_features(model, files(args.images, Once()), total, out, args.batch_size, lambda: stop_requested(alone))
 
 
 def _neighbours(args: argparse.Namespace) -> None:

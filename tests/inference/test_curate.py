@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,21 @@ def test_the_table_reads_the_file_once(
     monkeypatch.setattr(index, "_opened", Counting())
     write_table(tmp_path / "curate.csv", index, found)
     assert reads == ["read"]
+
+
+def test_no_name_of_the_kept_file_could_go(finished: Path, folder: Path, tmp_path: Path) -> None:
+    """Names of one file are copies of each other; who deletes a link's target deletes the image."""
+    model = load(finished / "results/photos/mine/seed0/pretrain")
+    assert isinstance(model, Model)
+    for number in range(4):
+        shutil.copy(folder / f"0{number}.jpg", tmp_path)
+    (tmp_path / "hard.jpg").hardlink_to(tmp_path / "01.jpg")
+    (tmp_path / "soft.jpg").symlink_to("01.jpg")
+    shutil.copy(folder / "01.jpg", tmp_path / "copy.jpg")
+    paths = sorted(tmp_path.glob("*.jpg"))
+    write_features(model, files(paths), len(paths), tmp_path / "f.parquet")
+    index = Index(tmp_path / "f.parquet")
+    found = curate(index)
+    assert names(index, np.flatnonzero(~found.keep).tolist()) == ["copy.jpg"]
+    said = summary(index, found, 5)
+    assert "1 image could go" in said and said.count("  keep ") == 3

@@ -134,6 +134,18 @@ def test_curate_makes_the_features_and_finds_the_copies(here: Path, capsys: pyte
     assert Path("again.csv").read_text() == Path("curate.csv").read_text()
 
 
+def test_a_folder_that_is_named_twice_is_one(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "tree").mkdir()
+    (here / "tree/a").symlink_to(here / "photos/red")
+    (here / "tree/b").symlink_to(here / "photos/red")
+    given = ["tree", "photos/red/000.jpg"]
+    aps("embed", "stages/pretrain", *given, "--out", "f.parquet")
+    printed = capsys.readouterr()
+    assert "f.parquet: 20 images" in printed.out and printed.err.count("left out: 2 names of folders and images") == 1
+    aps("predict", "stages/finetune", *given, "--out", "p.csv")
+    assert len(Path("p.csv").read_text().splitlines()) == 21 and "left out: 2 names" in capsys.readouterr().err
+
+
 def test_export_prints_what_loads_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     aps("export", "stages/linear_probe", "--out", "w.safetensors", "--licence", "mit")
     printed = capsys.readouterr().out
