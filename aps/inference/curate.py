@@ -5,8 +5,9 @@ kept. An outlier is an image far from its nearest neighbours: its score is 1 min
 
 Similarity is the cosine after whitening. Features of an encoder share one direction and vary along few, so the plain cosine
 of two different photographs can be 0.99. After whitening, directions have equal weight (weak ones less), and a copy that
-was saved again or resized can be told from a similar image (docs/log.md has the figures). Every two images are compared,
-so the time grows with the square of their number; memory does not.
+was saved again or resized can be told from a similar image (docs/log.md has the figures). Features that hardly differ have
+no directions to weight: copies of one image, or a collapsed encoder. There it is the plain cosine, and the summary says so.
+Every two images are compared, so the time grows with the square of their number; memory does not.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ SIMILAR = 0.95  # similarity from which two images are near duplicates
 # Shares of the mean variance that are added to the variance of each direction: FLOOR, because a weaker direction is noise;
 # FEW per direction and image, because variances estimated from few images are uncertain.
 FLOOR, FEW = 0.01, 0.05
+EQUAL = 1e-6  # total variance of vectors of length 1 (1 - mean cosine) under which they are equal but for rounding
 NEAREST = 10  # neighbours in the score of an outlier
 SHOWN = 8  # images of a group on the terminal
 AT_ONCE = 8192  # rows compared with the whole file in one pass
@@ -45,6 +47,7 @@ class Curated:
     nearest: np.ndarray  # int64: the most similar row; -1 where there is only one image
     similarity: np.ndarray  # float32: similarity to it
     outlier: np.ndarray  # float32: outlier score
+    equal: bool  # whether all features are equal, so that similarity is the plain cosine
 
     @property
     def groups(self) -> list[list[int]]:
@@ -78,7 +81,7 @@ def curate(index: Index, similar: float = SIMILAR) -> Curated:
                 outlier[rows] = 1 - best.mean(1).numpy()
             progress.update(len(whitened), len(whitened))
     group = groups.numbers()
-    return Curated(group, _kept(group, index), nearest, similarity, outlier)
+    return Curated(group, _kept(group, index), nearest, similarity, outlier, space.equal and count > 1)
 
 
 class _Space:
@@ -94,13 +97,14 @@ class _Space:
         mean = total / len(index)
         variances, directions = torch.linalg.eigh(products / len(index) - torch.outer(mean, mean))
         variances = variances.clamp(min=0)
+        self.equal = float(variances.sum()) < EQUAL
         floor = FLOOR + FEW * D / len(index)
         scale = (variances + floor * variances.mean()).clamp(min=1e-30).rsqrt()
         self._mean, self._map = mean.float(), (directions * scale).float()
 
     def whiten(self, vectors: Tensor) -> Tensor:
-        """vectors: (m, D) -> (m, D), of length 1."""
-        return F.normalize((vectors - self._mean) @ self._map, dim=1)
+        """vectors: (m, D), of length 1 -> (m, D), of length 1."""
+        return vectors if self.equal else F.normalize((vectors - self._mean) @ self._map, dim=1)
 
 
 def _compare(
@@ -202,6 +206,11 @@ def summary(index: Index, found: Curated, outliers: int) -> str:
     lines = [
         f"{number_of(count, 'image')}: {number_of(len(groups), 'group')} of near duplicates, {number_of(spare, 'image')} could go"
     ]
+    if found.equal:
+        lines.append(
+            "all features are equal, so similarity is the plain cosine: these are copies of one image, or the encoder has "
+            "collapsed; look at the images before any goes"
+        )
     named = index.describe(sorted({row for rows in groups[:outliers] for row in rows} | set(found.outliers(outliers))))
     for rows in groups[:outliers]:
         lines.append(f"  keep {named[rows[0]][0]}")

@@ -245,7 +245,8 @@ class _Plane:
             return
         self._waiting = np.empty((0, 0), dtype=np.float32)
         self._pca = self._pca or IncrementalPCA(min(2, vectors.shape[1]))
-        self._pca.partial_fit(vectors)
+        with np.errstate(invalid="ignore", divide="ignore"):  # equal vectors: it divides by their variance for shares
+            self._pca.partial_fit(vectors)
 
     def points(self, vectors: np.ndarray) -> np.ndarray:
         """vectors: (m, D) -> float32 (m, 2)."""
