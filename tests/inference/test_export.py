@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -238,3 +239,62 @@ def test_a_detector_is_not_exported(stages: Path, tmp_path: Path) -> None:
 def test_a_timm_file_has_timms_names(exported: dict[tuple[str, str], Export]) -> None:
     names = set(load_file(exported["timm", "linear_probe"].path))
     assert {"cls_token", "blocks.1.mlp.fc2.bias", "head.weight"} <= names
+
+
+TAKEN = [("timm", "a.safetensors", "a.md"), ("onnx", "a.onnx", "a.md"), ("vitdet", "a.pth", "a.md"),
+         ("hub-folder", ".", "README.md"), ("hub-folder", ".", "config.json"), ("hub-folder", ".", "model.safetensors")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("to", "out", "name"), TAKEN)
+def test_a_file_that_no_export_wrote_is_not_replaced(
+    stages: Path, tmp_path: Path, to: str, out: str, name: str
+) -> None:
+    """Its name is not the one that was given: the user does not know that the export writes it."""
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=rf"{name} is there, and no export to {to} wrote it; move it, or choose"):
+        export(load(stages / "pretrain"), to, tmp_path / out)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize(
+    ("to", "out"), [("timm", "a.safetensors"), ("onnx", "a.onnx"), ("vitdet", "a.pth"), ("hub-folder", "a")]
+)
+def test_the_same_export_again_replaces_its_own_files(stages: Path, tmp_path: Path, to: str, out: str) -> None:
+    model = load(stages / "pretrain")
+    export(model, to, tmp_path / out)
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    export(model, to, tmp_path / out, licence="mit")
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == files
+    assert "license: mit" in next(path for path in files if path.suffix == ".md").read_text()
+
+
+@pytest.mark.parametrize(("first", "second"), [("a.safetensors", "a.onnx"), ("a.onnx", "a.pth"), ("a.pth", "a.pt")])
+def test_two_exports_share_no_card(stages: Path, tmp_path: Path, first: str, second: str) -> None:
+    forms = {".safetensors": "timm", ".onnx": "onnx", ".pth": "vitdet", ".pt": "vitdet"}
+    model = load(stages / "pretrain")
+    export(model, forms[Path(first).suffix], tmp_path / first)
+    card = (tmp_path / "a.md").read_text()
+    with pytest.raises(UserError, match=r"a\.md is there"):
+        export(model, forms[Path(second).suffix], tmp_path / second)
+    assert (tmp_path / "a.md").read_text() == card and not (tmp_path / second).exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "out"),
+    [("timm", "model.safetensors"), ("timm", "new.safetensors"), ("onnx", "new.onnx"), ("hub-folder", ".")],
+)
+def test_nothing_is_exported_into_a_stages_folder(stages: Path, tmp_path: Path, to: str, out: str) -> None:
+    shutil.copytree(stages / "finetune", tmp_path / "finetune")
+    before = {path: path.read_bytes() for path in (tmp_path / "finetune").iterdir() if path.is_file()}
+    with pytest.raises(UserError, match="finetune is a stage's folder, whose files are sealed; name another"):
+        export(load(stages / "pretrain"), to, tmp_path / "finetune" / out)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "finetune").iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ['a"b', "a'b", "a\\b"])
+@pytest.mark.parametrize("to", FILES)
+def test_the_printed_lines_run_whatever_the_name_is(stages: Path, tmp_path: Path, to: str, name: str) -> None:
+    out = tmp_path / (name + Path(FILES[to]).suffix)
+    names: dict[str, Any] = {}
+    exec(export(load(stages / "pretrain"), to, out), names)
+    assert "embed" in names
