@@ -75,6 +75,19 @@ def check_is_no_folder(path: Path) -> None:
         raise UserError(f"{path}: cannot be written, because it is a folder; name a file")
 
 
+def check_writable(path: Path) -> None:
+    """Raises UserError where a file can't be written at `path`: a folder, or one in a place that is closed or a file."""
+    check_is_no_folder(path)
+    try:
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{above} is a file")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"no permission in {above}")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
 def _unwritable(path: Path, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder")
 

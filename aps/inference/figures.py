@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from aps.data.images import read_image
+from aps.data.walk import SUFFIXES
 from aps.errors import UserError
 from aps.files import atomic_path
 from aps.inference.images import ImageLike, read
@@ -38,6 +39,18 @@ class Cell:
     image: ImageLike | None
     caption: str = ""
     frame: str | None = None  # colour
+
+
+def check_picture(path: Path) -> None:
+    """Raises UserError where a name is that of another kind of file than PNG."""
+    if path.suffix.lower() not in (".png", ""):
+        raise UserError(f"{path}: pictures are written as PNG; name a .png file")
+
+
+def check_folder(path: Path) -> None:
+    """Raises UserError where the name of a folder for pictures is that of a picture."""
+    if path.suffix.lower() in {*SUFFIXES, ".svg", ".pdf", ".eps", ".ps"}:
+        raise UserError(f"{path}: is to be a folder for pictures, but has a picture's name; name a folder")
 
 
 def grid(path: Path, rows: Sequence[tuple[str, Sequence[Cell]]], title: str = "") -> None:
@@ -181,7 +194,6 @@ def _remove_ticks(axes: Axes) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    if path.suffix.lower() not in (".png", ""):
-        raise UserError(f"{path}: pictures are written as PNG; name a .png file")
+    check_picture(path)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")

@@ -139,6 +139,41 @@ def _loaded(args: argparse.Namespace) -> Loaded:
     return load(args.weights, device=args.device)
 
 
+def _check_outputs(
+    reads: list[Any], *writes: Path | None, picture: Path | None = None, folder: Path | None = None
+) -> None:
+    """Check every name under which a verb writes, before anything is computed.
+
+    Args:
+        reads: what the verb reads: weights, images, an index.
+        writes: files; those that are None are not written.
+        picture: one more, a PNG.
+        folder: for pictures.
+
+    Raises:
+        UserError: a file can't be written, would replace what is read or another output, or lies in a stage's folder; a
+            picture is named as another kind of file, or a folder as a picture.
+    """
+    from aps.files import check_writable
+    from aps.seals import check_no_stage
+
+    taken = {os.path.realpath(path) for path in reads}
+    inside = None if folder is None else folder / "any picture"
+    for path in filter(None, (*writes, picture, inside)):
+        check_writable(path)
+        check_no_stage(path.parent)
+        if os.path.realpath(path) in taken:
+            raise UserError(f"{path}: this command reads or writes it already; name another file")
+        taken.add(os.path.realpath(path))
+    if picture is not None or folder is not None:
+        from aps.inference.figures import check_folder, check_picture
+
+        if picture is not None:
+            check_picture(picture)
+        if folder is not None:
+            check_folder(folder)
+
+
 Prepare = Callable[[Any, str], "Tensor"]
 
 
@@ -177,6 +212,7 @@ def _embed(args: argparse.Namespace) -> None:
     if not args.images:
         raise UserError(f"embed {args.weights}: name images after the weights")
     args.out = args.out or Path("features.parquet")
+    _check_outputs([args.weights, *args.images], args.out)
     written = _write_features(args, args.out)
     lost = f", {written.unreadable} unreadable, listed in {args.out}.unreadable.txt" if written.unreadable else ""
     known = f" ({written.known} of them known before)" if written.known else ""
@@ -198,18 +234,21 @@ def _write_features(args: argparse.Namespace, out: Path) -> Any:
 
 
 def _neighbours(args: argparse.Namespace) -> None:
+    import torch
+
     from aps.inference import figures
-    from aps.inference.images import walk
     from aps.inference.neighbours import Index, table, write_table
 
+    _check_outputs([args.weights, *args.images, args.index], args.table, picture=args.picture)
     index, model = Index(args.index), _model(args, "embed")
     index.check(model)
-    queries = list(walk(args.images))
+    queries, vectors = list[Path](), list[Any]()
+    for paths, pixels in _readable(args, model.preprocessing.pixels):
+        queries += paths
+        vectors.append(model.features_of(pixels))
     found = [
         [n for n in neighbours if not _is(index.image(n.path), query)][: args.k]  # a query may find itself
-        for query, neighbours in zip(
-            queries, index.neighbours(model.embed(queries, args.batch_size), args.k + 1), strict=True
-        )
+        for query, neighbours in zip(queries, index.neighbours(torch.cat(vectors), args.k + 1), strict=True)
     ]
     names = [str(path) for path in queries]
     print(table(names, found))
@@ -245,7 +284,10 @@ def _curate(args: argparse.Namespace) -> None:
     if args.weights is not None:
         if not args.images:
             raise UserError(f"curate {args.weights}: name images after the weights, or neither and --index")
+        _check_outputs([args.weights, *args.images], args.index, args.out, picture=args.picture)
         _write_features(args, args.index)
+    else:
+        _check_outputs([args.index], args.out, picture=args.picture)
     index = Index(args.index)
     found = curate.curate(index, curate.SIMILAR if args.similarity is None else args.similarity)
     curate.write_table(args.out, index, found)
@@ -279,6 +321,7 @@ def _curate(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> None:
     from aps.inference.model import Predictions
 
+    _check_outputs([args.weights, *args.images], args.out)
     model = _model(args, "predict")
     with _Table(args.out, ["path", "class", "probability", *model.classes]) as table:
         for paths, pixels in _readable(args, model.preprocessing.pixels):
@@ -323,7 +366,9 @@ def _detect(args: argparse.Namespace) -> None:
     from aps.inference import figures
     from aps.inference.model import as_bytes
 
-    model, results = _loaded(args), args.out / "detections.jsonl"
+    results = args.out / "detections.jsonl"
+    _check_outputs([args.weights, *args.images], results, folder=args.out)
+    model = _loaded(args)
     model.check("detect")
     objects = images = 0
     with atomic_path(results) as temporary, temporary.open("w") as file:
@@ -366,8 +411,9 @@ def picture_of(folder: Path, path: Path) -> Path:
 def _attention(args: argparse.Namespace) -> None:
     from aps.inference import figures
 
-    model = _model(args, "attention")
     single = args.out.suffix.lower() == ".png"
+    _check_outputs([args.weights, *args.images], **{"picture" if single else "folder": args.out})
+    model = _model(args, "attention")
     rows: list[Any] = []
     for paths, pixels in _readable(args, model.preprocessing.pixels):
         images = [x.permute(1, 2, 0).numpy() for x in pixels]
@@ -389,4 +435,6 @@ def _attention(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from aps.inference.export import export
 
+    if args.to != "hub-folder":  # a folder may be exported into itself
+        _check_outputs([args.weights], args.out)
     print(export(_loaded(args), args.to, args.out, args.licence))

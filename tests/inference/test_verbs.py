@@ -278,6 +278,67 @@ def test_a_folder_in_place_of_a_file_is_one_sentence(
     assert not [name for name in made if name.startswith(".")], "no temporary file stays"
 
 
+REFUSED = [
+    *((command, name, "pictures are written as PNG") for command in OUTPUTS if command.endswith("--picture") for name in ("x.xyz", "c.tiff")),
+    *((command, "photos.txt/x.png", "photos.txt is a file") for command in OUTPUTS if command.split()[-1] != "--index"),
+    *((command, "stages/pretrain/views.png", "stages/pretrain is a stage's folder") for command in OUTPUTS if command.split()[-1] != "--index" and command[:6] != "export"),
+    ("curate stages/pretrain photos/red --index", "stages/embed/features.parquet", "stages/embed is a stage's folder"),
+    ("attention stages/pretrain photos/red --out", "stages/pretrain/views.png", "stages/pretrain is a stage's folder"),
+    ("attention stages/pretrain photos/red --out", "stages/pretrain", "stages/pretrain is a stage's folder"),
+    ("detect stages/detection photos/red --out", "stages/detection", "stages/detection is a stage's folder"),
+    ("attention stages/pretrain photos/red --out", "att.jpg", "has a picture's name"),
+    ("attention stages/pretrain photos/red --out", "att.PDF", "has a picture's name"),
+    ("detect stages/detection photos/red --out", "found.png", "has a picture's name"),
+    ("curate --index f.parquet --out", "f.parquet", "reads or writes it already"),
+    ("curate --index f.parquet --out same.png --picture", "./same.png", "reads or writes it already"),
+    ("neighbours stages/pretrain mine.png --index f.parquet --picture", "mine.png", "reads or writes it already"),
+    ("attention stages/pretrain mine.png --out", "mine.png", "reads or writes it already"),
+    ("predict stages/finetune mine.png --out", "mine.png", "reads or writes it already"),
+    ("export mine.safetensors --out", "mine.safetensors", "reads or writes it already"),
+]  # fmt: skip
+
+
+def test_a_wrong_output_is_met_before_anything_is_read(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million images may be computed before it is written; and what is there stays."""
+    for name in ("photos.txt", "f.parquet", "mine.png", "mine.safetensors"):
+        (here / name).write_text("mine")
+    monkeypatch.setattr("aps.inference.load.load", lambda *args, **more: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("aps.inference.neighbours.Index", lambda *args: pytest.fail("features were read"))
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    for command, name, message in REFUSED:
+        aps(*command.split(), name, status=2)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1 and message in said[0], command
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
+
+
+def test_neighbours_leaves_out_a_query_that_cannot_be_read(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    aps("embed", "stages/pretrain", "photos/red", "--out", "f.parquet")
+    (here / "broken.png").write_bytes(b"no")
+    asked = ["photos/red/000.jpg", "broken.png", "photos/red/001.jpg"]
+    aps(
+        "neighbours",
+        "stages/pretrain",
+        "--index",
+        "f.parquet",
+        *asked,
+        "-k",
+        "2",
+        "--batch-size",
+        "1",
+        "--table",
+        "t.csv",
+    )
+    printed = capsys.readouterr()
+    assert "left out: broken.png" in printed.err and "broken.png" not in printed.out
+    rows = list(csv.DictReader(Path("t.csv").read_text().splitlines()))
+    assert [row["query"] for row in rows] == [asked[0]] * 2 + [asked[2]] * 2
+    aps("neighbours", "stages/pretrain", "--index", "f.parquet", "broken.png", status=2)
+    assert "none of the images can be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", [".", "..", "folder"])
 def test_a_verb_that_writes_a_folder_takes_one_that_is_there(here: Path, name: str) -> None:
     (here / "inside/folder").mkdir(parents=True)
