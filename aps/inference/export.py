@@ -198,8 +198,7 @@ def _export_onnx(model: Model, out: Path) -> str:
         lines += [
             "def predict(path):",
             '    """The likeliest class of an image file, and its probability."""',
-            *_opened(),
-            '    (probabilities,) = session.run(["probabilities"], {"images": transform(image)[None].numpy()})',
+            '    (probabilities,) = session.run(["probabilities"], {"images": transform(opened(path))[None].numpy()})',
             "    best = int(probabilities[0].argmax())",
             "    return classes[best], float(probabilities[0, best])",
             "",
@@ -208,8 +207,7 @@ def _export_onnx(model: Model, out: Path) -> str:
     lines += [
         "def embed(path):",
         '    """The features of an image file, float32 (1, ' + str(model.dim) + ')."""',
-        *_opened(),
-        '    return session.run(["features"], {"images": transform(image)[None].numpy()})[0]',
+        '    return session.run(["features"], {"images": transform(opened(path))[None].numpy()})[0]',
     ]
     return "\n".join(lines)
 
@@ -269,9 +267,8 @@ def _script(model: Model, imports: list[str], creation: list[str], partial_: boo
         lines += [
             "def predict(path):",
             '    """The likeliest class of an image file, and its probability."""',
-            *_opened(),
             "    with torch.inference_mode():",
-            "        probabilities = model(transform(image)[None]).softmax(1)[0]",
+            "        probabilities = model(transform(opened(path))[None]).softmax(1)[0]",
             "    return classes[int(probabilities.argmax())], float(probabilities.max())",
             "",
             "",
@@ -279,9 +276,8 @@ def _script(model: Model, imports: list[str], creation: list[str], partial_: boo
     lines += [
         "def embed(path):",
         '    """The features of an image file, float32 (1, ' + str(model.dim) + ')."""',
-        *_opened(),
         "    with torch.inference_mode():",
-        "        return model.forward_head(model.forward_features(transform(image)[None]), pre_logits=True)",
+        "        return model.forward_head(model.forward_features(transform(opened(path))[None]), pre_logits=True)",
     ]
     return "\n".join(lines)
 
@@ -289,12 +285,12 @@ def _script(model: Model, imports: list[str], creation: list[str], partial_: boo
 def _imports(lines: list[str]) -> list[str]:
     """Import statements: `lines`, and those that every script needs."""
     from_imports = ["from PIL import Image, ImageOps", "from torchvision.transforms import v2"]
-    return [*sorted([*lines, "import torch"]), *from_imports]
+    return [*sorted([*lines, "import numpy as np", "import torch"]), *from_imports]
 
 
 def _pre(model: Model) -> list[str]:
-    """Lines that define the transform and the class names."""
-    return [*model.preprocessing.code().split("\n"), *_classes(model), "", ""]
+    """Lines that define the transform, the class names, and how a file is opened."""
+    return [*model.preprocessing.code().split("\n"), *_classes(model), "", "", *OPENED.splitlines()]
 
 
 def _classes(model: Model) -> list[str]:
@@ -303,8 +299,20 @@ def _classes(model: Model) -> list[str]:
     return ["classes = " + pprint.pformat(list(model.classes), width=LINE, compact=True)]
 
 
-def _opened() -> list[str]:
-    return ['    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")']
+# As aps.data.images, which the printed lines can't import; a test compares them over Pillow's modes.
+OPENED = '''\
+def opened(path):
+    """An image file in 8-bit RGB, upright; of 16 bits, the upper 8 are kept."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError(f"{path}: its pixels are no whole numbers of 8 or 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+'''
 
 
 TARGETS: dict[str, Callable[[Model, Path], str]] = {

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import PIL.Image
 import pytest
 import timm
 import torch
@@ -298,3 +299,50 @@ def test_the_printed_lines_run_whatever_the_name_is(stages: Path, tmp_path: Path
     names: dict[str, Any] = {}
     exec(export(load(stages / "pretrain"), to, out), names)
     assert "embed" in names
+
+
+def pictures(folder: Path) -> list[Path]:
+    """A file of every kind of pixels that Pillow writes to PNG and TIFF; one stands on its side."""
+    grey = np.random.default_rng(0).integers(0, 65536, (40, 48))
+    colours = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+    palette = colours.quantize(16)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    colours.save(folder / "turned.png", exif=exif)
+    palette.save(folder / "transparent.png", transparency=3)
+    for mode in ("1", "L", "LA", "RGB", "RGBA"):
+        colours.convert(mode).save(folder / f"{mode}.png")
+    palette.save(folder / "P.png")
+    colours.convert("CMYK").save(folder / "CMYK.tiff")
+    PIL.Image.fromarray(grey.astype(np.uint16)).save(folder / "grey16.png")
+    PIL.Image.fromarray((grey % 4096).astype(np.uint16)).save(folder / "grey12.png")
+    PIL.Image.fromarray(grey.astype(np.uint16)).save(folder / "grey16.tiff")
+    PIL.Image.fromarray(grey.astype(np.int32)).save(folder / "grey32.tiff")
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("to", FILES)
+def test_the_printed_lines_read_every_kind_of_pixels_as_the_model_does(
+    exported: dict[tuple[str, str], Export], tmp_path: Path, to: str
+) -> None:
+    names: dict[str, Any] = {}
+    exec(exported[to, "finetune"].snippet, names)
+    model = exported[to, "finetune"].model
+    for file in pictures(tmp_path):
+        assert np.abs(np.asarray(names["embed"](str(file))) - model.embed(file).numpy()).max() < 1e-4, file.name
+        assert names["predict"](str(file))[0] == model.predict(file).classes[0]
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.ones((8, 8), np.float32), np.full((8, 8), 70_000, np.int32)], ids=["float", "32 bits"]
+)
+def test_the_printed_lines_refuse_the_pixels_that_the_model_refuses(
+    exported: dict[tuple[str, str], Export], tmp_path: Path, pixels: Any
+) -> None:
+    PIL.Image.fromarray(pixels).save(tmp_path / "a.tiff")
+    names: dict[str, Any] = {}
+    exec(exported["timm", "pretrain"].snippet, names)
+    with pytest.raises(ValueError, match="no whole numbers of 8 or 16 bits"):
+        names["embed"](str(tmp_path / "a.tiff"))
+    with pytest.raises(UserError):
+        exported["timm", "pretrain"].model.embed(tmp_path / "a.tiff")
