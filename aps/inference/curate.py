@@ -12,7 +12,6 @@ Every two images are compared, so the time grows with the square of their number
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from aps.files import atomic_path
+from aps.files import csv_rows
 from aps.inference.neighbours import Index
 from aps.progress import Progress
 from aps.text import number_of
@@ -180,14 +179,12 @@ def _kept(group: np.ndarray, index: Index) -> np.ndarray:
 
 def write_table(path: Path, index: Index, found: Curated) -> None:
     """Write a CSV file with columns path, keep, group, nearest, similarity, outlier; one row for each image."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "keep", "group", "nearest", "similarity", "outlier"])
+    with csv_rows(path, ["path", "keep", "group", "nearest", "similarity", "outlier"]) as write:
         paths = index.paths()  # read once: neighbours lie anywhere in the file
         for row in range(len(index)):
             near = int(found.nearest[row])
             group = int(found.group[row])
-            writer.writerow(
+            write(
                 [
                     paths[row].as_py(),
                     "yes" if found.keep[row] else "no",

@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +41,7 @@ from aps.progress import Progress
 
 PART = 1024  # rows of a part
 KEY = b"aps"  # key of our metadata in the file
+ESCAPED = re.compile(rb"\\x([89a-f][0-9a-f])")  # a byte that is not UTF-8, in a name
 SHOWN = 3  # unreadable images named on the terminal
 
 
@@ -60,13 +62,23 @@ class Item(NamedTuple):
 def files(paths: Iterable[str | Path], once: Once | None = None) -> Iterator[Item]:
     """Items of image files and of folders of them; see `aps.inference.images.walk`."""
     for path in walk(paths, once):
-        name = os.fsencode(path).decode("utf-8", errors="backslashreplace")  # Parquet's text is UTF-8
+        name = name_of(path)
         try:
             status = path.stat()
         except OSError:  # a broken link; reading it will give the error
             yield Item(name, path)
             continue
         yield Item(name, path, None, status.st_size, status.st_mtime_ns)
+
+
+def name_of(path: str | Path) -> str:
+    """The text that stands for a path in a file of features: bytes that are not UTF-8, which Parquet's text is, are escaped."""
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
+
+
+def file_named(name: str) -> str:
+    """The path for which `name_of` gives `name`, if it had to escape bytes."""
+    return os.fsdecode(ESCAPED.sub(lambda found: bytes([int(found[1], 16)]), name.encode()))
 
 
 @dataclass(frozen=True)

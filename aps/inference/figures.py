@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from aps.data.images import read_image
-from aps.data.walk import SUFFIXES
+from aps.data.walk import SUFFIXES, printable
 from aps.errors import UserError
 from aps.files import atomic_path
 from aps.inference.images import ImageLike, read
@@ -136,7 +136,7 @@ def detections(path: Path, image: ImageLike, found: Any, classes: Sequence[str],
         align: Any = "bottom" if top > 0.08 * H else "top"  # inside the box, where there is no space above it
         style = {"color": colour, "pad": 0.8, "lw": 0}
         axes.text(left - 0.5, top - 0.5, text, color="white", fontsize=9, bbox=style, va=align)
-    axes.set_title(title or f"{len(found)} found", fontsize=9)
+    axes.set_title(printable(title).replace("$", r"\$") or f"{len(found)} found", fontsize=9)
     _save(figure, path)
 
 
@@ -183,7 +183,8 @@ def _hwc(x: Tensor) -> np.ndarray:
 
 
 def _short(text: str) -> str:
-    """A long name's end, which distinguishes files of a folder; dollar signs are escaped, because they start a formula."""
+    """A long name's end, which distinguishes files of a folder; what can't be drawn, and dollar signs, which start a formula, are escaped."""
+    text = printable(text)
     text = text if len(text) <= LETTERS else f"…{text[1 - LETTERS :]}"
     return text.replace("$", r"\$")
 

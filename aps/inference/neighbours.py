@@ -7,7 +7,6 @@ be missed; similarities are exact.
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Iterator
 from functools import cached_property
@@ -25,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aps.errors import UserError
-from aps.files import atomic_path
-from aps.inference.features import read_metadata
+from aps.files import atomic_path, csv_rows
+from aps.inference.features import file_named, read_metadata
 from aps.inference.model import Loaded
 from aps.ranges import whole
 
@@ -172,7 +171,8 @@ class Index:
 
     def image(self, path: str) -> Path | None:
         """The image file of a row, relative to the working directory here or when the features were made; None: gone."""
-        candidates = (Path(path), Path(self.metadata["folder"]) / path)
+        names = dict.fromkeys((path, file_named(path)))
+        candidates = (Path(folder, name) for name in names for folder in ("", self.metadata["folder"]))
         return next((candidate for candidate in candidates if candidate.is_file()), None)
 
     def identity(self, path: str) -> tuple[int, int] | None:
@@ -228,9 +228,7 @@ def table(queries: list[str], found: list[list[Neighbour]]) -> str:
 
 def write_table(path: Path, queries: list[str], found: list[list[Neighbour]]) -> None:
     """Write a CSV file with columns query, rank, path, label, similarity."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["query", "rank", "path", "label", "similarity"])
+    with csv_rows(path, ["query", "rank", "path", "label", "similarity"]) as write:
         for query, neighbours in zip(queries, found, strict=True):
             for rank, n in enumerate(neighbours, 1):
-                writer.writerow([query, rank, n.path, n.label or "", f"{n.similarity:.6f}"])
+                write([query, rank, n.path, n.label or "", f"{n.similarity:.6f}"])

@@ -6,11 +6,11 @@ Any number of images needs the memory of a few batches. Heavy imports are inside
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -237,6 +237,7 @@ def _neighbours(args: argparse.Namespace) -> None:
     import torch
 
     from aps.inference import figures
+    from aps.inference.features import name_of
     from aps.inference.neighbours import Index, table, write_table
 
     _check_outputs([args.weights, *args.images, args.index], args.table, picture=args.picture)
@@ -250,7 +251,7 @@ def _neighbours(args: argparse.Namespace) -> None:
         [n for n in neighbours if not _is(index.image(n.path), query)][: args.k]  # a query may find itself
         for query, neighbours in zip(queries, index.neighbours(torch.cat(vectors), args.k + 1), strict=True)
     ]
-    names = [str(path) for path in queries]
+    names = [name_of(path) for path in queries]
     print(table(names, found))
     if args.table:
         write_table(args.table, names, found)
@@ -319,46 +320,23 @@ def _curate(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
+    from aps.data.walk import printable
+    from aps.files import csv_rows
+    from aps.inference.features import name_of
     from aps.inference.model import Predictions
 
     _check_outputs([args.weights, *args.images], args.out)
     model = _model(args, "predict")
-    with _Table(args.out, ["path", "class", "probability", *model.classes]) as table:
+    header = ["path", "class", "probability", *model.classes]
+    with nullcontext(lambda row: None) if args.out is None else csv_rows(args.out, header) as write:
         for paths, pixels in _readable(args, model.preprocessing.pixels):
             predictions = Predictions(model.probabilities_of(pixels), model.classes)
             tops = predictions.top(args.top)
             for path, top, probabilities in zip(paths, tops, predictions.probabilities.tolist(), strict=True):
-                print(f"{path}  " + "  ".join(f"{name} {probability:.3f}" for name, probability in top))
-                table.write([str(path), top[0][0], f"{top[0][1]:.6f}", *(f"{x:.6f}" for x in probabilities)])
+                print(f"{printable(path)}  " + "  ".join(f"{name} {probability:.3f}" for name, probability in top))
+                write([name_of(path), top[0][0], f"{top[0][1]:.6f}", *(f"{x:.6f}" for x in probabilities)])
     if args.out:
         print(f"\n{args.out}", file=sys.stderr)
-
-
-class _Table:
-    """A CSV file that is written atomically; without a path nothing is written."""
-
-    def __init__(self, path: Path | None, header: list[str]) -> None:
-        self.path, self.header = path, header
-
-    def __enter__(self) -> _Table:
-        from contextlib import ExitStack
-
-        from aps.files import atomic_path
-
-        self._stack = ExitStack()
-        if self.path is not None:
-            temporary = self._stack.enter_context(atomic_path(self.path))
-            file = self._stack.enter_context(temporary.open("w", newline="", errors="backslashreplace"))
-            self._writer = csv.writer(file, lineterminator="\n")
-            self._writer.writerow(self.header)
-        return self
-
-    def write(self, row: list[str]) -> None:
-        if self.path is not None:
-            self._writer.writerow(row)
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
 
 
 def _detect(args: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from sklearn.decomposition import PCA
 
 from aps.errors import Preempted, UserError
 from aps.inference import features
-from aps.inference.features import Item, Written, files, read_metadata, write_features
+from aps.inference.features import Item, Written, file_named, files, name_of, read_metadata, write_features
 from aps.inference.load import load
 from aps.inference.model import Model
 
@@ -257,3 +257,9 @@ def test_names_that_are_no_text_do_not_end_the_run(model: Model, photos: Path, t
 def test_metadata_is_plain_json(model: Model, photos: Path, tmp_path: Path) -> None:
     write(model, photos, tmp_path / "f.parquet")
     assert json.loads(json.dumps(read_metadata(tmp_path / "f.parquet")))["rows"] == 30
+
+
+@pytest.mark.parametrize("name", [b"a/\xff\xfe.png", b"\x80", "é.png".encode(), b"a/plain.png"])
+def test_a_name_leads_back_to_its_file(name: bytes) -> None:
+    path = os.fsdecode(name)
+    assert name_of(path).encode("utf-8") and file_named(name_of(path)) == path

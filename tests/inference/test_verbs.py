@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -337,6 +338,35 @@ def test_neighbours_leaves_out_a_query_that_cannot_be_read(here: Path, capsys: p
     assert [row["query"] for row in rows] == [asked[0]] * 2 + [asked[2]] * 2
     aps("neighbours", "stages/pretrain", "--index", "f.parquet", "broken.png", status=2)
     assert "none of the images can be read" in capsys.readouterr().err
+
+
+def test_every_verb_takes_names_that_are_no_text(
+    here: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their file is found again by the name in the table, so that an image is not its own neighbour."""
+    shutil.copytree(here / "photos/red", here / "odd")
+    odd = os.fsdecode(b"odd/\xff\xfe$.jpg")
+    try:
+        shutil.copy(here / "photos/blue/000.jpg", odd)
+    except OSError:
+        pytest.skip("this file system takes only UTF-8")
+    shown = "odd/\\xff\\xfe$.jpg"
+    aps("embed", "stages/pretrain", "odd", "--out", "f.parquet")
+    aps("neighbours", "stages/pretrain", odd, "--index", "f.parquet", "-k", "3", "--table", "n.csv")
+    rows = list(csv.DictReader(Path("n.csv").read_text().splitlines()))
+    assert [row["query"] for row in rows] == [shown] * 3 and shown not in {row["path"] for row in rows}
+    aps("neighbours", "stages/pretrain", "odd/000.jpg", "--index", "f.parquet", "-k", "20", "--table", "n.csv")
+    assert shown in {row["path"] for row in csv.DictReader(Path("n.csv").read_text().splitlines())}
+    aps("curate", "--index", "f.parquet")
+    assert shown in {row["path"] for row in csv.DictReader(Path("curate.csv").read_text().splitlines())}
+    aps("predict", "stages/finetune", odd, "--out", "p.csv")
+    assert [row["path"] for row in csv.DictReader(Path("p.csv").read_text().splitlines())] == [shown]
+    aps("attention", "stages/pretrain", odd)
+    aps("detect", "stages/detection", odd, "--out", "found")
+    assert (
+        is_picture(here / "neighbours.png") and is_picture(here / "attention.png") and is_picture(here / "curate.png")
+    )
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [".", "..", "folder"])
