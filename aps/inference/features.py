@@ -120,9 +120,9 @@ def write_features(
                 file.unlink()
             write_json(parts / "state.json", made_by)
         run = _Run(model, out, parts, total, batch_size, stop, label)
-        old = _rows(out) if out.exists() and _made_by(out, made_by) else None
         stream = run.skip_finished(iter(items))
-        run.embed(stream, _Known(old))
+        with _Known(out if out.exists() and _made_by(out, made_by) else None) as known:
+            run.embed(stream, known)
         written = run.assemble({**made_by, "source": model.source.address, "dim": model.dim})
         shutil.rmtree(parts)
     return written
@@ -268,21 +268,50 @@ class _Plane:
 
 
 class _Known:
-    """Embeddings of the existing file. It has the order of the items, so both are read once, in parallel."""
+    """Embeddings of the existing file, by path, size and time of change, in any order.
 
-    def __init__(self, rows: Iterator[dict[str, Any]] | None) -> None:
-        self._rows = rows or iter(())
-        self._next = next(self._rows, None)
+    Memory: 16 bytes a row, and one piece of the file. Images of a folder lie in neighbouring rows, so a piece is read
+    about once, whatever the order in which folders are named.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = None if file is None else pq.ParquetFile(file)
+        groups = range(0 if self._file is None else self._file.num_row_groups)
+        pieces = [
+            np.array([hash(identity) for identity in self._identities(group)], dtype=np.int64) for group in groups
+        ]
+        hashes = np.concatenate([np.empty(0, dtype=np.int64), *pieces])
+        self._starts = np.cumsum([0, *map(len, pieces)])
+        self._order = np.argsort(hashes)
+        self._hashes = hashes[self._order]
+        self._piece: tuple[int, list[tuple[Any, ...]], np.ndarray] = (-1, [], np.empty((0, 0)))  # number, rows, vectors
+
+    def __enter__(self) -> _Known:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def find(self, item: Item) -> dict[str, Any] | None:
         """The embedding of an unchanged image; None for a new or changed one."""
-        key = Path(item.path).parts
-        while self._next is not None and Path(self._next["path"]).parts < key:
-            self._next = next(self._rows, None)
-        row = self._next
-        if row is None or item.modified is None or (row["path"], row["bytes"], row["modified"]) != item.identity:
+        wanted = hash(item.identity)
+        at = int(np.searchsorted(self._hashes, wanted))
+        if item.modified is None or at == len(self._hashes) or self._hashes[at] != wanted:
             return None
-        return {"embedding": row["embedding"], "error": None}
+        row = int(self._order[at])
+        group = int(np.searchsorted(self._starts, row, side="right")) - 1
+        if self._piece[0] != group:
+            assert self._file is not None
+            self._piece = (group, self._identities(group), _vectors(self._file.read_row_group(group, ["embedding"])))
+        _, identities, vectors = self._piece
+        inside = row - int(self._starts[group])
+        return {"embedding": vectors[inside], "error": None} if identities[inside] == item.identity else None
+
+    def _identities(self, group: int) -> list[tuple[Any, ...]]:
+        assert self._file is not None
+        columns = self._file.read_row_group(group, ["path", "bytes", "modified"]).to_pydict()
+        return list(zip(columns["path"], columns["bytes"], columns["modified"], strict=True))
 
 
 _PART_COLUMNS = ("path", "label", "bytes", "modified", "embedding", "error")
@@ -314,15 +343,6 @@ def _vectors(table: pa.Table) -> np.ndarray:
     """float32 (m, D)"""
     column = table["embedding"].combine_chunks()
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
-
-
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    with pq.ParquetFile(file) as opened:
-        for group in range(opened.num_row_groups):
-            table = opened.read_row_group(group, columns=["path", "bytes", "modified", "embedding"])
-            vectors = _vectors(table)
-            for row, vector in zip(table.drop(["embedding"]).to_pylist(), vectors, strict=True):
-                yield row | {"embedding": vector}
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
