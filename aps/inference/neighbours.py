@@ -8,7 +8,7 @@ be missed; similarities are exact.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib.util import find_spec
 from itertools import groupby
@@ -174,6 +174,26 @@ class Index:
         names = dict.fromkeys((path, file_named(path)))
         candidates = (Path(folder, name) for name in names for folder in ("", self.metadata["folder"]))
         return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+    def changed(self, rows: Iterable[int] | None = None) -> int:
+        """How many image files of rows (None: of all) are others now than when the features were made; those gone are none.
+
+        Raises:
+            UserError: the file has no such row.
+        """
+        count = 0
+        of_group: dict[int, list[int]] = {}
+        chosen = list(range(len(self))) if rows is None else sorted(set(rows))
+        for row, group in zip(chosen, self._groups(chosen), strict=True):
+            of_group.setdefault(group, []).append(row - int(self._starts[group]))
+        for group, inside in of_group.items():
+            table = self._opened.read_row_group(group, columns=["path", "bytes", "modified"])
+            for row in table.take(inside).to_pylist():
+                if row["modified"] is None or (file := self.image(row["path"])) is None:
+                    continue
+                status = file.stat()
+                count += (status.st_size, status.st_mtime_ns) != (row["bytes"], row["modified"])
+        return count
 
     def identity(self, path: str) -> tuple[int, int] | None:
         """Device and inode of a row's image file; None: gone."""

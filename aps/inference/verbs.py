@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from aps.inference.images import Once
     from aps.inference.model import Detections, Loaded, Model
+    from aps.inference.neighbours import Index
 
 Verb = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
 
@@ -251,6 +252,8 @@ def _neighbours(args: argparse.Namespace) -> None:
         [n for n in neighbours if not _is(index.image(n.path), query)][: args.k]  # a query may find itself
         for query, neighbours in zip(queries, index.neighbours(torch.cat(vectors), args.k + 1), strict=True)
     ]
+    shown = {n.row for neighbours in found for n in neighbours}
+    _say_changed(index, index.changed(shown), "images found")
     names = [name_of(path) for path in queries]
     print(table(names, found))
     if args.table:
@@ -274,6 +277,15 @@ def _neighbours(args: argparse.Namespace) -> None:
     print(f"\n{args.picture}{more}")
 
 
+def _say_changed(index: Index, count: int, among: str) -> None:
+    if count:
+        print(
+            f"warning: {count:,} of the {among} have changed since {index.file} was made, and their features are old; "
+            f"run `aps embed {index.metadata['source']} IMAGES --out {index.file}`",
+            file=sys.stderr,
+        )
+
+
 def _is(file: Path | None, other: Path) -> bool:
     return file is not None and file.samefile(other)
 
@@ -290,6 +302,8 @@ def _curate(args: argparse.Namespace) -> None:
     else:
         _check_outputs([args.index], args.out, picture=args.picture)
     index = Index(args.index)
+    if args.weights is None:
+        _say_changed(index, index.changed(), f"{len(index):,} images")
     found = curate.curate(index, curate.SIMILAR if args.similarity is None else args.similarity)
     curate.write_table(args.out, index, found)
     print(curate.summary(index, found, args.outliers))

@@ -340,6 +340,29 @@ def test_neighbours_leaves_out_a_query_that_cannot_be_read(here: Path, capsys: p
     assert "none of the images can be read" in capsys.readouterr().err
 
 
+def test_features_of_files_that_have_changed_since_are_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(here / "photos/red", here / "mine")
+    aps("embed", "stages/pretrain", "mine", "--out", "f.parquet")
+    neighbours = ["neighbours", "stages/pretrain", "--index", "f.parquet", "mine/000.jpg", "-k", "19"]
+    curate = ["curate", "--index", "f.parquet"]
+    capsys.readouterr()
+    aps(*neighbours)
+    aps(*curate)
+    assert "changed" not in capsys.readouterr().err
+    shutil.copy(here / "photos/blue/000.jpg", here / "mine/001.jpg")
+    (here / "mine/002.jpg").touch()
+    (here / "mine/003.jpg").unlink()  # gone: the picture says so
+    for command, among in ((neighbours, "images found"), (curate, "20 images")):
+        aps(*command)
+        said = [
+            line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ") and "changed" in line
+        ]
+        assert len(said) == 1 and f"2 of the {among} have changed since f.parquet was made" in said[0]
+        assert said[0].endswith("run `aps embed stages/pretrain IMAGES --out f.parquet`")
+    aps("curate", "stages/pretrain", "mine", "--index", "f.parquet")
+    assert "changed" not in capsys.readouterr().err
+
+
 def test_every_verb_takes_names_that_are_no_text(
     here: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
