@@ -3,7 +3,7 @@
 Design: memory does not grow with the number of images. Parts of a thousand rows are written atomically as they are
 computed, so a killed run continues after the last part. At the end an incremental PCA reads the parts and gives every row
 its point, and the file is written atomically. A second run computes new or changed images, and takes the other rows from
-the existing file. An unreadable image is listed, and does not end the run.
+the existing file, for 16 bytes of memory a row. An unreadable image is listed, and does not end the run.
 
 Columns: `path` (text), `embedding` (D float32), `xy` (2 float32: the first two principal components), `label` (text or
 null), `bytes` and `modified` (of the image file; null where there is none). The file's metadata name the weights.
