@@ -171,9 +171,9 @@ def _kept(group: np.ndarray, index: Index) -> np.ndarray:
             largest[int(group[row])] = row
     keep[list(largest.values())] = True
     named = index.describe(members)
-    kept = {number: index.identity(named[row][0]) for number, row in largest.items()}
+    kept = {number: index.identity(named[row][0], row) for number, row in largest.items()}
     for row in members:  # whoever deletes another name of the kept file may delete the file
-        keep[row] |= (own := index.identity(named[row][0])) is not None and own == kept[int(group[row])]
+        keep[row] |= (own := index.identity(named[row][0], row)) is not None and own == kept[int(group[row])]
     return keep
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import PIL.Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -42,9 +43,23 @@ class Cell:
 
 
 def check_picture(path: Path) -> None:
-    """Raises UserError where a name is that of another kind of file than PNG."""
+    """Raises UserError where a name is that of another kind of file than PNG, or of a picture that was not drawn here."""
+    _check_suffix(path)
+    if path.exists() and not _is_drawing(path):
+        raise UserError(f"{path}: is there, and is no picture that this package drew; name another")
+
+
+def _check_suffix(path: Path) -> None:
     if path.suffix.lower() not in (".png", ""):
         raise UserError(f"{path}: pictures are written as PNG; name a .png file")
+
+
+def _is_drawing(path: Path) -> bool:
+    try:
+        with PIL.Image.open(path) as picture:
+            return str(picture.info.get("Software", "")).startswith("Matplotlib")
+    except (OSError, ValueError):
+        return False
 
 
 def check_folder(path: Path) -> None:
@@ -195,6 +210,6 @@ def _remove_ticks(axes: Axes) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    check_picture(path)
+    _check_suffix(path)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")

@@ -169,11 +169,25 @@ class Index:
         """Bytes of each row's image file, int64 (M,); 0 where it has no file."""
         return self._opened.read(columns=["bytes"])["bytes"].fill_null(0).to_numpy()
 
-    def image(self, path: str) -> Path | None:
-        """The image file of a row, relative to the working directory here or when the features were made; None: gone."""
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        return self.sizes()
+
+    def image(self, path: str, row: int | None = None) -> Path | None:
+        """The image file of a path, relative to the working directory when the features were made, or else here; None: gone.
+
+        row: its row; a file relative to the working directory here then has to be as large as the row's, for another folder
+            may have a file of the same name.
+        """
         names = dict.fromkeys((path, file_named(path)))
-        candidates = (Path(folder, name) for name in names for folder in ("", self.metadata["folder"]))
-        return next((candidate for candidate in candidates if candidate.is_file()), None)
+        if (
+            made := next((f for name in names if (f := Path(self.metadata["folder"], name)).is_file()), None)
+        ) is not None:
+            return made
+        here = next((file for name in names if (file := Path(name)).is_file()), None)
+        if here is not None and row is not None and here.stat().st_size != self._sizes[row]:
+            return None
+        return here
 
     def changed(self, rows: Iterable[int] | None = None) -> int:
         """How many image files of rows (None: of all) are others now than when the features were made; those gone are none.
@@ -189,15 +203,15 @@ class Index:
         for group, inside in of_group.items():
             table = self._opened.read_row_group(group, columns=["path", "bytes", "modified"])
             for row in table.take(inside).to_pylist():
-                if row["modified"] is None or (file := self.image(row["path"])) is None:
+                if row["modified"] is None or (file := self.image(row["path"])) is None:  # whatever its size
                     continue
                 status = file.stat()
                 count += (status.st_size, status.st_mtime_ns) != (row["bytes"], row["modified"])
         return count
 
-    def identity(self, path: str) -> tuple[int, int] | None:
+    def identity(self, path: str, row: int) -> tuple[int, int] | None:
         """Device and inode of a row's image file; None: gone."""
-        if (file := self.image(path)) is None:
+        if (file := self.image(path, row)) is None:
             return None
         status = file.stat()
         return status.st_dev, status.st_ino

@@ -152,13 +152,16 @@ def _check_outputs(
         folder: for pictures.
 
     Raises:
-        UserError: a file can't be written, would replace what is read or another output, or lies in a stage's folder; a
-            picture is named as another kind of file, or a folder as a picture.
+        UserError: a file can't be written, would replace what is read, another output or a file of another kind, or lies in
+            a stage's folder; a picture is named as another kind of file, or a folder as a picture.
     """
     from aps.files import check_writable
     from aps.seals import check_no_stage
 
     taken = {os.path.realpath(path) for path in reads}
+    for path in filter(None, writes):
+        if path.exists() and path.suffix.lower() not in OUTPUTS:
+            raise UserError(f"{path}: is there, and is no file that this command writes; name another")
     inside = None if folder is None else folder / "any picture"
     for path in filter(None, (*writes, picture, inside)):
         check_writable(path)
@@ -175,6 +178,7 @@ def _check_outputs(
             check_folder(folder)
 
 
+OUTPUTS = ("", ".csv", ".tsv", ".txt", ".parquet", ".jsonl", ".safetensors", ".onnx", ".pth", ".pt")  # may be replaced
 Prepare = Callable[[Any, str], "Tensor"]
 
 
@@ -249,7 +253,7 @@ def _neighbours(args: argparse.Namespace) -> None:
         queries += paths
         vectors.append(model.features_of(pixels))
     found = [
-        [n for n in neighbours if not _is(index.image(n.path), query)][: args.k]  # a query may find itself
+        [n for n in neighbours if not _is(index.image(n.path, n.row), query)][: args.k]  # a query may find itself
         for query, neighbours in zip(queries, index.neighbours(torch.cat(vectors), args.k + 1), strict=True)
     ]
     shown = {n.row for neighbours in found for n in neighbours}
@@ -264,7 +268,7 @@ def _neighbours(args: argparse.Namespace) -> None:
             [
                 figures.Cell(path, f"query: {path.name}", "black"),
                 *(
-                    figures.Cell(index.image(n.path), f"{n.similarity:.3f} {n.label or Path(n.path).name}")
+                    figures.Cell(index.image(n.path, n.row), f"{n.similarity:.3f} {n.label or Path(n.path).name}")
                     for n in neighbours[:COLUMNS]
                 ),
             ],
@@ -314,7 +318,7 @@ def _curate(args: argparse.Namespace) -> None:
             f"group {number}",
             [
                 figures.Cell(
-                    index.image(named[row][0]),
+                    index.image(named[row][0], row),
                     "keep" if found.keep[row] else f"{found.similarity[row]:.3f}",
                     "green" if found.keep[row] else "firebrick",
                 )
@@ -325,7 +329,8 @@ def _curate(args: argparse.Namespace) -> None:
     ]
     for start in range(0, len(outliers), 8):
         cells = [
-            figures.Cell(index.image(named[row][0]), f"{found.outlier[row]:.3f}") for row in outliers[start : start + 8]
+            figures.Cell(index.image(named[row][0], row), f"{found.outlier[row]:.3f}")
+            for row in outliers[start : start + 8]
         ]
         rows.append(("outliers" if not start else "", cells))
     figures.grid(args.picture, rows)

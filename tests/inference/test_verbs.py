@@ -444,3 +444,45 @@ def test_what_no_verb_takes_is_refused(here: Path, capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit):
             main(arguments)
         assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "predict stages/finetune photos/red/000.jpg --out mine/study.yaml",
+        "predict stages/finetune photos/red/000.jpg --out mine/photo.png",
+        "embed stages/pretrain photos/red --out mine/photo.jpg",
+        "attention stages/pretrain photos/red/000.jpg --out mine/photo.png",
+        "neighbours stages/pretrain photos/red/000.jpg --index f.parquet --picture mine/photo.png",
+        "curate --index f.parquet --out f.parquet",
+        "curate --index f.parquet --out mine/photo.jpg",
+        "curate --index f.parquet --out c.csv --picture mine/photo.png",
+    ],
+)
+def test_no_verb_replaces_a_file_of_another_kind(command: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "mine").mkdir()
+    (here / "mine/study.yaml").write_text("study: mine\n")
+    for name in ("photo.png", "photo.jpg"):
+        PIL.Image.new("RGB", (30, 30), "red").save(here / "mine" / name)
+    aps("embed", "stages/pretrain", "photos/red", "--out", "f.parquet")
+    before = {path: path.read_bytes() for path in (*(here / "mine").iterdir(), here / "f.parquet")}
+    aps(*command.split(), status=2)
+    assert before == {path: path.read_bytes() for path in before}
+    assert "name another" in capsys.readouterr().err
+
+
+def test_what_a_verb_wrote_itself_is_replaced(here: Path) -> None:
+    for _ in range(2):
+        aps("embed", "stages/pretrain", "photos/red", "--out", "f.parquet")
+        aps("curate", "--index", "f.parquet", "--out", "c.csv", "--picture", "c.png")
+        aps("attention", "stages/pretrain", "photos/red/000.jpg", "--out", "a.png")
+
+
+def test_a_pipe_is_left_out_like_any_file_that_is_no_image(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "messy").mkdir()
+    shutil.copy(here / "photos/red/000.jpg", here / "messy/a.jpg")
+    os.mkfifo(here / "messy/pipe.png")
+    aps("embed", "stages/pretrain", "messy", "--out", "f.parquet")
+    assert pq.read_table("f.parquet").num_rows == 1
+    aps("predict", "stages/finetune", "messy", "--out", "p.csv")
+    assert "messy/pipe.png: cannot be read as an image (a pipe or device)" in capsys.readouterr().err
