@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import hashlib
 import json
@@ -11,7 +12,7 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -75,6 +76,19 @@ def check_is_no_folder(path: Path) -> None:
         raise UserError(f"{path}: cannot be written, because it is a folder; name a file")
 
 
+def check_writable(path: Path) -> None:
+    """Raises UserError where a file can't be written at `path`: a folder, or one in a place that is closed or a file."""
+    check_is_no_folder(path)
+    try:
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{above} is a file")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"no permission in {above}")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
 def _unwritable(path: Path, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder")
 
@@ -102,6 +116,22 @@ def write_unsynced(path: Path, content: bytes, folder: Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def csv_rows(path: Path, header: list[str]) -> Iterator[Callable[[list[Any]], Any]]:
+    """A function that writes a row of a CSV file, which appears when the block ends without an error.
+
+    Raises:
+        UserError: as `atomic_path`.
+    """
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        write = csv.writer(file, lineterminator="\n").writerow
+        write(header)
+        yield write
 
 
 def write_json(path: Path, content: Any) -> None:

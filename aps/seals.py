@@ -36,6 +36,16 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return metrics
 
 
+def check_no_stage(folder: Path) -> None:
+    """Raises UserError where a stage's result lies in `folder`, in which nothing else is to be written."""
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+    except (OSError, ValueError):
+        return
+    if isinstance(metrics, dict) and {"stage", "sha256"} <= set(metrics):
+        raise UserError(f"{folder} is a stage's folder, whose files are sealed; name another")
+
+
 def contents(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of the outputs in a folder, by file name, as metrics.json holds them."""
     not_sealed = ("metrics.json", "tracking.json")

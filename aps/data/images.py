@@ -12,7 +12,10 @@ before it is decoded. Colour profiles are not applied, transparency is dropped.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
+import stat
 import struct
 import warnings
 import zlib
@@ -53,9 +56,12 @@ def read_image(path: Path, at_least: int | None = None) -> Tensor:
 def read_file(path: Path) -> bytes:
     """The bytes of a file. Raises UserError where it can't be read."""
     try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # reading it may never end
+            raise OSError(errno.EINVAL, "a pipe or device")
         return Path(path).read_bytes()
-    except OSError as error:
-        raise _unreadable(path, str(error.strerror)) from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, str(getattr(error, "strerror", None) or error)) from None
 
 
 def decode_image(content: bytes, path: Path, at_least: int | None = None) -> Tensor:

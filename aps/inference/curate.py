@@ -5,13 +5,13 @@ kept. An outlier is an image far from its nearest neighbours: its score is 1 min
 
 Similarity is the cosine after whitening. Features of an encoder share one direction and vary along few, so the plain cosine
 of two different photographs can be 0.99. After whitening, directions have equal weight (weak ones less), and a copy that
-was saved again or resized can be told from a similar image (docs/log.md has the figures). Every two images are compared,
-so the time grows with the square of their number; memory does not.
+was saved again or resized can be told from a similar image (docs/log.md has the figures). Features that hardly differ have
+no directions to weight: copies of one image, or a collapsed encoder. There it is the plain cosine, and the summary says so.
+Every two images are compared, so the time grows with the square of their number; memory does not.
 """
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from aps.files import atomic_path
+from aps.files import csv_rows
 from aps.inference.neighbours import Index
 from aps.progress import Progress
 from aps.text import number_of
@@ -31,6 +31,7 @@ SIMILAR = 0.95  # similarity from which two images are near duplicates
 # Shares of the mean variance that are added to the variance of each direction: FLOOR, because a weaker direction is noise;
 # FEW per direction and image, because variances estimated from few images are uncertain.
 FLOOR, FEW = 0.01, 0.05
+EQUAL = 1e-6  # total variance of vectors of length 1 (1 - mean cosine) under which they are equal but for rounding
 NEAREST = 10  # neighbours in the score of an outlier
 SHOWN = 8  # images of a group on the terminal
 AT_ONCE = 8192  # rows compared with the whole file in one pass
@@ -41,10 +42,11 @@ class Curated:
     """One value for each of the M images of the file, in its order."""
 
     group: np.ndarray  # int64: near duplicates have the same number; -1: no duplicates
-    keep: np.ndarray  # bool: true for images in no group, and for one of each group
+    keep: np.ndarray  # bool: true for images in no group, and for one file of each group, by all its names
     nearest: np.ndarray  # int64: the most similar row; -1 where there is only one image
     similarity: np.ndarray  # float32: similarity to it
     outlier: np.ndarray  # float32: outlier score
+    equal: bool  # whether all features are equal, so that similarity is the plain cosine
 
     @property
     def groups(self) -> list[list[int]]:
@@ -78,7 +80,7 @@ def curate(index: Index, similar: float = SIMILAR) -> Curated:
                 outlier[rows] = 1 - best.mean(1).numpy()
             progress.update(len(whitened), len(whitened))
     group = groups.numbers()
-    return Curated(group, _kept(group, index), nearest, similarity, outlier)
+    return Curated(group, _kept(group, index), nearest, similarity, outlier, space.equal and count > 1)
 
 
 class _Space:
@@ -94,13 +96,14 @@ class _Space:
         mean = total / len(index)
         variances, directions = torch.linalg.eigh(products / len(index) - torch.outer(mean, mean))
         variances = variances.clamp(min=0)
+        self.equal = float(variances.sum()) < EQUAL
         floor = FLOOR + FEW * D / len(index)
         scale = (variances + floor * variances.mean()).clamp(min=1e-30).rsqrt()
         self._mean, self._map = mean.float(), (directions * scale).float()
 
     def whiten(self, vectors: Tensor) -> Tensor:
-        """vectors: (m, D) -> (m, D), of length 1."""
-        return F.normalize((vectors - self._mean) @ self._map, dim=1)
+        """vectors: (m, D), of length 1 -> (m, D), of length 1."""
+        return vectors if self.equal else F.normalize((vectors - self._mean) @ self._map, dim=1)
 
 
 def _compare(
@@ -158,27 +161,30 @@ class _Groups:
 
 
 def _kept(group: np.ndarray, index: Index) -> np.ndarray:
-    """bool (M): rows in no group, and the largest file of each group, the first of equals."""
+    """bool (M): rows in no group, and the largest file of each group, the first of equals, by all its names."""
     sizes = index.sizes()
     keep = group < 0
     largest: dict[int, int] = {}
-    for row in np.flatnonzero(group >= 0).tolist():
+    members = np.flatnonzero(group >= 0).tolist()
+    for row in members:
         if sizes[row] > sizes[largest.setdefault(int(group[row]), row)]:
             largest[int(group[row])] = row
     keep[list(largest.values())] = True
+    named = index.describe(members)
+    kept = {number: index.identity(named[row][0], row) for number, row in largest.items()}
+    for row in members:  # whoever deletes another name of the kept file may delete the file
+        keep[row] |= (own := index.identity(named[row][0], row)) is not None and own == kept[int(group[row])]
     return keep
 
 
 def write_table(path: Path, index: Index, found: Curated) -> None:
     """Write a CSV file with columns path, keep, group, nearest, similarity, outlier; one row for each image."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "keep", "group", "nearest", "similarity", "outlier"])
+    with csv_rows(path, ["path", "keep", "group", "nearest", "similarity", "outlier"]) as write:
         paths = index.paths()  # read once: neighbours lie anywhere in the file
         for row in range(len(index)):
             near = int(found.nearest[row])
             group = int(found.group[row])
-            writer.writerow(
+            write(
                 [
                     paths[row].as_py(),
                     "yes" if found.keep[row] else "no",
@@ -197,10 +203,18 @@ def summary(index: Index, found: Curated, outliers: int) -> str:
     lines = [
         f"{number_of(count, 'image')}: {number_of(len(groups), 'group')} of near duplicates, {number_of(spare, 'image')} could go"
     ]
+    if found.equal:
+        lines.append(
+            "all features are equal, so similarity is the plain cosine: these are copies of one image, or the encoder has "
+            "collapsed; look at the images before any goes"
+        )
     named = index.describe(sorted({row for rows in groups[:outliers] for row in rows} | set(found.outliers(outliers))))
     for rows in groups[:outliers]:
         lines.append(f"  keep {named[rows[0]][0]}")
-        lines += [f"       {named[row][0]}  ({found.similarity[row]:.3f})" for row in rows[1:SHOWN]]
+        lines += [
+            f"  {'keep' if found.keep[row] else '    '} {named[row][0]}  ({found.similarity[row]:.3f})"
+            for row in rows[1:SHOWN]
+        ]
         lines += [f"       ... and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
     if len(groups) > outliers:
         lines.append(f"  ... and {number_of(len(groups) - outliers, 'group')} more")

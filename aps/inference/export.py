@@ -6,6 +6,9 @@ runs as printed (tests/inference/test_export.py), and computes the same as this 
 Design: the name of a timm model cannot set LayerNorm's eps, which is 1e-5 here and 1e-6 in most of timm. So a folder for
 the Hub names the family whose eps is 1e-5 (timm's CLIP towers), with its extra norm switched off; the Python for a single
 file passes the norm as an argument.
+
+Files whose names it chooses itself (cards, what a folder for the Hub holds) are replaced only where an export of the same
+form wrote them: cards end in a line that says so, config.json has a key.
 """
 
 from __future__ import annotations
@@ -20,15 +23,17 @@ from torch import Tensor
 
 from aps.detection.placement import backbone_tensors
 from aps.errors import UserError
-from aps.files import atomic_path, write_json
+from aps.files import atomic_path, check_is_no_folder, read_json, write_json
 from aps.inference.cards import model_card
 from aps.inference.convert import EPS_FAMILIES, FAMILY, timm_arguments
 from aps.inference.model import Loaded, Model
 from aps.models.archs import dimensions
 from aps.models.encoder import Encoder
 from aps.models.weights import encoder_metadata, save_tensors
+from aps.seals import check_no_stage
 
 LINE = 110  # characters of a printed list
+MADE_BY, OURS = "made_by", "aps export"  # key and value in config.json
 
 
 def export(model: Loaded, to: str, out: Path, licence: str | None = None) -> str:
@@ -45,11 +50,49 @@ def export(model: Loaded, to: str, out: Path, licence: str | None = None) -> str
         raise UserError(f"--to {to}: choose {', '.join(TARGETS)}")
     if not isinstance(model, Model):
         raise UserError(f"{model.source.address} is a detector, which can't be exported; export its encoder")
+    suffixes, advice = SUFFIXES.get(to, ((), ""))
+    if suffixes and out.suffix not in suffixes:
+        raise UserError(f"--out {out}: {advice}")
+    card, mark = _check_place(to, out)
     loading = TARGETS[to](model, out)
-    card = out / "README.md" if to == "hub-folder" else out.with_suffix(".md")
+    text = model_card(model, loading, licence, out.resolve().stem)
     with atomic_path(card) as temporary:
-        temporary.write_text(model_card(model, loading, licence, out.resolve().stem), encoding="utf-8")
+        temporary.write_text(f"{text}\n{mark}\n", encoding="utf-8", errors="backslashreplace")
     return loading
+
+
+def _check_place(to: str, out: Path) -> tuple[Path, str]:
+    """The path of the card and its last line, by which the next export knows it.
+
+    Raises:
+        UserError: `out` lies in a stage's folder, or a file is in the way that no export of this form wrote.
+    """
+    if to == "hub-folder":
+        if out.is_file():
+            raise UserError(f"--out {out} is a file; name a folder")
+        folder, card, form = out, out / "README.md", to
+        config = out / "config.json"
+        ours = config.exists() and _is_ours(config)
+        named = [] if ours else [config, out / "model.safetensors"]
+    else:
+        check_is_no_folder(out)
+        folder, card, form, named = out.parent, out.with_suffix(".md"), f"{to}, {out.suffix}", []
+    check_no_stage(folder)
+    check_is_no_folder(card)
+    mark = f"<!-- written by aps export: {form} -->"
+    if card.exists() and mark not in card.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]:
+        named.append(card)
+    if foreign := [file for file in named if file.exists()]:
+        raise UserError(f"{foreign[0]} is there, and no export to {to} wrote it; move it, or choose another --out")
+    return card, mark
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        found = read_json(config)
+    except UserError:
+        return False
+    return isinstance(found, dict) and found.get(MADE_BY) == OURS
 
 
 # --------------------------------------------------------------------------------------------------
@@ -57,8 +100,6 @@ def export(model: Loaded, to: str, out: Path, licence: str | None = None) -> str
 
 
 def _export_timm(model: Model, out: Path) -> str:
-    if out.suffix != ".safetensors":
-        raise UserError(f"--out {out}: timm's weights are a .safetensors file; name one")
     save_tensors(_state(model), out, _metadata(model))
     settings = model.source.settings
     name, arguments, norm = _timm_name(model), dict[str, Any](num_classes=len(model.classes)), list[str]()
@@ -78,8 +119,6 @@ def _export_timm(model: Model, out: Path) -> str:
 
 def _export_hub(model: Model, out: Path) -> str:
     """timm's layout: config.json and model.safetensors."""
-    if out.is_file():
-        raise UserError(f"--out {out} is a file; name a folder")
     settings, classes = model.source.settings, len(model.classes)
     pooling = "token"
     layers = {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
@@ -98,6 +137,7 @@ def _export_hub(model: Model, out: Path) -> str:
             f"encoder.layer_norm_eps is {settings.layer_norm_eps:g}, and a folder for the Hub can only say {known}; use --to timm"
         )
     config: dict[str, Any] = {
+        MADE_BY: OURS,
         "architecture": architecture,
         "num_classes": classes,
         "num_features": model.dim,
@@ -107,9 +147,9 @@ def _export_hub(model: Model, out: Path) -> str:
     }
     if model.classes:
         config["label_names"] = list(model.classes)
+    write_json(out / "config.json", config)  # first: it tells the next export that the weights are ours
     save_tensors(_state(model), out / "model.safetensors", _metadata(model))
-    write_json(out / "config.json", config)
-    creation = [f'model = timm.create_model("local-dir:{out}", pretrained=True).eval()']
+    creation = [f"model = timm.create_model({f'local-dir:{out}'!r}, pretrained=True).eval()"]
     return _script(model, ["import timm"], creation)
 
 
@@ -147,8 +187,6 @@ def _metadata(model: Model) -> dict[str, str]:
 
 
 def _export_onnx(model: Model, out: Path) -> str:
-    if out.suffix != ".onnx":
-        raise UserError(f"--out {out}: name an .onnx file")
     model.to_onnx(out)
     lines = [
         *_imports(["import onnxruntime"]),
@@ -160,8 +198,7 @@ def _export_onnx(model: Model, out: Path) -> str:
         lines += [
             "def predict(path):",
             '    """The likeliest class of an image file, and its probability."""',
-            *_opened(),
-            '    (probabilities,) = session.run(["probabilities"], {"images": transform(image)[None].numpy()})',
+            '    (probabilities,) = session.run(["probabilities"], {"images": transform(opened(path))[None].numpy()})',
             "    best = int(probabilities[0].argmax())",
             "    return classes[best], float(probabilities[0, best])",
             "",
@@ -170,8 +207,7 @@ def _export_onnx(model: Model, out: Path) -> str:
     lines += [
         "def embed(path):",
         '    """The features of an image file, float32 (1, ' + str(model.dim) + ')."""',
-        *_opened(),
-        '    return session.run(["features"], {"images": transform(image)[None].numpy()})[0]',
+        '    return session.run(["features"], {"images": transform(opened(path))[None].numpy()})[0]',
     ]
     return "\n".join(lines)
 
@@ -182,8 +218,6 @@ def _export_onnx(model: Model, out: Path) -> str:
 
 def _export_vitdet(model: Model, out: Path) -> str:
     """A checkpoint for detectron2, with the backbone's names in its ViTDet."""
-    if out.suffix not in (".pth", ".pt"):
-        raise UserError(f"--out {out}: detectron2 reads .pth files; name one")
     settings = model.source.settings
     if settings is None or not isinstance(model.network, Encoder):
         raise UserError(f"{model.source.address} is no encoder of this project; only those go to ViTDet")
@@ -233,9 +267,8 @@ def _script(model: Model, imports: list[str], creation: list[str], partial_: boo
         lines += [
             "def predict(path):",
             '    """The likeliest class of an image file, and its probability."""',
-            *_opened(),
             "    with torch.inference_mode():",
-            "        probabilities = model(transform(image)[None]).softmax(1)[0]",
+            "        probabilities = model(transform(opened(path))[None]).softmax(1)[0]",
             "    return classes[int(probabilities.argmax())], float(probabilities.max())",
             "",
             "",
@@ -243,9 +276,8 @@ def _script(model: Model, imports: list[str], creation: list[str], partial_: boo
     lines += [
         "def embed(path):",
         '    """The features of an image file, float32 (1, ' + str(model.dim) + ')."""',
-        *_opened(),
         "    with torch.inference_mode():",
-        "        return model.forward_head(model.forward_features(transform(image)[None]), pre_logits=True)",
+        "        return model.forward_head(model.forward_features(transform(opened(path))[None]), pre_logits=True)",
     ]
     return "\n".join(lines)
 
@@ -253,12 +285,12 @@ def _script(model: Model, imports: list[str], creation: list[str], partial_: boo
 def _imports(lines: list[str]) -> list[str]:
     """Import statements: `lines`, and those that every script needs."""
     from_imports = ["from PIL import Image, ImageOps", "from torchvision.transforms import v2"]
-    return [*sorted([*lines, "import torch"]), *from_imports]
+    return [*sorted([*lines, "import numpy as np", "import torch"]), *from_imports]
 
 
 def _pre(model: Model) -> list[str]:
-    """Lines that define the transform and the class names."""
-    return [*model.preprocessing.code().split("\n"), *_classes(model), "", ""]
+    """Lines that define the transform, the class names, and how a file is opened."""
+    return [*model.preprocessing.code().split("\n"), *_classes(model), "", "", *OPENED.splitlines()]
 
 
 def _classes(model: Model) -> list[str]:
@@ -267,8 +299,20 @@ def _classes(model: Model) -> list[str]:
     return ["classes = " + pprint.pformat(list(model.classes), width=LINE, compact=True)]
 
 
-def _opened() -> list[str]:
-    return ['    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")']
+# As aps.data.images, which the printed lines can't import; a test compares them over Pillow's modes.
+OPENED = '''\
+def opened(path):
+    """An image file in 8-bit RGB, upright; of 16 bits, the upper 8 are kept."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError(f"{path}: its pixels are no whole numbers of 8 or 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+'''
 
 
 TARGETS: dict[str, Callable[[Model, Path], str]] = {
@@ -276,4 +320,9 @@ TARGETS: dict[str, Callable[[Model, Path], str]] = {
     "onnx": _export_onnx,
     "hub-folder": _export_hub,
     "vitdet": _export_vitdet,
+}
+SUFFIXES = {  # of the file that a form writes, and what to say of others
+    "timm": ((".safetensors",), "timm's weights are a .safetensors file; name one"),
+    "onnx": ((".onnx",), "name an .onnx file"),
+    "vitdet": ((".pth", ".pt"), "detectron2 reads .pth files; name one"),
 }

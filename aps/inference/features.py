@@ -3,7 +3,7 @@
 Design: memory does not grow with the number of images. Parts of a thousand rows are written atomically as they are
 computed, so a killed run continues after the last part. At the end an incremental PCA reads the parts and gives every row
 its point, and the file is written atomically. A second run computes new or changed images, and takes the other rows from
-the existing file. An unreadable image is listed, and does not end the run.
+the existing file, for 16 bytes of memory a row. An unreadable image is listed, and does not end the run.
 
 Columns: `path` (text), `embedding` (D float32), `xy` (2 float32: the first two principal components), `label` (text or
 null), `bytes` and `modified` (of the image file; null where there is none). The file's metadata name the weights.
@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -34,12 +35,13 @@ from sklearn.decomposition import IncrementalPCA
 from aps import __version__
 from aps.errors import Preempted, UserError
 from aps.files import atomic_path, check_is_no_folder, read_json, write_json
-from aps.inference.images import ImageLike, walk
+from aps.inference.images import ImageLike, Once, walk
 from aps.inference.model import BATCH, Model
 from aps.progress import Progress
 
 PART = 1024  # rows of a part
 KEY = b"aps"  # key of our metadata in the file
+ESCAPED = re.compile(rb"\\x([89a-f][0-9a-f])")  # a byte that is not UTF-8, in a name
 SHOWN = 3  # unreadable images named on the terminal
 
 
@@ -57,16 +59,26 @@ class Item(NamedTuple):
         return self.path, self.bytes, self.modified
 
 
-def files(paths: Iterable[str | Path]) -> Iterator[Item]:
+def files(paths: Iterable[str | Path], once: Once | None = None) -> Iterator[Item]:
     """Items of image files and of folders of them; see `aps.inference.images.walk`."""
-    for path in walk(paths):
-        name = os.fsencode(path).decode("utf-8", errors="backslashreplace")  # Parquet's text is UTF-8
+    for path in walk(paths, once):
+        name = name_of(path)
         try:
             status = path.stat()
         except OSError:  # a broken link; reading it will give the error
             yield Item(name, path)
             continue
         yield Item(name, path, None, status.st_size, status.st_mtime_ns)
+
+
+def name_of(path: str | Path) -> str:
+    """The text that stands for a path in a file of features: bytes that are not UTF-8, which Parquet's text is, are escaped."""
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
+
+
+def file_named(name: str) -> str:
+    """The path for which `name_of` gives `name`, if it had to escape bytes."""
+    return os.fsdecode(ESCAPED.sub(lambda found: bytes([int(found[1], 16)]), name.encode()))
 
 
 @dataclass(frozen=True)
@@ -108,9 +120,9 @@ def write_features(
                 file.unlink()
             write_json(parts / "state.json", made_by)
         run = _Run(model, out, parts, total, batch_size, stop, label)
-        old = _rows(out) if out.exists() and _made_by(out, made_by) else None
         stream = run.skip_finished(iter(items))
-        run.embed(stream, _Known(old))
+        with _Known(out if out.exists() and _made_by(out, made_by) else None) as known:
+            run.embed(stream, known)
         written = run.assemble({**made_by, "source": model.source.address, "dim": model.dim})
         shutil.rmtree(parts)
     return written
@@ -245,7 +257,8 @@ class _Plane:
             return
         self._waiting = np.empty((0, 0), dtype=np.float32)
         self._pca = self._pca or IncrementalPCA(min(2, vectors.shape[1]))
-        self._pca.partial_fit(vectors)
+        with np.errstate(invalid="ignore", divide="ignore"):  # equal vectors: it divides by their variance for shares
+            self._pca.partial_fit(vectors)
 
     def points(self, vectors: np.ndarray) -> np.ndarray:
         """vectors: (m, D) -> float32 (m, 2)."""
@@ -255,21 +268,50 @@ class _Plane:
 
 
 class _Known:
-    """Embeddings of the existing file. It has the order of the items, so both are read once, in parallel."""
+    """Embeddings of the existing file, by path, size and time of change, in any order.
 
-    def __init__(self, rows: Iterator[dict[str, Any]] | None) -> None:
-        self._rows = rows or iter(())
-        self._next = next(self._rows, None)
+    Memory: 16 bytes a row, and one piece of the file. Images of a folder lie in neighbouring rows, so a piece is read
+    about once, whatever the order in which folders are named.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = None if file is None else pq.ParquetFile(file)
+        groups = range(0 if self._file is None else self._file.num_row_groups)
+        pieces = [
+            np.array([hash(identity) for identity in self._identities(group)], dtype=np.int64) for group in groups
+        ]
+        hashes = np.concatenate([np.empty(0, dtype=np.int64), *pieces])
+        self._starts = np.cumsum([0, *map(len, pieces)])
+        self._order = np.argsort(hashes)
+        self._hashes = hashes[self._order]
+        self._piece: tuple[int, list[tuple[Any, ...]], np.ndarray] = (-1, [], np.empty((0, 0)))  # number, rows, vectors
+
+    def __enter__(self) -> _Known:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def find(self, item: Item) -> dict[str, Any] | None:
         """The embedding of an unchanged image; None for a new or changed one."""
-        key = Path(item.path).parts
-        while self._next is not None and Path(self._next["path"]).parts < key:
-            self._next = next(self._rows, None)
-        row = self._next
-        if row is None or item.modified is None or (row["path"], row["bytes"], row["modified"]) != item.identity:
+        wanted = hash(item.identity)
+        at = int(np.searchsorted(self._hashes, wanted))
+        if item.modified is None or at == len(self._hashes) or self._hashes[at] != wanted:
             return None
-        return {"embedding": row["embedding"], "error": None}
+        row = int(self._order[at])
+        group = int(np.searchsorted(self._starts, row, side="right")) - 1
+        if self._piece[0] != group:
+            assert self._file is not None
+            self._piece = (group, self._identities(group), _vectors(self._file.read_row_group(group, ["embedding"])))
+        _, identities, vectors = self._piece
+        inside = row - int(self._starts[group])
+        return {"embedding": vectors[inside], "error": None} if identities[inside] == item.identity else None
+
+    def _identities(self, group: int) -> list[tuple[Any, ...]]:
+        assert self._file is not None
+        columns = self._file.read_row_group(group, ["path", "bytes", "modified"]).to_pydict()
+        return list(zip(columns["path"], columns["bytes"], columns["modified"], strict=True))
 
 
 _PART_COLUMNS = ("path", "label", "bytes", "modified", "embedding", "error")
@@ -301,15 +343,6 @@ def _vectors(table: pa.Table) -> np.ndarray:
     """float32 (m, D)"""
     column = table["embedding"].combine_chunks()
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
-
-
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    with pq.ParquetFile(file) as opened:
-        for group in range(opened.num_row_groups):
-            table = opened.read_row_group(group, columns=["path", "bytes", "modified", "embedding"])
-            vectors = _vectors(table)
-            for row, vector in zip(table.drop(["embedding"]).to_pylist(), vectors, strict=True):
-                yield row | {"embedding": vector}
 
 
 def read_metadata(file: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import PIL.Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -20,6 +21,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from aps.data.images import read_image
+from aps.data.walk import SUFFIXES, printable
 from aps.errors import UserError
 from aps.files import atomic_path
 from aps.inference.images import ImageLike, read
@@ -38,6 +40,32 @@ class Cell:
     image: ImageLike | None
     caption: str = ""
     frame: str | None = None  # colour
+
+
+def check_picture(path: Path) -> None:
+    """Raises UserError where a name is that of another kind of file than PNG, or of a picture that was not drawn here."""
+    _check_suffix(path)
+    if path.exists() and not _is_drawing(path):
+        raise UserError(f"{path}: is there, and is no picture that this package drew; name another")
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix.lower() not in (".png", ""):
+        raise UserError(f"{path}: pictures are written as PNG; name a .png file")
+
+
+def _is_drawing(path: Path) -> bool:
+    try:
+        with PIL.Image.open(path) as picture:
+            return str(picture.info.get("Software", "")).startswith("Matplotlib")
+    except (OSError, ValueError):
+        return False
+
+
+def check_folder(path: Path) -> None:
+    """Raises UserError where the name of a folder for pictures is that of a picture."""
+    if path.suffix.lower() in {*SUFFIXES, ".svg", ".pdf", ".eps", ".ps"}:
+        raise UserError(f"{path}: is to be a folder for pictures, but has a picture's name; name a folder")
 
 
 def grid(path: Path, rows: Sequence[tuple[str, Sequence[Cell]]], title: str = "") -> None:
@@ -123,7 +151,7 @@ def detections(path: Path, image: ImageLike, found: Any, classes: Sequence[str],
         align: Any = "bottom" if top > 0.08 * H else "top"  # inside the box, where there is no space above it
         style = {"color": colour, "pad": 0.8, "lw": 0}
         axes.text(left - 0.5, top - 0.5, text, color="white", fontsize=9, bbox=style, va=align)
-    axes.set_title(title or f"{len(found)} found", fontsize=9)
+    axes.set_title(printable(title).replace("$", r"\$") or f"{len(found)} found", fontsize=9)
     _save(figure, path)
 
 
@@ -170,7 +198,8 @@ def _hwc(x: Tensor) -> np.ndarray:
 
 
 def _short(text: str) -> str:
-    """A long name's end, which distinguishes files of a folder; dollar signs are escaped, because they start a formula."""
+    """A long name's end, which distinguishes files of a folder; what can't be drawn, and dollar signs, which start a formula, are escaped."""
+    text = printable(text)
     text = text if len(text) <= LETTERS else f"…{text[1 - LETTERS :]}"
     return text.replace("$", r"\$")
 
@@ -181,7 +210,6 @@ def _remove_ticks(axes: Axes) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    if path.suffix.lower() not in (".png", ""):
-        raise UserError(f"{path}: pictures are written as PNG; name a .png file")
+    _check_suffix(path)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")

@@ -231,40 +231,88 @@ def decoded(
                 future.cancel()
 
 
-def walk(paths: Iterable[str | os.PathLike]) -> Iterator[Path]:
+class Once:
+    """What a walk has met, so that a file to which two names lead is one image. Hard links are files of their own.
+
+    Memory: a path for each folder, and for each file that is named by itself or by a link.
+
+    Attributes:
+        left_out: how many folders and files were met again, by another name.
+    """
+
+    def __init__(self) -> None:
+        self.left_out = 0
+        self._folders, self._files = set[str](), set[str]()
+
+    def enters(self, folder: str) -> bool:
+        """Whether a folder, a real path, is met for the first time."""
+        if new := folder not in self._folders:
+            self._folders.add(folder)
+        self.left_out += not new
+        return new
+
+    def takes(self, path: Path, folder: str | None = None) -> bool:
+        """Whether a file is met for the first time; `folder`: the real path of its folder, where the file is no link."""
+        if folder is not None:
+            new = not self._files or os.path.join(folder, path.name) not in self._files
+        else:
+            real = os.path.realpath(path)
+            inside, name = os.path.split(real)
+            new = real not in self._files and not (inside in self._folders and _listed(name))
+            if new:
+                self._files.add(real)
+        self.left_out += not new
+        return new
+
+
+def walk(paths: Iterable[str | os.PathLike], once: Once | None = None) -> Iterator[Path]:
     """Image files: those given, and all images in given folders, at any depth, always in the same order.
 
     It is lazy: memory is that of one directory listing per level. Hidden files and folders, and those that operating systems
     and tools create, are left out. Links to folders are followed, unless they lead to a folder above.
+
+    Args:
+        once: a new one, to meet every file once; None: a file is met by each of its names.
 
     Raises:
         UserError: a path does not exist, or a given folder holds no image.
     """
     for start in map(Path, paths):
         if start.is_file():
-            yield start
+            if once is None or once.takes(start):
+                yield start
         elif start.is_dir():
-            count = 0
-            for count, path in enumerate(_inside(start, frozenset()), 1):  # noqa: B007
+            count, before = 0, once.left_out if once else 0
+            for count, path in enumerate(_inside(start, frozenset(), once), 1):  # noqa: B007
                 yield path
-            if not count:
+            if not count and (once is None or once.left_out == before):
                 raise UserError(f"{start}: no images in this folder ({', '.join(sorted(SUFFIXES))}); give another")
         else:
             raise UserError(f"{start} does not exist; give image files or folders of images")
 
 
-def _inside(folder: Path, above: frozenset[str]) -> Iterator[Path]:
+def _inside(folder: Path, above: frozenset[str], once: Once | None) -> Iterator[Path]:
     real = os.path.realpath(folder)
-    if real in above:
+    if real in above or not (once is None or once.enters(real)):
         return
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
     except OSError as error:
         raise UserError(f"{printable(folder)}: cannot be listed ({error.strerror}); change its permissions") from None
     for entry in entries:
-        if entry.name.startswith(".") or entry.name.lower() in HOUSEKEEPING:
+        path = folder / entry.name
+        if _hidden(entry.name):
             continue
         if entry.is_dir():
-            yield from _inside(folder / entry.name, above | {real})
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-            yield folder / entry.name
+            yield from _inside(path, above | {real}, once)
+        elif _listed(entry.name) and (once is None or once.takes(path, None if entry.is_symlink() else real)):
+            yield path
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in HOUSEKEEPING
+
+
+def _listed(name: str) -> bool:
+    """Whether a walk of a folder takes its file of this name."""
+    return not _hidden(name) and os.path.splitext(name)[1].lower() in SUFFIXES

@@ -7,9 +7,8 @@ be missed; similarities are exact.
 
 from __future__ import annotations
 
-import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib.util import find_spec
 from itertools import groupby
@@ -25,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aps.errors import UserError
-from aps.files import atomic_path
-from aps.inference.features import read_metadata
+from aps.files import atomic_path, csv_rows
+from aps.inference.features import file_named, read_metadata
 from aps.inference.model import Loaded
 from aps.ranges import whole
 
@@ -170,10 +169,52 @@ class Index:
         """Bytes of each row's image file, int64 (M,); 0 where it has no file."""
         return self._opened.read(columns=["bytes"])["bytes"].fill_null(0).to_numpy()
 
-    def image(self, path: str) -> Path | None:
-        """The image file of a row, relative to the working directory here or when the features were made; None: gone."""
-        candidates = (Path(path), Path(self.metadata["folder"]) / path)
-        return next((candidate for candidate in candidates if candidate.is_file()), None)
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        return self.sizes()
+
+    def image(self, path: str, row: int | None = None) -> Path | None:
+        """The image file of a path, relative to the working directory when the features were made, or else here; None: gone.
+
+        row: its row; a file relative to the working directory here then has to be as large as the row's, for another folder
+            may have a file of the same name.
+        """
+        names = dict.fromkeys((path, file_named(path)))
+        if (
+            made := next((f for name in names if (f := Path(self.metadata["folder"], name)).is_file()), None)
+        ) is not None:
+            return made
+        here = next((file for name in names if (file := Path(name)).is_file()), None)
+        if here is not None and row is not None and here.stat().st_size != self._sizes[row]:
+            return None
+        return here
+
+    def changed(self, rows: Iterable[int] | None = None) -> int:
+        """How many image files of rows (None: of all) are others now than when the features were made; those gone are none.
+
+        Raises:
+            UserError: the file has no such row.
+        """
+        count = 0
+        of_group: dict[int, list[int]] = {}
+        chosen = list(range(len(self))) if rows is None else sorted(set(rows))
+        for row, group in zip(chosen, self._groups(chosen), strict=True):
+            of_group.setdefault(group, []).append(row - int(self._starts[group]))
+        for group, inside in of_group.items():
+            table = self._opened.read_row_group(group, columns=["path", "bytes", "modified"])
+            for row in table.take(inside).to_pylist():
+                if row["modified"] is None or (file := self.image(row["path"])) is None:  # whatever its size
+                    continue
+                status = file.stat()
+                count += (status.st_size, status.st_mtime_ns) != (row["bytes"], row["modified"])
+        return count
+
+    def identity(self, path: str, row: int) -> tuple[int, int] | None:
+        """Device and inode of a row's image file; None: gone."""
+        if (file := self.image(path, row)) is None:
+            return None
+        status = file.stat()
+        return status.st_dev, status.st_ino
 
     def _search_faiss(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         index = self._faiss
@@ -221,9 +262,7 @@ def table(queries: list[str], found: list[list[Neighbour]]) -> str:
 
 def write_table(path: Path, queries: list[str], found: list[list[Neighbour]]) -> None:
     """Write a CSV file with columns query, rank, path, label, similarity."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["query", "rank", "path", "label", "similarity"])
+    with csv_rows(path, ["query", "rank", "path", "label", "similarity"]) as write:
         for query, neighbours in zip(queries, found, strict=True):
             for rank, n in enumerate(neighbours, 1):
-                writer.writerow([query, rank, n.path, n.label or "", f"{n.similarity:.6f}"])
+                write([query, rank, n.path, n.label or "", f"{n.similarity:.6f}"])

@@ -6,11 +6,11 @@ Any number of images needs the memory of a few batches. Heavy imports are inside
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,9 @@ from aps.text import number_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from aps.inference.images import Once
     from aps.inference.model import Detections, Loaded, Model
+    from aps.inference.neighbours import Index
 
 Verb = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
 
@@ -138,6 +140,45 @@ def _loaded(args: argparse.Namespace) -> Loaded:
     return load(args.weights, device=args.device)
 
 
+def _check_outputs(
+    reads: list[Any], *writes: Path | None, picture: Path | None = None, folder: Path | None = None
+) -> None:
+    """Check every name under which a verb writes, before anything is computed.
+
+    Args:
+        reads: what the verb reads: weights, images, an index.
+        writes: files; those that are None are not written.
+        picture: one more, a PNG.
+        folder: for pictures.
+
+    Raises:
+        UserError: a file can't be written, would replace what is read, another output or a file of another kind, or lies in
+            a stage's folder; a picture is named as another kind of file, or a folder as a picture.
+    """
+    from aps.files import check_writable
+    from aps.seals import check_no_stage
+
+    taken = {os.path.realpath(path) for path in reads}
+    for path in filter(None, writes):
+        if path.exists() and path.suffix.lower() not in OUTPUTS:
+            raise UserError(f"{path}: is there, and is no file that this command writes; name another")
+    inside = None if folder is None else folder / "any picture"
+    for path in filter(None, (*writes, picture, inside)):
+        check_writable(path)
+        check_no_stage(path.parent)
+        if os.path.realpath(path) in taken:
+            raise UserError(f"{path}: this command reads or writes it already; name another file")
+        taken.add(os.path.realpath(path))
+    if picture is not None or folder is not None:
+        from aps.inference.figures import check_folder, check_picture
+
+        if picture is not None:
+            check_picture(picture)
+        if folder is not None:
+            check_folder(folder)
+
+
+OUTPUTS = ("", ".csv", ".tsv", ".txt", ".parquet", ".jsonl", ".safetensors", ".onnx", ".pth", ".pt")  # may be replaced
 Prepare = Callable[[Any, str], "Tensor"]
 
 
@@ -147,9 +188,10 @@ def _readable(args: argparse.Namespace, prepare: Prepare) -> Iterator[tuple[list
     Raises:
         UserError: a path does not exist, or no image can be read.
     """
-    from aps.inference.images import decoded, walk
+    from aps.inference.images import Once, decoded, walk
 
-    names, paths = tee(walk(args.images))
+    once = Once()
+    names, paths = tee(walk(args.images, once))
     any_readable = False
     for batch in decoded(paths, prepare, args.batch_size):
         named = list(zip(islice(names, len(batch)), batch, strict=True))
@@ -158,8 +200,14 @@ def _readable(args: argparse.Namespace, prepare: Prepare) -> Iterator[tuple[list
         if kept := [(path, x) for path, x in named if not isinstance(x, UserError)]:
             any_readable = True
             yield [path for path, _ in kept], [x for _, x in kept]
+    _say_met_again(once)
     if not any_readable:
         raise UserError("none of the images can be read; give others")
+
+
+def _say_met_again(once: Once) -> None:
+    if once.left_out:
+        print(f"left out: {number_of(once.left_out, 'name')} of folders and images met before", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -169,6 +217,7 @@ def _embed(args: argparse.Namespace) -> None:
     if not args.images:
         raise UserError(f"embed {args.weights}: name images after the weights")
     args.out = args.out or Path("features.parquet")
+    _check_outputs([args.weights, *args.images], args.out)
     written = _write_features(args, args.out)
     lost = f", {written.unreadable} unreadable, listed in {args.out}.unreadable.txt" if written.unreadable else ""
     known = f" ({written.known} of them known before)" if written.known else ""
@@ -177,31 +226,39 @@ def _embed(args: argparse.Namespace) -> None:
 
 def _write_features(args: argparse.Namespace, out: Path) -> Any:
     from aps.inference.features import files, write_features
-    from aps.inference.images import walk
+    from aps.inference.images import Once, walk
     from aps.runtime.processes import Distributed
     from aps.runtime.signals import stop_requested
 
     model = _model(args, "embed")
     alone = Distributed(0, 1, model.device)
-    total = sum(1 for _ in walk(args.images))
-    return write_features(model, files(args.images), total, out, args.batch_size, lambda: stop_requested(alone))
+    once = Once()
+    total = sum(1 for _ in walk(args.images, once))
+    _say_met_again(once)
+    return write_features(model, files(args.images, Once()), total, out, args.batch_size, lambda: stop_requested(alone))
 
 
 def _neighbours(args: argparse.Namespace) -> None:
+    import torch
+
     from aps.inference import figures
-    from aps.inference.images import walk
+    from aps.inference.features import name_of
     from aps.inference.neighbours import Index, table, write_table
 
+    _check_outputs([args.weights, *args.images, args.index], args.table, picture=args.picture)
     index, model = Index(args.index), _model(args, "embed")
     index.check(model)
-    queries = list(walk(args.images))
+    queries, vectors = list[Path](), list[Any]()
+    for paths, pixels in _readable(args, model.preprocessing.pixels):
+        queries += paths
+        vectors.append(model.features_of(pixels))
     found = [
-        [n for n in neighbours if not _is(index.image(n.path), query)][: args.k]  # a query may find itself
-        for query, neighbours in zip(
-            queries, index.neighbours(model.embed(queries, args.batch_size), args.k + 1), strict=True
-        )
+        [n for n in neighbours if not _is(index.image(n.path, n.row), query)][: args.k]  # a query may find itself
+        for query, neighbours in zip(queries, index.neighbours(torch.cat(vectors), args.k + 1), strict=True)
     ]
-    names = [str(path) for path in queries]
+    shown = {n.row for neighbours in found for n in neighbours}
+    _say_changed(index, index.changed(shown), "images found")
+    names = [name_of(path) for path in queries]
     print(table(names, found))
     if args.table:
         write_table(args.table, names, found)
@@ -211,7 +268,7 @@ def _neighbours(args: argparse.Namespace) -> None:
             [
                 figures.Cell(path, f"query: {path.name}", "black"),
                 *(
-                    figures.Cell(index.image(n.path), f"{n.similarity:.3f} {n.label or Path(n.path).name}")
+                    figures.Cell(index.image(n.path, n.row), f"{n.similarity:.3f} {n.label or Path(n.path).name}")
                     for n in neighbours[:COLUMNS]
                 ),
             ],
@@ -222,6 +279,15 @@ def _neighbours(args: argparse.Namespace) -> None:
     more = f" (the first {ROWS} of {len(queries)} queries)" if len(queries) > ROWS else ""
     more += f" (the first {COLUMNS} of {args.k} neighbours)" if args.k > COLUMNS else ""
     print(f"\n{args.picture}{more}")
+
+
+def _say_changed(index: Index, count: int, among: str) -> None:
+    if count:
+        print(
+            f"warning: {count:,} of the {among} have changed since {index.file} was made, and their features are old; "
+            f"run `aps embed {index.metadata['source']} IMAGES --out {index.file}`",
+            file=sys.stderr,
+        )
 
 
 def _is(file: Path | None, other: Path) -> bool:
@@ -235,8 +301,13 @@ def _curate(args: argparse.Namespace) -> None:
     if args.weights is not None:
         if not args.images:
             raise UserError(f"curate {args.weights}: name images after the weights, or neither and --index")
+        _check_outputs([args.weights, *args.images], args.index, args.out, picture=args.picture)
         _write_features(args, args.index)
+    else:
+        _check_outputs([args.index], args.out, picture=args.picture)
     index = Index(args.index)
+    if args.weights is None:
+        _say_changed(index, index.changed(), f"{len(index):,} images")
     found = curate.curate(index, curate.SIMILAR if args.similarity is None else args.similarity)
     curate.write_table(args.out, index, found)
     print(curate.summary(index, found, args.outliers))
@@ -247,7 +318,7 @@ def _curate(args: argparse.Namespace) -> None:
             f"group {number}",
             [
                 figures.Cell(
-                    index.image(named[row][0]),
+                    index.image(named[row][0], row),
                     "keep" if found.keep[row] else f"{found.similarity[row]:.3f}",
                     "green" if found.keep[row] else "firebrick",
                 )
@@ -258,7 +329,8 @@ def _curate(args: argparse.Namespace) -> None:
     ]
     for start in range(0, len(outliers), 8):
         cells = [
-            figures.Cell(index.image(named[row][0]), f"{found.outlier[row]:.3f}") for row in outliers[start : start + 8]
+            figures.Cell(index.image(named[row][0], row), f"{found.outlier[row]:.3f}")
+            for row in outliers[start : start + 8]
         ]
         rows.append(("outliers" if not start else "", cells))
     figures.grid(args.picture, rows)
@@ -267,45 +339,23 @@ def _curate(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
+    from aps.data.walk import printable
+    from aps.files import csv_rows
+    from aps.inference.features import name_of
     from aps.inference.model import Predictions
 
+    _check_outputs([args.weights, *args.images], args.out)
     model = _model(args, "predict")
-    with _Table(args.out, ["path", "class", "probability", *model.classes]) as table:
+    header = ["path", "class", "probability", *model.classes]
+    with nullcontext(lambda row: None) if args.out is None else csv_rows(args.out, header) as write:
         for paths, pixels in _readable(args, model.preprocessing.pixels):
             predictions = Predictions(model.probabilities_of(pixels), model.classes)
             tops = predictions.top(args.top)
             for path, top, probabilities in zip(paths, tops, predictions.probabilities.tolist(), strict=True):
-                print(f"{path}  " + "  ".join(f"{name} {probability:.3f}" for name, probability in top))
-                table.write([str(path), top[0][0], f"{top[0][1]:.6f}", *(f"{x:.6f}" for x in probabilities)])
+                print(f"{printable(path)}  " + "  ".join(f"{name} {probability:.3f}" for name, probability in top))
+                write([name_of(path), top[0][0], f"{top[0][1]:.6f}", *(f"{x:.6f}" for x in probabilities)])
     if args.out:
         print(f"\n{args.out}", file=sys.stderr)
-
-
-class _Table:
-    """A CSV file that is written atomically; without a path nothing is written."""
-
-    def __init__(self, path: Path | None, header: list[str]) -> None:
-        self.path, self.header = path, header
-
-    def __enter__(self) -> _Table:
-        from contextlib import ExitStack
-
-        from aps.files import atomic_path
-
-        self._stack = ExitStack()
-        if self.path is not None:
-            temporary = self._stack.enter_context(atomic_path(self.path))
-            file = self._stack.enter_context(temporary.open("w", newline="", errors="backslashreplace"))
-            self._writer = csv.writer(file, lineterminator="\n")
-            self._writer.writerow(self.header)
-        return self
-
-    def write(self, row: list[str]) -> None:
-        if self.path is not None:
-            self._writer.writerow(row)
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
 
 
 def _detect(args: argparse.Namespace) -> None:
@@ -313,7 +363,9 @@ def _detect(args: argparse.Namespace) -> None:
     from aps.inference import figures
     from aps.inference.model import as_bytes
 
-    model, results = _loaded(args), args.out / "detections.jsonl"
+    results = args.out / "detections.jsonl"
+    _check_outputs([args.weights, *args.images], results, folder=args.out)
+    model = _loaded(args)
     model.check("detect")
     objects = images = 0
     with atomic_path(results) as temporary, temporary.open("w") as file:
@@ -356,8 +408,9 @@ def picture_of(folder: Path, path: Path) -> Path:
 def _attention(args: argparse.Namespace) -> None:
     from aps.inference import figures
 
-    model = _model(args, "attention")
     single = args.out.suffix.lower() == ".png"
+    _check_outputs([args.weights, *args.images], **{"picture" if single else "folder": args.out})
+    model = _model(args, "attention")
     rows: list[Any] = []
     for paths, pixels in _readable(args, model.preprocessing.pixels):
         images = [x.permute(1, 2, 0).numpy() for x in pixels]
@@ -379,4 +432,6 @@ def _attention(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from aps.inference.export import export
 
+    if args.to != "hub-folder":  # a folder may be exported into itself
+        _check_outputs([args.weights], args.out)
     print(export(_loaded(args), args.to, args.out, args.licence))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
+import pyarrow.parquet as pq
 import pytest
+import torch
 
 from aps.inference import curate as module
 from aps.inference import features
@@ -138,3 +141,50 @@ def test_the_table_reads_the_file_once(
     monkeypatch.setattr(index, "_opened", Counting())
     write_table(tmp_path / "curate.csv", index, found)
     assert reads == ["read"]
+
+
+def test_no_name_of_the_kept_file_could_go(finished: Path, folder: Path, tmp_path: Path) -> None:
+    """Names of one file are copies of each other; who deletes a link's target deletes the image."""
+    model = load(finished / "results/photos/mine/seed0/pretrain")
+    assert isinstance(model, Model)
+    for number in range(4):
+        shutil.copy(folder / f"0{number}.jpg", tmp_path)
+    (tmp_path / "hard.jpg").hardlink_to(tmp_path / "01.jpg")
+    (tmp_path / "soft.jpg").symlink_to("01.jpg")
+    shutil.copy(folder / "01.jpg", tmp_path / "copy.jpg")
+    paths = sorted(tmp_path.glob("*.jpg"))
+    write_features(model, files(paths), len(paths), tmp_path / "f.parquet")
+    index = Index(tmp_path / "f.parquet")
+    found = curate(index)
+    assert names(index, np.flatnonzero(~found.keep).tolist()) == ["copy.jpg"]
+    said = summary(index, found, 5)
+    assert "1 image could go" in said and said.count("  keep ") == 3
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-5], ids=["copies", "a collapsed encoder"])
+def test_features_that_hardly_differ_are_all_alike_and_this_is_said(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, spread: float
+) -> None:
+    model = load(finished / "results/photos/mine/seed0/pretrain")
+    assert isinstance(model, Model)
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    for number in range(5):
+        PIL.Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    compute, noise = model.features_of, torch.Generator().manual_seed(0)
+    monkeypatch.setattr(
+        model,
+        "features_of",
+        lambda images: (x := compute(images)) * (1 + spread * torch.randn(x.shape, generator=noise)),
+    )
+    write_features(model, files([tmp_path]), 5, tmp_path / "f.parquet", batch_size=2)
+    index = Index(tmp_path / "f.parquet")
+    assert not [str(warning.message) for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
+    assert np.isfinite(np.array(pq.read_table(index.file)["xy"].to_pylist())).all()
+    found = curate(index)
+    assert found.similarity == pytest.approx(1, abs=1e-5) and found.outlier == pytest.approx(0, abs=1e-5)
+    assert [len(rows) for rows in found.groups] == [5] and found.keep.sum() == 1
+    assert "all features are equal, so similarity is the plain cosine" in summary(index, found, 3)
+
+
+def test_features_that_differ_are_whitened(index: Index, found: Curated) -> None:
+    assert not found.equal and "plain cosine" not in summary(index, found, 3)

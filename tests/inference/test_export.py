@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import PIL.Image
 import pytest
 import timm
 import torch
@@ -238,3 +240,109 @@ def test_a_detector_is_not_exported(stages: Path, tmp_path: Path) -> None:
 def test_a_timm_file_has_timms_names(exported: dict[tuple[str, str], Export]) -> None:
     names = set(load_file(exported["timm", "linear_probe"].path))
     assert {"cls_token", "blocks.1.mlp.fc2.bias", "head.weight"} <= names
+
+
+TAKEN = [("timm", "a.safetensors", "a.md"), ("onnx", "a.onnx", "a.md"), ("vitdet", "a.pth", "a.md"),
+         ("hub-folder", ".", "README.md"), ("hub-folder", ".", "config.json"), ("hub-folder", ".", "model.safetensors")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("to", "out", "name"), TAKEN)
+def test_a_file_that_no_export_wrote_is_not_replaced(
+    stages: Path, tmp_path: Path, to: str, out: str, name: str
+) -> None:
+    """Its name is not the one that was given: the user does not know that the export writes it."""
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=rf"{name} is there, and no export to {to} wrote it; move it, or choose"):
+        export(load(stages / "pretrain"), to, tmp_path / out)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize(
+    ("to", "out"), [("timm", "a.safetensors"), ("onnx", "a.onnx"), ("vitdet", "a.pth"), ("hub-folder", "a")]
+)
+def test_the_same_export_again_replaces_its_own_files(stages: Path, tmp_path: Path, to: str, out: str) -> None:
+    model = load(stages / "pretrain")
+    export(model, to, tmp_path / out)
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    export(model, to, tmp_path / out, licence="mit")
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == files
+    assert "license: mit" in next(path for path in files if path.suffix == ".md").read_text()
+
+
+@pytest.mark.parametrize(("first", "second"), [("a.safetensors", "a.onnx"), ("a.onnx", "a.pth"), ("a.pth", "a.pt")])
+def test_two_exports_share_no_card(stages: Path, tmp_path: Path, first: str, second: str) -> None:
+    forms = {".safetensors": "timm", ".onnx": "onnx", ".pth": "vitdet", ".pt": "vitdet"}
+    model = load(stages / "pretrain")
+    export(model, forms[Path(first).suffix], tmp_path / first)
+    card = (tmp_path / "a.md").read_text()
+    with pytest.raises(UserError, match=r"a\.md is there"):
+        export(model, forms[Path(second).suffix], tmp_path / second)
+    assert (tmp_path / "a.md").read_text() == card and not (tmp_path / second).exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "out"),
+    [("timm", "model.safetensors"), ("timm", "new.safetensors"), ("onnx", "new.onnx"), ("hub-folder", ".")],
+)
+def test_nothing_is_exported_into_a_stages_folder(stages: Path, tmp_path: Path, to: str, out: str) -> None:
+    shutil.copytree(stages / "finetune", tmp_path / "finetune")
+    before = {path: path.read_bytes() for path in (tmp_path / "finetune").iterdir() if path.is_file()}
+    with pytest.raises(UserError, match="finetune is a stage's folder, whose files are sealed; name another"):
+        export(load(stages / "pretrain"), to, tmp_path / "finetune" / out)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "finetune").iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ['a"b', "a'b", "a\\b"])
+@pytest.mark.parametrize("to", FILES)
+def test_the_printed_lines_run_whatever_the_name_is(stages: Path, tmp_path: Path, to: str, name: str) -> None:
+    out = tmp_path / (name + Path(FILES[to]).suffix)
+    names: dict[str, Any] = {}
+    exec(export(load(stages / "pretrain"), to, out), names)
+    assert "embed" in names
+
+
+def pictures(folder: Path) -> list[Path]:
+    """A file of every kind of pixels that Pillow writes to PNG and TIFF; one stands on its side."""
+    grey = np.random.default_rng(0).integers(0, 65536, (40, 48))
+    colours = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+    palette = colours.quantize(16)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    colours.save(folder / "turned.png", exif=exif)
+    palette.save(folder / "transparent.png", transparency=3)
+    for mode in ("1", "L", "LA", "RGB", "RGBA"):
+        colours.convert(mode).save(folder / f"{mode}.png")
+    palette.save(folder / "P.png")
+    colours.convert("CMYK").save(folder / "CMYK.tiff")
+    PIL.Image.fromarray(grey.astype(np.uint16)).save(folder / "grey16.png")
+    PIL.Image.fromarray((grey % 4096).astype(np.uint16)).save(folder / "grey12.png")
+    PIL.Image.fromarray(grey.astype(np.uint16)).save(folder / "grey16.tiff")
+    PIL.Image.fromarray(grey.astype(np.int32)).save(folder / "grey32.tiff")
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("to", FILES)
+def test_the_printed_lines_read_every_kind_of_pixels_as_the_model_does(
+    exported: dict[tuple[str, str], Export], tmp_path: Path, to: str
+) -> None:
+    names: dict[str, Any] = {}
+    exec(exported[to, "finetune"].snippet, names)
+    model = exported[to, "finetune"].model
+    for file in pictures(tmp_path):
+        assert np.abs(np.asarray(names["embed"](str(file))) - model.embed(file).numpy()).max() < 1e-4, file.name
+        assert names["predict"](str(file))[0] == model.predict(file).classes[0]
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.ones((8, 8), np.float32), np.full((8, 8), 70_000, np.int32)], ids=["float", "32 bits"]
+)
+def test_the_printed_lines_refuse_the_pixels_that_the_model_refuses(
+    exported: dict[tuple[str, str], Export], tmp_path: Path, pixels: Any
+) -> None:
+    PIL.Image.fromarray(pixels).save(tmp_path / "a.tiff")
+    names: dict[str, Any] = {}
+    exec(exported["timm", "pretrain"].snippet, names)
+    with pytest.raises(ValueError, match="no whole numbers of 8 or 16 bits"):
+        names["embed"](str(tmp_path / "a.tiff"))
+    with pytest.raises(UserError):
+        exported["timm", "pretrain"].model.embed(tmp_path / "a.tiff")

@@ -23,7 +23,8 @@ from sklearn.decomposition import PCA
 
 from aps.errors import Preempted, UserError
 from aps.inference import features
-from aps.inference.features import Item, Written, files, read_metadata, write_features
+from aps.inference.features import Item, Written, file_named, files, name_of, read_metadata, write_features
+from aps.inference.images import Once
 from aps.inference.load import load
 from aps.inference.model import Model
 
@@ -93,6 +94,28 @@ def test_what_is_there_is_not_computed_again(model: Model, photos: Path, tmp_pat
     changed = after["path"].index(str(photos / "red" / "009.jpg"))
     assert not np.allclose(after["embedding"][changed], before["embedding"][29])
     assert np.array_equal(after["embedding"][1:5], before["embedding"][:4])
+
+
+@pytest.mark.parametrize(
+    "order", [["red", "blue", "green"], ["green", "blue", "red"], ["blue", "red/003.jpg", "green", "red"]]
+)
+def test_what_is_there_is_not_computed_again_in_whatever_order_it_is_named(
+    model: Model, photos: Path, tmp_path: Path, order: list[str]
+) -> None:
+    def again(*names: str) -> Written:
+        given = [photos / name for name in names]
+        return write_features(model, files(given, Once()), 30, tmp_path / "f.parquet", batch_size=4)
+
+    again(*order)
+    first = table(tmp_path / "f.parquet")
+    assert again(*order) == Written(30, computed=0, known=30, unreadable=0)
+    assert table(tmp_path / "f.parquet")["path"] == first["path"]
+    (photos / "blue/005.jpg").unlink()
+    shutil.copy(photos / "red/001.jpg", photos / "green/new.jpg")
+    assert again("blue", "green", "red") == Written(30, computed=1, known=29, unreadable=0)
+    after, paths = table(tmp_path / "f.parquet"), sorted(photos.glob("*/*.jpg"))
+    assert after["path"] == [str(path) for path in paths]
+    assert np.abs(after["embedding"] - model.embed(paths).numpy()).max() < 1e-5
 
 
 def test_other_weights_start_afresh(model: Model, photos: Path, tmp_path: Path, finished: Path) -> None:
@@ -257,3 +280,9 @@ def test_names_that_are_no_text_do_not_end_the_run(model: Model, photos: Path, t
 def test_metadata_is_plain_json(model: Model, photos: Path, tmp_path: Path) -> None:
     write(model, photos, tmp_path / "f.parquet")
     assert json.loads(json.dumps(read_metadata(tmp_path / "f.parquet")))["rows"] == 30
+
+
+@pytest.mark.parametrize("name", [b"a/\xff\xfe.png", b"\x80", "é.png".encode(), b"a/plain.png"])
+def test_a_name_leads_back_to_its_file(name: bytes) -> None:
+    path = os.fsdecode(name)
+    assert name_of(path).encode("utf-8") and file_named(name_of(path)) == path

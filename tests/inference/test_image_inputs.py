@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional
 
 from aps.data.load import read_image
 from aps.errors import UserError
-from aps.inference.images import Transform, as_list, decoded, read, walk
+from aps.inference.images import Once, Transform, as_list, decoded, read, walk
 from aps.training.features import centred, resized
 
 CENTRE = Transform.of_stage(32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "centre")
@@ -175,6 +175,40 @@ def test_walking_finds_images_at_any_depth_in_a_fixed_order(tmp_path: Path) -> N
     found = [str(path.relative_to(tmp_path)) for path in walk([tmp_path])]
     assert found == ["a.jpeg", "b/1.jpg", "b/2.png", "b/c/d/e/3.PNG", "z/1.jpg", "z/2.png", "z/c/d/e/3.PNG"]
     assert list(walk([tmp_path / "b" / "notes.txt"])) == [tmp_path / "b" / "notes.txt"]  # named, so wanted
+
+
+TREE = {
+    "a folder beside its link": (["cats", "zlatest -> cats"], ["."], ["cats/1.png", "cats/sub/2.png"]),
+    "a link before its folder": (["cats", "alatest -> cats"], ["."], ["alatest/1.png", "alatest/sub/2.png"]),
+    "a link to a folder inside": (["cats", "inner -> cats/sub"], ["."], ["cats/1.png", "cats/sub/2.png"]),
+    "a link to a file": (["cats", "cats/0.png -> 1.png"], ["."], ["cats/1.png", "cats/sub/2.png"]),
+    "a link to a hidden file": (["cats", ".store", "x.png -> .store/1.png"], ["."], ["cats/1.png", "cats/sub/2.png", "x.png"]),
+    "links to one hidden file": ([".store", "x.png -> .store/1.png", "y.png -> .store/1.png"], ["."], ["x.png"]),
+    "a folder and a file in it": (["cats"], ["cats", "cats/1.png"], ["cats/1.png", "cats/sub/2.png"]),
+    "a file and its folder": (["cats"], ["cats/sub/2.png", "cats"], ["cats/sub/2.png", "cats/1.png"]),
+    "a folder twice": (["cats"], ["cats", "cats/../cats"], ["cats/1.png", "cats/sub/2.png"]),
+    "a hard link": (["cats", "hard.png = cats/1.png"], ["."], ["cats/1.png", "cats/sub/2.png", "hard.png"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TREE)
+def test_a_file_is_met_once_whatever_names_lead_to_it(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, given, expected = TREE[case]
+    monkeypatch.chdir(tmp_path)
+    for name in made:
+        if " -> " in name:
+            os.symlink(*reversed(name.split(" -> ")))
+        elif " = " in name:
+            os.link(*reversed(name.split(" = ")))
+        else:
+            Path(name, "sub").mkdir(parents=True)
+            Path(name, "1.png").touch()
+            Path(name, "sub/2.png").touch()
+    once = Once()
+    assert [str(path) for path in walk(given, once)] == expected
+    assert bool(once.left_out) == (case not in ("a link to a hidden file", "a hard link"))
 
 
 def test_a_place_without_images_is_a_sentence(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,3 +148,23 @@ def test_without_faiss_search_stays_exact(model: Model, index: Index, monkeypatc
     monkeypatch.setattr(neighbours, "find_spec", lambda name: None)
     assert not index.approximate
     assert index.search(torch.randn(1, 48), 3)[1].shape == (1, 3)
+
+
+def test_a_file_of_the_same_name_in_another_folder_is_not_taken_for_a_row_s(
+    model: Model, finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Neither while the row's own file is there nor when it is gone; a copy of it that was moved here is."""
+    made, elsewhere = tmp_path / "made", tmp_path / "elsewhere"
+    for folder in (made, elsewhere):
+        (folder / "photos").mkdir(parents=True)
+    shutil.copy(finished / "photos/red/003.jpg", made / "photos/a.jpg")
+    PIL.Image.new("RGB", (40, 40), "magenta").save(elsewhere / "photos/a.jpg")
+    monkeypatch.chdir(made)
+    write_features(model, files(["photos"]), 1, Path("f.parquet"))
+    monkeypatch.chdir(elsewhere)
+    index = Index(made / "f.parquet")
+    assert index.image("photos/a.jpg", 0) == made / "photos/a.jpg"
+    (made / "photos/a.jpg").rename(elsewhere / "moved.jpg")
+    assert index.image("photos/a.jpg", 0) is None and index.identity("photos/a.jpg", 0) is None
+    Path("moved.jpg").rename("photos/a.jpg")
+    assert index.image("photos/a.jpg", 0) == Path("photos/a.jpg")

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -132,6 +133,18 @@ def test_curate_makes_the_features_and_finds_the_copies(here: Path, capsys: pyte
     assert rows["zzz.jpg"]["keep"] == "no" and rows["red001.jpg"]["keep"] == "yes"
     aps("curate", "--index", "features.parquet", "--out", "again.csv")
     assert Path("again.csv").read_text() == Path("curate.csv").read_text()
+
+
+def test_a_folder_that_is_named_twice_is_one(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "tree").mkdir()
+    (here / "tree/a").symlink_to(here / "photos/red")
+    (here / "tree/b").symlink_to(here / "photos/red")
+    given = ["tree", "photos/red/000.jpg"]
+    aps("embed", "stages/pretrain", *given, "--out", "f.parquet")
+    printed = capsys.readouterr()
+    assert "f.parquet: 20 images" in printed.out and printed.err.count("left out: 2 names of folders and images") == 1
+    aps("predict", "stages/finetune", *given, "--out", "p.csv")
+    assert len(Path("p.csv").read_text().splitlines()) == 21 and "left out: 2 names" in capsys.readouterr().err
 
 
 def test_export_prints_what_loads_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,6 +279,119 @@ def test_a_folder_in_place_of_a_file_is_one_sentence(
     assert not [name for name in made if name.startswith(".")], "no temporary file stays"
 
 
+REFUSED = [
+    *((command, name, "pictures are written as PNG") for command in OUTPUTS if command.endswith("--picture") for name in ("x.xyz", "c.tiff")),
+    *((command, "photos.txt/x.png", "photos.txt is a file") for command in OUTPUTS if command.split()[-1] != "--index"),
+    *((command, "stages/pretrain/views.png", "stages/pretrain is a stage's folder") for command in OUTPUTS if command.split()[-1] != "--index" and command[:6] != "export"),
+    ("curate stages/pretrain photos/red --index", "stages/embed/features.parquet", "stages/embed is a stage's folder"),
+    ("attention stages/pretrain photos/red --out", "stages/pretrain/views.png", "stages/pretrain is a stage's folder"),
+    ("attention stages/pretrain photos/red --out", "stages/pretrain", "stages/pretrain is a stage's folder"),
+    ("detect stages/detection photos/red --out", "stages/detection", "stages/detection is a stage's folder"),
+    ("attention stages/pretrain photos/red --out", "att.jpg", "has a picture's name"),
+    ("attention stages/pretrain photos/red --out", "att.PDF", "has a picture's name"),
+    ("detect stages/detection photos/red --out", "found.png", "has a picture's name"),
+    ("curate --index f.parquet --out", "f.parquet", "reads or writes it already"),
+    ("curate --index f.parquet --out same.png --picture", "./same.png", "reads or writes it already"),
+    ("neighbours stages/pretrain mine.png --index f.parquet --picture", "mine.png", "reads or writes it already"),
+    ("attention stages/pretrain mine.png --out", "mine.png", "reads or writes it already"),
+    ("predict stages/finetune mine.png --out", "mine.png", "reads or writes it already"),
+    ("export mine.safetensors --out", "mine.safetensors", "reads or writes it already"),
+]  # fmt: skip
+
+
+def test_a_wrong_output_is_met_before_anything_is_read(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million images may be computed before it is written; and what is there stays."""
+    for name in ("photos.txt", "f.parquet", "mine.png", "mine.safetensors"):
+        (here / name).write_text("mine")
+    monkeypatch.setattr("aps.inference.load.load", lambda *args, **more: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("aps.inference.neighbours.Index", lambda *args: pytest.fail("features were read"))
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    for command, name, message in REFUSED:
+        aps(*command.split(), name, status=2)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1 and message in said[0], command
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
+
+
+def test_neighbours_leaves_out_a_query_that_cannot_be_read(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    aps("embed", "stages/pretrain", "photos/red", "--out", "f.parquet")
+    (here / "broken.png").write_bytes(b"no")
+    asked = ["photos/red/000.jpg", "broken.png", "photos/red/001.jpg"]
+    aps(
+        "neighbours",
+        "stages/pretrain",
+        "--index",
+        "f.parquet",
+        *asked,
+        "-k",
+        "2",
+        "--batch-size",
+        "1",
+        "--table",
+        "t.csv",
+    )
+    printed = capsys.readouterr()
+    assert "left out: broken.png" in printed.err and "broken.png" not in printed.out
+    rows = list(csv.DictReader(Path("t.csv").read_text().splitlines()))
+    assert [row["query"] for row in rows] == [asked[0]] * 2 + [asked[2]] * 2
+    aps("neighbours", "stages/pretrain", "--index", "f.parquet", "broken.png", status=2)
+    assert "none of the images can be read" in capsys.readouterr().err
+
+
+def test_features_of_files_that_have_changed_since_are_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(here / "photos/red", here / "mine")
+    aps("embed", "stages/pretrain", "mine", "--out", "f.parquet")
+    neighbours = ["neighbours", "stages/pretrain", "--index", "f.parquet", "mine/000.jpg", "-k", "19"]
+    curate = ["curate", "--index", "f.parquet"]
+    capsys.readouterr()
+    aps(*neighbours)
+    aps(*curate)
+    assert "changed" not in capsys.readouterr().err
+    shutil.copy(here / "photos/blue/000.jpg", here / "mine/001.jpg")
+    (here / "mine/002.jpg").touch()
+    (here / "mine/003.jpg").unlink()  # gone: the picture says so
+    for command, among in ((neighbours, "images found"), (curate, "20 images")):
+        aps(*command)
+        said = [
+            line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ") and "changed" in line
+        ]
+        assert len(said) == 1 and f"2 of the {among} have changed since f.parquet was made" in said[0]
+        assert said[0].endswith("run `aps embed stages/pretrain IMAGES --out f.parquet`")
+    aps("curate", "stages/pretrain", "mine", "--index", "f.parquet")
+    assert "changed" not in capsys.readouterr().err
+
+
+def test_every_verb_takes_names_that_are_no_text(
+    here: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their file is found again by the name in the table, so that an image is not its own neighbour."""
+    shutil.copytree(here / "photos/red", here / "odd")
+    odd = os.fsdecode(b"odd/\xff\xfe$.jpg")
+    try:
+        shutil.copy(here / "photos/blue/000.jpg", odd)
+    except OSError:
+        pytest.skip("this file system takes only UTF-8")
+    shown = "odd/\\xff\\xfe$.jpg"
+    aps("embed", "stages/pretrain", "odd", "--out", "f.parquet")
+    aps("neighbours", "stages/pretrain", odd, "--index", "f.parquet", "-k", "3", "--table", "n.csv")
+    rows = list(csv.DictReader(Path("n.csv").read_text().splitlines()))
+    assert [row["query"] for row in rows] == [shown] * 3 and shown not in {row["path"] for row in rows}
+    aps("neighbours", "stages/pretrain", "odd/000.jpg", "--index", "f.parquet", "-k", "20", "--table", "n.csv")
+    assert shown in {row["path"] for row in csv.DictReader(Path("n.csv").read_text().splitlines())}
+    aps("curate", "--index", "f.parquet")
+    assert shown in {row["path"] for row in csv.DictReader(Path("curate.csv").read_text().splitlines())}
+    aps("predict", "stages/finetune", odd, "--out", "p.csv")
+    assert [row["path"] for row in csv.DictReader(Path("p.csv").read_text().splitlines())] == [shown]
+    aps("attention", "stages/pretrain", odd)
+    aps("detect", "stages/detection", odd, "--out", "found")
+    assert (
+        is_picture(here / "neighbours.png") and is_picture(here / "attention.png") and is_picture(here / "curate.png")
+    )
+    assert "Traceback" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", [".", "..", "folder"])
 def test_a_verb_that_writes_a_folder_takes_one_that_is_there(here: Path, name: str) -> None:
     (here / "inside/folder").mkdir(parents=True)
@@ -318,3 +444,45 @@ def test_what_no_verb_takes_is_refused(here: Path, capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit):
             main(arguments)
         assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "predict stages/finetune photos/red/000.jpg --out mine/study.yaml",
+        "predict stages/finetune photos/red/000.jpg --out mine/photo.png",
+        "embed stages/pretrain photos/red --out mine/photo.jpg",
+        "attention stages/pretrain photos/red/000.jpg --out mine/photo.png",
+        "neighbours stages/pretrain photos/red/000.jpg --index f.parquet --picture mine/photo.png",
+        "curate --index f.parquet --out f.parquet",
+        "curate --index f.parquet --out mine/photo.jpg",
+        "curate --index f.parquet --out c.csv --picture mine/photo.png",
+    ],
+)
+def test_no_verb_replaces_a_file_of_another_kind(command: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "mine").mkdir()
+    (here / "mine/study.yaml").write_text("study: mine\n")
+    for name in ("photo.png", "photo.jpg"):
+        PIL.Image.new("RGB", (30, 30), "red").save(here / "mine" / name)
+    aps("embed", "stages/pretrain", "photos/red", "--out", "f.parquet")
+    before = {path: path.read_bytes() for path in (*(here / "mine").iterdir(), here / "f.parquet")}
+    aps(*command.split(), status=2)
+    assert before == {path: path.read_bytes() for path in before}
+    assert "name another" in capsys.readouterr().err
+
+
+def test_what_a_verb_wrote_itself_is_replaced(here: Path) -> None:
+    for _ in range(2):
+        aps("embed", "stages/pretrain", "photos/red", "--out", "f.parquet")
+        aps("curate", "--index", "f.parquet", "--out", "c.csv", "--picture", "c.png")
+        aps("attention", "stages/pretrain", "photos/red/000.jpg", "--out", "a.png")
+
+
+def test_a_pipe_is_left_out_like_any_file_that_is_no_image(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "messy").mkdir()
+    shutil.copy(here / "photos/red/000.jpg", here / "messy/a.jpg")
+    os.mkfifo(here / "messy/pipe.png")
+    aps("embed", "stages/pretrain", "messy", "--out", "f.parquet")
+    assert pq.read_table("f.parquet").num_rows == 1
+    aps("predict", "stages/finetune", "messy", "--out", "p.csv")
+    assert "messy/pipe.png: cannot be read as an image (a pipe or device)" in capsys.readouterr().err
