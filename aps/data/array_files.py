@@ -20,7 +20,8 @@ import numpy as np
 from aps.data import arrays
 from aps.data.fingerprint import take
 from aps.data.folder import SPLIT_SEED, held_out
-from aps.data.manifest import Manifest, note_on_copies
+from aps.data.manifest import Manifest, note_on_copies, wrong_name
+from aps.data.walk import printable
 from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
 
@@ -135,6 +136,8 @@ def _labelled(
     """{split: (images, labels counted from 0)} for train and test, and the class names."""
     found = {split: (images, _labels(path, key, content[key], len(images))) for split, (images, key) in splits.items()}
     _same_shape(path, [images for images, _ in found.values()])
+    if len({labels.dtype.kind == "U" for _, labels in found.values()}) > 1:
+        raise UserError(f"{path}: its splits have numbers and names for labels; store one or the other in both")
     first, key = next(iter(found.values()))[1], next(iter(splits.values()))[1]
     values = np.unique(first)
     if len(values) < 2:
@@ -153,7 +156,9 @@ def _labelled(
         )
     strange = np.setdiff1d(found["test"][1], values)
     if len(strange):
-        raise UserError(f"{path}: label {strange[0]} of test is none of the {len(values)} labels of train; correct it")
+        raise UserError(
+            f"{path}: label {printable(str(strange[0]))} of test is none of the {len(values)} labels of train; correct it"
+        )
     return {split: (images, np.searchsorted(values, labels)) for split, (images, labels) in found.items()}, classes
 
 
@@ -174,17 +179,35 @@ def _labels(path: Path, key: str, labels: np.ndarray, images: int) -> np.ndarray
         )
     if labels.dtype.kind not in "iuUS":
         raise UserError(f"{what} holds {labels.dtype}; store labels as whole numbers or as names")
+    labels = _text(what, labels)
     if labels.dtype.kind == "i" and labels.min() < 0:
         raise UserError(f"{what} holds label {labels.min()}; labels start at 0 (labels: false uses the images without)")
     return labels
 
 
+def _text(what: str, values: np.ndarray) -> np.ndarray:
+    """`values` with text for bytes."""
+    if values.dtype.kind != "S":
+        return values
+    try:
+        return np.char.decode(values, "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} holds {error.object!r}, which is not UTF-8; store names as text") from None
+
+
 def _classes(path: Path, content: dict[str, np.ndarray], values: np.ndarray) -> tuple[str, ...]:
-    if "classes" not in content or values.dtype.kind in "US":
-        return tuple(value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist())
-    names = [str(name) for name in content["classes"].tolist()]
-    if values.max() >= len(names):
-        raise UserError(
-            f"{path}: label {values.max()} is beyond the {len(names)} names in 'classes'; correct one of them"
-        )
-    return tuple(names[value] for value in values.tolist())
+    """The name of each of `values`, the labels of train (K,)."""
+    what, names = f"{path}: its labels", [str(value) for value in values.tolist()]
+    if "classes" in content and values.dtype.kind != "U":
+        what, given = f"{path}: 'classes'", content["classes"]
+        if given.ndim != 1 or given.dtype.kind not in "iuUS":
+            shape = "x".join(map(str, given.shape)) or "of one value"
+            raise UserError(f"{what} holds {given.dtype}, shape {shape}; store a list of names")
+        if values.max() >= len(given):
+            raise UserError(
+                f"{path}: label {values.max()} is beyond the {len(given)} names in 'classes'; correct one of them"
+            )
+        names = [str(name) for name in _text(what, given)[values].tolist()]
+    if (problem := wrong_name(names)) is not None:
+        raise UserError(f"{what}: {problem}")
+    return tuple(names)

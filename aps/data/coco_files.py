@@ -28,7 +28,7 @@ from pycocotools import mask as rle
 from aps.data import trees
 from aps.data.fingerprint import take
 from aps.data.images import orientation
-from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes
+from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes, wrong_name
 from aps.data.walk import check_source, printable, walk
 from aps.errors import UserError
 from aps.files import write_bytes
@@ -210,6 +210,8 @@ def _categories(raw: _Raw, report: Report) -> dict[int, str]:
             report.mended["names that several categories share (told apart by id)"] += 1
             name = f"{name} ({identity})"
         found[ids[identity]] = name
+    if (problem := wrong_name(found.values())) is not None:
+        raise UserError(f"{raw.file}: of its categories, counted from 0, {problem}")
     return dict(sorted(found.items()))
 
 

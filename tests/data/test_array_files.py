@@ -109,6 +109,45 @@ def test_arrays_that_are_no_images_or_labels_are_one_sentence(
         run(tmp_path, **content)
 
 
+NUMBERS, IMAGES = np.array([0, 1] * 3), pixels(6, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "message"),
+    [
+        (NUMBERS, np.array([["a"], ["b"]]), r"'classes' holds <U1, shape 2x1; store a list of names"),
+        (NUMBERS, np.array(5), r"'classes' holds int64, shape of one value; store a list"),
+        (NUMBERS, np.array([0.5, 1]), r"'classes' holds float64"),
+        (NUMBERS, np.array(["a", "a"]), r"'classes': classes 0 and 1 have one name, 'a'; rename one"),
+        (NUMBERS, np.array(["caf\u00e9", "cafe\u0301"]), r"classes 0 and 1 have one name"),
+        (NUMBERS, np.array(["a", " "]), r"'classes': class 1 has an empty name; give it one"),
+        (NUMBERS, np.array([b"a", b"caf\xe9"]), r"'classes' holds b'caf.xe9', which is not UTF-8; store names as text"),
+        (np.array([b"a", b"caf\xe9"] * 3), None, r"'labels' holds b'caf.xe9', which is not UTF-8; store names as text"),
+        (np.array(["", "a"] * 3), None, r"its labels: class 0 has an empty name"),
+        (np.array(["a\nb", "a"] * 3), None, r"class 1 has name 'a.nb' with a line break or control character; rename"),
+        (np.array(["a\x1b[2J", "a"] * 3), None, r"class 1 has name 'a.x1b\[2J' with"),
+    ],
+)  # fmt: skip
+def test_names_of_labels_that_cannot_be_shown_or_told_apart_are_one_sentence(
+    labels: np.ndarray, classes: np.ndarray | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, images=IMAGES, labels=labels, **({} if classes is None else {"classes": classes}))
+
+
+def test_names_in_bytes_are_those_in_text(tmp_path: Path) -> None:
+    names = ["caf\u00e9", "\u732b \U0001f431"]
+    assert run(tmp_path, images=IMAGES, labels=NUMBERS, classes=np.array([x.encode() for x in names])).classes == tuple(names)  # fmt: skip
+    as_text = run(tmp_path, images=IMAGES, labels=np.array(names * 3))
+    assert run(tmp_path, images=IMAGES, labels=np.array([x.encode() for x in names * 3])).digest == as_text.digest
+    assert run(tmp_path, images=IMAGES, labels=NUMBERS, classes=np.array([3, 7])).classes == ("3", "7")
+
+
+def test_numbers_in_one_split_and_names_in_the_other_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="its splits have numbers and names for labels; store one or the other"):
+        run(tmp_path, train_images=IMAGES, train_labels=NUMBERS, test_images=IMAGES, test_labels=NUMBERS.astype("S"))
+
+
 def test_a_damaged_or_missing_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"datasets.mine.arrays: .*mine.npz is no file; set it to a .npz file"):
         run(tmp_path)

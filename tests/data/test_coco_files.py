@@ -361,6 +361,16 @@ def test_names_in_any_script_are_kept_and_shared_ones_told_apart(folder: Path) -
     assert manifest.classes == ("猫 (3)", "猫 (7)", "犬")
 
 
+def test_a_name_with_a_line_break_is_one_sentence(folder: Path) -> None:
+    def change(c: Content) -> None:
+        c["categories"] = [{"id": 3, "name": "a\nb"}, {"id": 7, "name": "b"}, {"id": 9, "name": "c"}]
+
+    with pytest.raises(
+        UserError, match=r"json: of its categories, counted from 0, class 0 has name 'a.nb' with a line"
+    ):
+        run(folder, change)
+
+
 def test_ids_that_are_text_are_counted_anew(folder: Path) -> None:
     def change(c: Content) -> None:
         for image in c["images"]:
