@@ -10,8 +10,6 @@ Floating-point pixels are refused, because their range could mean several things
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from hashlib import sha256
 from pathlib import Path
 
@@ -71,9 +69,16 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         if isinstance(file, np.ndarray):
             raise UserError(f"{path}: holds one array without a name; save it by np.savez with the names {KNOWN}")
         with file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, SyntaxError) as error:
-        reason = " ".join(str(error).split())
+            content = {name: file[name] for name in file.files}
+        return {name: array for name, array in content.items() if isinstance(array, np.ndarray)}  # not a README beside
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(
+            f"{path}: {error}; prepare it where there is as much memory, or save it again by np.savez if it is smaller"
+        ) from None
+    except Exception as error:  # a damaged file can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{path}: no readable .npz file of plain arrays ({reason}); save it again by np.savez"
         ) from None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
+import struct
 import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +165,48 @@ def test_a_damaged_or_missing_file_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "one.npy").rename(tmp_path / "mine.npz")
     with pytest.raises(UserError, match=r"holds one array without a name"):
         run(tmp_path)
+
+
+def altered(file: Path, local: int, central: int, value: int) -> None:
+    """Write `value` into a field of every member of a zip, at its offsets in the two headers that a member has."""
+    content = bytearray(file.read_bytes())
+    for signature, offset in ((b"PK\3\4", local), (b"PK\1\2", central)):
+        for found in re.finditer(re.escape(signature), bytes(content)):
+            struct.pack_into("<H", content, found.start() + offset, value)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("local", "central", "value", "says"), [(6, 8, 1, "is encrypted"), (8, 10, 98, "compression method")]
+)
+def test_an_archive_that_zipfile_cannot_open_is_one_sentence(
+    local: int, central: int, value: int, says: str, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "mine.npz", images=pixels(6, 4, 4), labels=np.arange(6) % 2)
+    altered(tmp_path / "mine.npz", local, central, value)
+    with pytest.raises(
+        UserError, match=rf"mine.npz: no readable .npz file of plain arrays \(.*{says}.*; save it again"
+    ):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"), [("(10**15, 4, 4)", "Unable to allocate"), ("(10**25, 4)", "no readable"), ("(-5, 4)", "no readable")]
+)  # fmt: skip
+def test_an_array_of_an_absurd_shape_is_one_sentence(shape: str, says: str, tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": eval(shape)})
+    with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive:
+        archive.writestr("images.npy", header.getvalue() + bytes(99))
+    with pytest.raises(UserError, match=rf"mine.npz: .*{says}.*save it again by np.savez"):
+        run(tmp_path)
+
+
+def test_a_text_beside_the_arrays_is_no_array(tmp_path: Path) -> None:
+    np.savez(tmp_path / "mine.npz", images=pixels(6, 4, 4), labels=np.arange(6) % 2)
+    with zipfile.ZipFile(tmp_path / "mine.npz", "a") as archive:
+        archive.writestr("classes", "a text")
+    assert run(tmp_path).classes == ("0", "1")
 
 
 def test_another_file_in_its_place_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
