@@ -18,6 +18,7 @@ import numpy as np
 from aps.data import arrays
 from aps.data.fingerprint import take
 from aps.data.folder import SPLIT_SEED, held_out
+from aps.data.images import note_on_levels
 from aps.data.manifest import Manifest, note_on_copies, wrong_name
 from aps.data.walk import printable
 from aps.errors import UserError
@@ -45,11 +46,12 @@ def describe(folder: Path, name: str, file: str, key: str, labels: bool) -> Mani
     content = _read(path)
     fingerprint = take(folder, [], [path])
     keys = _array_names(path, content, labels)
-    notes: list[str] = []
+    greatest: list[int] = []
     splits = {
-        split: (_images(f"{path}: '{images_key}'", content[images_key]), labels_key)
+        split: (_images(f"{path}: '{images_key}'", content[images_key], greatest), labels_key)
         for split, (images_key, labels_key) in keys.items()
     }
+    notes = note_on_levels(greatest)
     if not labels:
         pixels = np.concatenate(_same_shape(path, [images for images, _ in splits.values()]))
         manifest = arrays.store(folder, name, {"train": (pixels, None)}, (), str(path.resolve()), source)
@@ -113,8 +115,11 @@ def _quoted(names: object) -> str:
     return ", ".join(f"'{name}'" for name in names) or "none"  # type: ignore[attr-defined]
 
 
-def _images(what: str, images: np.ndarray) -> np.ndarray:
-    """Images of shape (M, H, W), (M, H, W, C) or (M, C, H, W), as uint8 (M, C, H, W)."""
+def _images(what: str, images: np.ndarray, greatest: list[int]) -> np.ndarray:
+    """Images of shape (M, H, W), (M, H, W, C) or (M, C, H, W), as uint8 (M, C, H, W).
+
+    Of 16 bits, the upper 8 are kept, and `greatest` gets the greatest value of each image.
+    """
     if images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[3] in CHANNELS:
@@ -123,6 +128,7 @@ def _images(what: str, images: np.ndarray) -> np.ndarray:
         shape = "x".join(map(str, images.shape))
         raise UserError(f"{what} has shape {shape}; store images as (M, H, W), (M, H, W, 3) or (M, 3, H, W)")
     if images.dtype == np.uint16:
+        greatest += images.max(axis=(1, 2, 3)).tolist()
         images = (images >> 8).astype(np.uint8)
     if images.dtype != np.uint8:
         raise UserError(f"{what} holds {images.dtype}; store pixels as uint8, 0 to 255")

@@ -108,7 +108,7 @@ def describe(folder: Path, name: str, files: dict[str, Files], key: str, masks: 
         contents += [split, decoded[split].sha256, content["images"], content["annotations"]]
         notes += reports[split].notes()
         notes += _without(classes, content["annotations"]) if split == "train" else []
-    notes += trees.damaged(folder, listings, decoded)
+    notes += trees.damaged(folder, listings, decoded) + trees.dark(decoded)
     notes += trees.duplicates(folder, listings, {split: images.sha256 for split, images in decoded.items()})
     if not masks:
         notes.append("instances have boxes and no masks: detection trains boxes only, and there is no mask AP")

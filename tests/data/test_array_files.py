@@ -226,6 +226,15 @@ def test_images_that_stand_in_train_and_test_alike_are_reported(tmp_path: Path) 
     )
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_arrays_of_12_bits_in_16_are_reported_and_those_of_16_are_not(labelled: bool, tmp_path: Path) -> None:
+    images = pixels(6, 4, 4).astype(np.uint16) * 16
+    images[0, 0, 0] = 4000
+    for factor, dark in ((1, True), (2, False)):
+        notes = run(tmp_path, labelled, images=np.minimum(images, 4000) * factor, labels=np.arange(6) % 2).notes
+        assert [note[:60] for note in notes] == ["no value of 6 images of 16 bits is above 4,000 of 65,535; th"] * dark
+
+
 def test_looking_for_duplicates_holds_no_second_copy_of_the_images() -> None:
     train = pixels(64, 3, 64, 64)
     tracemalloc.start()

@@ -402,6 +402,12 @@ def test_damaged_images_are_all_listed(folder: Path) -> None:
         run(folder)
 
 
+def test_images_of_12_bits_in_files_of_16_are_reported(folder: Path) -> None:
+    for number, file in enumerate(sorted((folder / "images").rglob("*.png"))):
+        Image.fromarray(np.full((HEIGHT, WIDTH), 600 + number, dtype=np.uint16)).save(file)
+    assert any(note.startswith("no value of 6 images of 16 bits is above 605 of 65,535") for note in run(folder).notes)
+
+
 def test_images_that_stand_in_train_and_val_alike_are_reported(folder: Path) -> None:
     whole = (folder / "images" / "train" / "0.png").read_bytes()
     (folder / "images" / "val" / "2.png").write_bytes(whole)
