@@ -21,6 +21,7 @@ from aps.findings import Findings
 from aps.layout import stage_folder, study_folder
 from aps.registry import DATASETS
 from aps.settings.reading import load_study
+from aps.text import shorten
 from aps.workflow.start import command
 
 if TYPE_CHECKING:
@@ -49,12 +50,16 @@ def run(study: str | os.PathLike | Mapping[str, Any], *targets: str, cores: int 
         ...     print(run["experiment"], run["seed"], run["stage"], run["metrics"])
     """
     if isinstance(study, Mapping):
-        loaded = load_study([], dict(study))  # validated before anything is written
+        try:
+            plain = _plain(study)
+        except RecursionError:
+            raise UserError("study: a block holds itself; give a study's keys only") from None
+        loaded = load_study([], plain)  # validated before anything is written
         file = study_folder(loaded) / "study.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(_plain(study), sort_keys=False, allow_unicode=True))
+        file.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     else:
-        file = Path(study)
+        file = _path(study, "study", "a YAML file or a dictionary")
     loaded = load_study([file])
     arguments = [*(targets or ["all"]), "--configfile", str(file), "--cores", str(cores or "all")]
     if (status := _stream(command(arguments))) != 0:
@@ -91,8 +96,9 @@ def pretrain(
     Raises:
         UserError: settings are wrong, `labels` or `shrink` beside a dataset's name, or the training failed (its output is printed).
     """
+    place = _path(data, "data", "a dataset's name or a folder of images")
     known = isinstance(data, str) and data in DATASETS.names()
-    if known and Path(data).is_dir():
+    if known and place.is_dir():
         print(f"note: {data} is taken as the dataset of that name; for the folder write ./{data}", file=sys.stderr)
     if known and (shrink is not None or not labels):
         raise UserError(
@@ -105,7 +111,7 @@ def pretrain(
         "experiments": {EXPERIMENT: {}},
     }
     if not known:
-        folder = str(Path(data).expanduser().resolve())
+        folder = str(place.expanduser().resolve())
         study["datasets"] = {IMAGES: {"folder": folder, "labels": labels, "shrink": shrink}}
     run(study, "pretrain", cores=cores)
     from aps.inference.load import load
@@ -114,13 +120,29 @@ def pretrain(
     return model
 
 
+def _path(value: Any, name: str, allowed: str) -> Path:
+    """A path of an argument `name`. Raises UserError where it is none."""
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{name} is {shorten(repr(value), 60, '...')}; give {allowed}")
+    return Path(value)
+
+
 def _plain(value: Any) -> Any:
-    """`value` with types that YAML can write: lists for tuples, text for paths."""
+    """`value` with types that YAML has: lists for tuples, text for paths, and Python's for those of NumPy and torch."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
-    return str(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, str):
+        return str.__str__(value)  # np.str_ is a str, np.float64 a float
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, os.PathLike):
+        return str(value)
+    if callable(to_list := getattr(value, "tolist", None)):  # numbers too
+        inner = to_list()
+        return inner if type(inner) is type(value) else _plain(inner)
+    return value
 
 
 def _stream(arguments: list[str]) -> int:

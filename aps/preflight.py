@@ -55,13 +55,15 @@ def problems(study: Study) -> Iterator[str]:
 
 
 def hints(study: Study) -> Iterator[str]:
-    """A sentence for each dataset that has to be prepared first, or again."""
+    """A sentence for each dataset that has to be prepared first, or again, and each warmup that takes all of its training."""
     findings = Findings(study)
     for name in study.dataset_names():
         if not manifest_of(study, name).exists():
             yield f"dataset '{name}' is not prepared yet: `python -m aps data {name}`"
         elif (reason := findings.why_outdated(name)) is not None:
             yield f"dataset '{name}' will be prepared again ({reason}): `python -m aps data {name}`"
+    for experiment in study.experiments:
+        yield from _warmups(study, experiment)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -78,6 +80,23 @@ def _source(study: Study, name: str) -> Iterator[str]:
     for part, path in paths.items():
         if not Path(path).expanduser().exists():
             yield f"{key}.{part}: {path} does not exist; correct the path"
+
+
+def _warmups(study: Study, experiment: str) -> Iterator[str]:
+    """Warmups of the learning rate that no epoch follows (`aps.training.schedule`)."""
+    e = study.experiments[experiment]
+    for stage, block in (("pretrain", e.pretrain), ("finetune", e.finetune)):
+        warmup, epochs = block.warmup_epochs, block.epochs
+        schedule = e.pretrain.schedule if stage == "pretrain" else "finetune"
+        if (
+            stage not in e.stages or warmup < epochs or (schedule == "release" and warmup == 1)
+        ):  # whose first is the peak
+            continue
+        effect = "never falls" if schedule == "cosine" else f"stays below {stage}.lr"
+        yield (
+            f"warning: experiment '{experiment}': {stage}.warmup_epochs {warmup} takes all of {stage}.epochs {epochs}, so the "
+            f"learning rate {effect}; lower {stage}.warmup_epochs or raise {stage}.epochs"
+        )
 
 
 def _batch(study: Study, experiment: str, stage: str) -> Iterator[str]:

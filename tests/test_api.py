@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -61,6 +62,43 @@ def test_wrong_settings_are_refused_before_anything_is_written(here: Path, comma
     with pytest.raises(UserError, match=r"unknown key 'pretrain\.epoch'"):
         aps.pretrain("digits", pretrain={"epoch": 3})
     assert not commands and not list(here.iterdir())
+
+
+def test_numbers_and_names_of_numpy_and_torch_are_those_of_python(here: Path, commands: list[list[str]]) -> None:
+    given: dict[str, Any] = {
+        "study": np.str_("tiny"),
+        "defaults": {
+            "dataset": {"name": np.str_("digits"), "train_limit": np.int64(64)},
+            "encoder": ENCODER,
+            "seeds": np.arange(2),
+            "stages": ("pretrain", "knn"),
+            "pretrain": PRETRAIN | {"lr": np.float64(1e-3), "weight_decay": np.float32(0.5), "epochs": torch.tensor(1)},
+            "views": {"flip": np.float64(0.5), "crop_scale": np.array([0.25, 1.0])},
+            "sampling": {"flip_aware": np.bool_(False)},
+        },
+        "experiments": {np.str_("one"): {"knn": {"k": [np.int32(1), np.uint8(5)]}}},
+    }
+    assert aps.run(given) == []
+    written = yaml.safe_load((here / "results/tiny/study.yaml").read_text())
+    assert written["defaults"]["pretrain"] == PRETRAIN | {"lr": 1e-3, "weight_decay": 0.5}
+    assert written["defaults"]["seeds"] == [0, 1] and written["defaults"]["views"]["crop_scale"] == [0.25, 1.0]
+    assert (
+        written["defaults"]["sampling"] == {"flip_aware": False} and written["defaults"]["dataset"]["train_limit"] == 64
+    )
+    assert written["experiments"] == {"one": {"knn": {"k": [1, 5]}}}
+
+
+@pytest.mark.parametrize("value", [None, 5, b"mine.yaml", ["mine.yaml"]])
+def test_a_study_or_data_of_another_type_is_one_sentence(value: Any, commands: list[list[str]]) -> None:
+    with pytest.raises(UserError, match=r"study is .*; give a YAML file or a dictionary"):
+        aps.run(value)
+    with pytest.raises(UserError, match=r"data is .*; give a dataset's name or a folder of images"):
+        aps.pretrain(value)
+    loop: dict[str, Any] = {"study": "loop"}
+    loop["experiments"] = loop
+    with pytest.raises(UserError, match="study: a block holds itself"):
+        aps.run(loop)
+    assert not commands
 
 
 def test_a_run_that_fails_says_so_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

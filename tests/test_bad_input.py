@@ -256,6 +256,28 @@ def test_a_file_that_is_no_study_is_one_sentence(
     refused(capsys, folder, ("check", "--configfile", "study.yaml"), says)
 
 
+@pytest.mark.parametrize(("name", "text", "says"), TEXTS, ids=[row[0] for row in TEXTS])
+def test_run_refuses_a_file_that_is_no_study_with_the_same_sentence_before_snakemake_starts(
+    name: str, text: str | bytes, says: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (folder / "study.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
+    started: list[Any] = []
+    monkeypatch.setattr("os.execv", lambda *of: started.append(of))
+    if name == "no experiments":  # which is YAML: the Snakefile says it
+        assert cli.main(["run", "-n", "--configfile", "study.yaml"]) == 0 and started
+        return
+    refused(capsys, folder, ("run", "-n", "--configfile", "study.yaml"), says)
+    assert not started
+
+
+@pytest.mark.parametrize("verb", ["check", "results", "run"])
+def test_a_study_that_is_not_there_is_the_same_sentence_in_every_verb(
+    verb: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, folder, (verb, "--configfile", "nofile.yaml"), ("nofile.yaml: cannot be read", "No such file"))
+
+
 @pytest.mark.parametrize("verb", ["check", "results", "knn", "estimate", "sync", "show-views"])
 def test_every_verb_refuses_a_study_with_the_same_sentence(
     verb: str, folder: Path, capsys: pytest.CaptureFixture[str]

@@ -66,6 +66,7 @@ def test_run_is_snakemake_with_what_is_missing_filled_in(here: Path) -> None:
     start = [sys.executable, "-m", "snakemake"]
     packaged = ["--snakefile", str(SHARE / "Snakefile")]
     profile = ["--workflow-profile", str(SHARE / "workflow/profiles/default")]
+    (here / "mine.yaml").write_text("study: mine")
     given = ["knn", "-n", "--configfile", "mine.yaml"]
     assert command(given) == [*start, *given, *packaged, *profile]
     assert command([*given, "--profile", "slurm"]) == [*start, *given, "--profile", "slurm", *packaged]

@@ -16,6 +16,8 @@ from tiny_study import STUDY, put
 from aps import cli
 from aps.layout import manifest_of
 from aps.settings.reading import load_study
+from aps.settings.study import experiment_model
+from aps.training.schedule import finetuning_lr, pretraining_lr
 
 COCO = {
     "train": {"images": "img", "annotations": "train.json"},
@@ -182,6 +184,47 @@ def test_a_misspelt_tracking_address_is_said(address: str, here: Path, capsys: p
 @pytest.mark.parametrize("address", ["http://127.0.0.1:5000", "sqlite:///x.db", "none", "./mlruns", None])
 def test_an_address_that_can_be_one_is_not(address: str | None, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(capsys, STUDY | {"tracking_uri": address})[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("block", "settings", "says"),
+    [
+        ("pretrain", {"epochs": 2, "warmup_epochs": 99}, "stays below pretrain.lr"),
+        ("pretrain", {"epochs": 2, "warmup_epochs": 2}, "stays below pretrain.lr"),
+        ("pretrain", {"epochs": 2, "warmup_epochs": 1}, None),
+        ("pretrain", {"epochs": 1, "warmup_epochs": 1}, None),
+        ("pretrain", {"epochs": 1, "warmup_epochs": 1, "schedule": "cosine"}, "never falls"),
+        ("pretrain", {"epochs": 3, "warmup_epochs": 2, "schedule": "cosine"}, None),
+        ("finetune", {"epochs": 1, "warmup_epochs": 1}, "stays below finetune.lr"),
+        ("finetune", {"epochs": 6, "warmup_epochs": 5}, None),
+    ],
+)
+def test_a_warmup_that_takes_all_of_a_training_is_a_warning_which_says_what_the_schedule_does(
+    block: str, settings: dict[str, Any], says: str | None, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = {"pretrain": ["pretrain"], "finetune": ["pretrain", "finetune"]}[block]
+    experiment = {"dataset": "digits", "stages": stages, block: settings}
+    status, said, _ = check(capsys, {"experiments": {"e": experiment}})
+    warnings = [line for line in said.splitlines() if line.startswith("warning")]
+    epochs, warmup = settings["epochs"], settings["warmup_epochs"]
+    expected = (
+        f"warning: experiment 'e': {block}.warmup_epochs {warmup} takes all of {block}.epochs {epochs}, so the learning rate "
+        f"{says}; lower {block}.warmup_epochs or raise {block}.epochs"
+    )
+    assert status == 0 and warnings == [expected] * (says is not None)
+    rates = rates_of(block, settings)
+    peak = max(rates_of(block, settings | {"epochs": 1000, "warmup_epochs": 0}))
+    if says is not None:
+        assert rates == sorted(rates) if says == "never falls" else max(rates) < peak
+
+
+def rates_of(block: str, settings: dict[str, Any]) -> list[float]:
+    """The learning rate at each of ten steps an epoch."""
+    model = experiment_model("aps").model_validate({"dataset": "digits", block: settings})
+    steps = range(10 * getattr(model, block).epochs)
+    if block == "pretrain":
+        return [pretraining_lr(model.pretrain, step, 10) for step in steps]
+    return [finetuning_lr(model.finetune, step // 10) for step in steps]
 
 
 def test_hints_are_commands_that_work_as_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,6 @@ Floating-point pixels are refused, because their range could mean several things
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,7 +18,9 @@ import numpy as np
 from aps.data import arrays
 from aps.data.fingerprint import take
 from aps.data.folder import SPLIT_SEED, held_out
-from aps.data.manifest import Manifest, note_on_copies
+from aps.data.images import note_on_levels
+from aps.data.manifest import Manifest, note_on_copies, wrong_name
+from aps.data.walk import printable
 from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
 
@@ -46,11 +46,12 @@ def describe(folder: Path, name: str, file: str, key: str, labels: bool) -> Mani
     content = _read(path)
     fingerprint = take(folder, [], [path])
     keys = _array_names(path, content, labels)
-    notes: list[str] = []
+    greatest: list[int] = []
     splits = {
-        split: (_images(f"{path}: '{images_key}'", content[images_key]), labels_key)
+        split: (_images(f"{path}: '{images_key}'", content[images_key], greatest), labels_key)
         for split, (images_key, labels_key) in keys.items()
     }
+    notes = note_on_levels(greatest)
     if not labels:
         pixels = np.concatenate(_same_shape(path, [images for images, _ in splits.values()]))
         manifest = arrays.store(folder, name, {"train": (pixels, None)}, (), str(path.resolve()), source)
@@ -70,9 +71,16 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         if isinstance(file, np.ndarray):
             raise UserError(f"{path}: holds one array without a name; save it by np.savez with the names {KNOWN}")
         with file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, SyntaxError) as error:
-        reason = " ".join(str(error).split())
+            content = {name: file[name] for name in file.files}
+        return {name: array for name, array in content.items() if isinstance(array, np.ndarray)}  # not a README beside
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(
+            f"{path}: {error}; prepare it where there is as much memory, or save it again by np.savez if it is smaller"
+        ) from None
+    except Exception as error:  # a damaged file can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{path}: no readable .npz file of plain arrays ({reason}); save it again by np.savez"
         ) from None
@@ -107,8 +115,11 @@ def _quoted(names: object) -> str:
     return ", ".join(f"'{name}'" for name in names) or "none"  # type: ignore[attr-defined]
 
 
-def _images(what: str, images: np.ndarray) -> np.ndarray:
-    """Images of shape (M, H, W), (M, H, W, C) or (M, C, H, W), as uint8 (M, C, H, W)."""
+def _images(what: str, images: np.ndarray, greatest: list[int]) -> np.ndarray:
+    """Images of shape (M, H, W), (M, H, W, C) or (M, C, H, W), as uint8 (M, C, H, W).
+
+    Of 16 bits, the upper 8 are kept, and `greatest` gets the greatest value of each image.
+    """
     if images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[3] in CHANNELS:
@@ -117,6 +128,7 @@ def _images(what: str, images: np.ndarray) -> np.ndarray:
         shape = "x".join(map(str, images.shape))
         raise UserError(f"{what} has shape {shape}; store images as (M, H, W), (M, H, W, 3) or (M, 3, H, W)")
     if images.dtype == np.uint16:
+        greatest += images.max(axis=(1, 2, 3)).tolist()
         images = (images >> 8).astype(np.uint8)
     if images.dtype != np.uint8:
         raise UserError(f"{what} holds {images.dtype}; store pixels as uint8, 0 to 255")
@@ -135,6 +147,8 @@ def _labelled(
     """{split: (images, labels counted from 0)} for train and test, and the class names."""
     found = {split: (images, _labels(path, key, content[key], len(images))) for split, (images, key) in splits.items()}
     _same_shape(path, [images for images, _ in found.values()])
+    if len({labels.dtype.kind == "U" for _, labels in found.values()}) > 1:
+        raise UserError(f"{path}: its splits have numbers and names for labels; store one or the other in both")
     first, key = next(iter(found.values()))[1], next(iter(splits.values()))[1]
     values = np.unique(first)
     if len(values) < 2:
@@ -153,7 +167,9 @@ def _labelled(
         )
     strange = np.setdiff1d(found["test"][1], values)
     if len(strange):
-        raise UserError(f"{path}: label {strange[0]} of test is none of the {len(values)} labels of train; correct it")
+        raise UserError(
+            f"{path}: label {printable(str(strange[0]))} of test is none of the {len(values)} labels of train; correct it"
+        )
     return {split: (images, np.searchsorted(values, labels)) for split, (images, labels) in found.items()}, classes
 
 
@@ -174,17 +190,35 @@ def _labels(path: Path, key: str, labels: np.ndarray, images: int) -> np.ndarray
         )
     if labels.dtype.kind not in "iuUS":
         raise UserError(f"{what} holds {labels.dtype}; store labels as whole numbers or as names")
+    labels = _text(what, labels)
     if labels.dtype.kind == "i" and labels.min() < 0:
         raise UserError(f"{what} holds label {labels.min()}; labels start at 0 (labels: false uses the images without)")
     return labels
 
 
+def _text(what: str, values: np.ndarray) -> np.ndarray:
+    """`values` with text for bytes."""
+    if values.dtype.kind != "S":
+        return values
+    try:
+        return np.char.decode(values, "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} holds {error.object!r}, which is not UTF-8; store names as text") from None
+
+
 def _classes(path: Path, content: dict[str, np.ndarray], values: np.ndarray) -> tuple[str, ...]:
-    if "classes" not in content or values.dtype.kind in "US":
-        return tuple(value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist())
-    names = [str(name) for name in content["classes"].tolist()]
-    if values.max() >= len(names):
-        raise UserError(
-            f"{path}: label {values.max()} is beyond the {len(names)} names in 'classes'; correct one of them"
-        )
-    return tuple(names[value] for value in values.tolist())
+    """The name of each of `values`, the labels of train (K,)."""
+    what, names = f"{path}: its labels", [str(value) for value in values.tolist()]
+    if "classes" in content and values.dtype.kind != "U":
+        what, given = f"{path}: 'classes'", content["classes"]
+        if given.ndim != 1 or given.dtype.kind not in "iuUS":
+            shape = "x".join(map(str, given.shape)) or "of one value"
+            raise UserError(f"{what} holds {given.dtype}, shape {shape}; store a list of names")
+        if values.max() >= len(given):
+            raise UserError(
+                f"{path}: label {values.max()} is beyond the {len(given)} names in 'classes'; correct one of them"
+            )
+        names = [str(name) for name in _text(what, given)[values].tolist()]
+    if (problem := wrong_name(names)) is not None:
+        raise UserError(f"{what}: {problem}")
+    return tuple(names)

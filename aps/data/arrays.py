@@ -20,6 +20,7 @@ from aps.data.manifest import (
     Statistics,
     content_digest,
     with_sizes,
+    wrong_name,
 )
 from aps.data.statistics import Accumulator
 from aps.errors import UserError
@@ -46,10 +47,12 @@ def store(
         published: the constants with which a published recipe normalizes, if any.
 
     Raises:
-        UserError: arrays of another shape or type, or labels that do not fit the classes.
+        UserError: arrays of another shape or type, or labels that do not fit the classes, or classes without names of their own.
     """
     if "train" not in splits:
         raise UserError(f"{DATASETS.described(name)}: has {', '.join(splits) or 'no split'} and no train; add it")
+    if (problem := wrong_name(classes)) is not None:
+        raise UserError(f"{DATASETS.described(name)}: {problem}")
     written, contents = {}, []
     statistics = Accumulator()
     for split, (pixels, targets) in splits.items():

@@ -28,7 +28,7 @@ from pycocotools import mask as rle
 from aps.data import trees
 from aps.data.fingerprint import take
 from aps.data.images import orientation
-from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes
+from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes, wrong_name
 from aps.data.walk import check_source, printable, walk
 from aps.errors import UserError
 from aps.files import write_bytes
@@ -108,7 +108,7 @@ def describe(folder: Path, name: str, files: dict[str, Files], key: str, masks: 
         contents += [split, decoded[split].sha256, content["images"], content["annotations"]]
         notes += reports[split].notes()
         notes += _without(classes, content["annotations"]) if split == "train" else []
-    notes += trees.damaged(folder, listings, decoded)
+    notes += trees.damaged(folder, listings, decoded) + trees.dark(decoded)
     notes += trees.duplicates(folder, listings, {split: images.sha256 for split, images in decoded.items()})
     if not masks:
         notes.append("instances have boxes and no masks: detection trains boxes only, and there is no mask AP")
@@ -210,6 +210,8 @@ def _categories(raw: _Raw, report: Report) -> dict[int, str]:
             report.mended["names that several categories share (told apart by id)"] += 1
             name = f"{name} ({identity})"
         found[ids[identity]] = name
+    if (problem := wrong_name(found.values())) is not None:
+        raise UserError(f"{raw.file}: of its categories, counted from 0, {problem}")
     return dict(sorted(found.items()))
 
 

@@ -32,11 +32,14 @@ from aps.data.complaints import dropped
 from aps.data.manifest import mending
 from aps.data.walk import SUFFIXES, printable
 from aps.errors import UserError
+from aps.text import number_of
 
 # Pillow's warnings name no file, and what they report is harmless or refused here: a damaged EXIF block, a large image.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 ORIENTATION = 0x0112  # EXIF tag
+OF_16_BITS = ("PPM", "PNG")  # formats of which Pillow opens 16 bits in its mode of 32
+DARK = 0x1000  # images of 16 bits whose values all lie below have 12 bits, of which 4 would be left
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -64,13 +67,32 @@ def read_file(path: Path) -> bytes:
         raise _unreadable(path, str(getattr(error, "strerror", None) or error)) from None
 
 
-def decode_image(content: bytes, path: Path, at_least: int | None = None) -> Tensor:
-    """As `read_image`, of a file's bytes; `path` is for error messages."""
+def decode_image(content: bytes, path: Path, at_least: int | None = None, greatest: list[int] | None = None) -> Tensor:
+    """As `read_image`, of a file's bytes.
+
+    Args:
+        path: for error messages.
+        greatest: gets the greatest value of an image of 16 bits; for `note_on_levels`.
+    """
     try:
         with dropped():
-            return _decode(content, at_least)
+            return _decode(content, at_least, greatest)
     except Exception as error:  # a damaged file can raise anything
         raise _unreadable(path, _reason(error)) from None
+
+
+def note_on_levels(greatest: list[int]) -> list[str]:
+    """The note on images of 16 bits that become nearly black, because all of them are darker than DARK.
+
+    Args:
+        greatest: the greatest value of each image of 16 bits.
+    """
+    if not greatest or not 0 < (most := max(greatest)) < DARK:
+        return []
+    return [
+        f"no value of {number_of(len(greatest), 'image')} of 16 bits is above {most:,} of 65,535; the upper 8 bits are kept, which "
+        f"leaves {number_of(most // 256 + 1, 'level')} of 256, nearly black: rescale them to 0 to 65,535, or store 8 bits"
+    ]
 
 
 def orientation(path: Path) -> int:
@@ -86,9 +108,10 @@ def from_pillow(image: Image.Image) -> Tensor:
         UserError: it can't be decoded, or has no 8-bit colours.
     """
     try:
+        kind = image.format  # which a copy has not
         image = image.copy()  # loads it too
         _turn(image)
-        return _tensor(_rgb(image))
+        return _tensor(_rgb(image, kind))
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"an image opened by Pillow can't be decoded ({_reason(error)}); give another") from None
 
@@ -104,7 +127,7 @@ def supported(suffix: str) -> bool:
 # --------------------------------------------------------------------------------------------------
 
 
-def _decode(content: bytes, at_least: int | None) -> Tensor:
+def _decode(content: bytes, at_least: int | None, greatest: list[int] | None) -> Tensor:
     if content.startswith(PNG_SIGNATURE):
         _check_png(content)
     with Image.open(io.BytesIO(content)) as image:
@@ -118,7 +141,7 @@ def _decode(content: bytes, at_least: int | None) -> Tensor:
         image.load()
         if turned:
             _turn(image)
-        rgb = _rgb(image)
+        rgb = _rgb(image, image.format, greatest)
         if at_least and (left := min(rgb.size) // at_least) > 1:
             rgb = rgb.reduce(left)
         return _tensor(rgb)
@@ -144,12 +167,24 @@ def _turn(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """The image in 8-bit RGB; of 16 bits, the upper 8 are kept."""
+def _rgb(image: Image.Image, kind: str | None, greatest: list[int] | None = None) -> Image.Image:
+    """The image in 8-bit RGB; of 16 bits, the upper 8 are kept.
+
+    Args:
+        kind: Pillow's name of its format; None: it is of no file.
+        greatest: as in `decode_image`.
+    """
     if image.mode.startswith("I"):
         values = np.asarray(image)
-        if values.min() < 0 or values.max() > 0xFFFF:
+        most = int(values.max())
+        if values.min() < 0 or most > 0xFFFF:
             raise ValueError("its pixels have more than 16 bits")
+        if image.mode == "I" and kind not in OF_16_BITS and 0 < most <= 0xFF:
+            raise ValueError(
+                f"its pixels are of 32 bits, 0 to {most}, as of 8 bits or dark ones of 16; store 8 or 16 bits"
+            )
+        if greatest is not None:
+            greatest.append(most)
         image = Image.fromarray((values >> 8).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; store them in 8 or 16 bits")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,24 @@ SPLITS = {"classification": ("train", "test"), "images": ("train",), "detection"
 RGB = tuple[float, float, float]
 ROUNDING = 1e-6  # of sums over many pixels
 CONSTANT = 1e-4  # a channel with a smaller standard deviation (a fortieth of 1/255) is taken for constant
+
+
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of control characters, half characters and line breaks
+
+
+def wrong_name(names: Iterable[Any]) -> str | None:
+    """What is wrong with the first class name that can't be shown or told apart, as the end of a sentence, else None."""
+    seen: dict[str, int] = {}
+    for number, name in enumerate(names):
+        if not isinstance(name, str):
+            return f"the name of class {number} is {name!r}; write it as text"
+        if not name.strip():
+            return f"class {number} has an empty name; give it one"
+        if any(unicodedata.category(letter) in UNPRINTABLE for letter in name):
+            return f"class {number} has name '{printable(name)}' with a line break or control character; rename it"
+        if (first := seen.setdefault(unicodedata.normalize("NFC", name), number)) != number:
+            return f"classes {first} and {number} have one name, '{name}'; rename one"
+    return None
 
 
 class _Block(BaseModel):

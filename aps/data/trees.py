@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 from aps.data.complaints import Complaints
 from aps.data.fetch import parallel
 from aps.data.fingerprint import take
-from aps.data.images import decode_image, read_file, read_image, supported
+from aps.data.images import decode_image, note_on_levels, read_file, read_image, supported
 from aps.data.load import limited
 from aps.data.manifest import (
     COPIES,
@@ -75,6 +75,7 @@ class Decoded(NamedTuple):
     broken: list[UserError]
     suspects: list[str]  # images about which a C library may have printed a warning
     copied: list[int]  # bytes of the copies; none where there are none
+    greatest: list[int]  # value of each image of 16 bits
 
 
 def survey(root: Path, folder: Path | None = None) -> Walk:
@@ -184,7 +185,7 @@ def describe(
     over = (
         f"every pixel of {'the' if every else 'a seeded, class-balanced sample of'} {len(to_decode['train'].names):,}"
     )
-    notes = [*notes, *damaged(folder, to_decode, decoded)]
+    notes = [*notes, *damaged(folder, to_decode, decoded), *dark(decoded)]
     if every:
         notes += duplicates(folder, splits, {split: images.sha256 for split, images in decoded.items()})
     contents: dict[str, list[Any]] = {
@@ -232,7 +233,7 @@ def decode(folder: Path, split: str, images: Listing, shrink: int | None = None,
         UserError: an image is unreadable, or too long for a copy; `folder`/unreadable.txt lists all of them.
     """
     chunks = [images.names[i : i + 64] for i in range(0, len(images.names), 64)]
-    total = Decoded([], [], Accumulator(), [], [], [])
+    total = Decoded([], [], Accumulator(), [], [], [], [])
     if copies is not None:
         sweep(copies)  # what a killed preparation left
     with Complaints() as complaints:
@@ -244,6 +245,7 @@ def decode(folder: Path, split: str, images: Listing, shrink: int | None = None,
             total.broken.extend(chunk.broken)
             total.suspects.extend(chunk.suspects)
             total.copied.extend(chunk.copied)
+            total.greatest.extend(chunk.greatest)
     if total.broken:
         listed = folder / "unreadable.txt"
         write_bytes(listed, "".join(f"{error}\n" for error in total.broken).encode())
@@ -322,15 +324,20 @@ def damaged(folder: Path, splits: dict[str, Listing], decoded: dict[str, Decoded
     ]
 
 
+def dark(decoded: dict[str, Decoded]) -> list[str]:
+    """The note on images of 16 bits that become nearly black; none where there are none."""
+    return note_on_levels([value for images in decoded.values() for value in images.greatest])
+
+
 def _decode_chunk(
     root: Path, names: list[str], complaints: Complaints, shrink: int | None, copies: Path | None
 ) -> Decoded:
-    decoded = Decoded([], [], Accumulator(), [], [], [])
+    decoded = Decoded([], [], Accumulator(), [], [], [], [])
     for name in names:
         before = complaints.size
         try:
             content = read_file(root / name)
-            image = decode_image(content, root / name)
+            image = decode_image(content, root / name, None, decoded.greatest)
             copy = None
             if shrink is not None and min(image.shape[1:]) > shrink:
                 image = functional.resize(image, [shrink], InterpolationMode.BICUBIC, antialias=True)

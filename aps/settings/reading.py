@@ -48,10 +48,7 @@ def load_study(files: Sequence[str | Path], overrides: dict[str, Any] | None = N
         UserError: a file is missing or not YAML, a key is unknown, a value has the wrong type or range, `results` names
             a file.
     """
-    raw: dict[str, Any] = {}
-    for file in files:
-        raw = _merge(raw, _read(Path(file)))
-    raw = _merge(raw, overrides or {})
+    raw = _merge(read_files(files), overrides or {})
     where = ", ".join(str(f) for f in files) or "settings"
     try:
         study = _validate(raw, where)
@@ -59,6 +56,18 @@ def load_study(files: Sequence[str | Path], overrides: dict[str, Any] | None = N
         return study
     except UserError as error:
         raise UserError(LONG_NAME.sub(lambda found: f"{found[0][:57]}...", str(error))) from None
+
+
+def read_files(files: Sequence[str | Path]) -> dict[str, Any]:
+    """The plain settings of YAML files, later ones laid over earlier ones, before any is validated.
+
+    Raises:
+        UserError: a file, or one that it includes, is missing, not UTF-8, not YAML or no block of keys.
+    """
+    raw: dict[str, Any] = {}
+    for file in files:
+        raw = _merge(raw, _read(Path(file)))
+    return raw
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
@@ -87,10 +96,7 @@ def check_names(files: Sequence[str | Path], pairs: list[str]) -> None:
     changed = [key for key in keys if key[0] == "experiments" and len(key) > 2 and key[1] not in made]
     if not changed:
         return
-    raw: dict[str, Any] = {}
-    for file in files:
-        raw = _merge(raw, _read(Path(file)))
-    known = raw.get("experiments")
+    known = read_files(files).get("experiments")
     for key in changed:
         if isinstance(known, dict) and key[1] not in known:
             raise UserError(

@@ -6,6 +6,7 @@ Snakefile and its profile.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,18 +22,35 @@ def command(arguments: Sequence[str]) -> list[str]:
     """The command that runs Snakemake with `arguments`, the targets and options of its command line.
 
     Raises:
-        UserError: no study is named, and there is none in the working directory.
+        UserError: no study is named, and there is none in the working directory; or a file of it can't be read, which
+            Snakemake would say in a traceback, or without the file's name.
     """
     filled = list(arguments)
     if not _has(arguments, "--configfile", "--configfiles", "-h", "--help") and not DEFAULT_STUDY.exists():
         raise UserError(
             f"no study: {DEFAULT_STUDY} is not here; name one by --configfile FILE, or lay out a folder by `aps init`"
         )
-    if not _has(arguments, "--snakefile", "-s") and not any(Path(name).exists() for name in SNAKEFILES):
+    own_snakefile = _has(arguments, "--snakefile", "-s")
+    if not own_snakefile:  # another workflow's settings need not be a study
+        _check_files(arguments)
+    if not own_snakefile and not any(Path(name).exists() for name in SNAKEFILES):
         filled += ["--snakefile", str(SHARE / "Snakefile")]
         if not _has(arguments, "--profile", "--workflow-profile") and not Path("profiles/default").exists():
             filled += ["--workflow-profile", str(SHARE / "workflow" / "profiles" / "default")]
     return [sys.executable, "-m", "snakemake", *filled]
+
+
+def _check_files(arguments: Sequence[str]) -> None:
+    """Raises UserError where a named file of the study can't be read, in the words of every other verb."""
+    from aps.settings.reading import read_files
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--configfile", "--configfiles", nargs="*", default=[])
+    for file in parser.parse_known_args(arguments)[0].configfile:
+        if not read_files([file]):
+            raise UserError(
+                f"{file}: is empty, so it has no experiments; add an 'experiments:' block, or leave the file out"
+            )
 
 
 def _has(arguments: Sequence[str], *options: str) -> bool:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
+import struct
 import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +113,45 @@ def test_arrays_that_are_no_images_or_labels_are_one_sentence(
         run(tmp_path, **content)
 
 
+NUMBERS, IMAGES = np.array([0, 1] * 3), pixels(6, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "message"),
+    [
+        (NUMBERS, np.array([["a"], ["b"]]), r"'classes' holds <U1, shape 2x1; store a list of names"),
+        (NUMBERS, np.array(5), r"'classes' holds int64, shape of one value; store a list"),
+        (NUMBERS, np.array([0.5, 1]), r"'classes' holds float64"),
+        (NUMBERS, np.array(["a", "a"]), r"'classes': classes 0 and 1 have one name, 'a'; rename one"),
+        (NUMBERS, np.array(["caf\u00e9", "cafe\u0301"]), r"classes 0 and 1 have one name"),
+        (NUMBERS, np.array(["a", " "]), r"'classes': class 1 has an empty name; give it one"),
+        (NUMBERS, np.array([b"a", b"caf\xe9"]), r"'classes' holds b'caf.xe9', which is not UTF-8; store names as text"),
+        (np.array([b"a", b"caf\xe9"] * 3), None, r"'labels' holds b'caf.xe9', which is not UTF-8; store names as text"),
+        (np.array(["", "a"] * 3), None, r"its labels: class 0 has an empty name"),
+        (np.array(["a\nb", "a"] * 3), None, r"class 1 has name 'a.nb' with a line break or control character; rename"),
+        (np.array(["a\x1b[2J", "a"] * 3), None, r"class 1 has name 'a.x1b\[2J' with"),
+    ],
+)  # fmt: skip
+def test_names_of_labels_that_cannot_be_shown_or_told_apart_are_one_sentence(
+    labels: np.ndarray, classes: np.ndarray | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, images=IMAGES, labels=labels, **({} if classes is None else {"classes": classes}))
+
+
+def test_names_in_bytes_are_those_in_text(tmp_path: Path) -> None:
+    names = ["caf\u00e9", "\u732b \U0001f431"]
+    assert run(tmp_path, images=IMAGES, labels=NUMBERS, classes=np.array([x.encode() for x in names])).classes == tuple(names)  # fmt: skip
+    as_text = run(tmp_path, images=IMAGES, labels=np.array(names * 3))
+    assert run(tmp_path, images=IMAGES, labels=np.array([x.encode() for x in names * 3])).digest == as_text.digest
+    assert run(tmp_path, images=IMAGES, labels=NUMBERS, classes=np.array([3, 7])).classes == ("3", "7")
+
+
+def test_numbers_in_one_split_and_names_in_the_other_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="its splits have numbers and names for labels; store one or the other"):
+        run(tmp_path, train_images=IMAGES, train_labels=NUMBERS, test_images=IMAGES, test_labels=NUMBERS.astype("S"))
+
+
 def test_a_damaged_or_missing_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"datasets.mine.arrays: .*mine.npz is no file; set it to a .npz file"):
         run(tmp_path)
@@ -122,6 +165,48 @@ def test_a_damaged_or_missing_file_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "one.npy").rename(tmp_path / "mine.npz")
     with pytest.raises(UserError, match=r"holds one array without a name"):
         run(tmp_path)
+
+
+def altered(file: Path, local: int, central: int, value: int) -> None:
+    """Write `value` into a field of every member of a zip, at its offsets in the two headers that a member has."""
+    content = bytearray(file.read_bytes())
+    for signature, offset in ((b"PK\3\4", local), (b"PK\1\2", central)):
+        for found in re.finditer(re.escape(signature), bytes(content)):
+            struct.pack_into("<H", content, found.start() + offset, value)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("local", "central", "value", "says"), [(6, 8, 1, "is encrypted"), (8, 10, 98, "compression method")]
+)
+def test_an_archive_that_zipfile_cannot_open_is_one_sentence(
+    local: int, central: int, value: int, says: str, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "mine.npz", images=pixels(6, 4, 4), labels=np.arange(6) % 2)
+    altered(tmp_path / "mine.npz", local, central, value)
+    with pytest.raises(
+        UserError, match=rf"mine.npz: no readable .npz file of plain arrays \(.*{says}.*; save it again"
+    ):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"), [("(10**15, 4, 4)", "Unable to allocate"), ("(10**25, 4)", "no readable"), ("(-5, 4)", "no readable")]
+)  # fmt: skip
+def test_an_array_of_an_absurd_shape_is_one_sentence(shape: str, says: str, tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": eval(shape)})
+    with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive:
+        archive.writestr("images.npy", header.getvalue() + bytes(99))
+    with pytest.raises(UserError, match=rf"mine.npz: .*{says}.*save it again by np.savez"):
+        run(tmp_path)
+
+
+def test_a_text_beside_the_arrays_is_no_array(tmp_path: Path) -> None:
+    np.savez(tmp_path / "mine.npz", images=pixels(6, 4, 4), labels=np.arange(6) % 2)
+    with zipfile.ZipFile(tmp_path / "mine.npz", "a") as archive:
+        archive.writestr("classes", "a text")
+    assert run(tmp_path).classes == ("0", "1")
 
 
 def test_another_file_in_its_place_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +224,15 @@ def test_images_that_stand_in_train_and_test_alike_are_reported(tmp_path: Path) 
     assert manifest.notes == (
         "1 image of test stands in train too, with the same content, which flatters test figures",
     )
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_arrays_of_12_bits_in_16_are_reported_and_those_of_16_are_not(labelled: bool, tmp_path: Path) -> None:
+    images = pixels(6, 4, 4).astype(np.uint16) * 16
+    images[0, 0, 0] = 4000
+    for factor, dark in ((1, True), (2, False)):
+        notes = run(tmp_path, labelled, images=np.minimum(images, 4000) * factor, labels=np.arange(6) % 2).notes
+        assert [note[:60] for note in notes] == ["no value of 6 images of 16 bits is above 4,000 of 65,535; th"] * dark
 
 
 def test_looking_for_duplicates_holds_no_second_copy_of_the_images() -> None:

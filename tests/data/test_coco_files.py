@@ -361,6 +361,16 @@ def test_names_in_any_script_are_kept_and_shared_ones_told_apart(folder: Path) -
     assert manifest.classes == ("猫 (3)", "猫 (7)", "犬")
 
 
+def test_a_name_with_a_line_break_is_one_sentence(folder: Path) -> None:
+    def change(c: Content) -> None:
+        c["categories"] = [{"id": 3, "name": "a\nb"}, {"id": 7, "name": "b"}, {"id": 9, "name": "c"}]
+
+    with pytest.raises(
+        UserError, match=r"json: of its categories, counted from 0, class 0 has name 'a.nb' with a line"
+    ):
+        run(folder, change)
+
+
 def test_ids_that_are_text_are_counted_anew(folder: Path) -> None:
     def change(c: Content) -> None:
         for image in c["images"]:
@@ -390,6 +400,12 @@ def test_damaged_images_are_all_listed(folder: Path) -> None:
         (folder / "images" / "train" / f"{number}.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"0.png: cannot be read as an image .* \(2 such files, listed in .*unreadable.txt\)"):  # fmt: skip
         run(folder)
+
+
+def test_images_of_12_bits_in_files_of_16_are_reported(folder: Path) -> None:
+    for number, file in enumerate(sorted((folder / "images").rglob("*.png"))):
+        Image.fromarray(np.full((HEIGHT, WIDTH), 600 + number, dtype=np.uint16)).save(file)
+    assert any(note.startswith("no value of 6 images of 16 bits is above 605 of 65,535") for note in run(folder).notes)
 
 
 def test_images_that_stand_in_train_and_val_alike_are_reported(folder: Path) -> None:

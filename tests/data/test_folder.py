@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from miniatures import image, jpeg, png, tree
+from PIL import Image
 
 from aps.data import trees
 from aps.data.folder import describe
@@ -260,6 +261,23 @@ def test_images_that_stand_in_train_and_test_alike_are_reported(mine: Path, tmp_
     assert note.startswith("1 image of test stands in train too, with the same content")
     assert copies_in_train(manifest.notes) == {"test": 1}
     assert (tmp_path / "folder" / "duplicates.txt").read_text() == "train/cat/3.png = test/dog/copy.png\n"
+
+
+@pytest.mark.parametrize(("most", "dark"), [(4095, True), (4096, False), (0xFFFF, False)])
+def test_images_of_12_bits_in_files_of_16_are_reported(most: int, dark: bool, tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / "mine" / label).mkdir(parents=True)
+        for i in range(4):
+            values = np.random.default_rng(i).integers(0, 4000, (8, 8)).astype(np.uint16)
+            values[0, 0] = most if label == "dog" and i == 2 else 17 * i + len(label)
+            Image.fromarray(values).save(tmp_path / "mine" / label / f"{i}.png")
+    (tmp_path / "mine/cat/rgb.png").write_bytes(png(image(7)))
+    notes = run(tmp_path).notes
+    expected = (
+        "no value of 8 images of 16 bits is above 4,095 of 65,535; the upper 8 bits are kept, which leaves 16 levels of "
+        "256, nearly black: rescale them to 0 to 65,535, or store 8 bits",
+    )
+    assert [note for note in notes if "16 bits" in note] == [*expected] * dark
 
 
 def test_class_folders_in_two_unicode_forms_are_named(mine: Path, tmp_path: Path) -> None:

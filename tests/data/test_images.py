@@ -17,7 +17,7 @@ from PIL import Image, features
 from sklearn.datasets import load_sample_image
 from torchvision.transforms.v2 import functional
 
-from aps.data.images import orientation, read_image, supported
+from aps.data.images import from_pillow, orientation, read_image, supported
 from aps.data.walk import SUFFIXES
 from aps.detection.annotations import read_image as read_for_detection
 from aps.errors import UserError
@@ -86,6 +86,28 @@ def test_16_bit_images_keep_their_upper_byte(tmp_path: Path) -> None:
         Image.fromarray(values).save(tmp_path / name)
         expected = torch.from_numpy((values >> 8).astype(np.uint8))
         assert torch.equal(read_image(tmp_path / name), expected.expand(3, -1, -1)), name
+
+
+@pytest.mark.parametrize("most", [1, 200, 255])
+def test_whole_numbers_of_32_bits_that_may_be_of_8_are_refused(most: int, tmp_path: Path) -> None:
+    values = np.array([[0, most], [most, 0]], dtype=np.int32)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(
+        UserError, match=rf"a.tif: .*of 32 bits, 0 to {most}, as of 8 bits or dark ones of 16; store 8 or"
+    ):
+        read_image(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="of 32 bits, 0 to"):
+        from_pillow(Image.fromarray(values))
+    for name in ("a.png", "a.pgm"):  # which say that they have 16
+        Image.fromarray(values.astype(np.uint16)).save(tmp_path / name)
+        assert read_image(tmp_path / name).max() == 0
+        assert from_pillow(Image.open(tmp_path / name)).max() == 0
+
+
+@pytest.mark.parametrize("most", [0, 256, 0xFFFF])
+def test_whole_numbers_of_32_bits_that_can_only_be_of_16_are_those(most: int, tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, most]], dtype=np.int32)).save(tmp_path / "a.tif")
+    assert read_image(tmp_path / "a.tif").max() == most >> 8
 
 
 def test_transparency_is_dropped_and_a_palette_resolved(tmp_path: Path) -> None:

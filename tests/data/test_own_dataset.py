@@ -73,6 +73,19 @@ def test_arrays_that_no_loader_could_use_are_one_sentence(make: Any, splits: Any
         make(splits, tuple(classes))
 
 
+@pytest.mark.parametrize(
+    ("classes", "sentence"),
+    [
+        (("a", "a"), "classes 0 and 1 have one name, 'a'"),
+        (("a", ""), "class 1 has an empty name"),
+        (("a", b"b"), "the name of class 1 is b'b'; write it as text"),
+    ],
+)
+def test_names_of_classes_that_cannot_be_told_apart_are_one_sentence(make: Any, classes: Any, sentence: str) -> None:
+    with pytest.raises(UserError, match=f"{OURS}: {sentence}"):
+        make(GOOD, classes)
+
+
 @pytest.mark.parametrize("returned", [None, {}, "manifest.json"])
 def test_a_function_that_returns_no_manifest_is_one_sentence(make: Any, returned: Any) -> None:
     with pytest.raises(UserError, match=f"{OURS}: its function returned {type(returned).__name__}"):
