@@ -88,13 +88,15 @@ def show_views(manifest: Path, settings: ExperimentSettings, out: Path, images: 
     """Draw `images` training images, spread over the classes, into the file `out`; return what pairs of views share.
 
     Raises:
-        UserError: the method keeps no cells by the block `sampling`, `images` is below 1, the dataset is not prepared or is for detection, or `out` can't be written.
+        UserError: the method keeps no cells by the block `sampling`, `images` is below 1, the dataset is not prepared or is for detection, or `out` names a file of another kind than PNG or can't be written.
     """
     if not samples(settings):
         raise UserError(
             f"pretrain.method {settings.pretrain.method} does not choose cells by `sampling`, which is what show-views draws; choose "
             "another --experiment"
         )
+    if out.suffix.lower() not in (".png", ""):
+        raise UserError(f"--out {out}: the picture is written as PNG; name a .png file")
     if images < 1:
         raise UserError(f"--images {images} leaves nothing to draw; give 1 or more")
     images = min(images, Manifest.read(manifest).splits["train"].count)

@@ -34,6 +34,9 @@ SETTINGS: list[tuple[str, Any, tuple[str, ...]]] = [
           "encoder": ("image_size", "patch_size", "dim", "depth", "heads"),
           "sampling": ("samplings",),
       }.items() for key in keys for value in (0, -1, 1.5, "many")),
+    *((f"{D}{key}", value, (key, "less than or equal to 1000000000"))
+      for key in ("pretrain.epochs", "pretrain.warmup_epochs", "finetune.epochs", "detection.iterations", "encoder.dim",
+                  "dataset.train_limit") for value in (10**9 + 1, 10**20, 10**300)),
     *((f"{D}{block}.lr", value, (f"{block}.lr", "greater than 0"))
       for block in ("pretrain", "finetune", "detection") for value in (0, -0.1)),
     *((f"{D}{key}", value, (key, "should be"))

@@ -125,6 +125,16 @@ def test_no_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert ended.value.code == 2 and 'argument --images: "0" is not a whole number from 1' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["views.txt", "views.jpg", "views.svg"])
+def test_a_file_of_another_kind_is_refused_before_anything_is_read(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(f"results: {tmp_path}\n{STUDY}")
+    assert main(["show-views", "--configfile", str(study), "--out", str(tmp_path / name)]) == 2
+    assert f"{name}: the picture is written as PNG; name a .png file" in capsys.readouterr().err
+
+
 def test_a_dataset_that_is_not_prepared_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = tmp_path / "study.yaml"
     study.write_text(f"results: {tmp_path}\n{STUDY}")

@@ -8,9 +8,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Plural = Annotated[int, Field(ge=2)]  # widths of what is normalized and told apart: one number alone says nothing
-Natural = Annotated[int, Field(ge=0)]
+MOST = 10**9  # of whatever is counted; more is a slip of the keyboard
+Positive = Annotated[int, Field(gt=0, le=MOST)]
+Plural = Annotated[
+    int, Field(ge=2, le=MOST)
+]  # widths of what is normalized and told apart: one number alone says nothing
+Natural = Annotated[int, Field(ge=0, le=MOST)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]

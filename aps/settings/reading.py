@@ -45,11 +45,17 @@ def load_study(files: Sequence[str | Path], overrides: dict[str, Any] | None = N
         overrides: settings laid over all of them (from `--set`, or from Snakemake's `--config`).
 
     Raises:
-        UserError: a file is missing or not YAML, a key is unknown, a value has the wrong type or range, `results` names
-            a file.
+        UserError: a file is missing or not YAML, a key is unknown, a value has the wrong type or range, an override
+            empties a block, `results` names a file.
     """
-    raw = _merge(read_files(files), overrides or {})
+    raw, overrides = read_files(files), overrides or {}
     where = ", ".join(str(f) for f in files) or "settings"
+    if (key := _emptied(raw, overrides)) is not None:
+        raise UserError(
+            f"{where}: {key} = null, laid over it, changes nothing, as an empty block never does; leave it out, set keys of the "
+            "block, or remove the block from the file"
+        )
+    raw = _merge(raw, overrides)
     try:
         study = _validate(raw, where)
         _check_folder(study, where)
@@ -237,6 +243,17 @@ def _merge(below: Any, above: Any) -> Any:
                 merged[key] = _merge(below[key], value) if key in below else value
         return merged
     return below if isinstance(below, dict) and above is None else above
+
+
+def _emptied(below: Any, above: Any) -> str | None:
+    """The first key that is a block in `below` and null in `above`; None where there is none."""
+    for key in above if isinstance(below, dict) and isinstance(above, dict) else ():
+        if isinstance(below.get(key), dict):
+            if above[key] is None:
+                return str(key)
+            if (inner := _emptied(below[key], above[key])) is not None:
+                return f"{key}.{inner}"
+    return None
 
 
 def _inherit(

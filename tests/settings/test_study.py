@@ -212,6 +212,18 @@ def test_an_empty_block_changes_nothing(tmp_path: Path) -> None:
     assert study.experiment("a").knn == ExperimentSettings(dataset={"name": "digits"}).knn
 
 
+@pytest.mark.parametrize("key", ["experiments", "experiments.a", "defaults.pretrain", "defaults.pretrain.budget"])
+def test_an_override_that_empties_a_block_says_that_it_changes_nothing(key: str, tmp_path: Path) -> None:
+    study = {"defaults": {"pretrain": {"budget": {"minutes": 5}}}, "experiments": {"a": {"dataset": "digits"}}}
+    write(tmp_path, study, "a.yaml")
+    with pytest.raises(
+        UserError, match=rf"a.yaml: {key} = null, laid over it, changes nothing, as an empty block never"
+    ):
+        load_study([tmp_path / "a.yaml"], parse_overrides([f"{key}=null"]))
+    values = parse_overrides(["defaults.finetune.rand_augment=null", "experiments.b=null", "defaults.dataset=digits"])
+    assert load_study([tmp_path / "a.yaml"], values).experiment("b").finetune.rand_augment is None
+
+
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1e-3", "1.0e-3", "0.001", "1.e-3", "10e-4"])
 def test_a_learning_rate_is_a_number_however_it_is_written(tmp_path: Path, text: str) -> None:
     study = load(tmp_path, f"experiments: {{e: {{dataset: digits, pretrain: {{lr: {text}}}}}}}")
