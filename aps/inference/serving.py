@@ -200,7 +200,10 @@ def weights_of(address: str) -> Path:
         if not Path(STORE).is_file():
             raise UserError(f"{address}: set MLFLOW_TRACKING_URI to the server that has it (there is no {STORE} here)")
         server = f"sqlite:///{Path(STORE).resolve()}"
-    server = settled(server)
+    if (server := settled(server)) == OFF:
+        raise UserError(
+            f"{address}: MLFLOW_TRACKING_URI is {OFF}, so no server is asked; set it to the one that has it"
+        )
     try:
         folder = _downloaded(address, server)
     except UserError:

@@ -433,3 +433,9 @@ def test_a_saved_model_says_how_it_is_loaded(stages: Path, tmp_path: Path) -> No
     save_model(tmp_path / "model", stages / "finetune")
     stored = yaml.safe_load((tmp_path / "model/MLmodel").read_text())
     assert stored["flavors"]["python_function"]["loader_module"] == "aps.inference.served"
+
+
+def test_an_address_where_tracking_is_off_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    with pytest.raises(UserError, match=r"runs:/abc: MLFLOW_TRACKING_URI is none, so no server is asked; set it to"):
+        serving.weights_of("runs:/abc")
