@@ -159,9 +159,6 @@ def _check_outputs(
     from aps.seals import check_no_stage
 
     taken = {os.path.realpath(path) for path in reads}
-    for path in filter(None, writes):
-        if path.exists() and path.suffix.lower() not in OUTPUTS:
-            raise UserError(f"{path}: is there, and is no file that this command writes; name another")
     inside = None if folder is None else folder / "any picture"
     for path in filter(None, (*writes, picture, inside)):
         check_writable(path)
@@ -169,6 +166,9 @@ def _check_outputs(
         if os.path.realpath(path) in taken:
             raise UserError(f"{path}: this command reads or writes it already; name another file")
         taken.add(os.path.realpath(path))
+    for path in filter(None, writes):
+        if path.exists() and path.suffix.lower() not in OUTPUTS:
+            raise UserError(f"{path}: is there, and is no file that this command writes; name another")
     if picture is not None or folder is not None:
         from aps.inference.figures import check_folder, check_picture
 
