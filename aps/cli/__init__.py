@@ -22,7 +22,7 @@ from aps.cli.table import parse, parser
 from aps.errors import Preempted, UserError
 from aps.files import DISK_ERRORS
 from aps.runtime.memory import lost_worker, out_of_memory
-from aps.runtime.ranks import ranks, started_by_torchrun
+from aps.runtime.ranks import first_to_tell, ranks, started_by_torchrun
 
 __all__ = ["main", "parser"]
 
@@ -93,8 +93,8 @@ def _main(arguments: list[str] | None) -> int:
 
 def _refused(sentence: str, args: argparse.Namespace) -> int:
     """Prints a mistake of the user's, and notes it for further attempts of the same job."""
-    if ranks().rank == 0:
-        print(f"error: {sentence}", file=sys.stderr)
+    if first_to_tell():
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
         if (note := getattr(args, "mistake", None)) is not None:
             with contextlib.suppress(OSError):  # the disk may be what is wrong
                 note.write_text(sentence)

@@ -19,6 +19,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -26,6 +27,7 @@ import psutil
 
 from aps.errors import UserError
 from aps.runtime.cores import threads_given
+from aps.runtime.ranks import TOLD
 from aps.runtime.signals import PARENT, end_with_parent, remember
 from aps.runtime.slurm import allocation, job_id
 
@@ -126,7 +128,9 @@ def _agent(arguments: list[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it repeats a failure at length
     try:
-        torchrun(parse_args(arguments))
+        with tempfile.TemporaryDirectory(prefix="aps-") as folder:
+            os.environ[TOLD] = os.path.join(folder, "told")  # of the workers
+            torchrun(parse_args(arguments))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

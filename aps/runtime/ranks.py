@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+TOLD = "APS_TOLD"  # variable with the path of a file, which the first of a node's processes makes that tells a mistake
+
 
 class Ranks(NamedTuple):
     rank: int = 0  # among all processes
@@ -18,6 +20,20 @@ class Ranks(NamedTuple):
 def started_by_torchrun() -> bool:
     """Whether this process is one of those that torchrun started."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def first_to_tell() -> bool:
+    """Whether this process is to tell a mistake: it is alone, or the first of its node to meet one.
+
+    Rank 0 alone would not do. Another may be the only one that meets it, or the first, at whose end rank 0 is killed.
+    """
+    try:
+        os.close(os.open(os.environ[TOLD], os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except (KeyError, OSError):  # the launcher has set none, or its place is closed
+        return ranks().rank == 0
+    return True
 
 
 def ranks() -> Ranks:

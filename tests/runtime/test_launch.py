@@ -196,3 +196,35 @@ def test_the_rules_shell_passes_on_how_a_stage_ended_and_names_a_kill(ending: st
     assert done.returncode == status
     assert ("killed by SIGKILL, most often for its memory" in done.stderr) == (status == 137)
     assert ("killed by SIGBUS: /dev/shm is full, or the image" in done.stderr) == (status == 135)
+
+
+ONE_MISTAKE = """
+import os, sys, time
+from argparse import Namespace
+from aps import cli
+from aps.errors import UserError
+
+def run(args):
+    if os.environ["RANK"] in sys.argv[1]:
+        raise UserError("it is wrong")
+    time.sleep(60)
+
+cli.parse = lambda arguments: Namespace(run=run, verb="pretrain")
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("ranks", ["0", "1", "01"])
+def test_a_mistake_is_told_once_whichever_process_meets_it(ranks: str, tmp_path: Path) -> None:
+    """The others are killed as soon as one has ended."""
+    (tmp_path / "work.py").write_text(ONE_MISTAKE)
+    command = [
+        sys.executable,
+        "-m",
+        "aps.runtime.launch",
+        "--nproc-per-node=2",
+        "--standalone",
+        "--local-addr=localhost",
+    ]
+    done = subprocess.run([*command, str(tmp_path / "work.py"), ranks], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and done.stderr.count("error: it is wrong") == 1 and "Traceback" not in done.stderr
