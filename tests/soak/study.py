@@ -44,7 +44,7 @@ STUDY: dict[str, Any] = {
     },
 }  # fmt: skip
 CLOCK = re.compile(
-    r"(^|/)(time|seconds|step_ms|input_share|images_per_second|gpu_hours|peak_\w+|wall_seconds)$|^system/"
+    r"(^|/)(time|seconds|reading_seconds|step_ms|input_share|images_per_second|gpu_hours|peak_\w+|wall_seconds)$|^system/"
 )
 
 
