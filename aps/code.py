@@ -35,7 +35,7 @@ class Source(NamedTuple):
     """The code of a method, strategy or engine as it is now."""
 
     digest: str | None  # SHA-256; None where a file of it can't be read
-    file: str  # the one that defines it, and how many more, for people
+    file: str  # the one that defines it, for people, and whether there are more
 
 
 def source_now(kind: str, name: str) -> Source:

@@ -66,6 +66,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def safetensors_path(path: Path) -> Iterator[Path]:
+    """As `atomic_path`, for safetensors' `save_file`, which reports a full disk by an error of its own."""
+    from safetensors import SafetensorError
+
+    with atomic_path(path) as temporary:
+        try:
+            yield temporary
+        except SafetensorError as error:
+            raise _unwritable(path, error) from None
+
+
 def check_is_no_folder(path: Path) -> None:
     """Raises UserError where a file can't be written at `path` because it names a folder."""
     try:
@@ -89,8 +101,9 @@ def check_writable(path: Path) -> None:
         raise _unwritable(path, error) from None
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder")
+def _unwritable(path: Path, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"{path}: cannot be written ({reason}); free space or choose another folder")
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:

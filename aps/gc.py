@@ -17,7 +17,8 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,10 +76,10 @@ def survey(studies: Sequence[Study]) -> tuple[list[Unneeded], str | None]:
         for folder in sorted(of_study.glob("*")):
             if folder.name not in names and _is_experiment(folder):
                 folders.append(_entry(folder, f"study '{of_study.name}' has no such experiment"))
-    attempts = tuple(root.glob(f"runs/*/*/{ATTEMPT}"))  # any of them may read any dataset
+    attempts, at_work = tuple(root.glob(f"runs/*/*/{ATTEMPT}")), cache(_at_work)  # any may read any dataset
     for folder, why in _data(root, studies):
         lock = root / "data" / folder.relative_to(root / "data").parts[0] / LOCK
-        folders.append(_entry(folder, why, (lock, *attempts)))
+        folders.append(_entry(folder, why, (lock, *attempts), at_work))
     sentence = None
     if kept:
         sentence = f"{number_of(len(kept), 'saved run')} kept: nobody can tell whether a study needs them, since {next(iter(kept.values()))}"
@@ -90,9 +91,9 @@ def delete(folders: Sequence[Unneeded]) -> int:
 
     One that can't be removed is named on stderr.
     """
-    freed = 0
+    freed, at_work = 0, cache(_at_work)  # a mark may be that of many folders, and Slurm is asked about some
     for entry in folders:
-        if not any(map(_at_work, entry.marks)):
+        if not any(map(at_work, entry.marks)):
             try:
                 shutil.rmtree(entry.folder)
             except OSError as error:
@@ -106,10 +107,6 @@ def delete(folders: Sequence[Unneeded]) -> int:
             if link.is_symlink() and not link.exists():  # the dataset's plain name, which led to this folder
                 link.unlink()
     return freed
-
-
-def _entry(folder: Path, why: str, marks: tuple[Path, ...] = ()) -> Unneeded:
-    return Unneeded(folder, _size(folder), IN_USE if any(map(_at_work, marks)) else why, marks)
 
 
 def _at_work(mark: Path) -> bool:
@@ -126,6 +123,12 @@ def _at_work(mark: Path) -> bool:
     except OSError:  # held, or a file system without locks
         return True
     return False
+
+
+def _entry(
+    folder: Path, why: str, marks: tuple[Path, ...] = (), at_work: Callable[[Path], bool] = _at_work
+) -> Unneeded:
+    return Unneeded(folder, _size(folder), IN_USE if any(map(at_work, marks)) else why, marks)
 
 
 def _data(root: Path, studies: Sequence[Study]) -> Iterator[tuple[Path, str]]:

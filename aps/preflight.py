@@ -26,6 +26,7 @@ from aps.settings.blocks import SourceSettings
 from aps.settings.study import Study
 from aps.stages import STAGES
 from aps.tracking.addresses import OFF, given_address, shown
+from aps.training.schedule import endless_warmup
 from aps.workflow.resources import check_resources
 
 # Schemes of addresses that MLflow accepts. A database may name its driver too, as in mysql+pymysql.
@@ -83,20 +84,11 @@ def _source(study: Study, name: str) -> Iterator[str]:
 
 
 def _warmups(study: Study, experiment: str) -> Iterator[str]:
-    """Warmups of the learning rate that no epoch follows (`aps.training.schedule`)."""
+    """Warmups of the learning rate that no epoch follows."""
     e = study.experiments[experiment]
-    for stage, block in (("pretrain", e.pretrain), ("finetune", e.finetune)):
-        warmup, epochs = block.warmup_epochs, block.epochs
-        schedule = e.pretrain.schedule if stage == "pretrain" else "finetune"
-        if (
-            stage not in e.stages or warmup < epochs or (schedule == "release" and warmup == 1)
-        ):  # whose first is the peak
-            continue
-        effect = "never falls" if schedule == "cosine" else f"stays below {stage}.lr"
-        yield (
-            f"warning: experiment '{experiment}': {stage}.warmup_epochs {warmup} takes all of {stage}.epochs {epochs}, so the "
-            f"learning rate {effect}; lower {stage}.warmup_epochs or raise {stage}.epochs"
-        )
+    for stage in ("pretrain", "finetune"):
+        if stage in e.stages and (clause := endless_warmup(stage, getattr(e, stage))) is not None:
+            yield f"warning: experiment '{experiment}': {clause}"
 
 
 def _batch(study: Study, experiment: str, stage: str) -> Iterator[str]:

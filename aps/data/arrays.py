@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from aps.data.manifest import (
@@ -24,7 +23,7 @@ from aps.data.manifest import (
 )
 from aps.data.statistics import Accumulator
 from aps.errors import UserError
-from aps.files import atomic_path
+from aps.files import safetensors_path
 from aps.registry import DATASETS
 from aps.settings.blocks import SourceSettings
 
@@ -63,7 +62,8 @@ def store(
             for chunk in images.split(4096):
                 statistics.add(chunk)
         file = f"{split}.safetensors"
-        _write(folder / file, {"images": images} | ({} if labels is None else {"labels": labels}))
+        with safetensors_path(folder / file) as temporary:
+            save_file({"images": images} | ({} if labels is None else {"labels": labels}), temporary)
         written[split] = Split(count=len(images), tensors=file)
         contents += [split, list(images.shape), images.numpy().data.cast("B")]
         contents += [] if labels is None else [labels.numpy().data.cast("B")]
@@ -82,14 +82,6 @@ def store(
         source=source.path,
     )
     return with_sizes(manifest, folder)
-
-
-def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    with atomic_path(file) as temporary:
-        try:
-            save_file(tensors, temporary)
-        except SafetensorError as error:  # how the library reports a full disk
-            raise UserError(f"{file}: cannot be written ({error}); free space or choose another folder") from None
 
 
 def _check(name: str, split: str, images: np.ndarray, labels: np.ndarray | None, classes: int) -> None:

@@ -258,7 +258,8 @@ class Once:
         else:
             real = os.path.realpath(path)
             inside, name = os.path.split(real)
-            new = real not in self._files and not (inside in self._folders and _listed(name))
+            walked = inside in self._folders and not _hidden(name) and _has_suffix(name)
+            new = real not in self._files and not walked
             if new:
                 self._files.add(real)
         self.left_out += not new
@@ -305,7 +306,7 @@ def _inside(folder: Path, above: frozenset[str], once: Once | None) -> Iterator[
             continue
         if entry.is_dir():
             yield from _inside(path, above | {real}, once)
-        elif _listed(entry.name) and (once is None or once.takes(path, None if entry.is_symlink() else real)):
+        elif _has_suffix(entry.name) and (once is None or once.takes(path, None if entry.is_symlink() else real)):
             yield path
 
 
@@ -313,6 +314,5 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in HOUSEKEEPING
 
 
-def _listed(name: str) -> bool:
-    """Whether a walk of a folder takes its file of this name."""
-    return not _hidden(name) and os.path.splitext(name)[1].lower() in SUFFIXES
+def _has_suffix(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES

@@ -107,7 +107,8 @@ def _track(folder: Path, address: str, connect: Callable[[str], Any]) -> bool:
     if metrics["stage"] not in ANSWERS or run is None:
         return False
     client = connect(address)
-    if client.get_run(run).info.lifecycle_stage == "deleted" or _logged(client, run) is not None:
+    info = client.get_run(run).info
+    if info.lifecycle_stage == "deleted" or _logged(client, run, info.experiment_id) is not None:
         return False
     encoder = find_encoder(folder, metrics) if metrics["stage"] == "linear_probe" else None
     log_model(client, address, run, folder, encoder)
@@ -279,9 +280,9 @@ def requirements() -> list[str]:
     return pinned
 
 
-def _logged(client: Any, run_id: str) -> str | None:
-    """The address of the complete model that a run has logged before; None where there is none."""
-    experiment = client.get_run(run_id).info.experiment_id
+def _logged(client: Any, run_id: str, experiment: str | None = None) -> str | None:
+    """The address of the complete model that a run, of MLflow's experiment, has logged before; None where there is none."""
+    experiment = experiment or client.get_run(run_id).info.experiment_id
     models = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
     ready = [model for model in models if model.name == NAME and model.status == "READY"]
     return f"models:/{ready[0].model_id}" if ready else None

@@ -27,7 +27,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from aps.errors import UserError
-from aps.files import atomic_path, check_weights
+from aps.files import check_weights, safetensors_path
 from aps.models.archs import dimensions
 from aps.models.encoder import Encoder, build_encoder
 from aps.settings.blocks import EncoderSettings
@@ -59,12 +59,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         plain[name] = saved.clone() if storage in known else saved  # the library refuses what shares memory
         known.add(storage)
     sealed = dict(metadata or {}) | {SEAL_KEY: _seal(plain, metadata or {})}
-    with atomic_path(Path(path)) as temporary:
-        try:
-            save_file(plain, temporary, sealed)
-            _sort_metadata(temporary)
-        except SafetensorError as error:  # how the library reports a full disk
-            raise UserError(f"{path}: cannot be written ({error}); free space or choose another folder") from None
+    with safetensors_path(Path(path)) as temporary:
+        save_file(plain, temporary, sealed)
+        _sort_metadata(temporary)
 
 
 def _sort_metadata(path: Path) -> None:

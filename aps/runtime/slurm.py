@@ -234,16 +234,13 @@ def running_attempt(folder: Path) -> dict[str, object] | None:
 
 def may_run(folder: Path) -> bool:
     """Whether an attempt is at work in the folder of a run, or waits in Slurm's queue to go on there."""
-    file = folder / ATTEMPT
-    try:
-        fresh = time.time() - file.stat().st_mtime < FRESH_SECONDS
-        mark = read_json(file)
-    except OSError:
-        return False
-    except UserError:  # not to be read, so nobody knows whose it is
-        return fresh
     if running_attempt(folder) is not None:
         return True
+    file = folder / ATTEMPT
+    try:
+        mark = read_json(file)
+    except UserError:  # gone, or not to be read, so that nobody knows whose it is
+        return file.exists() and time.time() - file.stat().st_mtime < FRESH_SECONDS
     job = mark.get("slurm_job") if isinstance(mark, dict) else None
     return job is not None and job_fields(str(job)).get("JobState") in ALIVE
 

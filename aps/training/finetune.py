@@ -35,7 +35,7 @@ from aps.training.examples import AugmentedExamples, Examples
 from aps.training.features import Normalization, normalization, pixels
 from aps.training.loop import Line, Loop, finite
 from aps.training.order import STEP, held_out, seed_of
-from aps.training.schedule import finetuning_lr
+from aps.training.schedule import endless_warmup, finetuning_lr
 from aps.training.watch import Watch
 
 MOST_CONFUSED = 100  # classes up to which metrics.json holds the confusion matrix
@@ -85,13 +85,8 @@ class Finetuning:
         self.loss = math.nan  # the last epoch's
         self.best = {"epoch": -1, "accuracy": -1.0}
         self.mistakes: dict[str, Any] = {}  # the confusion matrix, for metrics.json
-        warmup, epochs = self.settings.warmup_epochs, self.settings.epochs
-        if distributed.main and warmup >= epochs:
-            print(
-                f"warning: {job.label}: finetune.warmup_epochs {warmup} takes all of finetune.epochs {epochs}, so the learning "
-                "rate never reaches its peak; lower finetune.warmup_epochs or raise finetune.epochs",
-                file=sys.stderr,
-            )
+        if distributed.main and (clause := endless_warmup("finetune", self.settings)) is not None:
+            print(f"warning: {job.label}: {clause}", file=sys.stderr)
 
     def batches(self, epoch: int, first: int) -> Iterator[Examples]:
         return self.examples.epoch(epoch, first)

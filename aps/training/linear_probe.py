@@ -29,6 +29,7 @@ from aps.runtime.precision import Precision
 from aps.runtime.prefetch import prefetch, send
 from aps.runtime.processes import Distributed, processes
 from aps.settings.blocks import LinearProbeSettings, ViewSettings
+from aps.text import number_of
 from aps.training.classify import accuracy
 from aps.training.features import BROKEN_ENCODER, normalization, normalize, pixels
 from aps.training.loop import Line, Loop
@@ -188,7 +189,7 @@ class Probing:
             )
         if len(whole) > 1 and len(self.held) < FEW:
             clauses.append(
-                f"its learning rate is chosen on {len(self.held)} held-out image{'s' * (len(self.held) > 1)}, too few to tell; "
+                f"its learning rate is chosen on {number_of(len(self.held), 'held-out image')}, too few to tell; "
                 "raise linear_probe.holdout, or name one rate in linear_probe.lrs"
             )
         for clause in clauses if self.distributed.main else ():

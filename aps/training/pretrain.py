@@ -39,7 +39,7 @@ from aps.training.meter import Meter
 from aps.training.networks import at_least_float32, build_method, build_networks
 from aps.training.order import SAMPLING, STEP, seed_of, seeded
 from aps.training.pace import Pace
-from aps.training.schedule import pretraining_lr
+from aps.training.schedule import endless_warmup, pretraining_lr
 from aps.training.watch import Watch, collapsed
 
 LOG_BATCHES = 50  # batches between two log lines, within an epoch
@@ -93,13 +93,9 @@ class Pretraining:
         self.meter = Meter(distributed, METHODS.described(self.settings.method))
         self.length: dict[str, float] = {}
         self.watch = Watch("pretraining", "pretrain", distributed, job.manifest)
-        warmup, epochs = self.settings.warmup_epochs, self.settings.epochs
-        if distributed.main and self.settings.schedule == "cosine" and warmup >= epochs:
-            print(
-                f"warning: {job.label}: pretrain.warmup_epochs {warmup} takes all of pretrain.epochs {epochs}, so the learning "
-                "rate never falls; lower pretrain.warmup_epochs or raise pretrain.epochs",
-                file=sys.stderr,
-            )
+        clause = endless_warmup("pretrain", self.settings) if self.settings.schedule == "cosine" else None
+        if distributed.main and clause is not None:
+            print(f"warning: {job.label}: {clause}", file=sys.stderr)
 
     @property
     def note(self) -> str:

@@ -34,6 +34,19 @@ def pretraining_lr(settings: PretrainSettings, step: float, steps_per_epoch: int
     return peak * cosine((progress - warmup) / (epochs - warmup))
 
 
+def endless_warmup(stage: str, settings: PretrainSettings | FinetuneSettings) -> str | None:
+    """A clause on a warmup that takes all epochs of pretraining or finetuning, and what it does to the learning rate, else None."""
+    warmup, epochs = settings.warmup_epochs, settings.epochs
+    schedule = getattr(settings, "schedule", None)  # None: finetuning's
+    if warmup < epochs or (schedule == "release" and warmup == 1):  # whose first epoch is at the peak
+        return None
+    effect = "never falls" if schedule == "cosine" else f"stays below {stage}.lr"
+    return (
+        f"{stage}.warmup_epochs {warmup} takes all of {stage}.epochs {epochs}, so the learning rate {effect}; lower "
+        f"{stage}.warmup_epochs or raise {stage}.epochs"
+    )
+
+
 def finetuning_lr(settings: FinetuneSettings, epoch: int) -> float:
     """Learning rate of an epoch counted from 0: timm's CosineLRScheduler with `t_initial` epochs and no warmup prefix.
 

@@ -276,6 +276,14 @@ def small_study(folder: Path, server: str) -> Path:
     return folder / "small.yaml"
 
 
+@pytest.fixture
+def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """The address of a store, and a study that tracks there."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    server = f"sqlite:///{tmp_path / 'results' / 'mlflow.db'}"
+    return server, str(small_study(tmp_path, server))
+
+
 def models_of(server: str) -> dict[str, int]:
     """How many models each stage has."""
     client = MlflowClient(tracking_uri=server)
@@ -285,11 +293,9 @@ def models_of(server: str) -> dict[str, int]:
 
 
 def test_a_finished_stage_logs_its_model_and_sync_logs_what_is_missing_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tracked: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    server = f"sqlite:///{tmp_path / 'results' / 'mlflow.db'}"
-    study = str(small_study(tmp_path, server))
+    server, study = tracked
     assert main(["data", "digits", "--configfile", study]) == 0
     assert main(["pretrain", "--configfile", study]) == 0
     assert models_of(server) == {"pretrain": 1}
@@ -312,11 +318,9 @@ def test_a_finished_stage_logs_its_model_and_sync_logs_what_is_missing_once(
 
 
 def test_a_run_that_is_gone_from_mlflow_keeps_no_other_from_its_model_and_sync_sends_both_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tracked: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    server = f"sqlite:///{tmp_path / 'results' / 'mlflow.db'}"
-    study = str(small_study(tmp_path, server))
+    server, study = tracked
     monkeypatch.setenv("APS_LOG_MODELS", "0")
     for verb in (["data", "digits"], ["pretrain"], ["linear_probe"]):
         assert main([*verb, "--configfile", study]) == 0
