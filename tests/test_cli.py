@@ -155,6 +155,24 @@ def test_the_same_command_again_restores_and_with_again_computes(
     assert len(played) == 2
 
 
+@pytest.mark.parametrize("option, value", [("--results", "elsewhere"), ("--study", "other")])
+def test_what_a_study_says_itself_is_not_given_beside_it(
+    option: str, value: str, folder: Path, played: list[StageJob], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["knn", "--experiment", "floor", option, value]) == 2 and not played
+    assert f"give `--set {option[2:]}={value}` instead" in capsys.readouterr().err
+
+
+def test_options_that_are_given_again_add_up(folder: Path, played: list[StageJob], tmp_path: Path) -> None:
+    over = tmp_path / "over.yaml"
+    over.write_text("defaults: {knn: {k: [4]}}\n")
+    files = ["--configfile", "config/config.yaml", "--configfile", str(over)]
+    settings = ["--set", "defaults.encoder.depth=1", "--set", "defaults.knn.temperature=0.2"]
+    assert cli.main(["knn", "--experiment", "floor", *files, *settings]) == 0
+    (job,) = played
+    assert job.settings.knn.k == (4,) and job.settings.knn.temperature == 0.2 and job.settings.encoder.depth == 1
+
+
 def test_set_reaches_the_stage(folder: Path, played: list[StageJob]) -> None:
     assert (
         cli.main(["knn", "--experiment", "floor", "--set", "defaults.knn.k=[3]", "results=other"]) == 2

@@ -74,6 +74,9 @@ def test_run_is_snakemake_with_what_is_missing_filled_in(here: Path) -> None:
     lay_out(here / "x", "demo")
     os.chdir(here / "x")
     assert command(["-n"]) == [*start, "-n"]  # all of it is here
+    for option in (["--config", "-C"], ["--configfile", "--configfiles"]):  # of which Snakemake would read the last
+        with pytest.raises(UserError, match=f"{option[0]} is given more than once"):
+            command([option[0], "study=a", option[1], "seed=1"])
 
 
 # --------------------------------------------------------------------------------------------------

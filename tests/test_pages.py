@@ -27,7 +27,9 @@ import yaml
 from PIL import Image
 
 from aps.cli import parser
+from aps.layout import stage_folder, study_folder
 from aps.settings.reading import load_study
+from aps.settings.study import Study
 from aps.workflow.plan import RULE_OF_TARGET, Plan
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +98,14 @@ def commands(block: Block) -> list[str]:
     return [line for line in (re.sub(r"(^|\s+)#.*", "", line).strip() for line in lines) if line]
 
 
+def check_targets(targets: list[str], study: Study, where: str) -> None:
+    """A target is a rule's name, or a file in the folder of a job or of the study's report."""
+    folder = study_folder(study)
+    made = {f"{stage_folder(folder, *job)}" for job in study.jobs()} | {f"{folder}/report"}
+    for target in targets:
+        assert target in TARGETS or str(Path(target).parent) in made, f"{where}: {target}"
+
+
 # --------------------------------------------------------------------------------------------------
 # What a block is.
 
@@ -153,11 +163,23 @@ def test_a_command_of_ours_is_one(block: Block, checkout: Path) -> None:
                 pairs = yaml.safe_load(
                     f"{{{', '.join(pair.replace('=', ': ', 1) for pair in arguments.config or [])}}}"
                 )
-                study = Plan.load(arguments.configfile or [], pairs).study
-            for target in arguments.targets:
-                assert target in TARGETS or target.startswith(f"{study.results}/"), f"{block}: {target}"
+                plan = Plan.load(arguments.configfile or [], pairs)
+            check_targets(arguments.targets, plan.study, f"{block}")
         else:
             assert words[0] in ELSEWHERE, f"{block}: {command}"
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("config/*.yaml")), ids=lambda file: file.name)
+def test_snakemake_takes_the_commands_in_the_head_of_a_study(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    head = "\n".join(line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#"))
+    loops = re.findall(r"for (\w+) in (\S+)[^;]*; do", head)
+    for command in re.findall(r"(?<![`\w])snakemake (.*)", head.replace("\\\n", "")):
+        for name, value in loops:
+            command = command.replace(f"${name}", value)
+        arguments = snakemake_arguments(shlex.split(re.split(r"; done|, or ", command)[0]))
+        pairs = yaml.safe_load(f"{{{', '.join(pair.replace('=', ': ', 1) for pair in arguments.config or [])}}}")
+        check_targets(arguments.targets, Plan.load(arguments.configfile or [], pairs).study, file.name)
 
 
 @pytest.mark.soak

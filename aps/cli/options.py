@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 from aps.cli.study import DEFAULT_STUDY
 from aps.ranges import whole_number
@@ -28,16 +29,37 @@ def minutes(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{shown(text)} is no number of minutes from 0; give one, for example 10")
 
 
+class AddUp(argparse.Action):
+    """Values of an option that is given again are added, in place of the default (argparse's `extend` would keep that)."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if before is self.default else before), *values])
+
+
 # --------------------------------------------------------------------------------------------------
 # Options that several verbs share.
 
 
 def study(p: argparse._ActionsContainer) -> None:
     p.add_argument(
-        "--configfile", nargs="*", default=[DEFAULT_STUDY], metavar="YAML", help=f"study (default: {DEFAULT_STUDY})"
+        "--configfile",
+        nargs="*",
+        action=AddUp,
+        default=[DEFAULT_STUDY],
+        metavar="YAML",
+        help=f"study (default: {DEFAULT_STUDY})",
     )
     p.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="lay settings over the study"
+        "--set",
+        nargs="+",
+        action=AddUp,
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="lay settings over the study",
     )
 
 
@@ -63,8 +85,8 @@ def stage(p: argparse.ArgumentParser) -> None:
     )
     rules = p.add_argument_group("which run (rules give all of it)")
     rules.add_argument("--settings", metavar="JSON", help="resolved settings of the stage, instead of a study")
-    rules.add_argument("--study", default="study", help="name under which MLflow groups the runs (default: study)")
-    rules.add_argument("--results", type=Path, default=Path("results"), help="folder of all results (default: results)")
+    rules.add_argument("--study", help="name under which MLflow groups the runs, beside --settings (default: study)")
+    rules.add_argument("--results", type=Path, help="folder of all results, beside --settings (default: results)")
     rules.add_argument("--tracking", metavar="ADDRESS", help="MLflow's server or store, or none (default: the study's)")
     rules.add_argument("--manifest", type=Path, help="manifest.json of the dataset")
     rules.add_argument("--encoder", type=Path, help="weights to start from (.safetensors)")

@@ -81,8 +81,8 @@ def stage_job(stage: Stage, args: argparse.Namespace) -> StageJob:
         traced = ", ".join(row.name for row in STAGES.values() if row.traced)
         raise UserError(f"--profile traces {traced}, not {stage.name}; leave it out")
     if args.settings is not None:
-        settings, study_name, results = StageSettings.from_json(args.settings), args.study, args.results
-        description = ""
+        settings, study_name = StageSettings.from_json(args.settings), args.study or "study"
+        results, description = args.results or Path("results"), ""
         folder, manifest = results / study_name, manifest_path(results, settings.dataset_name)
         encoder, tracking = args.encoder, args.tracking or os.environ.get("MLFLOW_TRACKING_URI", OFF)
         made_by_stage = True  # the encoder, by a stage of this study; else the file is the user's
@@ -91,6 +91,11 @@ def stage_job(stage: Stage, args: argparse.Namespace) -> StageJob:
                 f"--settings are for stage {settings.stage}, but the verb is {stage.name}; use the same stage for both"
             )
     else:
+        for option, given in (("study", args.study), ("results", args.results)):
+            if given is not None:
+                raise UserError(
+                    f"--{option} says nothing beside a study, which has its own; give `--set {option}={given}` instead"
+                )
         study = load(args)
         name = args.experiment or next(iter(study.experiments))
         seed = args.seed if args.seed is not None else study.experiment(name).seeds[0]

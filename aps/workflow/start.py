@@ -40,10 +40,20 @@ def command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "snakemake", *filled]
 
 
+def check_given_once(arguments: Sequence[str]) -> None:
+    """Raises UserError where settings are given by the same option of Snakemake twice: it would drop the first without a word."""
+    for option in (("--config", "-C"), ("--configfile", "--configfiles")):
+        if sum(_has([text], *option) for text in arguments) > 1:
+            raise UserError(
+                f"{option[0]} is given more than once, of which Snakemake reads the last; give all values after one {option[0]}"
+            )
+
+
 def _check_files(arguments: Sequence[str]) -> None:
     """Raises UserError where a named file of the study can't be read, in the words of every other verb."""
     from aps.settings.reading import read_files
 
+    check_given_once(arguments)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--configfile", "--configfiles", nargs="*", default=[])
     for file in parser.parse_known_args(arguments)[0].configfile:

@@ -86,6 +86,11 @@ def test_a_wrong_setting_of_a_module_is_one_sentence(outer: Path) -> None:
     assert "unknown key 'knn.kk'; did you mean 'knn.k'?" in run.stdout and "Traceback" not in run.stdout
 
 
+def test_settings_that_snakemake_would_drop_are_one_sentence(outer: Path) -> None:
+    run = snakemake(outer, "-n", "--config", "first=1", "--config", "second=1")
+    assert run.returncode == 1 and "--config is given more than once" in run.stdout and "Traceback" not in run.stdout
+
+
 def test_a_rule_takes_other_resources_and_the_users_weights_are_found_beside_the_prefix(outer: Path) -> None:
     study = put(SMALL, ("experiments", "mine"), {"stages": ["knn"], "encoder": {"weights": "mine.safetensors"}})
     (outer / "config/config.yaml").write_text(yaml.safe_dump({"vision": study}))

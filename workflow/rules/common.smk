@@ -9,9 +9,12 @@ from aps.layout import study_folder
 from aps.runtime import launch
 from aps.workflow.forcing import force_by
 from aps.workflow.plan import Plan, one_of
+from aps.workflow.start import check_given_once
 from snakemake.exceptions import WorkflowError
 
 try:
+    if workflow.is_main_process:
+        check_given_once(sys.argv)
     PLAN = Plan.of(workflow, config)
 except UserError as error:
     raise WorkflowError(str(error)) from None

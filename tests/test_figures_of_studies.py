@@ -1,0 +1,111 @@
+"""The tables of docs/results.md are those of the runs in benchmarks/results/studies: each figure is made again from them."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NUMBER = r"[+-]?\d+(?:\.\d+)?"
+Runs = dict[tuple[str, str, str], dict[str, str]]
+
+
+def runs(study: str) -> Runs:
+    """The rows of a study's file, by experiment, seed and stage."""
+    with (ROOT / f"benchmarks/results/studies/{study}.csv").open() as file:
+        return {(row["experiment"], row["seed"], row["stage"]): row for row in csv.DictReader(file)}
+
+
+def table(heading: str, first: str) -> list[list[str]]:
+    """The cells of the table under a heading whose first column is `first`."""
+    section = (ROOT / "docs/results.md").read_text().split(f"\n## {heading}", 1)[1].split("\n## ", 1)[0]
+    lines = [line.strip() for line in section.splitlines()]
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    found = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            return found
+        found.append([cell.strip().replace("**", "") for cell in line.strip("|").split("|")])
+    return found
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(number) for number in re.findall(NUMBER, re.sub(r"\(.*", "", cell))]
+
+
+def is_rounded(shown: float, value: float, digits: int = 1) -> bool:
+    return abs(shown - value) <= 0.5 * 10**-digits + 1e-9
+
+
+def pair(found: Runs, names: tuple[str, str], seed: str, stage: str, key: str) -> list[float]:
+    return [float(found[name, seed, stage][key]) for name in names]
+
+
+def check_pair(cells: list[str], found: Runs, names: tuple[str, str], seed: str) -> None:
+    """cells: loss, kNN, difference, linear probe, difference; of APS and random sampling."""
+    loss, knn, by_knn, probe, by_probe = (numbers(cell) for cell in cells)
+    assert all(map(is_rounded, loss, pair(found, names, seed, "pretrain", "loss"), (2, 2))), (names, loss)
+    for shown, difference, stage, key in (
+        (knn, by_knn, "knn", "knn_top1_k20"),
+        (probe, by_probe, "linear_probe", "test_top1"),
+    ):
+        values = pair(found, names, seed, stage, key)
+        assert all(map(is_rounded, shown, values)), (names, stage, shown, values)
+        assert is_rounded(difference[0], values[0] - values[1]), (names, stage, difference, values)
+
+
+def test_the_mechanism_at_half_the_length() -> None:
+    found, rows = runs("mechanism-half"), table("Mechanism at half", "crops from")
+    assert len(rows) == 18
+    for crops, r, colours, _, *cells in rows:
+        end = f"crop{crops}-r{r}{'' if colours == 'yes' else '-plain'}"
+        check_pair(cells, found, (f"asymmetric-{end}", f"random-{end}"), "0")
+
+
+def test_the_length() -> None:
+    found, rows = runs("length-fifth"), table("Length,", "epochs (steps)")
+    checked = 0
+    for what, *cells in rows:
+        if "float32" not in what:  # of which there are no rows
+            epochs, seed = re.match(r"\d+", what), re.search(r"seed (\d+)", what)
+            assert epochs
+            check_pair(cells, found, (f"aps-{epochs[0]}", f"random-{epochs[0]}"), seed[1] if seed else "0")
+            checked += 1
+    assert checked >= 4
+
+
+@pytest.mark.parametrize("stage, key, column", [("linear_probe", "test_top1", 3), ("knn", "knn_top1_k20", 4)])
+def test_the_rivals_at_a_tenth(stage: str, key: str, column: int) -> None:
+    found, rows = runs("rivals-tenth"), table("Rivals at a tenth", "method")
+    names = {"SimCLR": "simclr", "MAE": "mae", "full, all tokens": "full", "random": "random", "APS": "aps"}
+    names |= {"MoCo v3": "mocov3", "BYOL": "byol", "random weights": "random-weights", "DINO": "dino"}
+    assert {row[0] for row in rows} == set(names)
+    for row in rows:
+        centre, spread, first, *others = (float(number) for number in re.findall(NUMBER, row[column]))
+        values = [float(found[names[row[0]], seed, stage][key]) for seed in "12"]
+        assert all(map(is_rounded, others, values)), (row, values)
+        possible = [[first + step / 200, *values] for step in range(-10, 11)]  # of seed 0 one decimal is known
+        assert any(is_rounded(centre, mean(each)) and is_rounded(spread, stdev(each)) for each in possible), (
+            row,
+            values,
+        )
+
+
+def test_the_mechanism_with_local_noise() -> None:
+    found, rows = runs("mechanism-local"), table("Mechanism where shared cells", "noise")
+    assert len(rows) == 6
+    for noise, encoder, loss, *cells in rows:
+        seeds = "0" if encoder == "random weights" else "012"
+        name = f"{ {'APS': 'asymmetric', 'random': 'random', 'random weights': 'floor'}[encoder] }-local{noise}"
+        if loss:
+            shown = [float(number) for number in re.findall(NUMBER, loss)]
+            assert all(map(is_rounded, shown, (float(found[name, s, "pretrain"]["loss"]) for s in seeds), (2, 2, 2)))
+        for cell, stage, key in zip(cells, ("knn", "linear_probe"), ("knn_top1_k20", "test_top1"), strict=True):
+            values = [float(found[name, seed, stage][key]) for seed in seeds]
+            shown = [float(number) for number in re.findall(NUMBER, cell)]
+            wanted = [mean(values), stdev(values), *values] if len(seeds) > 1 else values
+            assert len(shown) == len(wanted) and all(map(is_rounded, shown, wanted)), (name, cell, wanted)
