@@ -18,11 +18,13 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import ColorJitter, functional
 
-from aps.settings.blocks import FinetuneSettings
+from aps.settings.blocks import FinetuneSettings, ViewSettings
 from aps.training import augment
 from aps.training.augment import BLENDS, MOVES, NONE, OPERATORS, SCALES, TABLES, Draw, Mix, Program
+from aps.views import apply_crops, apply_view, crop_resize, draw_parameters
 
 FILL = (124, 116, 104)
 COLOUR = torch.tensor(FILL, dtype=torch.float32)
@@ -331,6 +333,47 @@ def test_padded_crops_lie_everywhere_alike() -> None:
     corners = Counter(map(tuple, boxes[:, :2].tolist()))
     assert set(corners) == {(top, left) for top in range(9) for left in range(9)}
     assert stats.chisquare(list(corners.values())).pvalue > 1e-4
+
+
+class Products(TorchDispatchMode):
+    """Notes the precision that each product would have on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.precisions: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm", "convolution"):
+            self.precisions.append(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "products"), [("view", 5), ("crops", 3), ("probe", 2), ("resized", 2), ("padded", 0), ("operators", 0)]
+)
+def test_pixels_are_products_of_full_float32_on_a_gpu_too_and_training_keeps_tf32(name: str, products: int) -> None:
+    images, size, none = pictures(16, 24), 24, (0.0,) * 3
+    p = draw_parameters(1, 16, 24, 24, ViewSettings(blur=(1.0, 1.0)), generator())
+    program = Draw(FinetuneSettings(), size)(16, 24, 24, generator()).program
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Products() as made:
+            if name == "view":
+                apply_view(images, p, size, none, (1.0,) * 3)
+            elif name == "crops":
+                apply_crops(images, p, none, (1.0,) * 3)
+            elif name == "probe":
+                crop_resize(images, p.boxes.float(), p.flips, size)
+            elif name == "resized":
+                augment.resized_crop(images, p.boxes, p.flips, size)
+            elif name == "padded":
+                augment.pad_crop(images, p.boxes.clamp(max=4), p.flips, size)
+            else:
+                augment.run_program(images, program, COLOUR)
+        assert made.precisions == products * ["highest"]
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (70, 45, 32), (8, 8, 16)])
