@@ -286,7 +286,7 @@ def resized_crop(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Ten
     top, left, tall, wide = boxes.float().unbind(1)
     columns = cubic_matrix(left, wide, width, size)
     columns = torch.where(flips[:, None, None], columns.flip(1), columns)
-    across = rounded(torch.bmm(images.float().view(batch, channels * height, width), columns.mT))
+    across = rounded(torch.bmm(images.float().reshape(batch, channels * height, width), columns.mT))
     x = cubic_matrix(top, tall, height, size)[:, None] @ across.view(batch, channels, height, size)
     return rounded(x).to(torch.uint8)
 

@@ -327,6 +327,21 @@ def test_a_grayscale_datasets_shared_channels_work() -> None:
         assert torch.equal(shared, crop(one.repeat(1, 3, 1, 1), boxes, p.flips, 16))
 
 
+@pytest.mark.parametrize("crop", [augment.pad_crop, augment.resized_crop])
+@pytest.mark.parametrize("lies", ["channels last", "transposed", "every second"])
+def test_a_crop_does_not_depend_on_how_pixels_lie(crop: Callable[..., Tensor], lies: str) -> None:
+    images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=generator(6))
+    if lies == "channels last":
+        other = images.contiguous(memory_format=torch.channels_last)
+    elif lies == "transposed":
+        other = images.mT.contiguous().mT
+    else:
+        other = images.repeat_interleave(2, 3)[..., ::2]
+    assert torch.equal(other, images) and not other.is_contiguous()
+    boxes, flips = torch.tensor([[1, 2, 5, 4]] * 16), torch.arange(16) % 2 > 0
+    assert torch.equal(crop(other, boxes, flips, 16), crop(images, boxes, flips, 16))
+
+
 def test_padded_crops_lie_everywhere_alike() -> None:
     boxes = Draw(FinetuneSettings(), 32).boxes(torch.full((8100,), 32), torch.full((8100,), 32), generator(12))
     assert torch.equal(boxes[:, 2:], torch.full((8100, 2), 32))
