@@ -11,6 +11,9 @@ operations run on whole batches:
   coefficients, so one operation serves all images in every step;
 - images are sorted by the step in which their hue turns, so each of those branches is a slice.
 
+Products are full float32 on a GPU too (`full_products`): TF32, which training has, would leave three digits of a pixel. The
+host decides it when it queues a product, and the thread that trains queues them, so that the steps keep TF32.
+
 How pretraining uses it, with a generator of the batch and a `View` for each view of an image:
 
     array datasets   parameters = draw_parameters(view.chances, B * world, H, W, view.augmentation, generator).rows(local)
@@ -38,6 +41,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
+from aps.runtime.precision import full_products
 from aps.runtime.prefetch import send
 from aps.sampling import Geometry
 from aps.settings.blocks import ViewSettings
@@ -239,6 +243,7 @@ def blur_matrix(sigma: Tensor, size: int) -> Tensor:
     return matrix.scatter_add_(2, tap.expand(len(sigma), -1, -1), kernel[:, None].expand(-1, size, -1))
 
 
+@full_products()
 def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """images (B, 3, H, W), rows (B, S, H), columns (B, S, W) -> (B, 3, S, S)."""
     batch, channels, height, width = images.shape
@@ -298,7 +303,8 @@ def _finish(x: Tensor, plan: _Branches) -> Tensor:
             turn_hue(x[rows], plan.hue[rows], out=x[rows])
         if k < 3 and plan.colored:
             _blend(x[: plan.colored], *(c[: plan.colored] for c in plan.blends[k]))
-    x = torch.bmm(plan.mix, x.flatten(2)).view_as(x)
+    with full_products():
+        x = torch.bmm(plan.mix, x.flatten(2)).view_as(x)
     if plan.blur:
         matrix = blur_matrix(plan.sigma, size)
         x = _separable(x, matrix, matrix)

@@ -99,6 +99,8 @@ SETTINGS: list[tuple[str, Any, tuple[str, ...]]] = [
     (f"{D}pretrain.epoch", 3, ("unknown key 'pretrain.epoch'", "did you mean 'pretrain.epochs'")),
     (f"{D}epochs", 3, ("unknown key 'epochs'", "did you mean")),
     (f"{D}finetune.rand_augment", "rand-x", ("finetune.rand_augment", "rand-x")),
+    *((f"{D}{block}", {**method, "drop_path": 1.0}, (f"{block}.drop_path", "1.0", "less than 1"))
+      for block, method in (("pretrain", {"method": "dino", "projector": GONE, "predictor": GONE}), ("finetune", {}), ("detection", {}))),
     (f"{D}pretrain.precision", "fp8", ("pretrain.precision", "fp8", "'bf16'")),
     (f"{D}pretrain", 5, ("pretrain", "5", "block of settings")),
     # names and the study's own keys

@@ -400,10 +400,12 @@ def test_a_gpu_makes_the_cpus_views_without_synchronizing():
     images, settings = pictures(64, 48, 64), ViewSettings(blur=(0.5, 0.5))
     p = draw_parameters(1, 64, 48, 64, settings, generator())
     on_gpu = images.cuda()
+    torch.set_float32_matmul_precision("high")  # as training has it
     try:
         torch.cuda.set_sync_debug_mode("error")
         view = apply_view(on_gpu, p, 32, MEAN, STD)
         p.geometry("cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+        torch.set_float32_matmul_precision("highest")
     assert (view.cpu() - apply_view(images, p, 32, MEAN, STD)).abs().max() < 1e-4

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from aps.errors import UserError
 from aps.files import write_bytes
+from aps.runtime.cores import granted
 from aps.settings.blocks import SourceSettings
 
 VERIFIED = "verified.json"  # in a dataset's folder: archives whose checksums were right
@@ -272,13 +273,8 @@ def parallel(
     It uses threads, because reading, writing and decoding images release the interpreter's lock.
     """
     items = list(items)
-    pool = ThreadPoolExecutor(workers or cores())
+    pool = ThreadPoolExecutor(workers or granted())
     try:
         return list(tqdm(pool.map(function, items), total=len(items), desc=description, mininterval=1, delay=1))
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def cores() -> int:
-    """CPU cores this process may use (a cluster gives a job fewer than the machine has)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

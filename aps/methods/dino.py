@@ -70,7 +70,7 @@ class DINO(Method):
         clip_grad: NonNegative = Field(
             3.0, description="largest norm of each parameter's gradient; 0: any; the release's"
         )
-        drop_path: Probability = Field(0.1, description="the student's stochastic depth, linear from 0; the release's")
+        drop_path: Share = Field(0.1, description="the student's stochastic depth, linear from 0; the release's")
 
     class Views(ViewSettings):
         crop_scale: tuple[PositiveFloat, PositiveFloat] = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from aps.errors import UserError
 
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 SHARED_MEMORY = Path("/dev/shm")  # workers pass decoded images through it
 LOCKS, LOCKS_EACH = 8, 4  # upper bounds of the locks that DataLoader makes, in all and per worker; one takes a page
 ENOUGH = 2**30  # bytes; containers often have 64 MiB, and then a worker dies with a bus error
@@ -26,8 +28,47 @@ def cores() -> int:
     that the system grants, divided by the processes that torchrun started on this machine."""
     if (given := threads_given()) is not None:
         return given
-    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, granted // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, granted() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def granted() -> int:
+    """CPU cores that the system grants: those on which this process may run (a cluster gives a job fewer than the machine
+    has), but no more than the quota of its container, rounded up."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(allowed, _quota())))
+
+
+def _quota() -> float:
+    """CPU time a second that `docker --cpus` or a Kubernetes limit leaves this process: the least of its control groups and
+    those above them, of version 2 and 1; infinite where none has one."""
+    least = math.inf
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:  # no Linux
+        return least
+    for line in lines:
+        _, controllers, own = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = CGROUPS / "cpu" if controllers else CGROUPS
+        # A container may see the machine's name of its group, of which only the top is there.
+        group = top / own.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top):
+                least = min(least, _quota_of(folder, bool(controllers)))
+    return least
+
+
+def _quota_of(folder: Path, version_1: bool) -> float:
+    """The quota of one control group, of version 1 or 2."""
+    try:
+        if version_1:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        else:
+            quota, period = (folder / "cpu.max").read_text().split()
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    except (OSError, ValueError):  # it has none: "max", or no such file
+        return math.inf
 
 
 def decoding_workers(asked: int | None) -> int:

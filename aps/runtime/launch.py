@@ -26,7 +26,7 @@ import time
 import psutil
 
 from aps.errors import UserError
-from aps.runtime.cores import threads_given
+from aps.runtime.cores import granted, threads_given
 from aps.runtime.ranks import TOLD
 from aps.runtime.signals import PARENT, end_with_parent, remember
 from aps.runtime.slurm import allocation, job_id
@@ -99,7 +99,7 @@ def _agents(processes: int, nodes: int) -> list[str]:
 
 def _environment(per_node: int) -> dict[str, str]:
     """The environment of each process: its share of OMP_NUM_THREADS, which Snakemake sets to the threads of the node."""
-    threads = threads_given() or os.cpu_count() or 1
+    threads = threads_given() or granted()
     return os.environ | {"OMP_NUM_THREADS": str(max(1, threads // per_node))}
 
 

@@ -250,7 +250,7 @@ class FinetuneSettings(Section):
         1.0, description="learning rate of a block over that of the next; 1: the same for all"
     )
     clip_grad: NonNegative = Field(0.0, description="largest norm of the gradient of all weights together; 0: any")
-    drop_path: Probability = Field(0.1, description="stochastic depth of the last block, linear from 0")
+    drop_path: Share = Field(0.1, description="stochastic depth of the last block, linear from 0")
     rand_augment: Annotated[str, Field(pattern=RAND_AUGMENT)] | None = Field(
         "rand-m9-mstd0.5-inc1", description="RandAugment in timm's notation; null: none"
     )
@@ -350,7 +350,7 @@ class DetectionSettings(Section):
     lr_drops: tuple[Probability, ...] = Field(
         (163889 / 184375, 177546 / 184375), description="by 10, as shares of the schedule"
     )
-    drop_path: Probability = Field(0.1, description="stochastic depth of the last block, linear from 0")
+    drop_path: Share = Field(0.1, description="stochastic depth of the last block, linear from 0")
     window: Natural = Field(
         14, description="side of the attention windows in cells; 0: global attention in every block"
     )

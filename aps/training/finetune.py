@@ -81,7 +81,7 @@ class Finetuning:
         )
         self.tuner = Finetuner(job, classes, self.normalization, distributed)
         self.watch = Watch("finetuning", "finetune", distributed, job.manifest)
-        self.sums = torch.zeros(2, device=distributed.device)  # this epoch's loss and share of right predictions
+        self.sums = torch.zeros(2, device=distributed.device)  # this epoch's loss and right share, of all processes
         self.loss = math.nan  # the last epoch's
         self.best = {"epoch": -1, "accuracy": -1.0}
         self.mistakes: dict[str, Any] = {}  # the confusion matrix, for metrics.json
@@ -98,14 +98,14 @@ class Finetuning:
         torch.manual_seed(seed_of(self.job.settings.seed, STEP, done, self.distributed.rank))  # for drop path
         figures = self.tuner.step(batch, finetuning_lr(self.settings, done // self.examples.batches))
         self.watch.add(figures[0], done, (batch.images,))
-        self.sums += figures
+        self.sums += self.distributed.mean(figures)  # every time: a checkpoint holds one process's sums
 
     def lines(self, done: int) -> Iterator[Line]:
         if done % self.examples.batches:
             return
         self.watch.check()
         epoch = done // self.examples.batches
-        loss, right = (self.distributed.mean(self.sums) / self.examples.batches).tolist()
+        loss, right = (self.sums / self.examples.batches).tolist()
         self.sums.zero_()
         self.loss = finite(loss, "finetuning", "finetune")
         lr = finetuning_lr(self.settings, epoch - 1)

@@ -92,7 +92,7 @@ class Probing:
             ],
             momentum=settings.momentum,
         )
-        self.losses = torch.zeros(count, device=device)  # one for each head, summed over this epoch's batches
+        self.losses = torch.zeros(count, device=device)  # of each head, all processes; summed over the epoch
         self.means: list[float] = []  # those of the last epoch, a mean for each head
         self.total = settings.epochs * self.order.batches
 
@@ -114,12 +114,12 @@ class Probing:
         losses.sum().backward()  # heads share no parameters, so each gets the gradient of its loss alone
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.losses += losses.detach()
+        self.losses += self.distributed.mean(losses.detach())  # every time: a checkpoint holds one process's sums
 
     def lines(self, done: int) -> Iterator[Line]:
         if done % self.order.batches:
             return
-        self.means = (self.distributed.mean(self.losses) / self.order.batches).tolist()
+        self.means = (self.losses / self.order.batches).tolist()
         self.losses.zero_()
         named = {f"loss_lr{lr:g}": value for lr, value in zip(self.settings.lrs, self.means, strict=True)}
         finite = {name: value for name, value in named.items() if math.isfinite(value)}

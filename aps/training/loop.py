@@ -48,7 +48,8 @@ class Learner(Protocol):
     def lines(self, done: int) -> Iterable[Line]:
         """Lines to log after `done` batches; each is written before the next one is computed."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The state, equal on all processes; without an exchange between them, because the first one saves alone."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 

@@ -20,6 +20,8 @@ from aps.training.loop import finite
 class Meter:
     """Sums figures on the device, and reads them (which synchronizes) only to log.
 
+    Each step's figures are averaged over processes, because a checkpoint holds the sums of one.
+
     Its clock starts with the first batch, and goes on after a kill where the checkpoint left it.
 
     Args:
@@ -64,7 +66,7 @@ class Meter:
                 f"{self.method}: a step has the figures {', '.join(figures)} and one before it had {', '.join(self.names)}; "
                 "return the same names from `loss` at every step"
             )
-        self.sums += torch.stack([figures[name].float() for name in self.names])
+        self.sums += self.distributed.mean(torch.stack([figures[name].float() for name in self.names]))
         self.steps += 1
 
     def read(self) -> dict[str, float]:
@@ -75,7 +77,7 @@ class Meter:
         Raises:
             UserError: the loss or a figure is not finite.
         """
-        means = dict(zip(self.names, (self.distributed.mean(self.sums) / self.steps).tolist(), strict=True))
+        means = dict(zip(self.names, (self.sums / self.steps).tolist(), strict=True))
         finite(means["loss"], "pretraining", "pretrain")
         for name, mean in means.items():
             if not math.isfinite(mean):

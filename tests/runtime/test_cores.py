@@ -13,13 +13,15 @@ import torch
 from aps.errors import UserError
 from aps.runtime import cores as module
 from aps.runtime.cores import cores, decoding_workers, loading
+from aps.runtime.launch import _environment
 
 Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twelve cores and much shared memory."""
+    """Twelve cores without a quota, and much shared memory."""
+    monkeypatch.setattr(module, "OWN_CGROUPS", Path("none"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: Usage(2**34, 0, 2**34))
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
@@ -33,6 +35,44 @@ def test_a_process_has_the_cores_that_it_is_granted_shared_among_those_of_its_ma
     for processes, share in ((4, 3), (8, 1), (16, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         assert cores() == share
+
+
+V2, V1 = "0::{}\n", "5:memory:/\n4:cpu,cpuacct:{}\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        (V2.format("/"), {"cpu.max": "200000 100000\n"}, 2),  # docker run --cpus=2
+        (V2.format("/"), {"cpu.max": "250000 100000\n"}, 3),
+        (V2.format("/"), {"cpu.max": "50000 100000\n"}, 1),
+        (V2.format("/"), {"cpu.max": "max 100000\n"}, 12),
+        (V2.format("/"), {"cpu.max": "3200000 100000\n"}, 12),  # more than the machine has
+        (V2.format("/"), {}, 12),
+        (V2.format("/"), {"cpu.max": "\n"}, 12),
+        (V2.format("/pods/one"), {"pods/one/cpu.max": "max 100000\n", "pods/cpu.max": "400000 100000\n"}, 4),
+        (V2.format("/pods/one"), {"pods/one/cpu.max": "300000 100000\n", "pods/cpu.max": "400000 100000\n"}, 3),
+        (V2.format("/pods/one"), {"pods/two/cpu.max": "300000 100000\n"}, 12),  # another's
+        (V2.format("/docker/5f"), {"cpu.max": "200000 100000\n"}, 2),  # the machine's name of a container's group
+        (V1.format("/"), {"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "50000\n"}, 3),
+        (V1.format("/a/b"), {"cpu/a/cpu.cfs_quota_us": "200000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 2),
+        (V1.format("/"), {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 12),
+    ],
+)
+def test_a_containers_quota_limits_the_cores(
+    own: str, files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = tmp_path / "cgroup"
+    for name, text in files.items():
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_text(text)
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(module, "CGROUPS", top)
+    monkeypatch.setattr(module, "OWN_CGROUPS", tmp_path / "own")
+    assert cores() == decoding_workers(None) == expected
+    assert _environment(1)["OMP_NUM_THREADS"] == str(expected)  # of which processes have equal shares
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert cores() == max(1, expected // 2)
 
 
 def test_threads_that_a_job_was_given_are_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,13 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import ColorJitter, functional
 
-from aps.settings.blocks import FinetuneSettings
+from aps.settings.blocks import FinetuneSettings, ViewSettings
 from aps.training import augment
 from aps.training.augment import BLENDS, MOVES, NONE, OPERATORS, SCALES, TABLES, Draw, Mix, Program
+from aps.views import apply_crops, apply_view, crop_resize, draw_parameters
 
 FILL = (124, 116, 104)
 COLOUR = torch.tensor(FILL, dtype=torch.float32)
@@ -325,12 +327,68 @@ def test_a_grayscale_datasets_shared_channels_work() -> None:
         assert torch.equal(shared, crop(one.repeat(1, 3, 1, 1), boxes, p.flips, 16))
 
 
+@pytest.mark.parametrize("crop", [augment.pad_crop, augment.resized_crop])
+@pytest.mark.parametrize("lies", ["channels last", "transposed", "every second"])
+def test_a_crop_does_not_depend_on_how_pixels_lie(crop: Callable[..., Tensor], lies: str) -> None:
+    images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=generator(6))
+    if lies == "channels last":
+        other = images.contiguous(memory_format=torch.channels_last)
+    elif lies == "transposed":
+        other = images.mT.contiguous().mT
+    else:
+        other = images.repeat_interleave(2, 3)[..., ::2]
+    assert torch.equal(other, images) and not other.is_contiguous()
+    boxes, flips = torch.tensor([[1, 2, 5, 4]] * 16), torch.arange(16) % 2 > 0
+    assert torch.equal(crop(other, boxes, flips, 16), crop(images, boxes, flips, 16))
+
+
 def test_padded_crops_lie_everywhere_alike() -> None:
     boxes = Draw(FinetuneSettings(), 32).boxes(torch.full((8100,), 32), torch.full((8100,), 32), generator(12))
     assert torch.equal(boxes[:, 2:], torch.full((8100, 2), 32))
     corners = Counter(map(tuple, boxes[:, :2].tolist()))
     assert set(corners) == {(top, left) for top in range(9) for left in range(9)}
     assert stats.chisquare(list(corners.values())).pvalue > 1e-4
+
+
+class Products(TorchDispatchMode):
+    """Notes the precision that each product would have on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.precisions: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm", "convolution"):
+            self.precisions.append(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "products"), [("view", 5), ("crops", 3), ("probe", 2), ("resized", 2), ("padded", 0), ("operators", 0)]
+)
+def test_pixels_are_products_of_full_float32_on_a_gpu_too_and_training_keeps_tf32(name: str, products: int) -> None:
+    images, size, none = pictures(16, 24), 24, (0.0,) * 3
+    p = draw_parameters(1, 16, 24, 24, ViewSettings(blur=(1.0, 1.0)), generator())
+    program = Draw(FinetuneSettings(), size)(16, 24, 24, generator()).program
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Products() as made:
+            if name == "view":
+                apply_view(images, p, size, none, (1.0,) * 3)
+            elif name == "crops":
+                apply_crops(images, p, none, (1.0,) * 3)
+            elif name == "probe":
+                crop_resize(images, p.boxes.float(), p.flips, size)
+            elif name == "resized":
+                augment.resized_crop(images, p.boxes, p.flips, size)
+            elif name == "padded":
+                augment.pad_crop(images, p.boxes.clamp(max=4), p.flips, size)
+            else:
+                augment.run_program(images, program, COLOUR)
+        assert made.precisions == products * ["highest"]
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (70, 45, 32), (8, 8, 16)])

@@ -9,15 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import small
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
+from aps.errors import Preempted
 from aps.results import StageJob
 from aps.runtime.processes import Distributed
+from aps.training import loop
 
 # One batch an epoch, four steps. Rounding, which differs with the number of processes, grows tenfold every few steps
 # of training; another batch, view, sampling or learning rate would show at once.
@@ -86,6 +91,68 @@ def test_a_mistake_is_told_once_however_many_processes_make_it(digits: Path, tmp
     log = process.communicate(timeout=120)[1]
     assert process.returncode == 2
     assert len(re.findall("^error: ", log, re.MULTILINE)) == 1 and "33" in log and "Traceback" not in log
+
+
+# Two processes in the middle of a log window. Stopped, all of them save; a timed checkpoint is saved by the first alone.
+
+WORLD, STOP, CHECKPOINT, KILL = 2, 10, 14, 17  # batches of the run
+LONG = {"batch_size": 4, "epochs": 2}  # 25 batches an epoch, and 22 where a tenth is held out
+TRAINED = ("pretrain", "finetune", "linear_probe")
+
+
+def attempt(job: StageJob, distributed: Distributed, ends: int | None = None) -> None:
+    """The stage on this process and the others: to its end, or until a request to stop, or a kill, after `ends` batches."""
+    done = max((int(file.stem.removeprefix("state-")) for file in job.checkpoints.glob("state-*.pt")), default=0)
+
+    def asked(_: Distributed) -> bool:
+        nonlocal done
+        done += 1
+        if done == KILL and ends == KILL:
+            raise SystemExit("killed")
+        return done == STOP and ends == STOP
+
+    dist.barrier()  # all have looked for checkpoints
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "stop_requested", asked)
+        patch.setattr(loop.Checkpoints, "due", lambda self: self.writes and done == CHECKPOINT)
+        patch.setattr(small.module(job.settings.stage), "processes", lambda: nullcontext(distributed))
+        with pytest.raises((Preempted, SystemExit)) if ends else nullcontext():
+            small.module(job.settings.stage).run(job)
+    dist.barrier()  # the first has written its files
+
+
+def both(rank: int, folder: Path, jobs: list[tuple[StageJob, StageJob]]) -> None:
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    distributed = Distributed(rank, WORLD, torch.device("cpu"))
+    for whole, disturbed in jobs:
+        attempt(whole, distributed)
+        for ends in (STOP, KILL, None):
+            attempt(disturbed, distributed, ends)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def disturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[StageJob, StageJob]]:
+    """Each stage's run that was left alone, and the one that was stopped and killed."""
+    jobs = {
+        stage: tuple(small.job(stage, digits, tmp_path_factory.mktemp(stage), **LONG) for _ in range(2))
+        for stage in TRAINED
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "none")
+        mp.spawn(both, (tmp_path_factory.mktemp("gloo"), list(jobs.values())), nprocs=WORLD)
+    return jobs  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_figures_of_processes_that_end_in_a_log_window_are_those_of_undisturbed_ones(
+    stage: str, disturbed: dict[str, tuple[StageJob, StageJob]]
+) -> None:
+    whole, other = (small.history(job) for job in disturbed[stage])
+    assert other == whole and [line["epoch"] for line in whole] == [1, 2]
+    assert small.metrics(disturbed[stage][0]) == small.metrics(disturbed[stage][1])
 
 
 def test_every_process_has_its_own_rows_of_the_global_batch() -> None:
