@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.options import folder
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "aps-vit")
@@ -36,7 +38,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options of every benchmark. description: a docstring, of which the first line is shown."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it runs; the figures mean nothing")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the plot")
+    parser.add_argument("--out", type=folder, default=RESULTS, help="folder of the JSON file and the plot")
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import math
 import os
@@ -153,7 +154,7 @@ if name == "steps":
 if name == "base":
     sys.exit(3)
 """
-CONDUCT = "import sys\nfrom benchmarks import gpu\ngpu.__file__ = sys.argv.pop(1)\nsys.exit(gpu.main())"
+CONDUCT = "import sys\nfrom benchmarks import gpu\ngpu.__file__, gpu.PROBE = sys.argv.pop(1), ''\nsys.exit(gpu.main())"
 Conduct = Callable[..., subprocess.Popen[str]]
 
 
@@ -269,6 +270,100 @@ def test_a_result_of_an_earlier_gpu_run_is_called_one_and_decides_nothing(conduc
     assert process.returncode == 0
     assert re.search(r"^imagenet: [\d.]+ s$", output, re.MULTILINE)
     assert re.search(r"^knn: 5 s, of an earlier run\n  old figure .* MISSED$", output, re.MULTILINE), output
+
+
+@pytest.mark.parametrize("content", ['{"rows": [["old figure", 1', "", "[]", "\xff"])
+def test_a_damaged_result_of_an_earlier_gpu_run_is_called_unreadable(
+    content: str, conduct: Conduct, tmp_path: Path
+) -> None:
+    old_result(tmp_path / "out", "knn")
+    (file,) = (tmp_path / "out").glob("*-knn.json")
+    file.write_bytes(content.encode("latin-1"))
+    process = conduct("--only", "imagenet")
+    output, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, "")
+    assert "\nknn: unreadable, of an earlier run\n" in f"{output}\n" and "figure" in output
+
+
+def test_a_result_that_is_cut_off_while_it_is_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, while `run` adds how long a step took."""
+    args = Namespace(device="cpu", tiny=True, out=tmp_path, cifar=None)
+    (tmp_path / "step.py").write_text(STEP)
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "step.py"))
+    write = Path.write_text
+
+    def full(path: Path, text: str, *more: str) -> int:
+        write(path, text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError):
+        gpu.run(args, "imagenet", 60, [])
+    (file,) = tmp_path.glob("*-imagenet.json")
+    assert json.loads(file.read_text())["rows"] == [["figure", 1, "== 1", ""]]
+
+
+def test_steps_asked_for_by_several_options_all_run(conduct: Conduct, tmp_path: Path) -> None:
+    process = conduct("--only", "share", "--only", "imagenet", "knn")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert [line.split(":")[0] for line in output.splitlines() if ": at most" in line] == ["share", "imagenet", "knn"]
+
+
+NO_TORCH = "import sys\nsys.modules['torch'] = None  # as where it is not installed\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "torch_is_there", "reason"),
+    [
+        ("gpu0", True, "device string"),
+        ("cuda", True, ""),
+        ("cpu", False, "import of torch halted"),
+    ],
+)
+def test_a_gpu_run_without_its_device_ends_in_one_sentence_before_its_first_step(
+    device: str, torch_is_there: bool, reason: str, tmp_path: Path
+) -> None:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # a machine with a GPU shows none
+    if not torch_is_there:
+        (tmp_path / "site").mkdir()
+        (tmp_path / "site/sitecustomize.py").write_text(NO_TORCH)
+        environment["PYTHONPATH"] = str(tmp_path / "site")
+    old_result(tmp_path / "out", "tests")
+    script = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--tiny", "--device", device]
+    command = [*script, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: --device {device}: ") and reason in done.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 1  # what an earlier run has found is still there
+
+
+def test_a_gpu_run_starts_with_the_standard_library_alone() -> None:
+    code = "import sys\nsys.argv = ['gpu.py', '--only', 'no_such']\nfrom benchmarks import gpu\ntry:\n    gpu.main()\n"
+    code += "except SystemExit:\n    print(*{name.split('.')[0] for name in sys.modules} - sys.stdlib_module_names)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert set(done.stdout.split()) == {"__main__", "benchmarks"}, done.stderr
+
+
+@pytest.mark.parametrize("name", [*NAMES, "server", "detection_step", "local_noise", "gpu", "__main__"])
+def test_a_file_in_place_of_the_folder_of_results_is_refused_before_anything_is_measured(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each benchmark's own `main`, in this process: importing torch for each takes seconds."""
+    if name == "peers" and MISSING:
+        pytest.skip("needs lightly and kornia: pip install '.[peers]'")
+    (tmp_path / "file").touch()
+    module = importlib.import_module(f"benchmarks.{name}")
+    for out in ("file", "file/sub"):
+        needed = ["manifest.json", "32"] if name == "local_noise" else []
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit) as ended:
+            patched.setattr(sys, "path", list(sys.path))
+            patched.setattr(sys, "argv", [f"{name}.py", *needed, "--out", str(tmp_path / out)])
+            module.main()
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.endswith(f"argument --out: {tmp_path / 'file'} is no folder; name another\n")
 
 
 def wheel(folder: Path, name: str, content: str = "one = 1\n") -> Path:
