@@ -24,9 +24,10 @@ from aps.data.prepare import prepare
 from aps.detection import load_engine
 from aps.detection.annotations import CocoSplit
 from aps.detection.engine import Task
+from aps.ranges import whole_number
 from aps.runtime.processes import processes
 from aps.settings.blocks import DetectionSettings, EncoderSettings, SourceSettings
-from benchmarks.common import RESULTS, write
+from benchmarks.common import MOST, RESULTS, run, write
 from benchmarks.options import folder
 
 
@@ -34,10 +35,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--engine", default="detectron2")
     parser.add_argument("--arch", default="small")
-    parser.add_argument("--image-size", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--image-size", type=whole_number(1, MOST), default=1024)
+    parser.add_argument("--batch-size", type=whole_number(1, MOST), default=1)
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--iterations", type=int, default=4, help="the first one is left out of the time")
+    parser.add_argument(
+        "--iterations", type=whole_number(2, MOST), default=4, help="the first one is left out of the time"
+    )
     parser.add_argument("--out", type=folder, default=RESULTS, help="folder of the JSON file")
     args = parser.parse_args()
     settings = DetectionSettings(
@@ -75,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

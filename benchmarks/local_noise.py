@@ -14,6 +14,7 @@ import numpy as np
 
 from aps.data.load import ArraySplit, load_split
 from aps.errors import UserError
+from benchmarks.common import run
 from benchmarks.options import folder
 
 BLOCK = 4  # pixels, the side of a patch in the study
@@ -47,4 +48,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -27,7 +27,7 @@ from aps.runtime.processes import processes
 from aps.sampling import coverage
 from aps.settings.blocks import EncoderSettings, SamplingSettings, UserDataset, ViewSettings
 from aps.views import draw_parameters
-from benchmarks import common, gpu, local_noise
+from benchmarks import common, gpu, local_noise, scaling
 from benchmarks.__main__ import NAMES
 from benchmarks.choices import CHOICES
 from benchmarks.ordinary import sample_image
@@ -364,6 +364,67 @@ def test_a_file_in_place_of_the_folder_of_results_is_refused_before_anything_is_
             module.main()
         assert ended.value.code == 2
         assert capsys.readouterr().err.endswith(f"argument --out: {tmp_path / 'file'} is no folder; name another\n")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda file: file.stem)
+def test_every_benchmark_runs_by_what_turns_a_mistake_into_one_sentence(file: Path) -> None:
+    """benchmarks/gpu.py alone does it itself: it starts without the package."""
+    ends = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.If)]
+    started = [ast.unparse(line) for node in ends if "__main__" in ast.unparse(node.test) for line in node.body]
+    assert started in ([], ["sys.exit(main())" if file.stem == "gpu" else "run(main)"])
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("local_noise no_such/manifest.json 32 64", "no_such/manifest.json"),
+        ("ceiling --quick", "APS_DEVICE=gpu0"),
+        ("choices --quick --precision no_such", "precision"),
+        ("scaling --quick --processes 3", "a batch of 8 can't be divided by it; choose among 2, 4, 8"),
+        ("scaling --quick --processes 1", "one process, and no other number to compare it with"),
+    ],
+)
+def test_a_mistake_in_a_benchmarks_command_is_one_sentence(command: str, said: str, tmp_path: Path) -> None:
+    environment = os.environ | {"APS_DEVICE": "gpu0"}
+    name, *options = command.split()
+    full = [sys.executable, "-m", f"benchmarks.{name}", *options, "--out", str(tmp_path)]
+    done = subprocess.run(full, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 2 and re.fullmatch("error: .*\n", done.stderr), done.stderr
+    assert said in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command", ["large --counts 0", "scaling --processes 0", "server --steps 0", "step --batch-size -1"]
+)
+def test_a_count_of_none_is_refused_before_anything_is_measured(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *options = command.split()
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert ended.value.code == 2 and "is not a whole number from" in capsys.readouterr().err
+
+
+def test_an_efficiency_is_against_one_process_whatever_numbers_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images_a_second = {1: 100.0, 2: 150.0, 4: 200.0}
+    monkeypatch.setattr(scaling, "launch", lambda count, settings: images_a_second[count])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["scaling", "--quick", "--processes", "4", "2", "--out", str(tmp_path)])
+    scaling.main()
+    (file,) = tmp_path.glob("*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["what"].split()[0]: row["ratio"]["median"] for row in rows} == {"2": 75, "4": 50}
+
+
+def test_the_table_of_all_benchmarks_names_a_file_that_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "old-cpu.json").write_text('{"rows": [')
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(tmp_path), "sampler"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "target 40x" in done.stdout.splitlines()[-1]
+    assert done.stderr == f"{tmp_path / 'old-cpu.json'}: unreadable; delete it, or run that benchmark again\n"
 
 
 def wheel(folder: Path, name: str, content: str = "one = 1\n") -> Path:
