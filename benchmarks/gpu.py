@@ -136,6 +136,7 @@ def agreement(args: argparse.Namespace) -> Result:
     from aps.views import apply_view, draw_parameters
     from benchmarks.study import experiment, inputs
 
+    _as_stages(args)
     device, cpu = torch.device(args.device), torch.device("cpu")
     batch, side, grid = (8, 32, 16) if args.tiny else (128, 32, 16)
     images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
@@ -147,6 +148,8 @@ def agreement(args: argparse.Namespace) -> Result:
     rows: list[Row] = [
         ("views: values that are the same", 100 * float((apart < 0.001).double().mean()), ">= 99.99", "%")
     ]
+
+    rows += _augmentation_agrees(batch, side, cpu, device)
 
     def cells(on: torch.device) -> Any:
         generator = torch.Generator().manual_seed(3)
@@ -180,12 +183,46 @@ def agreement(args: argparse.Namespace) -> Result:
     return {"rows": rows}
 
 
+def _augmentation_agrees(batch: int, side: int, cpu: Any, device: Any) -> list[Row]:
+    """Finetuning's random resized crops, and RandAugment's operators, of the same images with the same parameters."""
+    import torch
+
+    from aps.settings.blocks import FinetuneSettings
+    from aps.training import augment
+
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, generator=generator)
+    drawn = augment.Draw(FinetuneSettings(crop="resized"), side)(batch, side, side, generator)
+    pixels: dict[str, list[Any]] = {"resized_crop": [], "run_program": []}
+    for on in (cpu, device):
+        boxes, flips = augment.on_device(drawn.boxes, drawn.flips, on)
+        here, fill = images.to(on), torch.tensor([125.0, 123.0, 114.0], device=on)
+        pixels["resized_crop"].append(augment.resized_crop(here, boxes, flips, side).cpu().int())
+        pixels["run_program"].append(augment.run_program(here, drawn.program, fill).cpu().int())
+    # Rounding moves a few by a level, and an operator such as posterize makes more of a level.
+    return [
+        (f"finetuning's {name}: values that are the same", 100 * float((a == b).double().mean()), ">= 99", "%")
+        for name, (a, b) in pixels.items()
+    ]
+
+
 def waiting(args: argparse.Namespace) -> Result:
-    """The training loop in CUDA's sync debug mode, which raises an error when the host waits for the device."""
+    """The training loops in CUDA's sync debug mode, which raises an error when the host waits for the device."""
+    rows: list[Row] = []
+    found = {}
+    for stage in ("pretrain", "finetune", "linear_probe"):
+        found[stage] = _waits(args, stage)
+        where = "" if stage == "pretrain" else f", {stage}"
+        rows.append((f"waits for the device between two log lines{where}", len(found[stage]), "== 0", ""))
+        _save(args, {"rows": rows, "found": found})
+    return {"rows": rows, "found": found}
+
+
+def _waits(args: argparse.Namespace, stage: str) -> list[str]:
     import torch
 
     batches = 3 if args.tiny else 8
-    learner = _learner(args, *(("micro", 16, 128) if args.tiny else ("tiny", 64, 1024)))
+    learner = _learner(args, *(("micro", 16, 128) if args.tiny else ("tiny", 64, 1024)), stage=stage)
     waits, done, epoch = [], 0, learner.batches(0, 0)
     for batch in epoch:
         learner.step(batch, done)  # the first ones may wait: kernels are chosen, memory is allocated
@@ -207,8 +244,9 @@ def waiting(args: argparse.Namespace) -> Result:
     finally:
         if args.device.startswith("cuda"):
             torch.cuda.set_sync_debug_mode("default")
-    learner.meter.read()
-    return {"rows": [("waits for the device between two log lines", len(waits), "== 0", "")], "found": waits}
+    if stage == "pretrain":
+        learner.meter.read()
+    return waits
 
 
 def share(args: argparse.Namespace) -> Result:
@@ -303,6 +341,26 @@ def imagenet(args: argparse.Namespace) -> Result:
     }
 
 
+def finetuning(args: argparse.Namespace) -> Result:
+    """Images a second of finetuning, its input included: random resized crops, RandAugment, erasing, mixup."""
+    from benchmarks.common import seconds
+
+    batch = 16 if args.tiny else 512
+    learner = _learner(
+        args, "micro" if args.tiny else "tiny", batch, 4 * batch if args.tiny else 50_000, stage="finetune"
+    )
+    epoch = learner.batches(0, 0)
+
+    def some(first: int, last: int) -> None:
+        for done in range(first, last):
+            learner.step(next(epoch), done)
+
+    warm, end = (1, 3) if args.tiny else (8, 48)
+    some(0, warm)
+    rate = batch * (end - warm) / seconds(lambda: some(warm, end))
+    return {"rows": [("finetuning ViT-T/2, with its augmentation: images a second", rate, "", "")]}
+
+
 def detection(args: argparse.Namespace) -> Result:
     """A step of Mask R-CNN on ViT-S/16 at 1024 pixels."""
     size = ["--image-size", "256", "--iterations", "2"] if args.tiny else ["--batch-size", "2", "--iterations", "6"]
@@ -369,6 +427,7 @@ STEPS: dict[str, tuple[Callable[[argparse.Namespace], Result], int]] = {  # seco
     "steps": (steps, 110),
     "base": (base, 70),
     "imagenet": (imagenet, 20),
+    "finetuning": (finetuning, 30),
     "detection": (detection, 45),
     "knn": (knn, 690),  # in practice what the others leave
 }
@@ -448,10 +507,19 @@ def _product(args: argparse.Namespace, measured: list[float] = []) -> float:  # 
     return measured[0]
 
 
+def _as_stages(args: argparse.Namespace) -> None:
+    """Products of float32 as the stages have them (aps.runtime.processes)."""
+    import torch
+
+    if args.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")
+
+
 def _learner(
-    args: argparse.Namespace, arch: str, batch: int, images: int, cifar: Path | None = None, compile: bool = False
-) -> Any:
-    """Pretraining as the stage builds it, on images of 32 pixels in memory."""
+    args: argparse.Namespace, arch: str, batch: int, images: int, cifar: Path | None = None, compile: bool = False,
+    stage: str = "pretrain",
+) -> Any:  # fmt: skip
+    """A learner as its stage builds it, on images of 32 pixels in memory; evaluations start from random weights."""
     import numpy as np
     import torch
 
@@ -461,6 +529,8 @@ def _learner(
     from aps.runtime.processes import Distributed
     from aps.settings.blocks import DatasetSettings, EncoderSettings, SourceSettings
     from aps.settings.study import stage_model
+    from aps.training.finetune import Finetuning
+    from aps.training.linear_probe import Probing
     from aps.training.pretrain import Pretraining
 
     folder = Path(tempfile.mkdtemp())
@@ -471,20 +541,23 @@ def _learner(
         splits: Any = {"train": (pixels, labels), "test": (pixels[:100], labels[:100])}
         manifest = arrays.store(folder, "cifar10", splits, tuple("0123456789"), "drawn", SourceSettings())
         manifest.write(folder / "manifest.json")
-    cuda = args.device.startswith("cuda")
-    if cuda:
-        torch.set_float32_matmul_precision("high")
+    _as_stages(args)
     model = stage_model("aps")
-    block = model.model_fields["pretrain"].default.model_copy(
-        update={"batch_size": batch, "epochs": 1000, "warmup_epochs": 5, "compile": compile}
-    )
+    changes = {"batch_size": batch, "epochs": 1000}
+    if stage != "linear_probe":
+        changes |= {"warmup_epochs": 5, "compile": compile}
+    if stage == "finetune":
+        changes |= {"crop": "resized"}  # with RandAugment, erasing and mixup, as set
+    block = model.model_fields[stage].default.model_copy(update=changes)
     settings = model(
-        stage="pretrain", experiment="gpu", seed=0, dataset=DatasetSettings(name="cifar10"),
-        encoder=EncoderSettings(arch=arch), pretrain=block,
+        stage=stage, experiment="gpu", seed=0, dataset=DatasetSettings(name="cifar10"),
+        encoder=EncoderSettings(arch=arch, **({} if stage == "pretrain" else {"weights": "random"})), **{stage: block},
     )  # type: ignore[call-arg]  # fmt: skip
     np.random.seed(0)
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    return Pretraining(
+    on_gpu = args.device.startswith("cuda")
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    learner = {"pretrain": Pretraining, "finetune": Finetuning, "linear_probe": Probing}[stage]
+    return learner(
         StageJob(settings, folder / "manifest.json", folder / "out", folder / "saved"), Distributed(0, 1, device)
     )
 

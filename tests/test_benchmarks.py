@@ -26,6 +26,7 @@ from aps.data.prepare import prepare
 from aps.runtime.processes import processes
 from aps.sampling import coverage
 from aps.settings.blocks import EncoderSettings, SamplingSettings, UserDataset, ViewSettings
+from aps.training import augment
 from aps.views import draw_parameters
 from benchmarks import common, gpu, local_noise, scaling
 from benchmarks.__main__ import NAMES
@@ -134,6 +135,60 @@ def test_every_test_that_needs_a_gpu_is_one_that_make_gpu_runs() -> None:
                 if any("cuda.is_available" in mark for mark in marks):
                     skipped[f"{file.name}::{node.name}"] = "pytest.mark.gpu" in marks
     assert len(skipped) >= 3 and all(skipped.values()), skipped
+
+
+def test_a_gpu_run_looks_for_waits_in_every_loop_that_trains_and_finds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learner(*_: object, stage: str) -> SimpleNamespace:
+        def step(batch: int, done: int) -> None:
+            if stage == "finetune" and done == 2:
+                raise RuntimeError("called a synchronizing operation")
+
+        return SimpleNamespace(batches=lambda *_: iter(range(9)), step=step, meter=SimpleNamespace(read=dict))
+
+    monkeypatch.setattr(gpu, "_learner", learner)
+    found = gpu.waiting(Namespace(device="cpu", tiny=True, out=tmp_path, step="waiting"))
+    assert {stage: len(waits) for stage, waits in found["found"].items()} == {
+        "pretrain": 0,
+        "finetune": 1,
+        "linear_probe": 0,
+    }
+    assert [row[1] for row in found["rows"]] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("stage", ["finetune", "linear_probe"])
+def test_a_gpu_run_builds_the_learners_of_the_evaluations(stage: str) -> None:
+    learner = gpu._learner(Namespace(device="cpu"), "micro", 16, 64, stage=stage)
+    learner.step(next(learner.batches(0, 0)), 0)
+    assert learner.settings.batch_size == 16 and learner.distributed.device.type == "cpu"
+
+
+def test_views_and_augmentation_are_compared_with_the_products_that_stages_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    monkeypatch.setattr(torch, "device", lambda *_: pytest.fail("a tensor was made before") if not chosen else None)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: sys.exit("the first images"))
+    with pytest.raises(SystemExit, match="the first images"):
+        gpu.agreement(Namespace(device="cuda", tiny=True))
+    assert chosen == ["high"]
+
+
+def test_the_augmentation_of_finetuning_agrees_with_itself_and_a_difference_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = torch.device("cpu")
+    assert [row[1] for row in gpu._augmentation_agrees(8, 32, cpu, cpu)] == [100, 100]
+    crop, calls = augment.resized_crop, []
+
+    def another(*inputs: object) -> torch.Tensor:
+        calls.append(1)
+        return crop(*inputs) + (len(calls) == 2)
+
+    monkeypatch.setattr(augment, "resized_crop", another)
+    assert [row[1] for row in gpu._augmentation_agrees(8, 32, cpu, cpu)] == [0, 100]
 
 
 # Steps of benchmarks/gpu.py in place of the real ones. `steps` has a child and hears no signal but SIGKILL.
