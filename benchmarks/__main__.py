@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from benchmarks.common import arguments, label, table_line
+from benchmarks.common import arguments, label, run, table_line
 from benchmarks.peers import MISSING
 
 NAMES = (
@@ -39,7 +39,11 @@ def main() -> int:
             failed.append(name)
     print()
     for file in sorted(args.out.glob("*.json")):
-        content = json.loads(file.read_text())
+        try:
+            content = json.loads(file.read_text())
+        except ValueError:  # a run was killed while it wrote, or the disk was full
+            print(f"{file}: unreadable; delete it, or run that benchmark again", file=sys.stderr)
+            continue
         if rows := content.get("rows"):
             print(f"{file.stem} ({content['date'][:10]}, {label(content['machine'])})")
             for row in rows:
@@ -50,4 +54,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

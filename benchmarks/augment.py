@@ -23,7 +23,7 @@ from aps.runtime.memory import keep_memory
 from aps.runtime.processes import Distributed, processes
 from aps.settings.blocks import FinetuneSettings
 from aps.training.examples import AugmentedExamples
-from benchmarks.common import arguments, plot, row, seconds, spread, write
+from benchmarks.common import arguments, plot, row, run, seconds, spread, write
 from benchmarks.ordinary import OrdinaryExamples, finished
 
 MEAN, STD, CLASSES = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 10
@@ -107,4 +107,4 @@ def in_turn(epochs: dict[str, Callable[[], None]], repeats: int) -> dict[str, li
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import torch
 
+from aps.ranges import whole_number
 from aps.runtime.processes import processes
 from aps.settings.blocks import EncoderSettings
 from aps.training.cost import step_flops
-from benchmarks.common import arguments, plot, row, seconds, spread, write
+from benchmarks.common import MOST, arguments, plot, row, run, seconds, spread, write
 from benchmarks.study import experiment, inputs, make_trainer
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,7 +23,7 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--batch-size", type=whole_number(1, MOST))
     gpu = torch.cuda.is_available()
     half = gpu or torch.backends.cpu.get_cpu_capability() != "AVX2"  # AVX2 computes bf16 in software, for hours
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"] if half else ["fp32"], choices=list(TYPES))
@@ -68,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from aps.errors import UserError
 from aps.models.encoder import gather_cells
+from aps.ranges import whole_number
 from aps.runtime.processes import processes
 from aps.settings.blocks import EncoderSettings
 from aps.training.pretrain import Trainer
-from benchmarks.common import arguments, plot, row, seconds, spread, write
+from benchmarks.common import MOST, arguments, plot, row, run, seconds, spread, write
 from benchmarks.study import experiment, inputs, make_trainer
 
 
@@ -92,7 +93,7 @@ CHOICES: dict[str, Callable[[Trainer], None]] = {  # each takes a choice back, i
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--arch", default="tiny", choices=["tiny", "small", "base"])
-    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--batch-size", type=whole_number(1, MOST))
     parser.add_argument("--precision", default="auto")
     args = parser.parse_args()
     batch = args.batch_size or (2 if args.quick else 512 if torch.cuda.is_available() else 64)
@@ -135,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -22,13 +22,20 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from pydantic import BaseModel, ValidationError
+
+from aps.errors import UserError
+from aps.runtime.ranks import first_to_tell
+from aps.settings.sentences import sentence
+from benchmarks.options import folder
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "aps-vit")
+MOST = 1_000_000  # of whatever is counted by an option
 OURS, OTHER = "#1f6f8b", "#9aa5ab"  # colours of every plot
 
 
@@ -36,8 +43,21 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options of every benchmark. description: a docstring, of which the first line is shown."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it runs; the figures mean nothing")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the plot")
+    parser.add_argument("--out", type=folder, default=RESULTS, help="folder of the JSON file and the plot")
     return parser
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a benchmark's `main` and exit: with its status, or 2 and one sentence for a mistake that the user can mend."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        mistake = str(error)
+    except ValidationError as error:  # of an option that becomes a setting, such as --arch
+        mistake = sentence("options", "", error, BaseModel)
+    if first_to_tell():
+        print(f"error: {mistake}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def seconds(function: Callable[[], Any]) -> float:

@@ -23,7 +23,7 @@ from aps.data.prepare import prepare
 from aps.settings.blocks import UserDataset, ViewSettings
 from aps.training.order import collated
 from aps.views import View, cut_crops
-from benchmarks.common import arguments, compare, plot, row, write
+from benchmarks.common import arguments, compare, plot, row, run, write
 
 SIZE, SHRINK = 224, 256
 SIDES = {"500x375": (375, 500), "2000x1500": (1500, 2000)}  # height, width
@@ -89,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

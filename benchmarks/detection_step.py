@@ -24,33 +24,37 @@ from aps.data.prepare import prepare
 from aps.detection import load_engine
 from aps.detection.annotations import CocoSplit
 from aps.detection.engine import Task
+from aps.ranges import whole_number
 from aps.runtime.processes import processes
 from aps.settings.blocks import DetectionSettings, EncoderSettings, SourceSettings
-from benchmarks.common import RESULTS, write
+from benchmarks.common import MOST, RESULTS, run, write
+from benchmarks.options import folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--engine", default="detectron2")
     parser.add_argument("--arch", default="small")
-    parser.add_argument("--image-size", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--image-size", type=whole_number(1, MOST), default=1024)
+    parser.add_argument("--batch-size", type=whole_number(1, MOST), default=1)
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--iterations", type=int, default=4, help="the first one is left out of the time")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument(
+        "--iterations", type=whole_number(2, MOST), default=4, help="the first one is left out of the time"
+    )
+    parser.add_argument("--out", type=folder, default=RESULTS, help="folder of the JSON file")
     args = parser.parse_args()
     settings = DetectionSettings(
         engine=args.engine, image_size=args.image_size, batch_size=args.batch_size, iterations=args.iterations,
         precision=args.precision, jitter_scale=(1.0, 1.0), warmup_iterations=1,
     )  # fmt: skip
     encoder = EncoderSettings(arch=args.arch, image_size=224, patch_size=16, weights="random")
-    with tempfile.TemporaryDirectory() as folder, processes() as distributed:
+    with tempfile.TemporaryDirectory() as home, processes() as distributed:
         side = args.image_size
         RECIPES["digits_coco"] = Recipe(
             "digits", side, 2 * args.batch_size, 1, (4, 10), (side // 8, side // 3), 80, 0.3
         )
-        prepare("digits_coco", Path(folder), SourceSettings())
-        manifest = Path(folder) / "manifest.json"
+        prepare("digits_coco", Path(home), SourceSettings())
+        manifest = Path(home) / "manifest.json"
         train, val = (CocoSplit(manifest, split, split == "train") for split in ("train", "val"))
         task = Task(settings, encoder, 0, train, val, (0.1, 0.1, 0.1), (0.2, 0.2, 0.2), 0, distributed)
         engine = load_engine(args.engine)(task)
@@ -74,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

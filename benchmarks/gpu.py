@@ -1,7 +1,7 @@
 """All checks and measurements that need a GPU, in nine minutes, the most important first: python benchmarks/gpu.py
 
 It needs Python 3.11 or newer with torch, torchvision and timm, and no network: other packages come from a folder of
-wheels that `make gpu-wheels` fills beforehand (`--wheels`). Each step is a separate process with a time limit, and
+wheels that `make gpu-wheels` fills beforehand (`--wheels`). Without torch or the device it ends before the first step. Each step is a separate process with a time limit, and
 saves its results in a JSON file, so that a stop loses nothing that was measured. A table ends the run, also one that
 Ctrl-C or SIGTERM stops. The exit status is 0 if every step ran to its end and reached its targets.
 
@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -36,7 +37,19 @@ MINUTES = 9.0
 STARTED = time.monotonic()
 Result = dict[str, Any]
 NOT_RUN: Result = {"error": "not run"}
+UNREADABLE: Result = {"error": "unreadable"}
 Row = tuple[str, float, str, str]  # what, figure, target such as `<= 0.02` or an empty text, unit
+MISTAKE = 2  # the exit status without torch or without the device
+# Asked in a process of its own, since a driver may hang, and since this one needs only the standard library.
+PROBE = """
+import sys
+try:
+    import torch
+    torch.ones(2, device=sys.argv[1]).sum().item()
+except Exception as error:
+    print(" ".join(str(error).split())[:200])
+    sys.exit(1)
+"""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -85,7 +98,6 @@ experiments:
 
 def stages(args: argparse.Namespace) -> Result:
     """Every stage of a tiny study as a user runs it: as set, then in bf16 and compiled."""
-    import tempfile
     from concurrent.futures import ThreadPoolExecutor
     from threading import Lock
 
@@ -124,6 +136,7 @@ def agreement(args: argparse.Namespace) -> Result:
     from aps.views import apply_view, draw_parameters
     from benchmarks.study import experiment, inputs
 
+    _as_stages(args)
     device, cpu = torch.device(args.device), torch.device("cpu")
     batch, side, grid = (8, 32, 16) if args.tiny else (128, 32, 16)
     images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
@@ -135,6 +148,8 @@ def agreement(args: argparse.Namespace) -> Result:
     rows: list[Row] = [
         ("views: values that are the same", 100 * float((apart < 0.001).double().mean()), ">= 99.99", "%")
     ]
+
+    rows += _augmentation_agrees(batch, side, cpu, device)
 
     def cells(on: torch.device) -> Any:
         generator = torch.Generator().manual_seed(3)
@@ -168,12 +183,46 @@ def agreement(args: argparse.Namespace) -> Result:
     return {"rows": rows}
 
 
+def _augmentation_agrees(batch: int, side: int, cpu: Any, device: Any) -> list[Row]:
+    """Finetuning's random resized crops, and RandAugment's operators, of the same images with the same parameters."""
+    import torch
+
+    from aps.settings.blocks import FinetuneSettings
+    from aps.training import augment
+
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, generator=generator)
+    drawn = augment.Draw(FinetuneSettings(crop="resized"), side)(batch, side, side, generator)
+    pixels: dict[str, list[Any]] = {"resized_crop": [], "run_program": []}
+    for on in (cpu, device):
+        boxes, flips = augment.on_device(drawn.boxes, drawn.flips, on)
+        here, fill = images.to(on), torch.tensor([125.0, 123.0, 114.0], device=on)
+        pixels["resized_crop"].append(augment.resized_crop(here, boxes, flips, side).cpu().int())
+        pixels["run_program"].append(augment.run_program(here, drawn.program, fill).cpu().int())
+    # Rounding moves a few by a level, and an operator such as posterize makes more of a level.
+    return [
+        (f"finetuning's {name}: values that are the same", 100 * float((a == b).double().mean()), ">= 99", "%")
+        for name, (a, b) in pixels.items()
+    ]
+
+
 def waiting(args: argparse.Namespace) -> Result:
-    """The training loop in CUDA's sync debug mode, which raises an error when the host waits for the device."""
+    """The training loops in CUDA's sync debug mode, which raises an error when the host waits for the device."""
+    rows: list[Row] = []
+    found = {}
+    for stage in ("pretrain", "finetune", "linear_probe"):
+        found[stage] = _waits(args, stage)
+        where = "" if stage == "pretrain" else f", {stage}"
+        rows.append((f"waits for the device between two log lines{where}", len(found[stage]), "== 0", ""))
+        _save(args, {"rows": rows, "found": found})
+    return {"rows": rows, "found": found}
+
+
+def _waits(args: argparse.Namespace, stage: str) -> list[str]:
     import torch
 
     batches = 3 if args.tiny else 8
-    learner = _learner(args, *(("micro", 16, 128) if args.tiny else ("tiny", 64, 1024)))
+    learner = _learner(args, *(("micro", 16, 128) if args.tiny else ("tiny", 64, 1024)), stage=stage)
     waits, done, epoch = [], 0, learner.batches(0, 0)
     for batch in epoch:
         learner.step(batch, done)  # the first ones may wait: kernels are chosen, memory is allocated
@@ -195,8 +244,9 @@ def waiting(args: argparse.Namespace) -> Result:
     finally:
         if args.device.startswith("cuda"):
             torch.cuda.set_sync_debug_mode("default")
-    learner.meter.read()
-    return {"rows": [("waits for the device between two log lines", len(waits), "== 0", "")], "found": waits}
+    if stage == "pretrain":
+        learner.meter.read()
+    return waits
 
 
 def share(args: argparse.Namespace) -> Result:
@@ -291,6 +341,26 @@ def imagenet(args: argparse.Namespace) -> Result:
     }
 
 
+def finetuning(args: argparse.Namespace) -> Result:
+    """Images a second of finetuning, its input included: random resized crops, RandAugment, erasing, mixup."""
+    from benchmarks.common import seconds
+
+    batch = 16 if args.tiny else 512
+    learner = _learner(
+        args, "micro" if args.tiny else "tiny", batch, 4 * batch if args.tiny else 50_000, stage="finetune"
+    )
+    epoch = learner.batches(0, 0)
+
+    def some(first: int, last: int) -> None:
+        for done in range(first, last):
+            learner.step(next(epoch), done)
+
+    warm, end = (1, 3) if args.tiny else (8, 48)
+    some(0, warm)
+    rate = batch * (end - warm) / seconds(lambda: some(warm, end))
+    return {"rows": [("finetuning ViT-T/2, with its augmentation: images a second", rate, "", "")]}
+
+
 def detection(args: argparse.Namespace) -> Result:
     """A step of Mask R-CNN on ViT-S/16 at 1024 pixels."""
     size = ["--image-size", "256", "--iterations", "2"] if args.tiny else ["--batch-size", "2", "--iterations", "6"]
@@ -357,6 +427,7 @@ STEPS: dict[str, tuple[Callable[[argparse.Namespace], Result], int]] = {  # seco
     "steps": (steps, 110),
     "base": (base, 70),
     "imagenet": (imagenet, 20),
+    "finetuning": (finetuning, 30),
     "detection": (detection, 45),
     "knn": (knn, 690),  # in practice what the others leave
 }
@@ -436,12 +507,19 @@ def _product(args: argparse.Namespace, measured: list[float] = []) -> float:  # 
     return measured[0]
 
 
-def _learner(
-    args: argparse.Namespace, arch: str, batch: int, images: int, cifar: Path | None = None, compile: bool = False
-) -> Any:
-    """Pretraining as the stage builds it, on images of 32 pixels in memory."""
-    import tempfile
+def _as_stages(args: argparse.Namespace) -> None:
+    """Products of float32 as the stages have them (aps.runtime.processes)."""
+    import torch
 
+    if args.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")
+
+
+def _learner(
+    args: argparse.Namespace, arch: str, batch: int, images: int, cifar: Path | None = None, compile: bool = False,
+    stage: str = "pretrain",
+) -> Any:  # fmt: skip
+    """A learner as its stage builds it, on images of 32 pixels in memory; evaluations start from random weights."""
     import numpy as np
     import torch
 
@@ -451,6 +529,8 @@ def _learner(
     from aps.runtime.processes import Distributed
     from aps.settings.blocks import DatasetSettings, EncoderSettings, SourceSettings
     from aps.settings.study import stage_model
+    from aps.training.finetune import Finetuning
+    from aps.training.linear_probe import Probing
     from aps.training.pretrain import Pretraining
 
     folder = Path(tempfile.mkdtemp())
@@ -461,20 +541,23 @@ def _learner(
         splits: Any = {"train": (pixels, labels), "test": (pixels[:100], labels[:100])}
         manifest = arrays.store(folder, "cifar10", splits, tuple("0123456789"), "drawn", SourceSettings())
         manifest.write(folder / "manifest.json")
-    cuda = args.device.startswith("cuda")
-    if cuda:
-        torch.set_float32_matmul_precision("high")
+    _as_stages(args)
     model = stage_model("aps")
-    block = model.model_fields["pretrain"].default.model_copy(
-        update={"batch_size": batch, "epochs": 1000, "warmup_epochs": 5, "compile": compile}
-    )
+    changes = {"batch_size": batch, "epochs": 1000}
+    if stage != "linear_probe":
+        changes |= {"warmup_epochs": 5, "compile": compile}
+    if stage == "finetune":
+        changes |= {"crop": "resized"}  # with RandAugment, erasing and mixup, as set
+    block = model.model_fields[stage].default.model_copy(update=changes)
     settings = model(
-        stage="pretrain", experiment="gpu", seed=0, dataset=DatasetSettings(name="cifar10"),
-        encoder=EncoderSettings(arch=arch), pretrain=block,
+        stage=stage, experiment="gpu", seed=0, dataset=DatasetSettings(name="cifar10"),
+        encoder=EncoderSettings(arch=arch, **({} if stage == "pretrain" else {"weights": "random"})), **{stage: block},
     )  # type: ignore[call-arg]  # fmt: skip
     np.random.seed(0)
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    return Pretraining(
+    on_gpu = args.device.startswith("cuda")
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    learner = {"pretrain": Pretraining, "finetune": Finetuning, "linear_probe": Probing}[stage]
+    return learner(
         StageJob(settings, folder / "manifest.json", folder / "out", folder / "saved"), Distributed(0, 1, device)
     )
 
@@ -509,10 +592,25 @@ def _file(args: argparse.Namespace, step: str) -> Path:
 
 def _save(args: argparse.Namespace, result: Result) -> None:
     """Write a step's result; also before its end, so that a step that is stopped keeps what it has."""
-    file = _file(args, args.step)
+    _write(_file(args, args.step), result)
+
+
+def _write(file: Path, result: Result) -> None:
+    """Write it whole or not at all."""
     temporary = file.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(result, indent=1, default=str) + "\n")
     temporary.replace(file)
+
+
+def _read(file: Path) -> Result:
+    """A step's result; `unreadable` where a full disk or a copy left only a part of its file."""
+    try:
+        result = json.loads(file.read_text())
+        return result if isinstance(result, dict) else UNREADABLE
+    except FileNotFoundError:
+        return NOT_RUN
+    except (OSError, ValueError):
+        return UNREADABLE
 
 
 # --------------------------------------------------------------------------------------------------
@@ -617,27 +715,54 @@ def run(args: argparse.Namespace, name: str, limit: float, received: list[signal
         process = subprocess.Popen(
             command, env=_environment(args), stdout=log, stderr=log, start_new_session=True, cwd=args.out
         )
-        try:
-            while (status := process.poll()) is None and not received and time.monotonic() - start < limit:
-                time.sleep(0.1)
-        finally:  # also what a step that has ended left behind
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(30)  # the GPU's driver may hold a killed process
+        status = _status(process, limit, received)
     if status is None:
         error = f"stopped by {received[0].name}" if received else f"stopped after {limit:.0f} s"
     elif status:
         error = f"ended with status {status}, see {log.name}"
-    result = json.loads(file.read_text()) if file.exists() else {}
-    result |= {"wall": round(time.monotonic() - start, 1)} | ({"error": error} if error else {})
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    result = _read(file) if file.exists() else {}
+    _write(file, result | {"wall": round(time.monotonic() - start, 1)} | ({"error": error} if error else {}))
+
+
+def _status(process: subprocess.Popen[Any], limit: float, received: list[signal.Signals]) -> int | None:
+    """The exit status of a process that leads a group. None: it had not ended after `limit` seconds or at a signal.
+
+    In the end nothing of its group runs.
+    """
+    start = time.monotonic()
+    try:
+        while (status := process.poll()) is None and not received and time.monotonic() - start < limit:
+            time.sleep(0.1)
+    finally:  # also what a process that has ended left behind
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)  # the GPU's driver may hold a killed process
+    return status
+
+
+def missing(args: argparse.Namespace, received: list[signal.Signals], limit: float = 120) -> str | None:
+    """What speaks against starting the steps: this Python has no torch, or torch no such device. None: nothing."""
+    command = [sys.executable, "-c", PROBE, args.device]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command, env=_environment(args), stdout=said, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        status = _status(process, limit, received)
+        said.seek(0)
+        reason = said.read().strip()
+    if status == 0 or received:
+        return None
+    if status is None:
+        reason = f"no answer in {limit:.0f} s"
+    return f"--device {args.device}: {sys.executable} makes no tensor there ({reason or f'status {status}'}); name another device, or mend that"
 
 
 def conduct(args: argparse.Namespace, received: list[signal.Signals]) -> int:
     """Run every step within its limit and the time that is left, until a signal is in `received`.
 
-    Returns the exit status: 1 if a step has an error or misses a target; after a signal 128 and its number.
+    Returns the exit status: 1 if a step has an error or misses a target; 2 without torch or the device, before any step;
+    after a signal 128 and its number.
     """
     slower = 1 if args.device.startswith("cuda") else 10  # on a CPU, time does not matter
     deadline = time.monotonic() + 60 * args.minutes * slower
@@ -647,6 +772,9 @@ def conduct(args: argparse.Namespace, received: list[signal.Signals]) -> int:
         folder = args.out / "packages"
         unpack(args.wheels, folder, received)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    if (reason := missing(args, received)) is not None:
+        say(f"error: {reason}", sys.stderr)
+        return MISTAKE
     for name in asked:
         _file(args, name).unlink(missing_ok=True)
     for name in asked:
@@ -655,12 +783,11 @@ def conduct(args: argparse.Namespace, received: list[signal.Signals]) -> int:
         limit = min(STEPS[name][1] * slower, deadline - time.monotonic())
         if limit < 5:
             say(f"{name}: no time left", sys.stdout)
-            _file(args, name).write_text(json.dumps({"error": "no time left"}) + "\n")
+            _write(_file(args, name), {"error": "no time left"})
             continue
         say(f"{name}: at most {limit:.0f} s", sys.stdout)
         run(args, name, limit, received)
-    files = {name: _file(args, name) for name in STEPS}
-    found = {name: json.loads(file.read_text()) if file.exists() else NOT_RUN for name, file in files.items()}
+    found = {name: _read(_file(args, name)) for name in STEPS}
     text, file = table(found, asked), args.out / "table.txt"
     file.write_text(text + "\n")
     say(text, sys.stdout)
@@ -673,14 +800,17 @@ def conduct(args: argparse.Namespace, received: list[signal.Signals]) -> int:
 
 
 def main() -> int:
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.options import folder
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to see that every line runs")
     parser.add_argument("--tiny", action="store_true", help="toy sizes; the figures mean nothing")
     parser.add_argument("--wheels", type=Path, help="folder that `make gpu-wheels` filled")
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--out", type=folder, default=Path("gpu-results"))
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all steps together")
     parser.add_argument("--cifar", type=Path, help="folder with CIFAR-10's archive, for kNN")
-    parser.add_argument("--only", nargs="+", choices=list(STEPS), help="some of the steps")
+    parser.add_argument("--only", nargs="+", action="extend", choices=list(STEPS), help="some of the steps")
     parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -689,7 +819,6 @@ def main() -> int:
     if args.step is None:
         with asked_to_stop() as received:
             return conduct(args, received)
-    sys.path.insert(0, str(ROOT))
     os.chdir(ROOT)
     import torch
 

@@ -32,13 +32,15 @@ from aps.data import fingerprint, trees
 from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.data.walk import walk
+from aps.ranges import whole_number
 from aps.runtime.processes import Distributed
 from aps.settings.blocks import SourceSettings, ViewSettings
 from aps.training.batches import Batches
 from aps.views import View
-from benchmarks.common import ROOT, arguments, plot, row, spread, timed, write
+from benchmarks.common import ROOT, arguments, plot, row, run, spread, timed, write
 
 COUNTS = (10_000, 100_000, 1_281_167)  # the last: ImageNet-1K's train images
+FEWEST = 40  # a batch has a quarter of the images, and 2 workers
 DISTINCT = 64  # files, because a file system allows some ten thousand links to each
 CLASSES = 1_000
 TEST = 10_000  # test images of `--stages`
@@ -149,7 +151,7 @@ def run_stages(root: Path, count: int, classes: int) -> dict[str, float]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS))
+    parser.add_argument("--counts", type=whole_number(FEWEST, 100_000_000), nargs="+", default=list(COUNTS))
     parser.add_argument(
         "--stages", action="store_true", help="run a study of that size (at 1.28 million: half an hour)"
     )
@@ -175,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

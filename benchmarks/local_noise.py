@@ -14,6 +14,8 @@ import numpy as np
 
 from aps.data.load import ArraySplit, load_split
 from aps.errors import UserError
+from benchmarks.common import run
+from benchmarks.options import folder
 
 BLOCK = 4  # pixels, the side of a patch in the study
 
@@ -29,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.local_noise", description=__doc__)
     parser.add_argument("manifest", type=Path, help="of an array dataset: results/data/NAME/manifest.json")
     parser.add_argument("deviations", type=float, nargs="+", metavar="DEVIATION", help="of the colours, in 1/255")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder of the files (here)")
+    parser.add_argument("--out", type=folder, default=Path("."), help="folder of the files (here)")
     args = parser.parse_args(arguments)
     splits = {split: load_split(args.manifest, split, labelled=True) for split in ("train", "test")}
     for deviation in args.deviations:
@@ -39,10 +41,11 @@ def main(arguments: list[str] | None = None) -> None:
                 raise UserError(f"{args.manifest}: needs images in memory whose side is a multiple of {BLOCK}")
             images = split.images.permute(0, 2, 3, 1).numpy()
             arrays |= {f"{name}_images": noisy(images, deviation, [7, number]), f"{name}_labels": split.labels.numpy()}
+        args.out.mkdir(parents=True, exist_ok=True)
         file = args.out / f"{args.manifest.parent.name}-local{deviation:g}.npz"
         np.savez(file, **arrays)
         print(file)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -48,7 +48,7 @@ from aps.settings.study import StageSettings
 from aps.training.batches import Batches
 from aps.training.order import SAMPLING, seeded
 from aps.training.pretrain import Trainer
-from benchmarks.common import arguments, plot, row, seconds, spread, synchronize, write
+from benchmarks.common import arguments, plot, row, run, seconds, spread, synchronize, write
 from benchmarks.step import resident
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -379,4 +379,4 @@ def finish(process: subprocess.Popen[str]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

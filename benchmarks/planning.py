@@ -20,12 +20,13 @@ import yaml
 from aps.data.manifest import Manifest
 from aps.data.prepare import prepare
 from aps.layout import manifest_path, stage_folder, study_folder
+from aps.ranges import whole_number
 from aps.seals import contents, seal
 from aps.settings.blocks import SourceSettings
 from aps.settings.reading import load_study
 from aps.settings.study import Study
 from aps.stages import STAGES
-from benchmarks.common import ROOT, arguments, plot, row, spread, timed, write
+from benchmarks.common import MOST, ROOT, arguments, plot, row, run, spread, timed, write
 
 SEEDS, STAGES_RUN = 3, ("pretrain", "finetune", "linear_probe", "knn")
 
@@ -94,8 +95,10 @@ def finish(study: Study) -> None:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--experiments", type=int, default=1000, help="of three seeds and four stages each")
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument(
+        "--experiments", type=whole_number(1, MOST), default=1000, help="of three seeds and four stages each"
+    )
+    parser.add_argument("--repeats", type=whole_number(1, MOST), default=1)
     args = parser.parse_args()
     experiments = 2 if args.quick else args.experiments
     out = args.out.resolve()
@@ -136,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

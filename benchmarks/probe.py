@@ -22,7 +22,7 @@ from aps.results import StageJob
 from aps.settings.blocks import DatasetSettings, EncoderSettings, LinearProbeSettings, SourceSettings
 from aps.settings.study import StageSettings
 from aps.training import linear_probe
-from benchmarks.common import arguments, compare, plot, row, write
+from benchmarks.common import arguments, compare, plot, row, run, write
 
 
 def main() -> None:
@@ -66,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

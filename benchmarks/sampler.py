@@ -15,7 +15,7 @@ from aps.runtime.processes import processes
 from aps.sampling import sample
 from aps.settings.blocks import SamplingSettings, ViewSettings
 from aps.views import draw_parameters
-from benchmarks.common import arguments, compare, plot, row, write
+from benchmarks.common import arguments, compare, plot, row, run, write
 from benchmarks.ordinary import sample_image
 
 
@@ -54,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,12 +19,15 @@ from typing import Any
 import torch
 
 from aps.data.load import ArraySplit
+from aps.errors import UserError
+from aps.ranges import whole_number
 from aps.runtime.processes import processes
 from aps.sampling import global_noise
 from aps.settings.blocks import EncoderSettings
+from aps.text import number_of
 from aps.training.batches import Batches
 from aps.training.order import SAMPLING, seeded
-from benchmarks.common import arguments, machine, plot, row, spread, synchronize, write
+from benchmarks.common import MOST, arguments, machine, plot, row, run, spread, synchronize, write
 from benchmarks.study import experiment, make_trainer
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -32,16 +35,18 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--processes", type=int, nargs="+", help="default: 1, 2, 4 ... GPUs, or 1 and 2 cores")
+    parser.add_argument(
+        "--processes", type=whole_number(1, MOST), nargs="+", help="beside 1 (default: 2, 4 ... GPUs, or 2 cores)"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # one of the processes: its settings as JSON
     args = parser.parse_args()
     if args.worker is not None:
         worker(json.loads(args.worker))
         return
     gpus = torch.cuda.device_count()
-    counts = args.processes or [2**k for k in range(gpus.bit_length())] if gpus else args.processes or [1, 2]
     settings = {"arch": "tiny", "depth": 1 if args.quick else None, "batch": 8 if args.quick else 512 if gpus else 64,
                 "steps": 2 if args.quick else 50 if gpus else 4}  # fmt: skip
+    counts = counts_of(args.processes or ([2**k for k in range(gpus.bit_length())] if gpus else [2]), settings, gpus)
     rates: dict[int, list[float]] = {count: [] for count in counts}
     repeats = 1 if args.quick else 5
     for repeat in range(repeats):
@@ -49,7 +54,7 @@ def main() -> None:
             rates[count].append(launch(count, settings))
     rows, efficiency = [], {}
     for count in counts[1:]:
-        share = [100 * many / count / one for one, many in zip(rates[counts[0]], rates[count], strict=True)]
+        share = [100 * many / count / one for one, many in zip(rates[1], rates[count], strict=True)]
         efficiency[count] = spread(share)
         rows.append(row(f"{count} processes against 1: efficiency", efficiency[count], "%"))
     images = {count: spread(values) for count, values in rates.items()}
@@ -60,6 +65,25 @@ def main() -> None:
     bars = {f"{count} process{'es' if count > 1 else ''}": images[count] for count in counts}
     title = f"Pretraining ViT-tiny/2, r=0.25, global batch {settings['batch']}"
     plot("scaling", bars, "images/s", title, set(bars), args.out)
+
+
+def counts_of(asked: list[int], settings: dict[str, Any], gpus: int) -> list[int]:
+    """The numbers of processes in order, 1 among them, against which the others are measured.
+
+    Raises:
+        UserError: 1 is the only one, the batch can't be divided by one of them, or there are fewer GPUs.
+    """
+    counts, batch = sorted({1, *asked}), settings["batch"]
+    if counts == [1]:
+        raise UserError(
+            "one process, and no other number to compare it with; --processes 2 needs two GPUs or two cores"
+        )
+    if odd := [count for count in counts if batch % count]:
+        divisors = ", ".join(str(count) for count in range(2, batch + 1) if batch % count == 0)
+        raise UserError(f"--processes {odd[0]}: a batch of {batch} can't be divided by it; choose among {divisors}")
+    if gpus and counts[-1] > gpus:
+        raise UserError(f"--processes {counts[-1]}: torch sees {number_of(gpus, 'GPU')} here; choose at most {gpus}")
+    return counts
 
 
 def launch(count: int, settings: dict[str, Any]) -> float:
@@ -104,4 +128,4 @@ def worker(settings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from aps.layout import manifest_path, stage_folder
+from aps.ranges import whole_number
 from aps.results import StageJob, StageRun, saved_run
 from aps.settings.blocks import DatasetSettings, KnnSettings
 from aps.settings.study import StageSettings
 from aps.tracking.browsing import serving
 from aps.tracking.server import Server
-from benchmarks.common import arguments, write
+from benchmarks.common import MOST, arguments, run, write
 
 METRIC = "knn/loss"
 
@@ -108,8 +109,8 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--address", help="of a running MLflow server")
     parser.add_argument("--store", default="SQLite", help="what the server keeps runs in, to be noted")
-    parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--runs", type=whole_number(1, MOST), default=50)
+    parser.add_argument("--steps", type=whole_number(1, MOST), default=300)
     parser.add_argument("--pause", type=float, default=0.2, help="seconds of a step")
     args = parser.parse_args()
     if args.quick:
@@ -125,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from aps.ranges import whole_number
 from aps.runtime.processes import processes
 from aps.settings.blocks import EncoderSettings
 from aps.training.cost import step_flops
-from benchmarks.common import OTHER, OURS, arguments, row, seconds, spread, synchronize, write
+from benchmarks.common import MOST, OTHER, OURS, arguments, row, run, seconds, spread, synchronize, write
 from benchmarks.common import label as machine_label
 from benchmarks.study import experiment, inputs, make_trainer
 
@@ -33,7 +34,7 @@ REPEATS = {"tiny": 7, "small": 5, "base": 3}
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--arch", nargs="+", default=list(REPEATS), choices=list(REPEATS))
-    parser.add_argument("--batch-size", type=int, help="default: " + json.dumps(BATCHES))
+    parser.add_argument("--batch-size", type=whole_number(1, MOST), help="default: " + json.dumps(BATCHES))
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--memory-of", type=float, help=argparse.SUPPRESS)  # child: the ratio whose memory to print
     args = parser.parse_args()
@@ -150,4 +151,4 @@ def draw(name: str, result: dict[str, Any], title: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

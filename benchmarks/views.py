@@ -20,7 +20,7 @@ from aps.settings.blocks import SamplingSettings, ViewSettings
 from aps.training.batches import Batches
 from aps.training.order import SAMPLING, seeded
 from aps.views import View
-from benchmarks.common import arguments, compare, plot, row, write
+from benchmarks.common import arguments, compare, plot, row, run, write
 from benchmarks.ordinary import OrdinaryPairs
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import math
 import os
@@ -25,8 +26,9 @@ from aps.data.prepare import prepare
 from aps.runtime.processes import processes
 from aps.sampling import coverage
 from aps.settings.blocks import EncoderSettings, SamplingSettings, UserDataset, ViewSettings
+from aps.training import augment
 from aps.views import draw_parameters
-from benchmarks import common, gpu, local_noise
+from benchmarks import common, gpu, local_noise, scaling
 from benchmarks.__main__ import NAMES
 from benchmarks.choices import CHOICES
 from benchmarks.ordinary import sample_image
@@ -135,6 +137,60 @@ def test_every_test_that_needs_a_gpu_is_one_that_make_gpu_runs() -> None:
     assert len(skipped) >= 3 and all(skipped.values()), skipped
 
 
+def test_a_gpu_run_looks_for_waits_in_every_loop_that_trains_and_finds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learner(*_: object, stage: str) -> SimpleNamespace:
+        def step(batch: int, done: int) -> None:
+            if stage == "finetune" and done == 2:
+                raise RuntimeError("called a synchronizing operation")
+
+        return SimpleNamespace(batches=lambda *_: iter(range(9)), step=step, meter=SimpleNamespace(read=dict))
+
+    monkeypatch.setattr(gpu, "_learner", learner)
+    found = gpu.waiting(Namespace(device="cpu", tiny=True, out=tmp_path, step="waiting"))
+    assert {stage: len(waits) for stage, waits in found["found"].items()} == {
+        "pretrain": 0,
+        "finetune": 1,
+        "linear_probe": 0,
+    }
+    assert [row[1] for row in found["rows"]] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("stage", ["finetune", "linear_probe"])
+def test_a_gpu_run_builds_the_learners_of_the_evaluations(stage: str) -> None:
+    learner = gpu._learner(Namespace(device="cpu"), "micro", 16, 64, stage=stage)
+    learner.step(next(learner.batches(0, 0)), 0)
+    assert learner.settings.batch_size == 16 and learner.distributed.device.type == "cpu"
+
+
+def test_views_and_augmentation_are_compared_with_the_products_that_stages_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    monkeypatch.setattr(torch, "device", lambda *_: pytest.fail("a tensor was made before") if not chosen else None)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: sys.exit("the first images"))
+    with pytest.raises(SystemExit, match="the first images"):
+        gpu.agreement(Namespace(device="cuda", tiny=True))
+    assert chosen == ["high"]
+
+
+def test_the_augmentation_of_finetuning_agrees_with_itself_and_a_difference_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = torch.device("cpu")
+    assert [row[1] for row in gpu._augmentation_agrees(8, 32, cpu, cpu)] == [100, 100]
+    crop, calls = augment.resized_crop, []
+
+    def another(*inputs: object) -> torch.Tensor:
+        calls.append(1)
+        return crop(*inputs) + (len(calls) == 2)
+
+    monkeypatch.setattr(augment, "resized_crop", another)
+    assert [row[1] for row in gpu._augmentation_agrees(8, 32, cpu, cpu)] == [0, 100]
+
+
 # Steps of benchmarks/gpu.py in place of the real ones. `steps` has a child and hears no signal but SIGKILL.
 STEP = """
 import json, os, signal, subprocess, sys, time
@@ -153,7 +209,7 @@ if name == "steps":
 if name == "base":
     sys.exit(3)
 """
-CONDUCT = "import sys\nfrom benchmarks import gpu\ngpu.__file__ = sys.argv.pop(1)\nsys.exit(gpu.main())"
+CONDUCT = "import sys\nfrom benchmarks import gpu\ngpu.__file__, gpu.PROBE = sys.argv.pop(1), ''\nsys.exit(gpu.main())"
 Conduct = Callable[..., subprocess.Popen[str]]
 
 
@@ -269,6 +325,161 @@ def test_a_result_of_an_earlier_gpu_run_is_called_one_and_decides_nothing(conduc
     assert process.returncode == 0
     assert re.search(r"^imagenet: [\d.]+ s$", output, re.MULTILINE)
     assert re.search(r"^knn: 5 s, of an earlier run\n  old figure .* MISSED$", output, re.MULTILINE), output
+
+
+@pytest.mark.parametrize("content", ['{"rows": [["old figure", 1', "", "[]", "\xff"])
+def test_a_damaged_result_of_an_earlier_gpu_run_is_called_unreadable(
+    content: str, conduct: Conduct, tmp_path: Path
+) -> None:
+    old_result(tmp_path / "out", "knn")
+    (file,) = (tmp_path / "out").glob("*-knn.json")
+    file.write_bytes(content.encode("latin-1"))
+    process = conduct("--only", "imagenet")
+    output, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, "")
+    assert "\nknn: unreadable, of an earlier run\n" in f"{output}\n" and "figure" in output
+
+
+def test_a_result_that_is_cut_off_while_it_is_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, while `run` adds how long a step took."""
+    args = Namespace(device="cpu", tiny=True, out=tmp_path, cifar=None)
+    (tmp_path / "step.py").write_text(STEP)
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "step.py"))
+    write = Path.write_text
+
+    def full(path: Path, text: str, *more: str) -> int:
+        write(path, text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError):
+        gpu.run(args, "imagenet", 60, [])
+    (file,) = tmp_path.glob("*-imagenet.json")
+    assert json.loads(file.read_text())["rows"] == [["figure", 1, "== 1", ""]]
+
+
+def test_steps_asked_for_by_several_options_all_run(conduct: Conduct, tmp_path: Path) -> None:
+    process = conduct("--only", "share", "--only", "imagenet", "knn")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert [line.split(":")[0] for line in output.splitlines() if ": at most" in line] == ["share", "imagenet", "knn"]
+
+
+NO_TORCH = "import sys\nsys.modules['torch'] = None  # as where it is not installed\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "torch_is_there", "reason"),
+    [
+        ("gpu0", True, "device string"),
+        ("cuda", True, ""),
+        ("cpu", False, "import of torch halted"),
+    ],
+)
+def test_a_gpu_run_without_its_device_ends_in_one_sentence_before_its_first_step(
+    device: str, torch_is_there: bool, reason: str, tmp_path: Path
+) -> None:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # a machine with a GPU shows none
+    if not torch_is_there:
+        (tmp_path / "site").mkdir()
+        (tmp_path / "site/sitecustomize.py").write_text(NO_TORCH)
+        environment["PYTHONPATH"] = str(tmp_path / "site")
+    old_result(tmp_path / "out", "tests")
+    script = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--tiny", "--device", device]
+    command = [*script, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: --device {device}: ") and reason in done.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 1  # what an earlier run has found is still there
+
+
+def test_a_gpu_run_starts_with_the_standard_library_alone() -> None:
+    code = "import sys\nsys.argv = ['gpu.py', '--only', 'no_such']\nfrom benchmarks import gpu\ntry:\n    gpu.main()\n"
+    code += "except SystemExit:\n    print(*{name.split('.')[0] for name in sys.modules} - sys.stdlib_module_names)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert set(done.stdout.split()) == {"__main__", "benchmarks"}, done.stderr
+
+
+@pytest.mark.parametrize("name", [*NAMES, "server", "detection_step", "local_noise", "gpu", "__main__"])
+def test_a_file_in_place_of_the_folder_of_results_is_refused_before_anything_is_measured(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each benchmark's own `main`, in this process: importing torch for each takes seconds."""
+    if name == "peers" and MISSING:
+        pytest.skip("needs lightly and kornia: pip install '.[peers]'")
+    (tmp_path / "file").touch()
+    module = importlib.import_module(f"benchmarks.{name}")
+    for out in ("file", "file/sub"):
+        needed = ["manifest.json", "32"] if name == "local_noise" else []
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit) as ended:
+            patched.setattr(sys, "path", list(sys.path))
+            patched.setattr(sys, "argv", [f"{name}.py", *needed, "--out", str(tmp_path / out)])
+            module.main()
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.endswith(f"argument --out: {tmp_path / 'file'} is no folder; name another\n")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda file: file.stem)
+def test_every_benchmark_runs_by_what_turns_a_mistake_into_one_sentence(file: Path) -> None:
+    """benchmarks/gpu.py alone does it itself: it starts without the package."""
+    ends = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.If)]
+    started = [ast.unparse(line) for node in ends if "__main__" in ast.unparse(node.test) for line in node.body]
+    assert started in ([], ["sys.exit(main())" if file.stem == "gpu" else "run(main)"])
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("local_noise no_such/manifest.json 32 64", "no_such/manifest.json"),
+        ("ceiling --quick", "APS_DEVICE=gpu0"),
+        ("choices --quick --precision no_such", "precision"),
+        ("scaling --quick --processes 3", "a batch of 8 can't be divided by it; choose among 2, 4, 8"),
+        ("scaling --quick --processes 1", "one process, and no other number to compare it with"),
+    ],
+)
+def test_a_mistake_in_a_benchmarks_command_is_one_sentence(command: str, said: str, tmp_path: Path) -> None:
+    environment = os.environ | {"APS_DEVICE": "gpu0"}
+    name, *options = command.split()
+    full = [sys.executable, "-m", f"benchmarks.{name}", *options, "--out", str(tmp_path)]
+    done = subprocess.run(full, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 2 and re.fullmatch("error: .*\n", done.stderr), done.stderr
+    assert said in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command", ["large --counts 0", "scaling --processes 0", "server --steps 0", "step --batch-size -1"]
+)
+def test_a_count_of_none_is_refused_before_anything_is_measured(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *options = command.split()
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert ended.value.code == 2 and "is not a whole number from" in capsys.readouterr().err
+
+
+def test_an_efficiency_is_against_one_process_whatever_numbers_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images_a_second = {1: 100.0, 2: 150.0, 4: 200.0}
+    monkeypatch.setattr(scaling, "launch", lambda count, settings: images_a_second[count])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["scaling", "--quick", "--processes", "4", "2", "--out", str(tmp_path)])
+    scaling.main()
+    (file,) = tmp_path.glob("*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["what"].split()[0]: row["ratio"]["median"] for row in rows} == {"2": 75, "4": 50}
+
+
+def test_the_table_of_all_benchmarks_names_a_file_that_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "old-cpu.json").write_text('{"rows": [')
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(tmp_path), "sampler"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "target 40x" in done.stdout.splitlines()[-1]
+    assert done.stderr == f"{tmp_path / 'old-cpu.json'}: unreadable; delete it, or run that benchmark again\n"
 
 
 def wheel(folder: Path, name: str, content: str = "one = 1\n") -> Path:

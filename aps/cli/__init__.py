@@ -1,10 +1,11 @@
 """The command line, `python -m aps VERB`: runs a verb and turns its errors into sentences and exit statuses.
 
-    table.py     the table of verbs: name, function, help, options
-    options.py   the options of each verb
-    verbs.py     what each tool does
-    stage.py     what the verb of a stage does
-    study.py     the study that a command names, and commands that work as printed
+    table.py       the table of verbs: name, function, help, options
+    options.py     the options of each verb
+    verbs.py       what each tool does
+    stage.py       what the verb of a stage does
+    completion.py  what the shell completes
+    study.py       the study that a command names, and commands that work as printed
 
 Heavy imports happen inside the verb that needs them, so that `--help` and planning stay quick.
 """
@@ -17,6 +18,7 @@ import errno
 import sys
 from pathlib import Path
 
+from aps.cli import completion
 from aps.cli.study import runnable
 from aps.cli.table import parse, parser
 from aps.errors import Preempted, UserError
@@ -64,6 +66,8 @@ def _blamed(error: Exception) -> str | None:
 
 
 def _main(arguments: list[str] | None) -> int:
+    if completion.asked():
+        completion.offer(parser())
     args = parse(sys.argv[1:] if arguments is None else list(arguments))
     if (mistake := _noted_mistake(args)) is not None:
         print(f"error: {mistake}\nnot tried again, since another attempt changes nothing of it", file=sys.stderr)

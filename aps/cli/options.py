@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from aps.cli.completion import experiments
 from aps.cli.study import DEFAULT_STUDY
 from aps.ranges import whole_number
 from aps.stages import STAGES
@@ -79,7 +80,8 @@ def attempt(p: argparse._ActionsContainer) -> None:
 def stage(p: argparse.ArgumentParser) -> None:
     people = p.add_argument_group("which run (people)")
     study(people)
-    people.add_argument("--experiment", help="an experiment of the study (default: its first)")
+    one = people.add_argument("--experiment", help="an experiment of the study (default: its first)")
+    one.completer = experiments  # type: ignore[attr-defined]
     people.add_argument(
         "--seed", type=whole_number(0, LARGEST_SEED), help="one of the experiment's seeds (default: its first)"
     )
@@ -162,7 +164,8 @@ def import_weights(p: argparse.ArgumentParser) -> None:
 def show_views(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=Path, required=True, help="the .png file to write")
     p.add_argument("--images", type=whole_number(1, 10_000), default=5, help="how many (default: 5)")
-    p.add_argument("--experiment", help="the experiment whose settings to show (default: the study's first)")
+    one = p.add_argument("--experiment", help="the experiment whose settings to show (default: the study's first)")
+    one.completer = experiments  # type: ignore[attr-defined]
     p.add_argument("--manifest", type=Path, help="manifest.json of another dataset than the experiment's")
     p.add_argument(
         "--seed",

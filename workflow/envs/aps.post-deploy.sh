@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs in the environment that Snakemake has just made, as a copy beside it: ENVIRONMENT.post-deploy.sh. Snakemake makes
 # another when this file changes; so `make lock` writes here which versions it installs.
-# constraints.txt 05a88ca2f444e5fc1b10d697f6efac4ec59fdab6e549fd51b5835e01b4541885
+# constraints.txt 03c3fdfa33368bcc3a04d7f338a7f2c4de8e3cd4bedcaf8b068941c19ece3dfa
 set -euo pipefail
 fail() {
   echo "error: $1" >&2
