@@ -29,12 +29,13 @@ from torchvision.transforms.v2 import functional
 from aps.data.images import from_pillow, read_image
 from aps.data.walk import HOUSEKEEPING, SUFFIXES, printable
 from aps.errors import UserError
+from aps.runtime.cores import granted
 from aps.training.features import CENTRE
 
 ImageLike: TypeAlias = str | os.PathLike | PIL.Image.Image | np.ndarray | Tensor
 Images: TypeAlias = ImageLike | Iterable[ImageLike]
 
-THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, granted())
 AHEAD = 2  # batches that are decoded while one is computed
 SLACK = 1e-3  # how far values may lie outside [0, 1], because of resampling
 
