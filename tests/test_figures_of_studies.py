@@ -95,6 +95,13 @@ def test_the_rivals_at_a_tenth(stage: str, key: str, column: int) -> None:
         )
 
 
+def test_the_rivals_with_one_percent_of_the_labels() -> None:
+    found, (row,) = runs("rivals-tenth"), (row for row in table("Rivals at a tenth", "seed") if row[0] == "1")
+    names = ("mae", "simclr", "full", "aps", "random", "mocov3", "byol", "dino", "random-weights")
+    values = [float(found[f"{name}-labels-1", "1", "finetune"]["test_top1"]) for name in names]
+    assert all(map(is_rounded, map(float, row[1:]), values)), values
+
+
 def test_the_mechanism_with_local_noise() -> None:
     found, rows = runs("mechanism-local"), table("Mechanism where shared cells", "noise")
     assert len(rows) == 6
