@@ -19,6 +19,9 @@ def offer(parser: argparse.ArgumentParser) -> None:
     """Tell the shell, and exit."""
     import argcomplete
 
+    from aps.cli.options import AddUp
+
+    argcomplete.safe_actions.add(AddUp)  # so that `experiments` gets the files that --configfile names
     argcomplete.autocomplete(parser)
 
 
