@@ -102,6 +102,20 @@ def test_the_rivals_with_one_percent_of_the_labels() -> None:
     assert all(map(is_rounded, map(float, row[1:]), values)), values
 
 
+def test_the_detectors_of_few_canvases() -> None:
+    found, log = runs("detection-few"), (ROOT / "docs/log.md").read_text()
+    for words, start in (
+        ("200, trained, seeds 1, 2", "few-"),
+        ("200, frozen, seed 1", "frozen-few-"),
+        ("4,000, frozen, seed 1", "frozen-"),
+    ):
+        line = next(line for line in log.splitlines() if line.startswith(f"| {words} |"))
+        cells = [re.findall(NUMBER, cell) for cell in line.strip("|").split("|")[1:]]
+        for encoder, shown in zip(("random", "aps", "mae", "labels"), cells, strict=True):
+            values = [float(found[f"{start}{encoder}", seed, "detection"]["mask_AP"]) for seed in "12"[: len(shown)]]
+            assert all(map(is_rounded, map(float, shown), values)), (words, encoder, values)
+
+
 def test_the_mechanism_with_local_noise() -> None:
     found, rows = runs("mechanism-local"), table("Mechanism where shared cells", "noise")
     assert len(rows) == 6
