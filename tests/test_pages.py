@@ -29,7 +29,6 @@ from PIL import Image
 from aps.cli import parser
 from aps.layout import stage_folder, study_folder
 from aps.settings.reading import load_study
-from aps.settings.study import Study
 from aps.workflow.plan import RULE_OF_TARGET, Plan
 
 ROOT = Path(__file__).parent.parent
@@ -98,11 +97,15 @@ def commands(block: Block) -> list[str]:
     return [line for line in (re.sub(r"(^|\s+)#.*", "", line).strip() for line in lines) if line]
 
 
-def check_targets(targets: list[str], study: Study, where: str) -> None:
-    """A target is a rule's name, or a file in the folder of a job or of the study's report."""
+def check_snakemake(words: list[str], where: str) -> None:
+    """Snakemake reads the arguments, and the study is one; a target is a rule's name, or a file in the folder of a job or of
+    the study's report."""
+    arguments = snakemake_arguments(words)
+    pairs = yaml.safe_load(f"{{{', '.join(pair.replace('=', ': ', 1) for pair in arguments.config or [])}}}")
+    study = Plan.load(arguments.configfile or [], pairs).study
     folder = study_folder(study)
     made = {f"{stage_folder(folder, *job)}" for job in study.jobs()} | {f"{folder}/report"}
-    for target in targets:
+    for target in arguments.targets:
         assert target in TARGETS or str(Path(target).parent) in made, f"{where}: {target}"
 
 
@@ -158,13 +161,8 @@ def test_a_command_of_ours_is_one(block: Block, checkout: Path) -> None:
                 parser().parse_args(words[3:])
             assert not said.getvalue(), f"{block}: {said.getvalue()}"
         elif words[0] == "snakemake":
-            arguments = snakemake_arguments(words[1:])
             with contextlib.chdir(checkout):
-                pairs = yaml.safe_load(
-                    f"{{{', '.join(pair.replace('=', ': ', 1) for pair in arguments.config or [])}}}"
-                )
-                plan = Plan.load(arguments.configfile or [], pairs)
-            check_targets(arguments.targets, plan.study, f"{block}")
+                check_snakemake(words[1:], f"{block}")
         else:
             assert words[0] in ELSEWHERE, f"{block}: {command}"
 
@@ -177,9 +175,7 @@ def test_snakemake_takes_the_commands_in_the_head_of_a_study(file: Path, monkeyp
     for command in re.findall(r"(?<![`\w])snakemake (.*)", head.replace("\\\n", "")):
         for name, value in loops:
             command = command.replace(f"${name}", value)
-        arguments = snakemake_arguments(shlex.split(re.split(r"; done|, or ", command)[0]))
-        pairs = yaml.safe_load(f"{{{', '.join(pair.replace('=', ': ', 1) for pair in arguments.config or [])}}}")
-        check_targets(arguments.targets, Plan.load(arguments.configfile or [], pairs).study, file.name)
+        check_snakemake(shlex.split(re.split(r"; done|, or ", command)[0]), file.name)
 
 
 @pytest.mark.soak
