@@ -24,11 +24,12 @@ from aps.data.fingerprint import changed, is_there, outdated
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.files import read_json, sha256, write_json
-from aps.layout import encoder_file, manifest_of, stage_folder, study_folder
+from aps.layout import encoder_file, encoder_job, manifest_of, stage_folder, study_folder
 from aps.registry import USER_DATASETS
 from aps.results import flatten, images_digest
 from aps.seals import contents, damage, read_metrics
 from aps.settings.study import Study
+from aps.stages import STAGES
 from aps.text import listed, shorten
 
 MOST_CHANGES = 3  # settings that one sentence names
@@ -176,9 +177,8 @@ class Findings:
 
     def _other_code(self, metrics: dict[str, Any], experiment: str, seed: int, stage: str) -> tuple[OtherCode, ...]:
         clauses = changed_code(metrics.get("code"), metrics["settings"], self._code_now)
-        upstream = self.study.stage_settings(experiment, seed, stage).upstream
-        source = self.study.pretrain_source(experiment) if upstream is not None else None
-        of_encoder = self.finding(source, seed, "pretrain").other_code if source is not None else ()
+        maker = encoder_job(self.study, experiment, seed) if STAGES[stage].encoder else None
+        of_encoder = self.finding(*maker).other_code if maker is not None else ()
         return (*of_encoder, *(OtherCode(experiment, stage, clause) for clause in clauses))
 
     def _changes(self, metrics: dict[str, Any], experiment: str, seed: int, stage: str) -> list[tuple[str, Any, Any]]:
@@ -206,16 +206,16 @@ class Findings:
             return f"other images: the source of dataset {settings.dataset_name} is now {source_now}"
         if self._sources and (change := self._changed_since(settings.dataset_name)) is not None:
             return f"other images: {change}"
-        source = self.study.pretrain_source(experiment) if settings.upstream is not None else None
-        if source is not None:
-            upstream = self.finding(source, seed, "pretrain")
+        file = encoder_file(self.study, experiment, seed) if STAGES[stage].encoder else None
+        maker = encoder_job(self.study, experiment, seed) if file is not None else None
+        if file is not None and maker is not None:
+            upstream = self.finding(*maker)
             if upstream.metrics is not None:
-                if metrics["encoder"]["sha256"] != upstream.metrics["files"]["encoder.safetensors"]["sha256"]:
+                if metrics["encoder"]["sha256"] != upstream.metrics["files"][file.name]["sha256"]:
                     return f"another encoder: {upstream.label} was trained again since"
             elif upstream.stale or metrics["settings"].get("upstream") != settings.upstream:
                 return f"its encoder: {upstream.problem}"
-        file = encoder_file(self.study, experiment, seed) if source is None and stage != "pretrain" else None
-        if file is not None and file.exists() and metrics["encoder"]["sha256"] != sha256(file):
+        elif file is not None and file.exists() and metrics["encoder"]["sha256"] != sha256(file):
             return f"another encoder: {file} has changed since"
         problem = damage(folder, metrics, whole=False)
         return f"damaged: {problem}" if problem else None

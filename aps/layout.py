@@ -16,12 +16,14 @@ two studies may give the same name to different folders.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
 from aps.registry import USER_DATASETS
 from aps.settings.blocks import SourceSettings, UserDataset
 from aps.settings.study import Study
+from aps.stages import STAGES
 
 SHARE = Path(__file__).parent / "share"  # in the installed package: Snakefile, workflow, config
 
@@ -84,6 +86,43 @@ def encoder_file(study: Study, experiment: str, seed: int) -> Path | None:
         return stage_folder(study_folder(study), source, seed, "pretrain") / "encoder.safetensors"
     weights = study.experiments[experiment].encoder.weights
     return Path(weights).expanduser() if weights.endswith(".safetensors") else None
+
+
+def encoder_job(study: Study, experiment: str, seed: int) -> tuple[str, int, str] | None:
+    """The run (experiment, seed, stage) of this study that makes `encoder_file`; None where none does."""
+    source = study.pretrain_source(experiment)
+    if source is not None:
+        return source, seed, "pretrain"
+    file = encoder_file(study, experiment, seed)
+    return _maker(study, file) if file is not None else None
+
+
+def _maker(study: Study, file: Path) -> tuple[str, int, str] | None:
+    """The run of this study that has `file` among its outputs."""
+    inside = os.path.relpath(file, study_folder(study))
+    found = re.fullmatch(r"([^/]+)/seed(\d+)/([^/]+)/([^/]+)", inside)
+    if found is None:
+        return None
+    name, number, stage, output = found[1], int(found[2]), found[3], found[4]
+    experiment = study.experiments.get(name)
+    if experiment is None or number not in experiment.seeds or stage not in experiment.stages:
+        return None
+    return (name, number, stage) if output in STAGES[stage].outputs else None
+
+
+def check_encoders(study: Study) -> None:
+    """Raises ValueError where an experiment's encoder is made from its own results."""
+    for experiment, settings in study.experiments.items():
+        for seed in settings.seeds:
+            names, job = [experiment], encoder_job(study, experiment, seed)
+            while job is not None and STAGES[job[2]].encoder:
+                names.append(job[0])
+                if job[0] in names[:-1]:
+                    raise ValueError(
+                        f"experiment '{experiment}': encoder.weights are made from themselves ({' from '.join(names)}); name "
+                        "other weights"
+                    )
+                job = encoder_job(study, job[0], job[1])
 
 
 def find_old_layout(results: str | Path) -> Path | None:

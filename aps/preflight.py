@@ -19,7 +19,7 @@ from aps.data import NEED_A_PATH
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.findings import Findings
-from aps.layout import encoder_file, manifest_of
+from aps.layout import encoder_file, encoder_job, manifest_of
 from aps.methods import Method
 from aps.registry import METHODS, nearest
 from aps.settings.blocks import SourceSettings
@@ -43,8 +43,8 @@ def problems(study: Study) -> Iterator[str]:
         if "pretrain" in e.stages:
             yield from _views(study, experiment)
             yield from _budget(study, experiment)
-        file = encoder_file(study, experiment, e.seeds[0]) if study.pretrain_source(experiment) is None else None
-        if file is not None and not file.exists():
+        file = encoder_file(study, experiment, e.seeds[0])
+        if file is not None and encoder_job(study, experiment, e.seeds[0]) is None and not file.exists():
             yield f"experiment '{experiment}': encoder.weights: {file} does not exist; give the path of a .safetensors file"
     for stage in (*STAGES, "data", "report"):
         try:
@@ -105,19 +105,21 @@ def _batch(study: Study, experiment: str, stage: str) -> Iterator[str]:
             "process; change either"
         )
     path = manifest_of(study, e.dataset_of(stage))
-    if STAGES[stage].detects or not path.exists():
+    if not path.exists():
         return
     try:
         images = Manifest.read(path).splits["train"].count
     except UserError as error:
         yield str(error)
         return
-    limit = e.dataset_settings(stage).train_limit
+    key, limit = e.train_limit(stage)
     if limit is not None and limit > images:
         yield (
-            f"experiment '{experiment}': dataset.train_limit {limit} exceeds the {images} training images of dataset "
+            f"experiment '{experiment}': {key} {limit} exceeds the {images} training images of dataset "
             f"'{e.dataset_of(stage)}'; lower it"
         )
+        return
+    if STAGES[stage].detects:
         return
     images = min(images, limit or images)
     share = getattr(block, "holdout", 0.0)

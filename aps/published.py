@@ -160,6 +160,7 @@ def _of_evaluation(experiment: ExperimentSettings, entry: Entry, stage: str) -> 
     own = getattr(getattr(experiment, stage), "dataset", None)
     key = "dataset" if own is None else f"{stage}.dataset"
     pairs: list[Pair] = [(key, experiment.dataset_of(stage), entry.dataset)]
-    if not STAGES[stage].detects and (limit := experiment.dataset_settings(stage).train_limit) is not None:
-        pairs.append((f"{key}.train_limit", limit, "all images"))
+    limited, limit = experiment.train_limit(stage)
+    if limit is not None:
+        pairs.append((limited, limit, "all images"))
     return pairs

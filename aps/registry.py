@@ -284,3 +284,4 @@ REGISTRIES = (METHODS, ENGINES, STRATEGIES, ARCHS, DATASETS, DETECTION_DATASETS)
 # Checks of every experiment's settings: functions of the experiment that raise ValueError. The check of one stage is in
 # its row of aps/stages.py.
 CHECKS = ("aps.models.archs:check", "aps.published:check")
+STUDY_CHECKS = ("aps.layout:check_encoders",)  # of a study as a whole, likewise

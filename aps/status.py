@@ -21,7 +21,7 @@ from aps.errors import UserError
 from aps.files import read_json, sha256
 from aps.findings import Finding, Findings
 from aps.journal import read_history
-from aps.layout import encoder_file, log_file, manifest_of, run_folder, study_folder
+from aps.layout import encoder_file, encoder_job, log_file, manifest_of, run_folder, study_folder
 from aps.progress import clock
 from aps.results import run_key
 from aps.runtime.slurm import ATTEMPT, running_attempt
@@ -97,11 +97,11 @@ def _status(study: Study, findings: Findings, finding: Finding, now: float) -> S
 
 
 def _with_failed_input(study: Study, status: Status, statuses: dict[Job, Status]) -> Status:
-    """The status of a queued run, with a note if the pretraining that it waits for failed."""
-    source = study.pretrain_source(status.experiment) if STAGES[status.stage].encoder else None
-    pretraining = statuses.get((source, status.seed, "pretrain")) if source is not None else None
-    if status.state == QUEUED and not status.note and pretraining is not None and pretraining.state == FAILED:
-        return status._replace(note=f"waits for {pretraining.label}, which failed")
+    """The status of a queued run, with a note if the run that makes its encoder failed."""
+    maker = encoder_job(study, status.experiment, status.seed) if STAGES[status.stage].encoder else None
+    upstream = statuses.get(maker) if maker is not None else None
+    if status.state == QUEUED and not status.note and upstream is not None and upstream.state == FAILED:
+        return status._replace(note=f"waits for {upstream.label}, which failed")
     return status
 
 
@@ -112,13 +112,13 @@ def _folder_of(study: Study, findings: Findings, experiment: str, seed: int, sta
         images = str(read_json(manifest_of(study, settings.dataset_name))["digest"])
         encoder = None
         if STAGES[stage].encoder:
-            source = study.pretrain_source(experiment)
-            if source is not None:
-                pretraining = findings.finding(source, seed, "pretrain").metrics
-                if pretraining is None:
+            file, maker = encoder_file(study, experiment, seed), encoder_job(study, experiment, seed)
+            if file is not None and maker is not None:
+                upstream = findings.finding(*maker).metrics
+                if upstream is None:
                     return None
-                encoder = str(pretraining["files"]["encoder.safetensors"]["sha256"])
-            elif (file := encoder_file(study, experiment, seed)) is not None:
+                encoder = str(upstream["files"][file.name]["sha256"])
+            elif file is not None:
                 encoder = sha256(file)
     except (UserError, OSError, KeyError, TypeError):
         return None

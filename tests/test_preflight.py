@@ -17,6 +17,7 @@ from aps import cli
 from aps.layout import manifest_of
 from aps.settings.reading import load_study
 from aps.settings.study import experiment_model
+from aps.stages import STAGES
 from aps.training.schedule import finetuning_lr, pretraining_lr
 
 COCO = {
@@ -118,6 +119,10 @@ SMALL: dict[str, tuple[dict[str, Any], str]] = {
         {"dataset": {"name": "digits", "train_limit": 5000}},
         "dataset.train_limit 5000 exceeds the 1438 training images of dataset 'digits'; lower it",
     ),
+    "a stage's limit": (
+        {"finetune": {"dataset": {"name": "digits", "train_limit": 5000}}},
+        "finetune.dataset.train_limit 5000 exceeds the 1438 training images of dataset 'digits'; lower it",
+    ),
 }
 
 
@@ -126,7 +131,7 @@ def test_a_batch_that_the_prepared_images_cannot_fill_is_refused(
     case: str, here: Path, digits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     blocks, sentence = SMALL[case]
-    (stage,) = {"pretrain"} if case != "finetune, held out" else {"finetune"}
+    stage = next((name for name in blocks if name in STAGES), "pretrain")
     study = {"experiments": {"e": {"dataset": "digits", **blocks, "stages": sorted({"pretrain", stage})}}}
     assert check(capsys, study)[0] == 0  # before the data are prepared nobody knows
     Path("results/data").mkdir(parents=True)

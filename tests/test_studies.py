@@ -199,6 +199,11 @@ def test_differences_from_the_published_experiment_are_named() -> None:
     assert published.differences(shorter, entry) == ["pretrain.epochs 100 instead of 1600"]
     fewer = whole.model_copy(update={"dataset": whole.dataset.model_copy(update={"train_limit": 10})})
     assert published.differences(fewer, entry) == ["dataset.train_limit 10 instead of all images"]
+    detects = next(e for e in study("coco.yaml").experiments.values() if e.published and "detection" in e.stages)
+    before = published.differences(detects, ENTRIES[str(detects.published)])
+    fewer = detects.model_copy(update={"detection": detects.detection.model_copy(update={"train_limit": 10})})
+    after = published.differences(fewer, ENTRIES[str(detects.published)])
+    assert set(after) - set(before) == {"detection.train_limit 10 instead of all images"}
 
 
 ENCODER = {"arch": "tiny", "image_size": 32, "patch_size": 2}

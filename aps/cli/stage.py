@@ -72,7 +72,7 @@ def stage_job(stage: Stage, args: argparse.Namespace) -> StageJob:
     Raises:
         UserError: an option doesn't fit the stage, or an input is missing or not the study's.
     """
-    from aps.layout import encoder_file, manifest_of, manifest_path, stage_folder, study_folder
+    from aps.layout import encoder_file, encoder_job, manifest_of, manifest_path, stage_folder, study_folder
     from aps.results import StageJob, saved_run
     from aps.settings.study import StageSettings
     from aps.tracking.addresses import OFF
@@ -102,7 +102,7 @@ def stage_job(stage: Stage, args: argparse.Namespace) -> StageJob:
         settings, study_name, results = study.stage_settings(name, seed, stage.name), study.study, Path(study.results)
         address = tracking_address(study)  # also where --tracking is given: it keeps the study's credentials
         encoder, tracking = args.encoder, args.tracking or address
-        made_by_stage = encoder is None and study.pretrain_source(name) is not None
+        made_by_stage = encoder is None and encoder_job(study, name, seed) is not None
         folder, description = study_folder(study), study.experiments[name].description
         manifest = manifest_of(study, settings.dataset_name)
         if encoder is None and stage.encoder:
@@ -146,12 +146,14 @@ def _check_images(findings: Findings, dataset: str) -> None:
 
 def _check_encoder(findings: Findings, experiment: str, seed: int, label: str) -> None:
     """Raises UserError where the study's encoder is there but was not made as the study says."""
-    source = findings.study.pretrain_source(experiment)
-    if source is None:
+    from aps.layout import encoder_job
+
+    maker = encoder_job(findings.study, experiment, seed)
+    if maker is None:
         return
-    finding = findings.finding(source, seed, "pretrain")
+    finding, (source, number, stage) = findings.finding(*maker), maker
     if finding.stale:
         raise UserError(
-            f"{label}: its encoder in {finding.folder} is not this study's ({finding.problem}); run pretrain first: "
-            f"the same command with `pretrain --experiment {source} --seed {seed}`"
+            f"{label}: its encoder in {finding.folder} is not this study's ({finding.problem}); run {stage} first: "
+            f"the same command with `{stage} --experiment {source} --seed {number}`"
         )

@@ -65,7 +65,8 @@ class CocoSplit:
         manifest: the file manifest.json of the dataset.
         annotations: the COCO json file.
         folder: the folder of its images.
-        ids: ids of its images, ascending; for training only those with an instance that is not a crowd.
+        ids: ids of its images, ascending; for training only those with an instance that is not a crowd, and of these as
+            many as `limit` says.
         categories: the category ids of the json file, ascending; a label is a position in this list.
         classes: the names of the categories, in the same order.
         masks: whether instances have masks; else they have boxes only.
@@ -73,8 +74,11 @@ class CocoSplit:
         coco: the whole file, for scoring; not there for training.
     """
 
-    def __init__(self, manifest_path: Path, split: str, training: bool) -> None:
-        """Raises UserError where the dataset is not prepared, or its annotations are altered, broken or empty."""
+    def __init__(self, manifest_path: Path, split: str, training: bool, limit: int | None = None) -> None:
+        """limit: of the images to train on, those that come first in a fixed shuffle, the same whatever the run's seed.
+
+        Raises UserError where the dataset is not prepared, its annotations are altered, broken or empty, or `limit`
+        exceeds its images with an instance."""
         manifest = Manifest.read(manifest_path)
         if manifest.kind != "detection":
             raise UserError(f"{manifest_path}: dataset '{manifest.name}' has no boxes; name a detection dataset")
@@ -93,6 +97,9 @@ class CocoSplit:
             self.ids = sorted(coco.imgs)
             if training:
                 self.ids = [i for i in self.ids if any(not a.get("iscrowd", 0) for a in coco.imgToAnns[i])]
+                with_instance = len(self.ids)
+                if limit is not None:
+                    self.ids = sorted(np.random.default_rng(0).permutation(self.ids)[:limit].tolist())
             else:
                 self.coco = coco
             instances = [a for a in coco.anns.values() if not a.get("iscrowd", 0)]
@@ -106,6 +113,11 @@ class CocoSplit:
             ) from None
         if not self.ids:
             raise UserError(f"{self.annotations}: no image has an instance; {prepare_it(manifest.name)}")
+        if training and limit is not None and limit > with_instance:
+            raise UserError(
+                f"detection.train_limit {limit} exceeds the {with_instance} {split} images with an instance of dataset "
+                f"'{manifest.name}'; lower it"
+            )
 
     def __len__(self) -> int:
         return len(self.ids)

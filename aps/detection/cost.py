@@ -24,7 +24,7 @@ MASKED = 0.25  # share of an image's training regions that have a mask, at most
 # Settings that do not change the network.
 SCHEDULE = (
     "engine", "dataset", "iterations", "lr", "weight_decay", "layer_decay", "warmup_iterations", "lr_drops", "jitter_scale",
-    "flip", "precision", "evaluate_every",
+    "flip", "precision", "evaluate_every", "train_limit",
 )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
         settings=settings,
         encoder=job.settings.encoder,
         seed=job.settings.seed,
-        train=CocoSplit(job.manifest, "train", training=True),
+        train=CocoSplit(job.manifest, "train", training=True, limit=settings.train_limit),
         val=CocoSplit(job.manifest, "val", training=False),
         mean=mean,
         std=std,

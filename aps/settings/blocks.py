@@ -13,7 +13,16 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from aps.errors import UserError
 from aps.registry import ARCHS, METHODS, STRATEGIES
@@ -94,7 +103,7 @@ class EncoderSettings(Section):
     )
     weights: str = Field(
         "pretrain",
-        description="`pretrain`: this experiment's own; `random`: none; `experiment:NAME`, `timm:NAME` or a .safetensors file",
+        description="`pretrain`: this experiment's own; `random`: none; `experiment:NAME`, `timm:NAME` or a .safetensors file, made first if a run of this study writes it",
     )
 
     @property
@@ -338,6 +347,10 @@ class DetectionSettings(Section):
 
     engine: str = Field("torchvision", description="a file of `aps/detection/engines`: torchvision, detectron2")
     dataset: str = Field("digits_coco", description="detection dataset")
+    train_limit: Positive | None = Field(
+        None,
+        description="use the first so many images of a fixed shuffle of those with an instance, for training; null: all",
+    )
     image_size: Side = Field(1024, description="longest side of a test image, side of a training crop, pixels")
     iterations: Positive = Field(184375, description="optimizer steps")
     batch_size: Positive = Field(64, description="over all processes")
@@ -380,6 +393,12 @@ class DetectionSettings(Section):
         check_distinct("global_blocks", self.global_blocks)
         check_distinct("pyramid_scales", self.pyramid_scales)
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_limit(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A run without a limit has the settings, and so the digest, that it had before there was one."""
+        data: dict[str, Any] = serialize(self)
+        return data if self.train_limit is not None else {k: v for k, v in data.items() if k != "train_limit"}
 
 
 def minutes(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aps.errors import UserError
-from aps.registry import CHECKS, DATASETS, DETECTION_DATASETS, METHODS, file_of, nearest, raised, resolve
+from aps.registry import CHECKS, DATASETS, DETECTION_DATASETS, METHODS, STUDY_CHECKS, file_of, nearest, raised, resolve
 from aps.settings.study import ALL_BLOCKS, ExperimentSettings, Study
 from aps.stages import STAGES
 
@@ -68,6 +68,11 @@ def check(study: Study, where: str) -> None:
             raise UserError(
                 f"{prefix} encoder.{different[0]} differs from that of '{source}', whose weights it takes; set them alike"
             )
+    for path in STUDY_CHECKS:
+        try:
+            resolve(path)(study)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
 
 
 def _check_dataset(study: Study, e: ExperimentSettings, stage: str, prefix: str) -> None:
@@ -134,24 +139,21 @@ def _check_parts(e: ExperimentSettings) -> None:
 
 def _check_limit(e: ExperimentSettings, stage: str, prefix: str) -> None:
     """Raises UserError where a stage's `train_limit` leaves too few images for its batch, holdout or monitoring."""
-    limit = None if STAGES[stage].detects else e.dataset_settings(stage).train_limit
-    if limit is None:
+    key, limit = e.train_limit(stage)
+    if limit is None or STAGES[stage].detects:  # a detector's batches go on from one epoch to the next
         return
     block = getattr(e, stage)
-    key = f"{stage}.dataset" if getattr(block, "dataset", None) is not None else "dataset"
     share, batch = getattr(block, "holdout", 0.0), getattr(block, "batch_size", None)
     held = round(limit * share)
     if share and not held:
-        raise UserError(
-            f"{prefix} {stage}.holdout {share} of {key}.train_limit {limit} keeps no image aside; raise either"
-        )
+        raise UserError(f"{prefix} {stage}.holdout {share} of {key} {limit} keeps no image aside; raise either")
     if batch is not None and batch > limit - held:
         less = f" less the {held} held out" if held else ""
         raise UserError(
-            f"{prefix} {stage}.batch_size {batch} exceeds {key}.train_limit {limit}{less}; lower the batch or raise the limit"
+            f"{prefix} {stage}.batch_size {batch} exceeds {key} {limit}{less}; lower the batch or raise the limit"
         )
     if stage == "pretrain" and e.pretrain.knn_every and limit < MONITOR_LEAST:
         raise UserError(
-            f"{prefix} {key}.train_limit {limit} leaves pretrain.knn_every none to hold out; raise it to {MONITOR_LEAST} at "
+            f"{prefix} {key} {limit} leaves pretrain.knn_every none to hold out; raise it to {MONITOR_LEAST} at "
             "least, or set pretrain.knn_every: 0"
         )

@@ -115,6 +115,15 @@ class ExperimentSettings(Blocks):
         override = getattr(getattr(self, stage), "dataset", None)
         return DatasetSettings(**override.model_dump()) if isinstance(override, DatasetSettings) else self.dataset
 
+    def train_limit(self, stage: str) -> tuple[str, int | None]:
+        """The key of the setting that limits the training images of a stage, and its value."""
+        if STAGES[stage].detects:
+            return f"{stage}.train_limit", self.detection.train_limit
+        own = getattr(getattr(self, stage), "dataset", None) is not None
+        return f"{stage}.dataset.train_limit" if own else "dataset.train_limit", self.dataset_settings(
+            stage
+        ).train_limit
+
 
 class StudySettings(Section):
     """A whole YAML file."""

@@ -32,6 +32,7 @@ from aps.findings import Findings
 from aps.layout import (
     data_folder,
     encoder_file,
+    encoder_job,
     find_old_layout,
     manifest_of,
     report_folder,
@@ -400,7 +401,10 @@ class Plan:
         files = {"manifest": manifest_of(self.written, settings.dataset_name)}
         if STAGES[settings.stage].encoder:
             encoder = encoder_file(self.written, settings.experiment, settings.seed)
-            if encoder and self.is_module and self.study.pretrain_source(settings.experiment) is None:
+            maker = encoder_job(self.study, settings.experiment, settings.seed)
+            if encoder and maker is not None:  # as its rule writes it, so that Snakemake sees that they are one file
+                encoder = self._stage(*maker) / encoder.name
+            elif encoder and self.is_module:
                 encoder = encoder.absolute()  # the user's own file, to which Snakemake is not to add the `prefix`
             files |= {"encoder": encoder} if encoder else {}
         first = self._first[settings.digest]
@@ -416,11 +420,11 @@ class Plan:
         return self._inputs({key: str(file) for key, file in files.items()}, current, finding.stale)
 
     def _other_images(self, experiment: str, seed: int, stage: str) -> bool:
-        """Whether a dataset of the run or of its pretraining is prepared again first, so that the run may change."""
-        datasets = {self.study.experiments[experiment].dataset_of(stage)}
-        if STAGES[stage].encoder and (source := self.study.pretrain_source(experiment)) is not None:
-            datasets.add(self.study.experiments[source].dataset_of("pretrain"))
-        return any(self.findings.why_outdated(name) is not None for name in datasets)
+        """Whether a dataset of the run or of those that make its encoder is prepared again first, so that the run may change."""
+        if self.findings.why_outdated(self.study.experiments[experiment].dataset_of(stage)) is not None:
+            return True
+        maker = encoder_job(self.study, experiment, seed) if STAGES[stage].encoder else None
+        return maker is not None and self._other_images(*maker)
 
     @rule_function
     def data_inputs(self, wildcards: Any) -> dict[str, str]:

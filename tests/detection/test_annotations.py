@@ -76,6 +76,26 @@ def test_training_leaves_out_images_without_instances_and_crowds(manifest: Path,
     assert len(everything.target(everything.ids.index(crowded)).labels) == 0
 
 
+def test_a_limit_takes_images_with_instances_and_a_larger_one_takes_these_too(manifest: Path, tmp_path: Path):
+    coco = json.loads((manifest.parent / "instances_train.json").read_text())
+    bare = {image["id"] for image in coco["images"][::2]}
+    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] not in bare]
+    (tmp_path / "instances_val.json").write_bytes((manifest.parent / "instances_val.json").read_bytes())
+    (tmp_path / "instances_train.json").write_text(json.dumps(coco))
+    with_sizes(Manifest.read(manifest), tmp_path).write(tmp_path / "manifest.json")
+    whole = CocoSplit(tmp_path / "manifest.json", "train", training=True)
+    chosen = [set(CocoSplit(tmp_path / "manifest.json", "train", training=True, limit=n).ids) for n in range(1, 13)]
+    assert [len(ids) for ids in chosen] == list(range(1, 13)) and chosen[-1] == set(whole.ids)
+    assert all(fewer < more for fewer, more in itertools.pairwise(chosen))
+    assert chosen[5] != set(whole.ids[:6])  # not the first of the file, which may be alike
+    few = CocoSplit(tmp_path / "manifest.json", "train", training=True, limit=3)
+    for index, image in enumerate(few.ids):
+        assert few.path(index) == whole.path(whole.ids.index(image))
+        assert torch.equal(few.target(index).boxes, whole.target(whole.ids.index(image)).boxes)
+    with pytest.raises(UserError, match=r"detection\.train_limit 13 exceeds the 12 train images with an instance of"):
+        CocoSplit(tmp_path / "manifest.json", "train", training=True, limit=13)
+
+
 def test_broken_annotations_are_named(manifest: Path, tmp_path: Path):
     (tmp_path / "manifest.json").write_bytes(manifest.read_bytes())
     (tmp_path / "instances_val.json").write_text("{")

@@ -11,7 +11,7 @@ import torch
 
 import aps.detection
 from aps.detection import check_engine, load_engine
-from aps.detection.annotations import Target, image_at
+from aps.detection.annotations import CocoSplit, Target, image_at
 from aps.detection.augment import jitter
 from aps.detection.engine import Engine, Task, lr_factor
 from aps.errors import UserError
@@ -134,13 +134,17 @@ def test_both_engines_have_as_many_parameters(task: Task):
 
 
 @pytest.mark.detectron2
-def test_both_engines_train_on_the_same_images_in_the_same_order(task: Task):
+@pytest.mark.parametrize("limit", [None, 5])
+def test_both_engines_train_on_the_same_images_in_the_same_order(task: Task, limit: int | None):
     pytest.importorskip("detectron2", reason="detectron2 is not installed")
     from aps.detection.engines import detectron2, torchvision
 
     plain = dataclasses.replace(
-        task, settings=task.settings.model_copy(update={"jitter_scale": (1.0, 1.0), "flip": 0.0})
+        task,
+        settings=task.settings.model_copy(update={"jitter_scale": (1.0, 1.0), "flip": 0.0}),
+        train=CocoSplit(task.train.manifest, "train", training=True, limit=limit),
     )
+    assert len(plain.train) == (limit or 24)
     detectron2.register(plain.train)
     loader = iter(detectron2.loader(plain, start=3))
     samples = torchvision._Samples(plain)

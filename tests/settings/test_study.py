@@ -423,6 +423,18 @@ CROSS: dict[str, tuple[dict[str, Any], str]] = {
         }},
         "experiment 'b': encoder.depth differs from that of 'a', whose weights it takes; set them alike",
     ),
+    "made of itself": (
+        one(stages=["finetune"], encoder={"weights": "results/study/e/seed0/finetune/model.safetensors"}),
+        "experiment 'e': encoder.weights are made from themselves (e from e); name other weights",
+    ),
+    "made of each other": (
+        {"defaults": {"dataset": "digits", "stages": ["finetune"]}, "experiments": {
+            "a": {"encoder": {"weights": "./results/study/b/seed0/finetune/model.safetensors"}},
+            "b": {"encoder": {"weights": "results/study/c/seed0/finetune/model.safetensors"}},
+            "c": {"encoder": {"weights": "results/study/b/seed0/finetune/model.safetensors"}},
+        }},
+        "experiment 'a': encoder.weights are made from themselves (a from b from c from b); name other weights",
+    ),
     "positions without their window": (
         one(**MICRO, stages=["pretrain", "detection"], detection=DETECTION | {"positions": "repeat", "window": 2}),
         "detection.positions: repeat repeats the pretraining grid of 4 x 4 cells in every window, and detection.window is 2; "
@@ -453,6 +465,18 @@ def test_settings_that_do_not_fit_each_other_are_told_apart(tmp_path: Path, rule
     content, said = CROSS[rule]
     text = message(tmp_path, content)
     assert said in text and text.startswith("study.yaml: experiment '") and "\n" not in text
+
+
+def test_a_detector_without_a_limit_has_the_settings_of_runs_from_before_there_was_one(tmp_path: Path) -> None:
+    alone = {"stages": ["detection"], "encoder": {"weights": "random"}}
+    detection = {"dataset": "digits_coco", "pyramid_scales": [1.0, 0.5]}
+    for limit in (None, 7):
+        study = load(tmp_path, {"experiments": {"e": alone | {"detection": detection | {"train_limit": limit}}}})
+        block = study.stage_settings("e", 0, "detection").relevant()["detection"]
+        assert block.get("train_limit", "absent") == (limit or "absent") and "lr_drops" in block
+        assert (
+            StageSettings.from_json(study.stage_settings("e", 0, "detection").to_json()).detection.train_limit == limit
+        )
 
 
 def test_detections_rules_bind_only_where_detection_runs(tmp_path: Path) -> None:

@@ -202,6 +202,33 @@ def test_an_experiment_more_runs_that_experiment_and_the_report(finished: Path) 
     assert plan(finished, experiments__more=more) == {"knn_encoder more", "report"}
 
 
+FINETUNED = {
+    "stages": ["knn"],
+    "inherits": "aps",
+    "encoder": {"weights": "./results/tiny/floor/seed0/finetune/model.safetensors"},
+}
+
+
+def test_weights_that_a_run_of_the_study_writes_are_made_first(empty: Path, tmp_path: Path) -> None:
+    target = "results/tiny/more/seed0/knn/metrics.json"
+    assert plan(empty, target, experiments__more=FINETUNED) == {
+        "prepare_dataset digits",
+        "finetune_encoder floor",
+        "knn_encoder more",
+    }
+    folder = checkout(tmp_path, put(STUDY, ("experiments", "more"), FINETUNED))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        pretend_finished(load_study(["study.yaml"]))
+    assert plan(folder, target, experiments__more=FINETUNED) == set()
+    changed = {"experiments__more": FINETUNED, "experiments__floor__finetune": {"lr": 0.5}}
+    assert plan(folder, target, **changed) == {"finetune_encoder floor", "knn_encoder more"}
+    shutil.rmtree(folder / "results/tiny/floor/seed0/finetune")
+    assert plan(folder, target, experiments__more=FINETUNED) == {"finetune_encoder floor"}
+    pretend_prepared(folder / "results/data/digits/manifest.json", "other images")
+    assert plan(folder, target, experiments__more=FINETUNED) == {"finetune_encoder floor", "knn_encoder more"}
+
+
 # --------------------------------------------------------------------------------------------------
 # Planning.
 

@@ -343,7 +343,9 @@ class _Samples(Dataset[dict[str, Any]]):
 
     def __init__(self, task: Task, mapper: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self.seed, self.mapper = task.seed, mapper
-        records = get_detection_dataset_dicts(task.train.name, filter_empty=True)
+        known = set(task.train.ids)
+        every = get_detection_dataset_dicts(task.train.name, filter_empty=True)
+        records = [record for record in every if record["image_id"] in known]
         if [record["image_id"] for record in records] != task.train.ids:
             raise RuntimeError(f"detectron2 and aps disagree on the training images of {task.train.name}")
         self.records = Packed(records)
