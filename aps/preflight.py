@@ -23,7 +23,7 @@ from aps.layout import encoder_file, encoder_job, manifest_of
 from aps.methods import Method
 from aps.registry import METHODS, nearest
 from aps.settings.blocks import SourceSettings
-from aps.settings.study import Study
+from aps.settings.study import SharedBlocks, Study, blocks_of
 from aps.stages import STAGES
 from aps.tracking.addresses import OFF, given_address, shown
 from aps.training.schedule import endless_warmup
@@ -65,6 +65,7 @@ def hints(study: Study) -> Iterator[str]:
             yield f"dataset '{name}' will be prepared again ({reason}): `python -m aps data {name}`"
     for experiment in study.experiments:
         yield from _warmups(study, experiment)
+        yield from _unread(study, experiment)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,6 +90,21 @@ def _warmups(study: Study, experiment: str) -> Iterator[str]:
     for stage in ("pretrain", "finetune"):
         if stage in e.stages and (clause := endless_warmup(stage, getattr(e, stage))) is not None:
             yield f"warning: experiment '{experiment}': {clause}"
+
+
+def _unread(study: Study, experiment: str) -> Iterator[str]:
+    """Blocks that an experiment sets and its method does not read, so that runs that differ in them are one."""
+    e = study.experiments[experiment]
+    if "pretrain" not in e.stages:
+        return
+    read = blocks_of("pretrain", e.pretrain.method)
+    for block in SharedBlocks.model_fields:
+        keys = getattr(e, block).model_fields_set
+        if block not in read and keys:
+            yield (
+                f"warning: experiment '{experiment}': pretrain.method {e.pretrain.method} reads no {block}, so "
+                f"{', '.join(f'{block}.{key}' for key in sorted(keys))} change nothing"
+            )
 
 
 def _batch(study: Study, experiment: str, stage: str) -> Iterator[str]:

@@ -187,6 +187,16 @@ def test_a_forced_stage_is_computed_again_and_nothing_else(study: Path) -> None:
     assert {job for job in JOBS if after[job] != metrics(study, *job)["finished"]} == {j for j in JOBS if j[2] == "knn"}
 
 
+def test_a_result_that_is_forced_by_its_file_is_computed_again(study: Path) -> None:
+    """And a target that names no file forces none."""
+    file = "results/tiny/floor/seed0/knn/metrics.json"
+    for target, again in ((file, {("floor", 0, "knn")}), ("all", set())):
+        before = {job: metrics(study, *job)["finished"] for job in JOBS}
+        text = snakemake(study, "--force", target, "--configfile", "study.yaml")
+        assert "finished before with these settings" not in text and "Error" not in text
+        assert {job for job in JOBS if before[job] != metrics(study, *job)["finished"]} == again
+
+
 def test_every_stage_is_in_the_study() -> None:
     assert {stage for _, _, stage in JOBS} == set(STAGES)
 

@@ -74,6 +74,15 @@ def test_run_is_snakemake_with_what_is_missing_filled_in(here: Path) -> None:
     lay_out(here / "x", "demo")
     os.chdir(here / "x")
     assert command(["-n"]) == [*start, "-n"]  # all of it is here
+    sets = ["--set", "defaults.knn.k=[3]", "study=b", "-n", "--set=defaults.knn.precision=fp32", "knn"]
+    merged = ['defaults={"knn": {"k": [3], "precision": "fp32"}}', 'study="b"']
+    for given in (sets[:-1], [*sets[:-1], "--cores", "2"]):
+        rest = [text for text in ["-n", *given[5:]]]
+        assert command(given) == [*start, *rest, "--config", *merged]
+    with pytest.raises(UserError, match="--set knn: write KEY=VALUE"):
+        command(sets)
+    with pytest.raises(UserError, match="--set and --config lay settings over the study both"):
+        command([*sets[:-1], "--config", "study=c"])
     for option in (["--config", "-C"], ["--configfile", "--configfiles"]):  # of which Snakemake would read the last
         with pytest.raises(UserError, match=f"{option[0]} is given more than once"):
             command([option[0], "study=a", option[1], "seed=1"])

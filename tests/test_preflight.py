@@ -15,6 +15,7 @@ from tiny_study import STUDY, put
 
 from aps import cli
 from aps.layout import manifest_of
+from aps.registry import METHODS
 from aps.settings.reading import load_study
 from aps.settings.study import experiment_model
 from aps.stages import STAGES
@@ -138,6 +139,25 @@ def test_a_batch_that_the_prepared_images_cannot_fill_is_refused(
     Path("results/data/digits").symlink_to(digits.parent)
     status, _, errors = check(capsys, study)
     assert status == 2 and any(f"experiment 'e': {sentence}" == error for error in errors), errors
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.names()))
+@pytest.mark.parametrize("way", ["own", "defaults", "inherited"])
+def test_settings_that_a_method_does_not_read_are_told(
+    method: str, way: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own: dict[str, Any] = {"dataset": "digits", "stages": ["pretrain"], "pretrain": {"method": method}}
+    own |= {"encoder": {"arch": "micro", "image_size": 16, "patch_size": 4}}
+    sampling = {"sampling": {"strategy": "random", "ratio": 0.2}}
+    study: dict[str, Any] = {"experiments": {"e": own | (sampling if way == "own" else {})}}
+    if way == "defaults":
+        study["defaults"] = sampling
+    if way == "inherited":
+        study["experiments"] |= {"a": {"dataset": "digits", "stages": ["pretrain"], **sampling}}
+        study["experiments"]["e"]["inherits"] = "a"
+    status, out, errors = check(capsys, study)
+    said = f"warning: experiment 'e': pretrain.method {method} reads no sampling, so sampling.ratio, sampling.strategy change nothing"
+    assert status == 0 and (said in "\n".join([out, *errors])) == (method != "aps"), (out, errors)
 
 
 def test_a_budget_of_less_than_a_batch_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,7 +135,10 @@ def init(p: argparse.ArgumentParser) -> None:
 
 def run(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "arguments", nargs="*", metavar="...", help="targets and options of Snakemake: -n, --cores, --profile"
+        "arguments",
+        nargs="*",
+        metavar="...",
+        help="targets and options of Snakemake: -n, --cores, --profile, --configfile; and --set KEY=VALUE",
     )
 
 

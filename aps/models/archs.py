@@ -34,3 +34,5 @@ def check(experiment: ExperimentSettings) -> None:
     dim, _, heads = dimensions(experiment.encoder)
     if dim % heads:
         raise ValueError(f"encoder: width {dim} is not a multiple of {heads} heads; change dim or heads")
+    if int(dim * (ratio := experiment.encoder.mlp_ratio)) < 1:  # timm would take the width instead
+        raise ValueError(f"encoder.mlp_ratio {ratio:g} of width {dim} leaves the MLP no hidden unit; raise it")

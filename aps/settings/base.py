@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -31,6 +31,7 @@ class Section(BaseModel):
     """Base of every block of settings: unknown keys are errors, values are not silently converted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    alternatives: ClassVar[tuple[str, ...]] = ()  # keys of which a block has one
 
     @model_validator(mode="before")
     @classmethod
@@ -56,6 +57,24 @@ class Section(BaseModel):
 def _blocks(section: type[BaseModel]) -> frozenset[str]:
     """Names of the fields that are blocks of settings."""
     return frozenset(k for k, field in section.model_fields.items() if isinstance(field.default, dict | BaseModel))
+
+
+@cache
+def optional_blocks(section: type[BaseModel]) -> frozenset[str]:
+    """Names of the fields that are a block of settings or null, which means something else than an empty block."""
+    kinds = {k: get_args(field.annotation) for k, field in section.model_fields.items()}
+    return frozenset(
+        k for k, args in kinds.items() if type(None) in args and any(_is_section(argument) for argument in args)
+    )
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def without_null(data: dict[str, Any], key: str) -> dict[str, Any]:
+    """The dump of a block without a key that is null, so that runs from before there was this key are those of today."""
+    return {k: v for k, v in data.items() if k != key or v is not None}
 
 
 def check_distinct(key: str, values: tuple[Any, ...]) -> None:

@@ -40,6 +40,7 @@ from aps.settings.base import (
     check_crop,
     check_distinct,
     check_range,
+    without_null,
 )
 
 MOST_CELLS = 65_536  # cells of an image; the cost of attention is quadratic in them
@@ -197,6 +198,7 @@ class SamplingSettings(Section):
 class BudgetSettings(Section):
     """The budget of a pretraining: operations or time."""
 
+    alternatives = ("flops", "minutes")
     flops: Annotated[PositiveFloat, Field(le=1e30)] | None = Field(
         None, description="operations of all steps, counted; a multiply-add is two"
     )
@@ -236,6 +238,15 @@ class PretrainSettings(Section):
     activation_checkpointing: bool = Field(False, description="less memory for more time")
     compile: bool = Field(False, description="torch.compile")
     knn_every: Natural = Field(0, description="epochs between kNN readings on held-out train images; 0: never")
+    knn_readings: Positive | None = Field(
+        None,
+        description="so many readings at equal shares of the run instead, the last at its end: methods of one budget are read at the same operations",
+    )
+
+    @property
+    def reads(self) -> bool:
+        """Whether kNN is read during the run."""
+        return bool(self.knn_readings or self.knn_every)
 
     @field_validator("method")
     @classmethod
@@ -243,6 +254,10 @@ class PretrainSettings(Section):
         if value not in METHODS:
             raise ValueError(f"method '{value}' is unknown; {METHODS.unknown(value)}")
         return value
+
+    @model_serializer(mode="wrap")
+    def _without_null(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_null(serialize(self), "knn_readings")
 
 
 class FinetuneSettings(Section):
@@ -395,10 +410,8 @@ class DetectionSettings(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_limit(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A run without a limit has the settings, and so the digest, that it had before there was one."""
-        data: dict[str, Any] = serialize(self)
-        return data if self.train_limit is not None else {k: v for k, v in data.items() if k != "train_limit"}
+    def _without_null(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_null(serialize(self), "train_limit")
 
 
 def minutes(value: Any) -> Any:
@@ -442,8 +455,11 @@ class ResourceSettings(Section):
     nodes: Positive | None = Field(None, description="machines; gpus or processes spread evenly over them")
     processes: Positive | None = Field(None, description="processes without GPUs")
     gpu_model: str | None = Field(None, description="as the cluster names it")
-    cpus_per_gpu: Positive | None = Field(None, description="CPU cores for each GPU")
-    threads: Positive | None = Field(None, description="CPU cores a node")
+    cpus_per_gpu: Positive | None = Field(
+        None,
+        description="CPU cores for each GPU; null: 1 on a cluster; on one machine `--cores`, shared with the jobs that run beside it",
+    )
+    threads: Positive | None = Field(None, description="CPU cores a node; null: those of its GPUs, or 1")
     mem_mb: Positive | None = Field(None, description="memory; each further attempt gets half as much again")
     runtime: Runtime | None = Field(None, description="minutes, or text such as 36h, 90m, 12:00:00 or 1-12:00:00")
     partition: str | None = Field(None, description="queue of the cluster")
@@ -491,6 +507,7 @@ class CocoSplits(Section):
 class UserDataset(Section):
     """A user's dataset: a `folder` of images, `arrays` in a file, or `coco` files."""
 
+    alternatives = ("folder", "arrays", "coco")
     folder: str | None = Field(None, min_length=1, description="tree of image files, one folder a class")
     arrays: str | None = Field(None, min_length=1, description=".npz file with images and labels")
     coco: CocoSplits | None = Field(None, description="images and annotations of train and val, for detection")
@@ -541,7 +558,7 @@ class UserDataset(Section):
 
     @model_validator(mode="after")
     def _check(self) -> UserDataset:
-        given = [key for key in ("folder", "arrays", "coco") if getattr(self, key) is not None]
+        given = [key for key in self.alternatives if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(
                 f"names {' and '.join(given) or 'no source'}; give one of folder (a tree of images), arrays (a .npz file) and "

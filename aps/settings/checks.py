@@ -152,7 +152,7 @@ def _check_limit(e: ExperimentSettings, stage: str, prefix: str) -> None:
         raise UserError(
             f"{prefix} {stage}.batch_size {batch} exceeds {key} {limit}{less}; lower the batch or raise the limit"
         )
-    if stage == "pretrain" and e.pretrain.knn_every and limit < MONITOR_LEAST:
+    if stage == "pretrain" and e.pretrain.reads and limit < MONITOR_LEAST:
         raise UserError(
             f"{prefix} {key} {limit} leaves pretrain.knn_every none to hold out; raise it to {MONITOR_LEAST} at "
             "least, or set pretrain.knn_every: 0"

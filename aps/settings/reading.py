@@ -17,11 +17,12 @@ from pydantic import ValidationError
 
 from aps.errors import UserError
 from aps.registry import nearest
-from aps.settings.base import NAME, NAME_LETTERS, check_distinct
-from aps.settings.blocks import name_only
+from aps.settings.base import NAME, NAME_LETTERS, check_distinct, optional_blocks
+from aps.settings.blocks import BudgetSettings, UserDataset, name_only
 from aps.settings.checks import check
 from aps.settings.sentences import sentence, shown
 from aps.settings.study import Study, StudySettings, experiment_model, method_of
+from aps.stages import STAGES
 
 LONG_NAME = re.compile(r"\w{101,}")  # shortened in error messages
 DEEPEST = 50  # levels of nested blocks in YAML; a study has five
@@ -34,6 +35,9 @@ RESERVED_NAMES = (
     "logs",
     "benchmarks",
 )  # folders of results
+# Blocks of stages of which null is a value, as (block, key), and blocks that have one of several keys.
+MAY_BE_NULL = frozenset((name, key) for name, row in STAGES.items() for key in optional_blocks(row.block()))
+ALTERNATIVES = {"budget": BudgetSettings.alternatives, "datasets.NAME": UserDataset.alternatives}
 SHARED_FOLDERS = ("data", "runs", "mlflow.db", "mlartifacts")  # of all studies, where a study's folder lies too
 
 
@@ -61,7 +65,19 @@ def load_study(files: Sequence[str | Path], overrides: dict[str, Any] | None = N
         _check_folder(study, where)
         return study
     except UserError as error:
-        raise UserError(LONG_NAME.sub(lambda found: f"{found[0][:57]}...", str(error))) from None
+        text = str(error)
+        if overrides and text.startswith(where) and _is_valid(files, where):
+            text = f"{where} with the settings that the command lays over it{text.removeprefix(where)}"
+        raise UserError(LONG_NAME.sub(lambda found: f"{found[0][:57]}...", text)) from None
+
+
+def _is_valid(files: Sequence[str | Path], where: str) -> bool:
+    """Whether a study is valid as its files have it, so that a mistake is the command's."""
+    try:
+        _validate(read_files(files), where)
+    except UserError:
+        return False
+    return True
 
 
 def read_files(files: Sequence[str | Path]) -> dict[str, Any]:
@@ -229,29 +245,42 @@ def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def _merge(below: Any, above: Any) -> Any:
-    """Lay `above` over `below`: blocks merge key by key, an empty block changes nothing, everything else is replaced.
+def _merge(below: Any, above: Any, block: str = "") -> Any:
+    """Lay `above` over `below`: blocks merge key by key, everything else is replaced. An empty block changes nothing, unless
+    null is a value of its key. Of keys that are alternatives, the one in `above` is left.
 
     `dataset: NAME` is short for `dataset: {name: NAME}`.
+
+    Args:
+        block: the key that both stand under, as `_inner` gives it.
     """
     if isinstance(below, dict) and isinstance(above, dict):
-        merged = dict(below)
+        alternatives = ALTERNATIVES.get(block, ())
+        replaced = any(above.get(key) is not None for key in alternatives)
+        merged = {key: value for key, value in below.items() if not replaced or key not in {*alternatives} - {*above}}
         for key, value in above.items():
             if key == "dataset" and {type(value), type(below.get(key))} == {str, dict}:
-                merged[key] = _merge(name_only(below[key]), name_only(value))
+                merged[key] = _merge(name_only(below[key]), name_only(value), key)
+            elif key in below and (block, key) not in (MAY_BE_NULL if value is None else ()):
+                merged[key] = _merge(below[key], value, _inner(block, key))
             else:
-                merged[key] = _merge(below[key], value) if key in below else value
+                merged[key] = value
         return merged
     return below if isinstance(below, dict) and above is None else above
 
 
-def _emptied(below: Any, above: Any) -> str | None:
-    """The first key that is a block in `below` and null in `above`; None where there is none."""
+def _inner(block: str, key: Any) -> str:
+    """The name for what stands under a key of a block: the key, or `experiments.NAME` and the like under a name of the user's."""
+    return f"{block}.NAME" if block in ("experiments", "datasets", "sources") else str(key)
+
+
+def _emptied(below: Any, above: Any, block: str = "") -> str | None:
+    """The first key that is a block in `below` and null in `above`, where null is no value; None where there is none."""
     for key in above if isinstance(below, dict) and isinstance(above, dict) else ():
-        if isinstance(below.get(key), dict):
+        if isinstance(below.get(key), dict) and not (above[key] is None and (block, key) in MAY_BE_NULL):
             if above[key] is None:
                 return str(key)
-            if (inner := _emptied(below[key], above[key])) is not None:
+            if (inner := _emptied(below[key], above[key], _inner(block, key))) is not None:
                 return f"{key}.{inner}"
     return None
 

@@ -45,6 +45,7 @@ SCHEDULE = (
     "precision",
     "compile",
     "knn_every",
+    "knn_readings",
 )
 
 
@@ -97,8 +98,9 @@ def pretrain(settings: Any, counts: Counts, gpus: int = 1, gpu: bool = True) -> 
         batches = batches_within(s.budget.flops, settings, method.steps)
     flops = batches * method.steps * s.accumulate * part.flops
     readings = 0.0
-    if s.knn_every and epoch:
-        times = -(-batches // (s.knn_every * epoch))  # the last one at the end
+    if s.reads and epoch:
+        # The last one at the end
+        times = min(s.knn_readings, batches) if s.knn_readings else -(-batches // (s.knn_every * epoch))
         readings = times * min(MONITOR_IMAGES, train) * _image_flops(settings.encoder)
     pixels = sum(4 * 3 * view.size**2 for view in method.views())  # of one image's views
     waiting = (2 * s.batch_size - s.batch_size / s.accumulate) * pixels / gpus  # the batch's other parts and the next
@@ -114,7 +116,7 @@ def _pretraining_part(settings: Any, half: bool = False) -> Counted:
     blocks["encoder"] = _shape(settings.encoder)
     plain = {name: value.model_dump(mode="json") for name, value in blocks.items()}
     for name in SCHEDULE:
-        del plain["pretrain"][name]
+        plain["pretrain"].pop(name, None)
     with contract.blaming(block.method):
         return _count_pretraining(_Chosen(json.dumps(plain, sort_keys=True), blocks), half)
 

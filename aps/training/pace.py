@@ -51,7 +51,9 @@ class Pace:
         self.readings = 0.0
         # Processes exchange the time on the CPU, so that no device is waited for
         self._group: Any = dist.new_group(backend="gloo") if distributed.world > 1 and self._minutes else None
-        self._share = 0.0  # share of the minutes that had passed when the last batch was done
+        self._share = self._before = (
+            0.0  # share of the minutes that had passed when the last batch was done, and the one before
+        )
         self._last: torch.cuda.Event | None = None  # the end of the last batch, on the device
         self.step_flops = self._count(settings)
         self.total = self._epochs * batches
@@ -78,6 +80,12 @@ class Pace:
     def progress(self, step: int) -> float:
         """Share of the run that is done before optimizer step `step`, in [0, 1)."""
         return self._share if self._minutes else step / (self.total * self.steps)
+
+    def ends_part(self, done: int, parts: int) -> bool:
+        """Whether one of `parts` equal parts of the run has ended with the last batch, after which `done` are done."""
+        if self._minutes:
+            return int(self._share * parts) > int(self._before * parts)
+        return done * parts // self.total > (done - 1) * parts // self.total
 
     def epoch(self, step: int) -> float:
         """The position in the schedule of `epochs` at an optimizer step, in epochs."""
@@ -128,7 +136,7 @@ class Pace:
         seconds = torch.tensor(self.seconds, dtype=torch.float64)
         if self._group is not None:  # all processes use the clock of the first
             dist.broadcast(seconds, 0, self._group)
-        self._share = float(seconds) / (60 * self._minutes)
+        self._before, self._share = self._share, float(seconds) / (60 * self._minutes)
         self.total = done if self._share >= 1 else max(done + 1, round(done / self._share))
 
     def _wait(self) -> None:

@@ -69,7 +69,7 @@ def run(job: StageJob) -> None:
                 **(learner.length or learner.so_far(loop.total)),
             }
             speed = {"images_per_second": loop.total * settings.batch_size / max(1e-9, length["seconds"])}
-            if settings.knn_every:
+            if settings.reads:
                 speed["reading_seconds"] = learner.pace.readings
             metrics = {**learner.meter.last, **speed, **length}
             stage.finish(metrics, precision=learner.trainer.precision.name)
@@ -127,17 +127,22 @@ class Pretraining:
         self.pace.batch_done(done + 1)
 
     def lines(self, done: int) -> Iterator[Line]:
-        per_epoch, every, last = self.data.batches, self.settings.knn_every, done == self.pace.total
+        per_epoch, last = self.data.batches, done == self.pace.total
         if done % per_epoch == 0 or (done % per_epoch) % LOG_BATCHES == 0 or last:
             self.watch.check()
             yield {"epoch": done / per_epoch, "lr": self.lr, **self.meter.read(), **self.so_far(done)}
-        if every and (done % (every * per_epoch) == 0 or last):
+        if self.settings.reads and (last or self._due(done)):
             with self.pace.stopped(), self.meter.stopped():
                 found = monitor(
                     self.trainer.encoder, self.split, self.normalization, self.distributed, self.job.workers
                 )
             self._warn(found, done)
             yield {**found, **self.so_far(done)}
+
+    def _due(self, done: int) -> bool:
+        """Whether kNN is to be read after `done` batches."""
+        parts = self.settings.knn_readings
+        return self.pace.ends_part(done, parts) if parts else done % (self.settings.knn_every * self.data.batches) == 0
 
     def _warn(self, found: dict[str, float], done: int) -> None:
         """Warn of a collapsed representation, in which all images have nearly the same features."""

@@ -52,6 +52,7 @@ from aps.tracking.addresses import settled, shown, tracking_address
 from aps.workflow.resources import (
     BY_ATTEMPT,
     TURN,
+    Machine,
     attempt_number,
     check_resources,
     group,
@@ -107,6 +108,7 @@ class Plan:
         # Jobs that have to run again have this file among their inputs; the rule `outdated` makes it.
         self.mark = f".outdated-{uuid.uuid4().hex[:8]}"
         self.turns = False  # whether an encoder's small stages take turns in one job
+        self.machine = Machine()
         self.is_main = True  # the process that plans; the others run its jobs
         self._first: dict[str, tuple[str, int, str]] = {}  # settings digest -> the first job with these settings
         for job in study.jobs():
@@ -135,6 +137,9 @@ class Plan:
         plan.is_main = workflow.is_main_process
         plan._outer = workflow if plan.is_module else None
         plan.turns = TURN in workflow.global_resources
+        if workflow.resource_settings.nodes is None and not workflow.remote_exec:  # jobs run on this machine
+            gpus = workflow.global_resources.get("gpu")
+            plan.machine = Machine(workflow.resource_settings.cores or 1, gpus.value if gpus is not None else None)
         gc.set_threshold(
             100_000, 50, 100
         )  # a large DAG is millions of objects that stay; looking for garbage takes a fifth
@@ -327,7 +332,7 @@ class Plan:
     def forget_forced(self, workflow: Any) -> None:
         """Delete the saved runs of the jobs that the user forces, so that they are computed again."""
         settings = workflow.dag_settings
-        files = self._forced | (settings.targets if settings.forcetargets else frozenset())
+        files = self._forced | frozenset(settings.targets if settings.forcetargets else ())
         everything = settings.forceall
         for job in workflow.dag.needrun_jobs():
             forced = everything or job.rule.name in files or not files.isdisjoint(job.output)
@@ -483,7 +488,7 @@ class Plan:
         return group(self.study, stage) if self.turns else None
 
     def threads(self, stage: str) -> Any:
-        return simplest(self.study, stage, rule_threads(self.study, stage))
+        return simplest(self.study, stage, rule_threads(self.study, stage, self.machine))
 
     def resources(self, stage: str) -> dict[str, Any]:
         """The resources of a stage's rule, without those that are None for all experiments."""

@@ -25,12 +25,31 @@ def runs_here(study: Study, stage: str) -> bool:
     return study.stage_resources(stage).local is not False
 
 
-def rule_threads(study: Study, stage: str) -> Callable[[Any], int]:
-    """A function of the wildcards: the CPU cores of each node."""
+class Machine(NamedTuple):
+    """What Snakemake may use of the machine on which it runs the jobs itself."""
+
+    cores: int = 1  # --cores; 1 where jobs are submitted
+    gpus: int | None = None  # --resources gpu=N; None: no limit
+
+
+NO_SHARE = Machine()
+
+
+def rule_threads(study: Study, stage: str, machine: Machine = NO_SHARE) -> Callable[[Any], int]:
+    """A function of the wildcards: the CPU cores of each node.
+
+    Where a job on GPUs says nothing, it shares the machine's cores with the jobs of its stage that can run beside it,
+    because one core would not feed a GPU. One without GPUs has one core: more would change how sums are rounded, and
+    so figures, from machine to machine.
+    """
+    jobs = sum(len(e.seeds) for e in study.experiments.values() if stage in e.stages)
 
     def threads(wildcards: Any) -> int:
         r = _settings(study, stage, wildcards)
-        return r.threads or _gpus_per_node(r) * (r.cpus_per_gpu or 1) or 1
+        if r.threads or not r.gpus or r.cpus_per_gpu:
+            return r.threads or _gpus_per_node(r) * (r.cpus_per_gpu or 1) or 1
+        beside = jobs if machine.gpus is None else min(jobs, max(1, machine.gpus // r.gpus))
+        return max(_gpus_per_node(r), machine.cores // max(1, beside))
 
     return threads
 

@@ -1,12 +1,13 @@
 """Makes Snakemake's command line for a study, for `aps run` and `aps.run`.
 
-All arguments go to Snakemake. What is missing is added: if the working directory has no Snakefile, the package's
+All arguments go to Snakemake, `--set` as its `--config`. What is missing is added: if the working directory has no Snakefile, the package's
 Snakefile and its profile.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ def command(arguments: Sequence[str]) -> list[str]:
         UserError: no study is named, and there is none in the working directory; or a file of it can't be read, which
             Snakemake would say in a traceback, or without the file's name.
     """
-    filled = list(arguments)
+    filled = arguments = _with_config(arguments)
     if not _has(arguments, "--configfile", "--configfiles", "-h", "--help") and not DEFAULT_STUDY.exists():
         raise UserError(
             f"no study: {DEFAULT_STUDY} is not here; name one by --configfile FILE, or lay out a folder by `aps init`"
@@ -38,6 +39,29 @@ def command(arguments: Sequence[str]) -> list[str]:
         if not _has(arguments, "--profile", "--workflow-profile") and not Path("profiles/default").exists():
             filled += ["--workflow-profile", str(SHARE / "workflow" / "profiles" / "default")]
     return [sys.executable, "-m", "snakemake", *filled]
+
+
+def _with_config(arguments: Sequence[str]) -> list[str]:
+    """The arguments with Snakemake's `--config` in place of the `--set KEY=VALUE ...` of every other verb.
+
+    Raises UserError where a pair is no KEY=VALUE, or `--config` is given too: of two values of one key Snakemake drops one.
+    """
+    rest, pairs, taking = list[str](), list[str](), False
+    for text in arguments:
+        if text == "--set" or text.startswith("--set="):
+            taking, pairs = True, [*pairs, *([text.removeprefix("--set=")] if text != "--set" else [])]
+        elif taking and not text.startswith("-"):
+            pairs.append(text)
+        else:
+            taking = False
+            rest.append(text)
+    if not pairs:
+        return rest
+    if _has(rest, "--config", "-C"):
+        raise UserError("--set and --config lay settings over the study both; give all of them by one of the two")
+    from aps.settings.reading import parse_overrides
+
+    return [*rest, "--config", *(f"{key}={json.dumps(value)}" for key, value in parse_overrides(pairs).items())]
 
 
 def check_given_once(arguments: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from aps.errors import UserError
 from aps.settings.blocks import ResourceSettings
-from aps.settings.reading import _read, check_names, load_study, parse_overrides
+from aps.settings.reading import MAY_BE_NULL, _read, check_names, load_study, parse_overrides
 from aps.settings.reference import markdown, schema, tables
 from aps.settings.study import ExperimentSettings, StageSettings, Study, blocks_of
 from aps.stages import STAGES
@@ -212,9 +212,69 @@ def test_an_empty_block_changes_nothing(tmp_path: Path) -> None:
     assert study.experiment("a").knn == ExperimentSettings(dataset={"name": "digits"}).knn
 
 
-@pytest.mark.parametrize("key", ["experiments", "experiments.a", "defaults.pretrain", "defaults.pretrain.budget"])
+BUDGET = {"defaults": {"dataset": "digits", "pretrain": {"epochs": 7, "budget": {"flops": 1e12}}}}
+ELSEWHERE = {"defaults": {"dataset": "digits", "knn": {"dataset": {"name": "fashion_mnist", "train_limit": 100}}}}
+
+
+@pytest.mark.parametrize(
+    ("study", "block", "key", "found"),
+    [
+        (BUDGET, "pretrain", {"budget": None}, {"budget": None}),
+        (BUDGET, "pretrain", {"budget": {"minutes": 3}}, {"budget": {"minutes": 3, "flops": None}}),
+        (BUDGET, "pretrain", {"budget": {"minutes": 3, "flops": None}}, {"budget": {"minutes": 3, "flops": None}}),
+        (BUDGET, "pretrain", {"budget": {"flops": 2e12}}, {"budget": {"minutes": None, "flops": 2e12}}),
+        (BUDGET, "pretrain", {"budget": {}}, {"budget": {"minutes": None, "flops": 1e12}}),
+        (ELSEWHERE, "knn", {"dataset": None}, {"dataset": None}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "way", ["defaults", "parent", "--set", "--set in defaults", "a later file", "an included file"]
+)
+def test_null_and_another_kind_of_budget_replace_what_lies_under_them(
+    study: dict[str, Any], block: str, key: dict[str, Any], found: dict[str, Any], way: str, tmp_path: Path
+) -> None:
+    files, pairs, name = [tmp_path / "study.yaml"], [], "e"
+    ((inner, value),) = key.items()
+    text = json.dumps(value)
+    if way == "defaults":
+        content = study | {"experiments": {"e": {block: key}}}
+    elif way == "parent":
+        content = study | {"experiments": {"a": {}, "e": {"inherits": "a", block: key}}}
+    elif way == "a later file":
+        content = study | {"experiments": {"e": {}}}
+        files.append(write(tmp_path, {"experiments": {"e": {block: key}}}, "later.yaml"))
+    elif way == "an included file":
+        write(tmp_path, study | {"experiments": {"e": {}}}, "below.yaml")
+        content = {"include": ["below.yaml"], "experiments": {"e": {block: key}}}
+    else:
+        content = study | {"experiments": {"e": {}}}
+        pairs = [f"{'experiments.e' if way == '--set' else 'defaults'}.{block}.{inner}={text}"]
+    write(tmp_path, content)
+    got = getattr(load_study(files, parse_overrides(pairs)).experiment(name), block)
+    if block == "pretrain":
+        assert got.epochs == 7 and (got.budget and got.budget.model_dump()) == found["budget"]
+    else:
+        assert got.dataset == found["dataset"]
+
+
+def test_another_source_of_a_dataset_replaces_the_one_under_it(tmp_path: Path) -> None:
+    content = {"datasets": {"own": {"folder": "a", "trust": True}}, "experiments": {"e": {"dataset": "own"}}}
+    write(tmp_path, content, "a.yaml")
+    study = load_study([tmp_path / "a.yaml"], parse_overrides(["datasets.own={arrays: b.npz}"]))
+    own = study.datasets["own"]
+    assert (own.folder, own.arrays, own.trust) == (None, "b.npz", True)
+
+
+def test_blocks_of_which_null_is_a_value_are_those_that_say_so() -> None:
+    assert {f"{block}.{key}" for block, key in MAY_BE_NULL} == {
+        "pretrain.budget", *(f"{stage}.dataset" for stage in STAGES if not STAGES[stage].detects and stage != "pretrain"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["experiments", "experiments.a", "defaults.pretrain", "defaults.knn"])
 def test_an_override_that_empties_a_block_says_that_it_changes_nothing(key: str, tmp_path: Path) -> None:
-    study = {"defaults": {"pretrain": {"budget": {"minutes": 5}}}, "experiments": {"a": {"dataset": "digits"}}}
+    study = {"defaults": {"pretrain": {"epochs": 5}, "knn": {"k": [5]}}, "experiments": {"a": {"dataset": "digits"}}}
     write(tmp_path, study, "a.yaml")
     with pytest.raises(
         UserError, match=rf"a.yaml: {key} = null, laid over it, changes nothing, as an empty block never"
@@ -422,6 +482,10 @@ CROSS: dict[str, tuple[dict[str, Any], str]] = {
             "b": {"dataset": "digits", "stages": ["knn"], "encoder": {"weights": "experiment:a", "depth": 3}},
         }},
         "experiment 'b': encoder.depth differs from that of 'a', whose weights it takes; set them alike",
+    ),
+    "no hidden unit": (
+        one(encoder={"dim": 32, "heads": 2, "mlp_ratio": 0.01}),
+        "experiment 'e': encoder.mlp_ratio 0.01 of width 32 leaves the MLP no hidden unit; raise it",
     ),
     "made of itself": (
         one(stages=["finetune"], encoder={"weights": "results/study/e/seed0/finetune/model.safetensors"}),

@@ -176,6 +176,29 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+@pytest.mark.parametrize("kill", [None, 3, 4])
+def test_readings_at_equal_shares_are_at_the_same_operations_for_every_method(
+    kill: int | None, digits: Path, tmp_path: Path
+) -> None:
+    """MAE has 20 batches in this budget, the others 5, of three an epoch."""
+    read_at, flops = {}, 6e8
+    for method in ("mae", "aps", "simclr"):
+        own = {"budget": BudgetSettings(flops=flops), "knn_readings": 3}
+        job = small.job("pretrain", digits, tmp_path / method, method, **own)
+        if kill:
+            small.run(
+                job, stop_after=min(kill, Pace(job.settings, 3, METHOD_STEPS.get(method, 1), small.ONE).total - 1)
+            )
+        small.run(job)
+        lines = small.history(job)
+        read_at[method] = [line["flops"] for line in lines if "knn_train_top1" in line]
+        batch = lines[0]["flops"] / lines[0]["step"] * METHOD_STEPS.get(method, 1)
+        for part, done in enumerate(read_at[method], 1):
+            assert -1 <= done - part / 3 * lines[-1]["flops"] < batch, method
+    assert {len(readings) for readings in read_at.values()} == {3}, read_at
+
+
+METHOD_STEPS = {"aps": 4}  # optimizer steps of a batch
 MINUTES = {"budget": BudgetSettings(minutes=0.5), "epochs": 10, "warmup_epochs": 0, "schedule": "cosine"}
 
 
@@ -199,6 +222,16 @@ def test_the_clock_of_a_stopped_run_goes_on(digits: Path, tmp_path: Path, clock:
     clock.now += 5000
     assert small.run(job)["steps"] == 32
     assert [line["seconds"] for line in read(job) if "loss" in line] == [12, 24, 32]
+
+
+@pytest.mark.parametrize("kill", [None, 3, 4])
+def test_readings_at_equal_shares_of_the_minutes(kill: int | None, digits: Path, tmp_path: Path, clock: Clock) -> None:
+    """Batches of 4 s, thirds of 10 s: the first to end in each is the third, the fifth and the eighth."""
+    job = small.job("pretrain", digits, tmp_path, knn_readings=3, **MINUTES)
+    if kill:
+        small.run(job, stop_after=kill)
+    small.run(job)
+    assert [line["seconds"] for line in read(job) if "knn_train_top1" in line] == [12, 20, 32]
 
 
 def test_a_run_of_minutes_may_be_a_single_batch(digits: Path, tmp_path: Path, clock: Clock) -> None:

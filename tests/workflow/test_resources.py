@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from tiny_study import checkout
 
 from aps.layout import SHARE
 from aps.settings.reading import load_study
 from aps.settings.study import Study
 from aps.stages import STAGES
 from aps.workflow.plan import Plan, one_of
-from aps.workflow.resources import TOGETHER, TURN, group, rule_resources
+from aps.workflow.resources import TOGETHER, TURN, Machine, group, rule_resources
 from benchmarks.planning import STAGES_RUN, finish, lay_out
 
 ALL = ["pretrain", "finetune", "linear_probe", "knn", "embed"]
@@ -43,6 +46,48 @@ def test_a_rule_gets_a_value_where_all_experiments_ask_alike_and_a_function_wher
     assert (made.threads("knn"), made.resources("knn")["runtime"]) == (3, 20)
     runtime = made.resources("finetune")["runtime"]
     assert [runtime(SimpleNamespace(experiment=name)) for name in "ab"] == [20, 90]
+
+
+@pytest.mark.parametrize(
+    ("asked", "machine", "threads"),
+    [
+        ({}, Machine(16), 1),
+        ({"threads": 3}, Machine(16), 3),
+        ({"gpus": 1}, Machine(), 1),  # on a cluster
+        ({"gpus": 1}, Machine(16), 5),  # of the three pretrainings
+        ({"gpus": 1}, Machine(16, gpus=1), 16),
+        ({"gpus": 1}, Machine(16, gpus=2), 8),
+        ({"gpus": 2}, Machine(16, gpus=2), 16),
+        ({"gpus": 4}, Machine(2, gpus=2), 4),
+        ({"gpus": 1, "cpus_per_gpu": 6}, Machine(16), 6),
+        ({"gpus": 1, "threads": 2}, Machine(16), 2),
+    ],
+)
+def test_a_job_on_a_gpu_of_this_machine_has_its_share_of_the_cores(
+    tmp_path: Path, asked: dict[str, Any], machine: Machine, threads: int
+) -> None:
+    content = {
+        "resources": {"pretrain": asked},
+        "defaults": {"dataset": "digits", "stages": ["pretrain", "knn"]},
+        "experiments": {"a": {"seeds": [0, 1]}, "b": {}, "c": {"encoder": {"weights": "random"}, "stages": ["knn"]}},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    made = Plan(load_study([tmp_path / "study.yaml"]), [], {})
+    made.machine = machine
+    assert (made.threads("pretrain"), made.threads("knn")) == (threads, 1)
+
+
+def test_snakemakes_cores_and_gpus_are_what_jobs_share(tmp_path: Path) -> None:
+    content = {
+        "resources": {"pretrain": {"gpus": 1}},
+        "defaults": {"dataset": "digits", "stages": ["pretrain"]},
+        "experiments": {"a": {"seeds": [0, 1]}},
+    }
+    checkout(tmp_path, content)
+    for options, threads in ((("--cores", "12"), "6"), (("--cores", "12", "--resources", "gpu=1"), "12")):
+        command = [sys.executable, "-m", "snakemake", "-n", "--configfile", "study.yaml", *options]
+        planned = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert re.findall(r"^    threads: (\d+)$", planned.stdout, re.MULTILINE) == [threads] * 2, planned.stdout
 
 
 def test_what_no_experiment_asks_for_is_left_to_the_executor(tmp_path: Path) -> None:
