@@ -65,19 +65,7 @@ def load_study(files: Sequence[str | Path], overrides: dict[str, Any] | None = N
         _check_folder(study, where)
         return study
     except UserError as error:
-        text = str(error)
-        if overrides and text.startswith(where) and _is_valid(files, where):
-            text = f"{where} with the settings that the command lays over it{text.removeprefix(where)}"
-        raise UserError(LONG_NAME.sub(lambda found: f"{found[0][:57]}...", text)) from None
-
-
-def _is_valid(files: Sequence[str | Path], where: str) -> bool:
-    """Whether a study is valid as its files have it, so that a mistake is the command's."""
-    try:
-        _validate(read_files(files), where)
-    except UserError:
-        return False
-    return True
+        raise UserError(LONG_NAME.sub(lambda found: f"{found[0][:57]}...", str(error))) from None
 
 
 def read_files(files: Sequence[str | Path]) -> dict[str, Any]:

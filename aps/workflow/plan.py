@@ -137,9 +137,6 @@ class Plan:
         plan.is_main = workflow.is_main_process
         plan._outer = workflow if plan.is_module else None
         plan.turns = TURN in workflow.global_resources
-        if workflow.resource_settings.nodes is None and not workflow.remote_exec:  # jobs run on this machine
-            gpus = workflow.global_resources.get("gpu")
-            plan.machine = Machine(workflow.resource_settings.cores or 1, gpus.value if gpus is not None else None)
         gc.set_threshold(
             100_000, 50, 100
         )  # a large DAG is millions of objects that stay; looking for garbage takes a fifth
@@ -486,6 +483,12 @@ class Plan:
     def group(self, stage: str) -> str | None:
         """The group of a stage, if the profile has the resource `turn`; otherwise each stage is a separate job."""
         return group(self.study, stage) if self.turns else None
+
+    def share(self, workflow: Any) -> None:
+        """Let jobs share what `workflow` may use of this machine, if they run on it."""
+        if workflow.resource_settings.nodes is None and not workflow.remote_exec:
+            gpus = workflow.global_resources.get("gpu")
+            self.machine = Machine(workflow.resource_settings.cores or 1, gpus.value if gpus is not None else None)
 
     def threads(self, stage: str) -> Any:
         return simplest(self.study, stage, rule_threads(self.study, stage, self.machine))

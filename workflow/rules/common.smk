@@ -19,6 +19,7 @@ try:
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
+PLAN.share(workflow)
 if workflow.is_main_process:
     PLAN.warn_of_environment()
     for line in PLAN.explain():
