@@ -11,22 +11,29 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from aps.data.prepare import prepare
+from aps.errors import UserError
 from aps.runtime.processes import processes
 from aps.sampling import coverage
 from aps.settings.blocks import EncoderSettings, SamplingSettings, UserDataset, ViewSettings
-from aps.training import augment
+from aps.training import augment, batches, linear_probe
+from aps.training.finetune import Finetuning
+from aps.training.linear_probe import Probing
+from aps.training.meter import Meter
+from aps.training.pretrain import Pretraining
+from aps.training.watch import COPIED
 from aps.views import draw_parameters
 from benchmarks import common, gpu, local_noise, scaling
 from benchmarks.__main__ import NAMES
@@ -157,11 +164,75 @@ def test_a_gpu_run_looks_for_waits_in_every_loop_that_trains_and_finds_them(
     assert [row[1] for row in found["rows"]] == [0, 1, 0]
 
 
+@pytest.fixture
+def sync_debug_mode(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modes that `_waits` sets, the last one at the end; its learners are the CPU's, and their steps do nothing."""
+    modes, build = ["default"], gpu._learner
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(
+        gpu, "_learner", lambda args, *sizes, stage: build(Namespace(device="cpu"), *sizes, stage=stage)
+    )
+    for learner in (Pretraining, Finetuning, Probing):
+        monkeypatch.setattr(learner, "step", lambda *_: None)
+    monkeypatch.setattr(Meter, "read", dict)
+    return modes
+
+
+@pytest.mark.parametrize(
+    ("stage", "module", "name"),
+    [
+        ("finetune", augment, "resized_crop"),
+        ("finetune", augment, "on_device"),
+        ("finetune", augment, "run_program"),
+        ("finetune", augment, "erase"),
+        ("linear_probe", linear_probe, "crop_resize"),
+        ("pretrain", batches, "apply_view"),
+    ],
+)
+def test_a_wait_in_what_makes_a_batch_is_found(
+    stage: str, module: ModuleType, name: str, sync_debug_mode: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where several batches are made at once, the first of them before the search begins."""
+    function = getattr(module, name)
+
+    def waits(*given: object) -> object:
+        if sync_debug_mode[-1] == "error":
+            raise RuntimeError(f"{name} waits")
+        return function(*given)
+
+    args = Namespace(device="cuda", tiny=False)
+    assert gpu._waits(args, stage) == []
+    monkeypatch.setattr(module, name, waits)
+    assert [wait.split(":")[0] for wait in gpu._waits(args, stage)] == [f"{name} waits"]
+    assert sync_debug_mode == ["default"] + 2 * ["error", "default"]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "linear_probe"])
+def test_the_search_for_waits_sees_the_watch_look_at_losses_that_it_has_sent(
+    stage: str, sync_debug_mode: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched = []
+    learner = {"pretrain": Pretraining, "finetune": Finetuning, "linear_probe": Probing}[stage]
+    monkeypatch.setattr(learner, "step", lambda _, batch, done: searched.append((done, sync_debug_mode[-1])))
+    gpu._waits(Namespace(device="cuda", tiny=False), stage)
+    assert [done for done, _ in searched] == list(range(32))
+    assert {mode for done, mode in searched if done + 1 in (COPIED, 2 * COPIED)} == {"error"}
+
+
 @pytest.mark.parametrize("stage", ["finetune", "linear_probe"])
 def test_a_gpu_run_builds_the_learners_of_the_evaluations(stage: str) -> None:
     learner = gpu._learner(Namespace(device="cpu"), "micro", 16, 64, stage=stage)
     learner.step(next(learner.batches(0, 0)), 0)
     assert learner.settings.batch_size == 16 and learner.distributed.device.type == "cpu"
+
+
+def test_a_gpu_run_leaves_no_images_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gpu.finetuning(Namespace(device="cpu", tiny=True))
+    with pytest.raises(UserError, match="batch_size"):
+        gpu._learner(Namespace(device="cpu"), "micro", 64, 32, stage="finetune")
+    assert not list(tmp_path.iterdir())
 
 
 def test_views_and_augmentation_are_compared_with_the_products_that_stages_have(
