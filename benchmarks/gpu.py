@@ -369,7 +369,7 @@ def finetuning(args: argparse.Namespace) -> Result:
 
 def detection(args: argparse.Namespace) -> Result:
     """A step of Mask R-CNN on ViT-S/16 at 1024 pixels."""
-    size = ["--image-size", "256", "--iterations", "2"] if args.tiny else ["--batch-size", "2", "--iterations", "6"]
+    size = ["--quick"] if args.tiny else ["--batch-size", "2", "--iterations", "6"]
     command = [
         sys.executable,
         "-m",
