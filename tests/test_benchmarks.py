@@ -97,6 +97,7 @@ def test_the_baseline_sampler_keeps_what_the_method_says() -> None:
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_choice_taken_back_is_the_same_step(name: str) -> None:
     study = experiment(EncoderSettings(arch="micro", depth=2), 0.25, 8)
+    torch.manual_seed(0)  # of 25 inputs one has a gradient that is rounding alone, of which AdamW makes a full step
     with processes() as distributed:
         tensors = inputs(study, distributed.device)
         trainer, other = make_trainer(study, distributed), make_trainer(study, distributed)
