@@ -57,6 +57,20 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
     return read
 
 
+def number(least: float, most: float) -> Callable[[str], float]:
+    """The type of an option that is a number in a range."""
+
+    def read(text: str) -> float:
+        try:
+            if least <= (value := float(text)) <= most:  # NaN is not
+                return value
+        except ValueError:
+            pass
+        raise _refused(text, f"is not a number from {least:g} to {most:g}")
+
+    return read
+
+
 def up_to_one(zero: bool) -> Callable[[str], float]:
     """The type of an option that is a number from 0, or above 0, to 1."""
 

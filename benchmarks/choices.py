@@ -28,9 +28,9 @@ from benchmarks.common import MOST, arguments, plot, row, run, seconds, spread, 
 from benchmarks.study import experiment, inputs, make_trainer
 
 
-def separate_attention(trainer: Trainer) -> None:
+def attention(fused: bool, trainer: Trainer) -> None:
     for block in trainer.encoder.blocks:
-        block.attn.fused_attn = False
+        block.attn.fused_attn = fused
 
 
 def copied_heads(trainer: Trainer) -> None:
@@ -80,14 +80,23 @@ def unfused_optimizer(trainer: Trainer) -> None:
     )
 
 
+SEPARATE, FUSED = "attention in separate products", "attention fused, not in separate products"
+COPIED = "queries, keys, values copied to one block each"
 CHOICES: dict[str, Callable[[Trainer], None]] = {  # each takes a choice back, in a trainer that it changes
-    "attention in separate products": separate_attention,
-    "queries, keys, values copied to one block each": copied_heads,
+    SEPARATE: partial(attention, False),
+    FUSED: partial(attention, True),
+    COPIED: copied_heads,
     "views with channels last": channels_last,
     "all patches projected, then gathered": projected_then_gathered,
     "the views through the encoder one by one": two_passes,
     "AdamW by groups of tensors (foreach), not fused": unfused_optimizer,
 }
+
+
+def made(trainer: Trainer) -> dict[str, Callable[[Trainer], None]]:
+    """Those of CHOICES that a step has made: its attention is fused, or separate products (`Precision.prepare`)."""
+    others = {FUSED} if trainer.encoder.blocks[0].attn.fused_attn else {SEPARATE, COPIED}
+    return {name: take_back for name, take_back in CHOICES.items() if name not in others}
 
 
 def main() -> None:
@@ -104,8 +113,9 @@ def main() -> None:
     )
     with processes() as distributed:
         tensors = inputs(plain, distributed.device)
-        trainers = {name: make_trainer(plain, distributed) for name in ("ours", *CHOICES)}
-        for name, take_back in CHOICES.items():
+        trainers = {"ours": make_trainer(plain, distributed)}
+        for name, take_back in made(trainers["ours"]).items():
+            trainers[name] = make_trainer(plain, distributed)
             take_back(trainers[name])
         try:
             trainers["compiled"] = make_trainer(compiled, distributed)

@@ -9,7 +9,6 @@ time nor memory.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import resource
@@ -27,13 +26,12 @@ from aps.detection.engine import Task
 from aps.ranges import whole_number
 from aps.runtime.processes import processes
 from aps.settings.blocks import DetectionSettings, EncoderSettings, SourceSettings
-from benchmarks.common import MOST, RESULTS, run, write
-from benchmarks.options import folder
+from benchmarks.common import MOST, arguments, run, write
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--engine", default="detectron2")
+    parser = arguments(__doc__)
+    parser.add_argument("--engine", default="torchvision")
     parser.add_argument("--arch", default="small")
     parser.add_argument("--image-size", type=whole_number(1, MOST), default=1024)
     parser.add_argument("--batch-size", type=whole_number(1, MOST), default=1)
@@ -41,8 +39,9 @@ def main() -> None:
     parser.add_argument(
         "--iterations", type=whole_number(2, MOST), default=4, help="the first one is left out of the time"
     )
-    parser.add_argument("--out", type=folder, default=RESULTS, help="folder of the JSON file")
     args = parser.parse_args()
+    if args.quick:
+        args.image_size, args.iterations = 256, 2
     settings = DetectionSettings(
         engine=args.engine, image_size=args.image_size, batch_size=args.batch_size, iterations=args.iterations,
         precision=args.precision, jitter_scale=(1.0, 1.0), warmup_iterations=1,

@@ -219,23 +219,29 @@ def waiting(args: argparse.Namespace) -> Result:
 
 
 def _waits(args: argparse.Namespace, stage: str) -> list[str]:
+    """Waits in the batches after the first ones, which may: kernels are chosen, memory is allocated.
+
+    The last 24 of 32 hold all that a stage does now and then: finetuning augments 16 batches of this size at once
+    (PIXELS_AT_ONCE of aps.training.examples), and the watch sends losses to the host every 16 steps and looks at those
+    that it sent before.
+    """
     import torch
 
-    batches = 3 if args.tiny else 8
-    learner = _learner(args, *(("micro", 16, 128) if args.tiny else ("tiny", 64, 1024)), stage=stage)
-    waits, done, epoch = [], 0, learner.batches(0, 0)
-    for batch in epoch:
-        learner.step(batch, done)  # the first ones may wait: kernels are chosen, memory is allocated
-        done += 1
-        if done == batches // 2:
-            break
+    first, last = (1, 3) if args.tiny else (8, 32)
+    # The linear probe holds a tenth of them out.
+    learner = _learner(args, *(("micro", 16, 128) if args.tiny else ("tiny", 64, 4096)), stage=stage)
+    waits, epoch = [], learner.batches(0, 0)
+
+    def some(batches: range) -> None:
+        for done in batches:
+            learner.step(next(epoch), done)
+
+    some(range(first))
     if args.device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
     try:
-        while done < batches and (batch := next(epoch, None)) is not None:
-            learner.step(batch, done)
-            done += 1
+        some(range(first, last))
     except RuntimeError as error:
         import traceback
 
@@ -363,7 +369,7 @@ def finetuning(args: argparse.Namespace) -> Result:
 
 def detection(args: argparse.Namespace) -> Result:
     """A step of Mask R-CNN on ViT-S/16 at 1024 pixels."""
-    size = ["--image-size", "256", "--iterations", "2"] if args.tiny else ["--batch-size", "2", "--iterations", "6"]
+    size = ["--quick"] if args.tiny else ["--batch-size", "2", "--iterations", "6"]
     command = [
         sys.executable,
         "-m",
@@ -533,14 +539,6 @@ def _learner(
     from aps.training.linear_probe import Probing
     from aps.training.pretrain import Pretraining
 
-    folder = Path(tempfile.mkdtemp())
-    if cifar is not None:
-        prepare("cifar10", folder, SourceSettings(path=str(cifar), download=False))
-    else:
-        pixels, labels = drawn_digits(images)
-        splits: Any = {"train": (pixels, labels), "test": (pixels[:100], labels[:100])}
-        manifest = arrays.store(folder, "cifar10", splits, tuple("0123456789"), "drawn", SourceSettings())
-        manifest.write(folder / "manifest.json")
     _as_stages(args)
     model = stage_model("aps")
     changes = {"batch_size": batch, "epochs": 1000}
@@ -557,9 +555,17 @@ def _learner(
     on_gpu = args.device.startswith("cuda")
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     learner = {"pretrain": Pretraining, "finetune": Finetuning, "linear_probe": Probing}[stage]
-    return learner(
-        StageJob(settings, folder / "manifest.json", folder / "out", folder / "saved"), Distributed(0, 1, device)
-    )
+    with tempfile.TemporaryDirectory() as home:  # a learner has its images in memory
+        folder = Path(home)
+        if cifar is not None:
+            prepare("cifar10", folder, SourceSettings(path=str(cifar), download=False))
+        else:
+            pixels, labels = drawn_digits(images)
+            splits: Any = {"train": (pixels, labels), "test": (pixels[:100], labels[:100])}
+            manifest = arrays.store(folder, "cifar10", splits, tuple("0123456789"), "drawn", SourceSettings())
+            manifest.write(folder / "manifest.json")
+        job = StageJob(settings, folder / "manifest.json", folder / "out", folder / "saved")
+        return learner(job, Distributed(0, 1, device))
 
 
 def drawn_digits(images: int) -> tuple[Any, Any]:

@@ -3,7 +3,8 @@
     python -m benchmarks.scaling
 
 torchrun starts the processes, one GPU each (NCCL), or one core and one thread each (gloo). The batch is the same for
-any number of them, as in a study. Each measurement is a separate launch; the numbers of processes take turns.
+any number of them, as in a study. Each measurement is a separate launch; the numbers of processes take turns. Each batch
+serves T steps, and what is timed lies within an epoch, since the first batch of one is never made ahead.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from aps.errors import UserError
 from aps.ranges import whole_number
 from aps.runtime.processes import processes
 from aps.sampling import global_noise
-from aps.settings.blocks import EncoderSettings
+from aps.settings.blocks import EncoderSettings, SamplingSettings
 from aps.text import number_of
 from aps.training.batches import Batches
 from aps.training.order import SAMPLING, seeded
@@ -45,7 +46,7 @@ def main() -> None:
         return
     gpus = torch.cuda.device_count()
     settings = {"arch": "tiny", "depth": 1 if args.quick else None, "batch": 8 if args.quick else 512 if gpus else 64,
-                "steps": 2 if args.quick else 50 if gpus else 4}  # fmt: skip
+                "batches": 12 if gpus and not args.quick else 1, "samplings": SamplingSettings().samplings}  # fmt: skip
     counts = counts_of(args.processes or ([2**k for k in range(gpus.bit_length())] if gpus else [2]), settings, gpus)
     rates: dict[int, list[float]] = {count: [] for count in counts}
     repeats = 1 if args.quick else 5
@@ -99,32 +100,32 @@ def launch(count: int, settings: dict[str, Any]) -> float:
 
 def worker(settings: dict[str, Any]) -> None:
     """The pretraining loop: views, samplings, steps. Rank 0 prints images a second."""
-    batch, steps = settings["batch"], settings["steps"]
-    study = experiment(EncoderSettings(arch=settings["arch"], depth=settings["depth"]), 0.25, batch)
+    batch, batches = settings["batch"], settings["batches"]
+    encoder = EncoderSettings(arch=settings["arch"], depth=settings["depth"])
+    study = experiment(encoder, 0.25, batch, settings["samplings"])
     with processes() as distributed:
-        images = torch.randint(0, 256, (batch * 2, 3, 32, 32), dtype=torch.uint8)
+        # One batch before the clock starts, and one after, which a GPU makes during the last steps.
+        images = torch.randint(0, 256, (batch * (batches + 2), 3, 32, 32), dtype=torch.uint8)
         split = ArraySplit(images, torch.zeros(len(images)).long(), ("a",))
         trainer = make_trainer(study, distributed)
-        batches = Batches(split, trainer.method.views(), batch, (MEAN, STD), 0, distributed)
-        start, done, epoch = 0.0, -1, 0
-        while done < steps:
-            for drawn in batches.epoch(epoch):
-                generator = seeded(0, SAMPLING, epoch, done + 1, device=distributed.device)
+        epoch = Batches(split, trainer.method.views(), batch, (MEAN, STD), 0, distributed).epoch(0)
+
+        def some(first: int, last: int) -> None:
+            for done in range(first, last):
+                drawn = next(epoch)
+                generator = seeded(0, SAMPLING, 0, done, device=distributed.device)
                 rows = len(drawn.views[0])
                 noise = global_noise(rows, distributed.device, generator, distributed.rank, distributed.world)
-                trainer.step(drawn.views, trainer.method.sample(drawn.geometries, noise)[0], 1e-4)
-                done += 1
-                if done == 0:  # the first step allocates and connects
-                    synchronize()
-                    distributed.barrier()
-                    start = time.perf_counter()
-                if done == steps:
-                    break
-            epoch += 1
-        synchronize()
-        distributed.barrier()
+                for kept in trainer.method.sample(drawn.geometries, noise):
+                    trainer.step(drawn.views, kept, 1e-4)
+            synchronize()
+            distributed.barrier()
+
+        some(0, 1)  # allocates and connects
+        start = time.perf_counter()
+        some(1, batches + 1)
         if distributed.main:
-            print(steps * batch / (time.perf_counter() - start))
+            print(batches * batch / (time.perf_counter() - start))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import queue
 import statistics
+import sys
 import tempfile
 import time
 import uuid
@@ -21,12 +23,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from aps.errors import UserError
 from aps.layout import manifest_path, stage_folder
-from aps.ranges import whole_number
+from aps.ranges import number, whole_number
 from aps.results import StageJob, StageRun, saved_run
 from aps.settings.blocks import DatasetSettings, KnnSettings
 from aps.settings.study import StageSettings
 from aps.tracking.browsing import serving
+from aps.tracking.reasons import why
 from aps.tracking.server import Server
 from benchmarks.common import MOST, arguments, run, write
 
@@ -44,8 +48,8 @@ def job_of(results: Path, study: str, seed: int, address: str) -> StageJob:
     )  # fmt: skip
 
 
-def play(job: StageJob, steps: int, pause: float, barrier: Any, queue: Any) -> None:
-    """One stage. Puts (seconds that logging delayed each step, seconds that the end took) into the queue."""
+def play(job: StageJob, steps: int, pause: float, barrier: Any, answers: Any) -> None:
+    """One stage. Its answer: (seconds that logging delayed each step, seconds that the end took)."""
     with StageRun(job) as stage:
         stage.resume(0)
         barrier.wait()
@@ -57,7 +61,7 @@ def play(job: StageJob, steps: int, pause: float, barrier: Any, queue: Any) -> N
             delays.append(time.perf_counter() - start)
         start = time.perf_counter()
         stage.finish({"knn_top1_k5": 50.0})
-    queue.put((delays, time.perf_counter() - start))
+    answers.put((delays, time.perf_counter() - start))
 
 
 def measure(address: str, runs: int, steps: int, pause: float) -> dict[str, float]:
@@ -69,16 +73,20 @@ def measure(address: str, runs: int, steps: int, pause: float) -> dict[str, floa
         manifest = manifest_path(results, "digits")
         manifest.parent.mkdir(parents=True)
         manifest.write_text(json.dumps({"name": "digits", "digest": "0123"}))
-        barrier, queue = context.Barrier(runs), context.Queue()
+        barrier, queued = context.Barrier(runs), context.Queue()
         processes = [
-            context.Process(target=play, args=(job_of(results, study, seed, address), steps, pause, barrier, queue))
+            context.Process(target=play, args=(job_of(results, study, seed, address), steps, pause, barrier, queued))
             for seed in range(runs)
         ]
-        for process in processes:
-            process.start()
-        answers = [queue.get() for _ in processes]
-        for process in processes:
-            process.join()
+        try:
+            for process in processes:
+                process.start()
+            answers = [answer(queued, processes, given) for given in range(runs)]
+        finally:
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()  # those that have answered are done, the others wait for one that has died
+                    process.join()
         delays = sorted(seconds for of_run, _ in answers for seconds in of_run)
         figures = {
             "held_ms_median": 1000 * statistics.median(delays),
@@ -88,6 +96,18 @@ def measure(address: str, runs: int, steps: int, pause: float) -> dict[str, floa
             "end_s_most": max(end for _, end in answers),
         }
         return figures if address == "none" else figures | stored(address, study, runs, steps)
+
+
+def answer(queued: Any, processes: list[Any], given: int) -> Any:
+    """The next answer of the stages, after `given` others. Ends the program where one has died instead."""
+    while True:
+        ended = [process for process in processes if process.exitcode is not None]
+        try:
+            return queued.get(timeout=1)
+        except queue.Empty:
+            if len(ended) > given:  # a process ends after its answer has been sent
+                status = max((process.exitcode for process in ended), key=abs)
+                sys.exit(f"a stage has died (status {status}), so that nothing was measured; what it said is above")
 
 
 def stored(address: str, study: str, runs: int, steps: int) -> dict[str, float]:
@@ -111,13 +131,16 @@ def main() -> None:
     parser.add_argument("--store", default="SQLite", help="what the server keeps runs in, to be noted")
     parser.add_argument("--runs", type=whole_number(1, MOST), default=50)
     parser.add_argument("--steps", type=whole_number(1, MOST), default=300)
-    parser.add_argument("--pause", type=float, default=0.2, help="seconds of a step")
+    parser.add_argument("--pause", type=number(0, MOST), default=0.2, help="seconds of a step")
     args = parser.parse_args()
     if args.quick:
         args.runs, args.steps = 4, 10
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         address = args.address or stack.enter_context(serving(f"sqlite:///{folder}/mlflow.db"))[0]
-        Server(address)  # imports mlflow once, for all
+        try:
+            Server(address).client.search_experiments(max_results=1)  # it also imports mlflow once, for all
+        except Exception as error:
+            raise UserError(f"MLflow at {address} can't be used ({why(error)}); mend that, or name another") from None
         off = measure("none", args.runs, args.steps, args.pause)
         on = measure(address, args.runs, args.steps, args.pause)
     print(json.dumps({"off": off, "on": on}, indent=1))

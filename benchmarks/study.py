@@ -15,9 +15,11 @@ from aps.settings.study import ExperimentSettings, StageSettings
 from aps.training.pretrain import Trainer
 
 
-def experiment(encoder: EncoderSettings, ratio: float, batch: int, **pretrain: object) -> ExperimentSettings:
+def experiment(
+    encoder: EncoderSettings, ratio: float, batch: int, samplings: int = 1, **pretrain: object
+) -> ExperimentSettings:
     """Settings of pretraining that keep the share `ratio` of the cells. 1 is the strategy `full`, all cells."""
-    sampling = SamplingSettings(strategy="full" if ratio == 1 else "asymmetric", ratio=ratio, samplings=1)
+    sampling = SamplingSettings(strategy="full" if ratio == 1 else "asymmetric", ratio=ratio, samplings=samplings)
     return ExperimentSettings(
         dataset=DatasetSettings(name="cifar10"), encoder=encoder, sampling=sampling,
         pretrain=APS.Settings(batch_size=batch, **pretrain),  # type: ignore[arg-type]

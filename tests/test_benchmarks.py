@@ -6,31 +6,45 @@ import ast
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aps.data.prepare import prepare
+from aps.errors import UserError
+from aps.results import StageJob
 from aps.runtime.processes import processes
 from aps.sampling import coverage
 from aps.settings.blocks import EncoderSettings, SamplingSettings, UserDataset, ViewSettings
-from aps.training import augment
+from aps.training import augment, batches, linear_probe
+from aps.training.batches import Batch, Batches
+from aps.training.finetune import Finetuning
+from aps.training.linear_probe import Probing
+from aps.training.meter import Meter
+from aps.training.pretrain import Pretraining, Trainer
+from aps.training.watch import COPIED
 from aps.views import draw_parameters
-from benchmarks import common, gpu, local_noise, scaling
-from benchmarks.__main__ import NAMES
-from benchmarks.choices import CHOICES
+from benchmarks import common, gpu, local_noise, scaling, server
+from benchmarks.__main__ import KNOWN, NAMES
+from benchmarks.choices import CHOICES, FUSED, SEPARATE, made
+from benchmarks.choices import COPIED as COPIED_HEADS
 from benchmarks.ordinary import sample_image
 from benchmarks.peers import MISSING
 from benchmarks.study import experiment, inputs, make_trainer
@@ -83,6 +97,7 @@ def test_the_baseline_sampler_keeps_what_the_method_says() -> None:
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_choice_taken_back_is_the_same_step(name: str) -> None:
     study = experiment(EncoderSettings(arch="micro", depth=2), 0.25, 8)
+    torch.manual_seed(0)  # of 25 inputs one has a gradient that is rounding alone, of which AdamW makes a full step
     with processes() as distributed:
         tensors = inputs(study, distributed.device)
         trainer, other = make_trainer(study, distributed), make_trainer(study, distributed)
@@ -90,6 +105,41 @@ def test_a_choice_taken_back_is_the_same_step(name: str) -> None:
         for _ in range(2):  # the second sees what the optimizer did
             ours, theirs = trainer.step(*tensors, 1e-4), other.step(*tensors, 1e-4)
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_each_choice_taken_back_changes_the_step_in_every_precision(precision: str) -> None:
+    """In bf16 on CPUs attention is separate products already."""
+    study = experiment(EncoderSettings(arch="micro", depth=2), 0.25, 8, precision=precision)
+    with processes() as distributed:
+        tensors = inputs(study, distributed.device)
+
+        def operators(take_back: Callable[[Trainer], None]) -> Counter[str]:
+            trainer = make_trainer(study, distributed)
+            take_back(trainer)
+            trainer.step(*tensors, 1e-4)  # the first checks what the method returns
+            with Operators() as called:
+                trainer.step(*tensors, 1e-4)
+            return called.counts
+
+        ours = operators(lambda _: None)
+        assert operators(lambda _: None) == ours
+        choices = made(make_trainer(study, distributed))
+        fused = any("scaled_dot_product" in name for name in ours)
+        assert choices.keys() == CHOICES.keys() - ({FUSED} if fused else {SEPARATE, COPIED_HEADS})
+        assert [name for name, take_back in choices.items() if operators(take_back) == ours] == []
 
 
 def test_running_all_of_them_ends_with_a_table(tmp_path: Path) -> None:
@@ -102,6 +152,32 @@ def test_running_all_of_them_ends_with_a_table(tmp_path: Path) -> None:
 def test_an_unknown_benchmark_is_refused_with_the_known_ones() -> None:
     refused = subprocess.run([sys.executable, "-m", "benchmarks", "no_such"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and "unknown benchmark no_such; known: views" in refused.stderr
+
+
+def test_every_benchmark_of_the_readme_can_be_named_and_the_last_two_have_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "benchmarks/README.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(KNOWN)
+    started: list[str] = []
+    done = SimpleNamespace(returncode=0)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: started.append(command[2]) or done)
+    for asked, expected in ((rows, rows), ([], [name for name in NAMES if name != "peers" or not MISSING])):
+        started.clear()
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", "--out", str(tmp_path), *asked])
+        assert importlib.import_module("benchmarks.__main__").main() == 0
+        assert started == [f"benchmarks.{name}" for name in expected]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_benchmark_has_a_quick_form(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`python -m benchmarks --quick` passes it on."""
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert "--quick" in capsys.readouterr().out
 
 
 def test_the_share_of_waiting_counts_each_batch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,11 +233,75 @@ def test_a_gpu_run_looks_for_waits_in_every_loop_that_trains_and_finds_them(
     assert [row[1] for row in found["rows"]] == [0, 1, 0]
 
 
+@pytest.fixture
+def sync_debug_mode(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modes that `_waits` sets, the last one at the end; its learners are the CPU's, and their steps do nothing."""
+    modes, build = ["default"], gpu._learner
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(
+        gpu, "_learner", lambda args, *sizes, stage: build(Namespace(device="cpu"), *sizes, stage=stage)
+    )
+    for learner in (Pretraining, Finetuning, Probing):
+        monkeypatch.setattr(learner, "step", lambda *_: None)
+    monkeypatch.setattr(Meter, "read", dict)
+    return modes
+
+
+@pytest.mark.parametrize(
+    ("stage", "module", "name"),
+    [
+        ("finetune", augment, "resized_crop"),
+        ("finetune", augment, "on_device"),
+        ("finetune", augment, "run_program"),
+        ("finetune", augment, "erase"),
+        ("linear_probe", linear_probe, "crop_resize"),
+        ("pretrain", batches, "apply_view"),
+    ],
+)
+def test_a_wait_in_what_makes_a_batch_is_found(
+    stage: str, module: ModuleType, name: str, sync_debug_mode: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where several batches are made at once, the first of them before the search begins."""
+    function = getattr(module, name)
+
+    def waits(*given: object) -> object:
+        if sync_debug_mode[-1] == "error":
+            raise RuntimeError(f"{name} waits")
+        return function(*given)
+
+    args = Namespace(device="cuda", tiny=False)
+    assert gpu._waits(args, stage) == []
+    monkeypatch.setattr(module, name, waits)
+    assert [wait.split(":")[0] for wait in gpu._waits(args, stage)] == [f"{name} waits"]
+    assert sync_debug_mode == ["default"] + 2 * ["error", "default"]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "linear_probe"])
+def test_the_search_for_waits_sees_the_watch_look_at_losses_that_it_has_sent(
+    stage: str, sync_debug_mode: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched = []
+    learner = {"pretrain": Pretraining, "finetune": Finetuning, "linear_probe": Probing}[stage]
+    monkeypatch.setattr(learner, "step", lambda _, batch, done: searched.append((done, sync_debug_mode[-1])))
+    gpu._waits(Namespace(device="cuda", tiny=False), stage)
+    assert [done for done, _ in searched] == list(range(32))
+    assert {mode for done, mode in searched if done + 1 in (COPIED, 2 * COPIED)} == {"error"}
+
+
 @pytest.mark.parametrize("stage", ["finetune", "linear_probe"])
 def test_a_gpu_run_builds_the_learners_of_the_evaluations(stage: str) -> None:
     learner = gpu._learner(Namespace(device="cpu"), "micro", 16, 64, stage=stage)
     learner.step(next(learner.batches(0, 0)), 0)
     assert learner.settings.batch_size == 16 and learner.distributed.device.type == "cpu"
+
+
+def test_a_gpu_run_leaves_no_images_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gpu.finetuning(Namespace(device="cpu", tiny=True))
+    with pytest.raises(UserError, match="batch_size"):
+        gpu._learner(Namespace(device="cpu"), "micro", 64, 32, stage="finetune")
+    assert not list(tmp_path.iterdir())
 
 
 def test_views_and_augmentation_are_compared_with_the_products_that_stages_have(
@@ -402,7 +542,7 @@ def test_a_gpu_run_starts_with_the_standard_library_alone() -> None:
     assert set(done.stdout.split()) == {"__main__", "benchmarks"}, done.stderr
 
 
-@pytest.mark.parametrize("name", [*NAMES, "server", "detection_step", "local_noise", "gpu", "__main__"])
+@pytest.mark.parametrize("name", [*KNOWN, "local_noise", "gpu", "__main__"])
 def test_a_file_in_place_of_the_folder_of_results_is_refused_before_anything_is_measured(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -437,6 +577,7 @@ def test_every_benchmark_runs_by_what_turns_a_mistake_into_one_sentence(file: Pa
         ("choices --quick --precision no_such", "precision"),
         ("scaling --quick --processes 3", "a batch of 8 can't be divided by it; choose among 2, 4, 8"),
         ("scaling --quick --processes 1", "one process, and no other number to compare it with"),
+        ("server --quick --address http://127.0.0.1:9", "MLflow at http://127.0.0.1:9 can't be used (nothing listens"),
     ],
 )
 def test_a_mistake_in_a_benchmarks_command_is_one_sentence(command: str, said: str, tmp_path: Path) -> None:
@@ -448,17 +589,72 @@ def test_a_mistake_in_a_benchmarks_command_is_one_sentence(command: str, said: s
     assert said in done.stderr and not list(tmp_path.iterdir())
 
 
+WHOLE = "is not a whole number from"
+
+
 @pytest.mark.parametrize(
-    "command", ["large --counts 0", "scaling --processes 0", "server --steps 0", "step --batch-size -1"]
+    ("command", "said"),
+    [
+        ("large --counts 0", WHOLE),
+        ("scaling --processes 0", WHOLE),
+        ("server --steps 0", WHOLE),
+        ("step --batch-size -1", WHOLE),
+        ("server --pause -1", "is not a number from 0"),
+        ("server --pause nan", "is not a number from 0"),
+    ],
 )
 def test_a_count_of_none_is_refused_before_anything_is_measured(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, *options = command.split()
     monkeypatch.setattr(sys, "argv", [name, *options])
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(f"benchmarks.{name}").main()
-    assert ended.value.code == 2 and "is not a whole number from" in capsys.readouterr().err
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", [3, 0])
+def test_a_stage_that_dies_ends_the_test_of_a_server(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def play(job: StageJob, steps: int, pause: float, barrier: Any, answers: Any) -> None:
+        barrier.wait()
+        if job.settings.seed == 0:
+            answers.put(([0.0], 0.0))
+        elif job.settings.seed == 1:
+            os._exit(status)
+        else:
+            time.sleep(600)
+
+    monkeypatch.setattr(server, "play", play)
+    with pytest.raises(SystemExit, match=f"a stage has died .status {status}."):
+        server.measure("none", 3, 1, 0)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_scaling_times_what_training_does_within_an_epoch(
+    batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the first batch of one, which is never made ahead; T steps a batch; a GPU makes a batch ahead to the end."""
+    settings: list[dict[str, Any]] = []
+    monkeypatch.setattr(scaling, "launch", lambda count, given: settings.append(given) or 1.0)
+    monkeypatch.setattr(sys, "argv", ["scaling", "--quick", "--processes", "2", "--out", str(tmp_path)])
+    scaling.main()
+    events: list[str] = []
+
+    class Noted(Batches):
+        def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+            events.append("epoch")
+            assert self.batches == batches + 2
+            for batch in super().epoch(epoch, first):
+                events.append("batch")
+                yield batch
+
+    monkeypatch.setattr(scaling, "Batches", Noted)
+    monkeypatch.setattr(scaling, "synchronize", lambda: events.append("clock"))
+    monkeypatch.setattr(Trainer, "step", lambda *_: events.append("step"))
+    scaling.worker(settings[0] | {"batches": batches})
+    one = ["batch", *SamplingSettings().samplings * ["step"]]
+    assert events == ["epoch", *one, "clock", *batches * one, "clock"]
 
 
 def test_an_efficiency_is_against_one_process_whatever_numbers_are_asked_for(
