@@ -78,6 +78,37 @@ def test_the_length() -> None:
     assert checked >= 4
 
 
+def test_gamma_and_flips() -> None:
+    found, rows = runs("length-fifth"), table("Length,", "sampling")
+    names = {"gamma 0": "gamma-0-6", "gamma 1": "gamma-1-6", "gamma 3, APS": "aps-6", "gamma 10": "gamma-10-6"}
+    names |= {"gamma 3, `flip_aware: false`": "flip-unaware-6", "random": "random-6"}
+    assert [row[0] for row in rows] == list(names)
+    for what, *cells in rows:
+        runs_of = (("pretrain", "loss", 2), ("knn", "knn_top1_k20", 1), ("linear_probe", "test_top1", 1))
+        for cell, (stage, key, digits) in zip(cells, runs_of, strict=True):
+            assert is_rounded(float(cell), float(found[names[what], "0", stage][key]), digits), (what, stage)
+
+
+def test_the_demos_head_has_the_figures_of_its_table() -> None:
+    """config/config.yaml says in words what the table of docs/results.md says."""
+    text = (ROOT / "docs/results.md").read_text().split("```text\nexperiment ", 1)[1].split("```", 1)[0]
+    rows = {line.split()[0]: [float(x) for x in re.findall(r"\d+\.\d", line)] for line in text.splitlines()[2:] if line}
+    head = " ".join((ROOT / "config/config.yaml").read_text().split("\nstudy:")[0].replace("#", " ").split())
+    aps, floor, full, rivals = rows["aps"], rows["random-weights"], rows["full"], rows["random"]
+    finetuned, probe, knn = aps[0], aps[2], aps[4]
+    for pattern, values in (
+        (r"kNN \(k = 20\) (\d+) %, linear probe (\d+) %, finetuned (\d+) %", (knn, probe, finetuned)),
+        (r"random weights (\d+), (\d+), (\d+) %", (floor[2], floor[1], floor[0])),
+        (r"\(kNN (\d+), linear probe (\d+) %\)", (rivals[1], rivals[0])),
+        (r"all patches for the same operations are at (\d+) and (\d+) %", (full[1], full[0])),
+    ):
+        said = re.search(pattern, head)
+        assert said and all(abs(float(a) - b) <= 0.51 for a, b in zip(said.groups(), values, strict=True)), (
+            pattern,
+            values,
+        )
+
+
 @pytest.mark.parametrize("stage, key, column", [("linear_probe", "test_top1", 3), ("knn", "knn_top1_k20", 4)])
 def test_the_rivals_at_a_tenth(stage: str, key: str, column: int) -> None:
     found, rows = runs("rivals-tenth"), table("Rivals at a tenth", "method")
@@ -114,6 +145,24 @@ def test_the_detectors_of_few_canvases() -> None:
         for encoder, shown in zip(("random", "aps", "mae", "labels"), cells, strict=True):
             values = [float(found[f"{start}{encoder}", seed, "detection"]["mask_AP"]) for seed in "12"[: len(shown)]]
             assert all(map(is_rounded, map(float, shown), values)), (words, encoder, values)
+
+    def above_random(encoder: str) -> list[float]:
+        arms = [("few-", "1"), ("few-", "2"), ("frozen-few-", "1")]
+        return [
+            float(found[f"{arm}{encoder}", seed, "detection"]["mask_AP"])
+            - float(found[f"{arm}random", seed, "detection"]["mask_AP"])
+            for arm, seed in arms
+            if (f"{arm}{encoder}", seed, "detection") in found
+        ]
+
+    text = " ".join(log.split("canvases, encoder |", 1)[1].split("\n## ", 1)[0].split())
+    for encoder, pattern in (
+        ("labels", r"both seeds \(([+-].*?)\)"),
+        ("mae", r"MAE's is ahead too \(([+-].*?)\)"),
+        ("aps", r"APS's does not\*\* \(([+-].*?)\)"),
+    ):
+        said = re.search(pattern, text)
+        assert said and all(map(is_rounded, map(float, re.findall(NUMBER, said[1])), above_random(encoder))), encoder
 
 
 def test_the_mechanism_with_local_noise() -> None:
