@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 
@@ -26,12 +27,25 @@ def offer(parser: argparse.ArgumentParser) -> None:
 
 
 def experiments(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """The names of the experiments of the study that the command names so far; none where it can't be read."""
-    from aps.errors import UserError
-    from aps.settings.reading import read_files
+    """The names of the experiments of the study that the command names so far; none of a file that can't be read."""
+    names: dict[str, None] = {}
+    for file in parsed_args.configfile:
+        names |= dict.fromkeys(_experiments_of(Path(file)))
+    return list(names)
+
+
+def _experiments_of(file: Path, parents: tuple[Path, ...] = ()) -> list[str]:
+    """The keys of `experiments` in a study's file and in those it includes: importing the settings would take as long again."""
+    import yaml
 
     try:
-        names = read_files(parsed_args.configfile).get("experiments")
-    except UserError:
+        content = yaml.load(file.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return []
-    return [str(name) for name in names] if isinstance(names, dict) else []
+    if not isinstance(content, dict) or file.resolve() in parents:
+        return []
+    includes, own = content.get("include"), content.get("experiments")
+    names = []
+    for name in includes if isinstance(includes, list) else ():
+        names += _experiments_of(file.parent / str(name), (*parents, file.resolve()))
+    return [*names, *map(str, own if isinstance(own, dict) else ())]
