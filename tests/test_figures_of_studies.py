@@ -78,6 +78,35 @@ def test_the_length() -> None:
     assert checked >= 4
 
 
+def test_the_pairs_of_readme_and_their_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import gap
+
+    pairs = {pair for row in gap.rows().values() for pair in row}
+    for study in ("rivals-tenth", "length-fifth", "mechanism-half", "mechanism-local"):  # none is left out
+        names = {name for name, _, _ in runs(study)}
+        for name in names:
+            other = re.sub(r"^(asymmetric|aps)(?=-|$)", "random", name)
+            assert other == name or other not in names or "labels" in name or (study, name, other) in pairs, name
+    text = " ".join((ROOT / "README.md").read_text().split())
+    said = re.search(
+        r"Of (\d+) pairs .*? ahead in (\d+) by kNN and in (\d+) by the linear probe, never by more than (\S+) points, "
+        r"and behind by more than a point in (\d+) and (\d+):",
+        text,
+    )
+    assert said
+    found = [
+        [x for row in gap.rows().values() for x in gap.differences(row, stage, key)]
+        for stage, (key, _, _) in gap.SCORES.items()
+    ]
+    assert [len(each) for each in found] == [int(said[1])] * 2
+    assert [sum(x > 0 for x in each) for each in found] == [int(said[2]), int(said[3])]
+    assert is_rounded(float(said[4]), max(max(each) for each in found))
+    assert [sum(x < -1 for x in each) for each in found] == [int(said[5]), int(said[6])]
+    (axes,) = gap.draw().axes
+    assert [len(dots.get_offsets()) for dots in axes.collections] == [int(said[1])] * 2
+
+
 def test_gamma_and_flips() -> None:
     found, rows = runs("length-fifth"), table("Length,", "sampling")
     names = {"gamma 0": "gamma-0-6", "gamma 1": "gamma-1-6", "gamma 3, APS": "aps-6", "gamma 10": "gamma-10-6"}
