@@ -100,6 +100,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 
+def _plain(name: str) -> str:
+    """`barlow_twins` of a file and `BarlowTwins` of its class are one name."""
+    return name.lower().replace("_", "")
+
+
 class Registry:
     """Names of one kind.
 
@@ -107,7 +112,7 @@ class Registry:
         group: group of entry points in which other packages add names.
         rows: name -> dotted path.
         folder: a folder of this package. Each of its files is a name, except those that start with an underscore.
-        attribute: what such a file defines; by default the class with the file's name, in any case.
+        attribute: what such a file defines; by default the class with the file's name, whatever the case and the underscores.
         word: what one of them is called in sentences.
         contract: returns what is wrong with an object that is to be one of them, or None.
     """
@@ -176,11 +181,11 @@ class Registry:
         content = sys.modules.get(module) or _imported(module, self.described(name))
         if attribute:
             return getattr(content, attribute) if hasattr(content, attribute) else resolve(path, self.described(name))
-        classes = (v for k, v in vars(content).items() if isinstance(v, type) and k.lower() == name.lower())
+        classes = (v for k, v in vars(content).items() if isinstance(v, type) and _plain(k) == _plain(name))
         if (found := next(classes, None)) is None:
             raise UserError(
-                f"{self.described(name)}: has no class {name}, in upper or lower case; give it one, since a file's name is "
-                "that of its class"
+                f"{self.described(name)}: has no class {name}, in upper or lower case, with or without underscores; give it "
+                "one, since a file's name is that of its class"
             )
         return found
 

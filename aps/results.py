@@ -41,7 +41,7 @@ from aps.runtime.ranks import ranks
 from aps.runtime.slurm import MARKS, hold, job_id
 from aps.seals import contents, damage, read_metrics, seal
 from aps.settings.study import StageSettings
-from aps.spent import PEAKS, larger, peaks, spent
+from aps.spent import PEAKS, Memory, larger, spent
 from aps.stages import STAGES
 from aps.tracking.addresses import OFF, settled
 from aps.tracking.describing import About, command, describe, finals
@@ -210,6 +210,7 @@ class StageRun:
     """Journal, tracking and final results of one run. Only rank 0 writes; on other ranks the methods do nothing."""
 
     job: StageJob
+    memory: Memory = field(default_factory=Memory)
     _state: dict[str, Any] = field(default_factory=dict)
     _begun: bool = False  # whether lines that the checkpoint does not hold were dropped from the journal
 
@@ -288,7 +289,7 @@ class StageRun:
             seconds = time.monotonic() - self._start
             self._state["seconds"] = self._before["seconds"] + seconds
             self._state["process_seconds"] = self._before["process_seconds"] + seconds * ranks().world
-            self._state["peaks"] = larger(self._state["peaks"], peaks())
+            self._state["peaks"] = larger(self._state["peaks"], self.memory.peaks())
             write_json(self._state_file, self._state)
 
     def staging(self, name: str) -> Path:

@@ -2,13 +2,18 @@
 
 An evaluation needs its pretraining, so its cost includes it. A pretraining that several evaluations share is counted in
 each of them.
+
+kNN readings during pretraining are no part of its cost: neither their seconds, nor their operations, nor their memory, for
+they read all tokens of many images, which a step on a share of the tokens never does. What other stages evaluate while
+they train (finetuning's held-out images, detection's `evaluate_every`) is their work, and counts in all three.
 """
 
 from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from aps.cost import Counts
@@ -86,6 +91,34 @@ def peaks() -> dict[str, float]:
     if torch is not None and torch.cuda.is_initialized():  # not where APS_DEVICE=cpu leaves it alone
         found["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return found
+
+
+class Memory:
+    """The peaks of this process and its GPU, without those of what is done `aside`.
+
+    A GPU's allocator starts its peak anew when told to. The process's only rises, and what was freed stays in the process for
+    the next step: its rise while something was done aside is taken off from then on.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[str, float] = {}  # the peaks when something was last done aside
+        self._rise = 0.0  # gigabytes
+
+    def peaks(self) -> dict[str, float]:
+        found = peaks()
+        return larger(found | {"peak_memory_gb": found["peak_memory_gb"] - self._rise}, self._before)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """A context whose memory is no part of the peaks; the device has nothing queued at its start and end."""
+        self._before = self.peaks()
+        try:
+            yield
+        finally:
+            after = peaks()
+            self._rise = after["peak_memory_gb"] - self._before["peak_memory_gb"]
+            if "peak_gpu_gb" in after:
+                sys.modules["torch"].cuda.reset_peak_memory_stats()
 
 
 def larger(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:

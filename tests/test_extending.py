@@ -98,6 +98,23 @@ def test_the_documented_file_adds_a_method(
     assert all(-1 <= line["positive_cosine"] <= 1 for line in lines)
 
 
+def test_the_documented_method_passes_the_tests_of_every_method(tmp_path: Path) -> None:
+    """As a file of its own among the methods, under a name of two words; the other methods are left out for time."""
+    shutil.copytree(ROOT / "aps", tmp_path / "aps", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (tmp_path / "aps/methods").glob("[a-z]*.py"):
+        if file.name != "aps.py":
+            file.unlink()
+    (tmp_path / "aps/methods/two_views.py").write_text(METHOD.replace("class SimCLR", "class TwoViews"))
+    tests = ROOT / "tests/methods/test_every_method.py"
+    given(f"python -m pytest -q -p no:cacheprovider {tests} -k 'two_views or planning'", tmp_path, tmp_path)
+
+
+def test_a_part_of_a_batch_that_the_documented_method_cannot_train_on_is_refused(simclr: str) -> None:
+    pretrain = {"method": simclr, "batch_size": 4, "accumulate": 4}
+    with pytest.raises(UserError, match=r"pretrain\.accumulate"):
+        study({"dataset": "digits", "pretrain": pretrain})
+
+
 def test_the_documented_methods_loss_is_its_definition(simclr: str) -> None:
     method = registry.METHODS.load(simclr)
     pretrain = method.Settings(method=simclr, temperature=0.5)

@@ -81,6 +81,22 @@ def test_a_method_that_is_none_is_one_sentence_where_its_study_is_read(write: Wr
     assert caught.match(sentence) and "\n" not in str(caught.value)
 
 
+def test_a_file_of_several_words_holds_the_class_of_these_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`barlow_twins.py` and `class BarlowTwins`, as both are usually written; another class is refused."""
+    monkeypatch.setattr(aps.methods, "__path__", [str(tmp_path), *aps.methods.__path__])
+    monkeypatch.setattr(METHODS, "_checked", {})
+    for name, written in (("own_twins", "OwnTwins"), ("own_pair", "own_pair"), ("own_other", "OwnTwin")):
+        (tmp_path / f"{name}.py").write_text(f"{HEAD}class {written}(Method):\n    pass\n")
+        monkeypatch.setattr(METHODS, "_rows", METHODS._rows | {name: f"aps.methods.{name}:"})
+        monkeypatch.setitem(sys.modules, f"aps.methods.{name}", None)  # taken out again after the test
+        del sys.modules[f"aps.methods.{name}"]
+    assert METHODS.load("own_twins").__name__ == "OwnTwins" and METHODS.load("own_pair").__name__ == "own_pair"
+    with pytest.raises(UserError, match="has no class own_other, in upper or lower case, with or without underscores;"):
+        METHODS.load("own_other")
+
+
 @pytest.mark.parametrize("known", [STRATEGIES, ARCHS, DATASETS, ENGINES], ids=lambda known: known.group)
 @pytest.mark.parametrize("thing", ["3", "(32, 2, 4)", None])
 def test_another_thing_than_the_name_stands_for_is_one_sentence(known: Any, thing: str | None, write: Write) -> None:

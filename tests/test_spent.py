@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from aps.errors import UserError
 from aps.files import read_json
 from aps.results import StageRun
 from aps.settings.reading import load_study
-from aps.spent import larger, peaks, spent
+from aps.spent import Memory, larger, peaks, spent
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,68 @@ def test_memory_is_the_largest_of_all_attempts_and_of_the_pretraining(tmp_path: 
     with StageRun(job) as stage:
         stage.finish({"knn_top1": 50.0})
     assert read_json(job.out / "metrics.json")["cost"]["peak_memory_gb"] == 1e6
+
+
+class Machine:
+    """A process whose memory's peak only rises, and a GPU's allocator, which can start its peak anew; gigabytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.highest, self.allocated = 0.0, 0.0
+        cuda = SimpleNamespace(
+            is_initialized=lambda: True,
+            max_memory_allocated=lambda: self.allocated * 1e9,
+            reset_peak_memory_stats=lambda: setattr(self, "allocated", 0.0),
+        )
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+        factor = 1 if sys.platform == "darwin" else 1024
+        monkeypatch.setattr(
+            module.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=self.highest * 1e9 / factor)
+        )
+
+    def work(self, process: float, gpu: float) -> None:
+        self.highest, self.allocated = max(self.highest, process), max(self.allocated, gpu)
+
+
+def test_what_is_done_aside_is_in_no_peak_of_the_process_or_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, memory = Machine(monkeypatch), Memory()
+
+    def found() -> list[float]:
+        return [pytest.approx(memory.peaks()[key]) for key in ("peak_memory_gb", "peak_gpu_gb")]
+
+    machine.work(1.0, 2.0)
+    with memory.aside():
+        machine.work(1.5, 5.0)
+    assert found() == [1.0, 2.0]
+    machine.work(1.4, 1.9)  # in what the reading left to the process
+    assert found() == [1.0, 2.0]
+    machine.work(1.7, 3.0)
+    assert found() == [1.2, 3.0]
+    with pytest.raises(KeyError), memory.aside():
+        machine.work(2.7, 9.0)
+        raise KeyError
+    assert found() == [1.2, 3.0]
+    with memory.aside():
+        machine.work(2.0, 4.0)
+    machine.work(2.8, 3.5)
+    assert found() == [1.3, 3.5]
+
+
+def test_a_run_keeps_the_larger_peak_of_its_attempts_whatever_was_done_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, job = Machine(monkeypatch), fake_job(tmp_path / "results")
+    monkeypatch.setattr(results, "hardware", lambda: {"cpu": "a CPU", "processes": 1})
+    for steps in (1.0, 0.8):
+        machine.highest = machine.allocated = 0.0  # a process of its own
+        with StageRun(job) as stage:
+            machine.work(steps, steps)
+            with stage.memory.aside():
+                machine.work(3.0, 3.0)
+            stage.save_clock()
+            if steps == 0.8:
+                stage.finish({"knn_top1": 50.0})
+    cost = read_json(job.out / "metrics.json")["cost"]
+    assert (cost["peak_memory_gb"], cost["peak_gpu_gb"]) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("before", [None, 8])

@@ -1,8 +1,9 @@
 """Pretraining methods, one file each, and the contract between a method and the stage that trains it.
 
-A method's file has a class of the file's name, whatever the case: `simclr.py` has `class SimCLR(Method)`, and
-`pretrain: {method: simclr}` chooses it. The class defines the method's settings, views, networks and loss, and what
-happens before and after a step. `aps.training.pretrain` does the rest, and knows no method. For each batch:
+A method's file has a class of the file's name, whatever the case and the underscores: `simclr.py` has
+`class SimCLR(Method)`, and `pretrain: {method: simclr}` chooses it. The class defines the method's settings, views,
+networks and loss, and what happens before and after a step. `aps.training.pretrain` does the rest, and knows no method.
+For each batch:
 
     views       the augmented views of each image that `views()` lists
     sampled     what `sample` draws for them: `steps` draws, one for each optimizer step

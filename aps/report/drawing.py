@@ -90,7 +90,7 @@ class Picture:
         name: name of its file.
         category: heading under which `snakemake --report` lists it.
         legend: the styles of all panels, by name.
-        marks: whether the panels have each style's marker, and not its line.
+        lines, marks: whether the panels have each style's line, and its marker.
     """
 
     name: str
@@ -99,6 +99,7 @@ class Picture:
     caption: str
     panels: Sequence[Panel]
     legend: Mapping[str, Style] = field(default_factory=dict)
+    lines: bool = True
     marks: bool = False
 
     def inline(self) -> list[tuple[str, str]]:
@@ -125,7 +126,8 @@ class Picture:
                         [],
                         [],
                         color=style.colour,
-                        **({"marker": style.marker, "linestyle": "none"} if self.marks else {"linestyle": style.dash}),
+                        marker=style.marker if self.marks else "none",
+                        linestyle=style.dash if self.lines else "none",
                     )
                     for style in self.legend.values()
                 ]

@@ -7,8 +7,8 @@ features.parquet. Figures that need a network are in `aps.report.examples`.
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from aps.report.drawing import (
     short,
 )
 from aps.report.sweep_figures import sweep_figures
-from aps.report.table import SMALL_TEST, Column, Table
+from aps.report.table import SMALL_TEST, Column, Table, not_all_seeds
 from aps.stages import STAGES
 
 MONITOR = "knn_train_top1"
@@ -186,53 +186,67 @@ def _legend(styles: dict[str, Style], lines: Sequence[Curve]) -> dict[str, Style
 
 
 def during_pretraining(table: Table, is_intact: IsIntact) -> Picture | None:
-    """kNN accuracy while pretraining, against operations and time, and the peak memory."""
+    """kNN accuracy while pretraining, against operations and time; the last against the peak memory; the peak memory."""
     styles = make_styles(list(table.study.experiments))
     by_axis: dict[str, list[Curve]] = {"flops": [], "seconds": []}
     peaks: dict[str, list[float]] = defaultdict(list)
+    last: dict[str, list[tuple[float, float]]] = defaultdict(list)  # of a seed: peak memory, accuracy
+    seeds = Counter[str]()
     for finding, history in _histories(table, is_intact):
         if finding.stage != "pretrain" or finding.metrics is None:
             continue
+        name = finding.experiment
+        seeds[name] += 1
         points = [line for line in history if MONITOR in line]
         for axis, lines in by_axis.items():
             measured = [(line[axis], line[MONITOR]) for line in points if axis in line]
             if measured:
-                lines.append(Curve(finding.experiment, [x for x, _ in measured], [y for _, y in measured]))
+                lines.append(Curve(name, [x for x, _ in measured], [y for _, y in measured]))
         cost = finding.metrics.get("cost") or {}
         if peak := cost.get("peak_gpu_gb", cost.get("peak_memory_gb")):
-            peaks[finding.experiment].append(float(peak))
+            peaks[name].append(float(peak))
+            last[name] += [(float(peak), line[MONITOR]) for line in points[-1:]]
     if not any(by_axis.values()):
         return None
     names = {"flops": "operations", "seconds": "seconds of training"}
-    label = "kNN on held-out train images, %"
+    label, memory = "kNN on held-out train images, %", "peak memory of pretraining, GB"
     panels = [
         Panel(f"{label} against {names[axis]}", _lines(label, names[axis], lines, styles, percent=True))
         for axis, lines in by_axis.items()
         if lines
     ]
+    caption = "One line a seed."
+    samples = {name: tuple(zip(*of_seeds, strict=True)) for name, of_seeds in last.items() if of_seeds}
+    compared = len(samples) > 1
+    if compared:
+        panels.append(
+            Panel(f"The last {label} against peak memory", _with_ranges(f"last {label}", memory, samples, styles))
+        )
+        caption += " Beside memory, the last reading: means over seeds, with their range."
     if peaks:
-        panels.append(Panel("Peak memory of pretraining", _bars(peaks, styles), max(1.6, 0.6 + ROW * len(peaks))))
-    caption = (
-        "One line a seed. Operations are counted (a multiply-add is two); peak memory is the GPU's where there is one, else the "
-        "process's, in gigabytes."
+        draw = _bars(table, memory, peaks, styles)
+        panels.append(Panel("Peak memory of pretraining", draw, max(1.6, 0.6 + ROW * len(peaks))))
+    caption += (
+        " Operations are counted (a multiply-add is two); peak memory is the GPU's where there is one, else the process's, "
+        "without that of these readings."
     )
-    return Picture(
-        "knn-cost",
-        "cost",
-        "Accuracy against cost, while pretraining",
-        caption,
-        panels,
-        _legend(styles, [line for lines in by_axis.values() for line in lines]),
+    legend = _legend(styles, [line for lines in by_axis.values() for line in lines])
+    caption += not_all_seeds(
+        [n for n, count in seeds.items() if table.of_planned(n, count) and (n in legend or n in peaks)]
     )
+    title = "Accuracy against cost, while pretraining"
+    return Picture("knn-cost", "cost", title, caption, panels, legend, marks=compared)
 
 
-def _bars(values: dict[str, list[float]], styles: dict[str, Style]) -> Callable[[Axes], None]:
+def _bars(table: Table, title: str, values: dict[str, list[float]], styles: dict[str, Style]) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        means = {name: statistics.fmean(of_seeds) for name, of_seeds in values.items()}
-        for row, (name, mean) in enumerate(means.items()):
+        labels = []
+        for row, (name, of_seeds) in enumerate(values.items()):
+            mean, missing = statistics.fmean(of_seeds), table.of_planned(name, len(of_seeds))
             axes.barh(row, mean, height=0.3, color=styles[name].colour)
-        _name_rows(axes, [f"{short(name)}  {mean:.2f} GB" for name, mean in means.items()])
-        axes.set_title("peak memory of pretraining, GB")
+            labels.append(f"{short(name)}  {mean:.2f} GB" + (f" ({missing} seeds)" if missing else ""))
+        _name_rows(axes, labels)
+        axes.set_title(title)
         grid_lines(axes, "x")
 
     return draw
@@ -251,27 +265,31 @@ def against_cost(table: Table) -> Picture | None:
         counted = len(flops) == len(costs)
         cost = flops if counted else {name: spent.seconds.mean for name, spent in costs.items()}
         axis = "operations of one seed" if counted else "seconds of one seed"
-        panels.append(Panel(f"{score.label} against {axis}", _scatter(table, score, list(cost), cost, axis, styles)))
+        samples = {name: ([of_one_seed], table.cells[name][score].values) for name, of_one_seed in cost.items()}
+        panels.append(Panel(f"{score.label} against {axis}", _with_ranges(f"{score.label}, %", axis, samples, styles)))
         legend |= {name: styles[name] for name in cost}
     if not panels:
         return None
     caption = "Means over seeds, with their range; cost is that of one seed's pretraining and of the stage that gave the score."
     caption += table.unfinished(legend, table.scores)
     drawn = {name: style for name, style in styles.items() if name in legend}
-    return Picture("score-cost", "cost", "Scores against cost", caption, panels, drawn, marks=True)
+    return Picture("score-cost", "cost", "Scores against cost", caption, panels, drawn, lines=False, marks=True)
 
 
-def _scatter(
-    table: Table, score: Column, names: Sequence[str], cost: dict[str, float], axis: str, styles: dict[str, Style]
+def _with_ranges(
+    title: str, axis: str, samples: Mapping[str, Sequence[Sequence[float]]], styles: dict[str, Style]
 ) -> Callable[[Axes], None]:
+    """A point for each experiment, the mean of its seeds, and their range. samples: its values on both axes."""
+
     def draw(axes: Axes) -> None:
-        for name in names:
-            sample, style = table.cells[name][score], styles[name]
-            axes.plot([cost[name]] * 2, [min(sample.values), max(sample.values)], color=style.colour, linewidth=1)
-            axes.plot(cost[name], sample.mean, style.marker, color=style.colour, markersize=5.5)
-        axes.set_ylim(axis_limits([v for name in names for v in table.cells[name][score].values], LEAST_POINTS))
-        axes.set_xlim(0, 1.08 * max(cost[name] for name in names))
-        axes.set_title(f"{score.label}, %")
+        for name, (xs, ys) in samples.items():
+            x, y, style = statistics.fmean(xs), statistics.fmean(ys), styles[name]
+            axes.plot([x, x], [min(ys), max(ys)], color=style.colour, linewidth=1)
+            axes.plot([min(xs), max(xs)], [y, y], color=style.colour, linewidth=1)
+            axes.plot(x, y, style.marker, color=style.colour, markersize=5.5)
+        axes.set_ylim(axis_limits([y for _, ys in samples.values() for y in ys], LEAST_POINTS))
+        axes.set_xlim(0, 1.08 * max(x for xs, _ in samples.values() for x in xs))
+        axes.set_title(title)
         axes.set_xlabel(axis)
         grid_lines(axes, "y")
 
@@ -361,7 +379,7 @@ def maps(table: Table, is_intact: IsIntact) -> list[Picture]:
         return []
     caption = "Every test image at its place on the plane of the first two principal components of its features."
     caption = of_the_first(caption, panels)
-    return [Picture("map", "examples", "Map of the test images", caption, panels, legend, marks=True)]
+    return [Picture("map", "examples", "Map of the test images", caption, panels, legend, lines=False, marks=True)]
 
 
 def _points(file: Path) -> tuple[np.ndarray, list[str | None]]:

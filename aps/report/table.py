@@ -123,13 +123,18 @@ class Table:
     def missing(self, name: str, score: Column) -> str:
         """`2 of 3` where fewer seeds have the score than are planned, else empty."""
         have = len(self.cells[name][score].values) if score in self.cells[name] else 0
-        return _of_planned(have, self.study.experiments[name])
+        return self.of_planned(name, have)
+
+    def of_planned(self, name: str, seeds: int) -> str:
+        """`2 of 3` where `seeds` are fewer than are planned of an experiment, else empty."""
+        planned = len(self.study.experiments[name].seeds)
+        return f"{seeds} of {planned}" if seeds < planned else ""
 
     def unfinished(self, names: Iterable[str], scores: Iterable[Column]) -> str:
         """A sentence for a caption on the experiments of which a score lacks seeds; empty where none does."""
         scores = list(scores)
         lacking = [n for n in names if any(score in self.cells[n] and self.missing(n, score) for score in scores)]
-        return f" Not all seeds have finished of {listed(lacking, MOST_NAMES)}." if lacking else ""
+        return not_all_seeds(lacking)
 
     def absent(self, name: str, stage: str, metric: str) -> str:
         """In two words why an experiment has no such score yet; empty where its settings or its finished runs give none."""
@@ -343,7 +348,7 @@ class Table:
                 rows.append(
                     {
                         "experiment": name, "method": entry.method, "metric": key, "published": theirs, "ours": ours,
-                        "missing": _of_planned(len(repeated), experiment) if repeated else "",
+                        "missing": self.of_planned(name, len(repeated)) if repeated else "",
                         "absent": self.absent(name, stage, metric) or "not measured",
                         "difference": ours.mean - theirs if ours is not None and compared else None,
                         "compared": not differences,
@@ -376,8 +381,9 @@ def columns(study: Study) -> list[Column]:
     return scores
 
 
-def _of_planned(seeds: int, experiment: ExperimentSettings) -> str:
-    return f"{seeds} of {len(experiment.seeds)}" if seeds < len(experiment.seeds) else ""
+def not_all_seeds(names: Sequence[str]) -> str:
+    """A sentence for a caption on the experiments of which seeds are missing; empty without one."""
+    return f" Not all seeds have finished of {listed(names, MOST_NAMES)}." if names else ""
 
 
 def _covering(lists: Sequence[Sequence[Any]], prefer: Any) -> list[Any]:

@@ -30,6 +30,7 @@ from aps.runtime.memory import keep_memory
 from aps.runtime.precision import Precision
 from aps.runtime.processes import Distributed, processes
 from aps.sampling import global_noise
+from aps.spent import Memory
 from aps.training import contract
 from aps.training.batches import Batch, Batches
 from aps.training.features import normalization, pixels
@@ -53,7 +54,7 @@ def run(job: StageJob) -> None:
         Preempted: the run was asked to stop; its state is saved.
     """
     with contract.blaming(job.settings.pretrain.method), processes() as distributed, StageRun(job) as stage:
-        learner = Pretraining(job, distributed)
+        learner = Pretraining(job, distributed, stage.memory)
         settings, epoch = job.settings.pretrain, learner.data.batches
         loop = Loop(
             job, stage, distributed, learner.state_dict, learner.load_state_dict,
@@ -78,8 +79,9 @@ def run(job: StageJob) -> None:
 class Pretraining:
     """The learner of pretraining: its batches, steps, log lines and files."""
 
-    def __init__(self, job: StageJob, distributed: Distributed) -> None:
+    def __init__(self, job: StageJob, distributed: Distributed, memory: Memory | None = None) -> None:
         self.job, self.distributed, self.settings = job, distributed, job.settings.pretrain
+        self.memory = memory or Memory()
         method = build_method(job.settings)
         views = contract.views(method)
         self.normalization = normalization(job)
@@ -132,7 +134,7 @@ class Pretraining:
             self.watch.check()
             yield {"epoch": done / per_epoch, "lr": self.lr, **self.meter.read(), **self.so_far(done)}
         if self.settings.reads and (last or self._due(done)):
-            with self.pace.stopped(), self.meter.stopped():
+            with self.pace.stopped(), self.meter.stopped(), self.memory.aside():
                 found = monitor(
                     self.trainer.encoder, self.split, self.normalization, self.distributed, self.job.workers
                 )

@@ -18,7 +18,7 @@ ENCODER = EncoderSettings(arch="micro", dim=DIM, depth=2, image_size=16, patch_s
 
 def experiment(method: type[Method], views: dict[str, Any] | None = None, **own: Any) -> ExperimentSettings:
     """Its paper's settings, on a small encoder."""
-    name = method.__name__.lower()
+    name = method.__module__.rpartition(".")[2]  # its file's
     blocks = {"pretrain": {"method": name, **own}, "encoder": ENCODER.model_dump(), "views": views or {}}
     return experiment_model(name).model_validate({"dataset": "digits", **blocks})
 

@@ -94,6 +94,55 @@ def test_a_run_with_a_single_point_is_seen_in_its_curve(study: Study) -> None:
             assert len(np.atleast_1d(point.get_xdata())) == 1 and point.get_marker() != "None"
 
 
+def pretrained(study: Study, name: str, seed: int, peak: float, last: float) -> None:
+    """A finished pretraining with two kNN readings, of which `last` is the second."""
+    folder = finish(study, name, seed, "pretrain", loss=1.0)
+    lines = [
+        {"step": step, "time": 0.0, "loss": 3.0, "knn_train_top1": accuracy, "flops": 1e9 * step, "seconds": 2.0 * step}
+        for step, accuracy in ((1, 30.0), (2, last))
+    ]
+    (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again(folder, cost={"seconds": 4.0, "flops": 2e9, "peak_memory_gb": peak})
+
+
+def test_accuracy_against_the_cost_of_pretraining_says_which_seeds_are_missing(study: Study) -> None:
+    """In the words of scores against cost: in the caption, and beside the peak of the seeds that there are."""
+    for name, seed in (("aps", 0), ("aps", 1), ("longer", 0)):
+        pretrained(study, name, seed, 1.5, 50.0)
+
+    def said() -> tuple[str, list[str]]:
+        picture = next(p for p in all_figures(table(study), is_intact) if p.name == "knn-cost")
+        axes = Figure().subplots()
+        picture.panels[-1].draw(axes)
+        return picture.caption, [text.get_text() for text in axes.texts]
+
+    caption, bars = said()
+    assert caption.endswith(" Not all seeds have finished of longer.")
+    assert bars == ["aps  1.50 GB", "longer  1.50 GB (1 of 2 seeds)"]
+    pretrained(study, "longer", 1, 1.7, 50.0)
+    caption, bars = said()
+    assert "Not all seeds" not in caption and bars == ["aps  1.50 GB", "longer  1.60 GB"]
+
+
+def test_the_last_reading_stands_against_the_peak_memory_with_the_range_of_the_seeds(study: Study) -> None:
+    for name, seed, peak, last in (("aps", 0, 1.0, 40.0), ("aps", 1, 1.2, 44.0), ("longer", 0, 2.0, 41.0)):
+        pretrained(study, name, seed, peak, last)
+    picture = next(p for p in all_figures(table(study), is_intact) if p.name == "knn-cost")
+    (panel,) = (p for p in picture.panels if p.label == "The last kNN on held-out train images, % against peak memory")
+    points, ranges = {}, {}
+    for line in drawn(panel):
+        x, y = np.atleast_1d(line.get_xdata()).tolist(), np.atleast_1d(line.get_ydata()).tolist()
+        if len(x) == 1:
+            points[line.get_color()] = (x[0], y[0])
+        else:
+            ranges.setdefault(line.get_color(), []).append((x, y))
+    aps, longer = (picture.legend[name].colour for name in ("aps", "longer"))
+    assert points == {aps: pytest.approx((1.1, 42.0)), longer: (2.0, 41.0)}
+    vertical, horizontal = ranges[aps]
+    assert vertical == ([pytest.approx(1.1)] * 2, [40.0, 44.0]) and horizontal == ([1.0, 1.2], [42.0, 42.0])
+    assert picture.lines and picture.marks and picture.png()
+
+
 def test_a_legend_shows_what_is_drawn(study: Study) -> None:
     """Lines for lines; for marks the mark of each experiment, on paper and in the page."""
     for name, stages in (("untrained", ("finetune", "knn")), ("longer", ("pretrain", "finetune"))):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -90,6 +93,39 @@ def test_the_time_of_knn_readings_is_no_step_s_and_no_cost(
     assert metrics["images_per_second"] == pytest.approx(3 * 96 / metrics["seconds"])
     assert result["cost"]["seconds"] == pytest.approx(result["wall_seconds"] - metrics["reading_seconds"], abs=0.02)
     assert sum(12 * line["step_ms"] / 1000 for line in lines) <= metrics["seconds"] + 0.5
+
+
+RUN = """
+import json, resource, sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+import small
+from aps.seals import read_metrics
+from aps.settings.blocks import DatasetSettings, SamplingSettings
+images, encoder = DatasetSettings(name="digits", train_limit=256), small.ENCODER
+encoder = encoder.model_copy(update={{"dim": 96, "depth": 1, "image_size": 32, "patch_size": 2}})  # N = 256, of which 64 are kept
+job = small.job("pretrain", Path({digits!r}), Path({folder!r}), dataset=images, encoder=encoder,
+    sampling=SamplingSettings(samplings=1), batch_size=16, knn_every={every})
+small.run(job)
+print(json.dumps([read_metrics(job.out / "metrics.json")["cost"]["peak_memory_gb"],
+    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9]))
+"""
+
+
+def test_the_memory_of_knn_readings_is_no_step_s_and_no_cost(digits: Path, tmp_path: Path) -> None:
+    """A reading has all tokens of 256 images, a step a quarter of those of 16. Each run is a process, whose peak only rises."""
+
+    def peaks(every: int) -> tuple[float, float]:
+        folder = str(tmp_path / f"every{every}")
+        code = RUN.format(path=sys.path, digits=str(digits), folder=folder, every=every)
+        run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        cost, process = json.loads(run.stdout.splitlines()[-1])
+        return cost, process
+
+    without, _ = peaks(0)
+    often, process = peaks(1)
+    assert process > without + 0.15  # the reading did need more
+    assert often == pytest.approx(without, abs=0.04)
 
 
 def test_the_clock_of_the_steps_goes_on_after_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
