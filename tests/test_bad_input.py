@@ -66,6 +66,8 @@ SETTINGS: list[tuple[str, Any, tuple[str, ...]]] = [
     (f"{D}dataset.train_limit", 0, ("dataset.train_limit", "0", "greater than 0")),
     (f"{D}", {"dataset": {"name": "digits", "train_limit": 9}, "pretrain": {"batch_size": 8, "knn_every": 1}},
      ("train_limit 9", "knn_every", "10")),
+    (f"{D}", {"dataset": {"name": "digits", "train_limit": 9}, "pretrain": {"batch_size": 8, "knn_readings": 2}},
+     ("train_limit 9 leaves pretrain.knn_readings none", "raise it to 10", "set pretrain.knn_readings: null")),
     (f"{D}", {"dataset": {"name": "digits", "train_limit": 64}, "finetune": {"batch_size": 64, "holdout": 0.1}},
      ("finetune.batch_size 64", "train_limit 64", "6 held out")),
     (f"{D}", {"dataset": {"name": "digits", "train_limit": 64}, "finetune": {"batch_size": 2, "holdout": 0.001}},

@@ -244,9 +244,9 @@ class PretrainSettings(Section):
     )
 
     @property
-    def reads(self) -> bool:
-        """Whether kNN is read during the run."""
-        return bool(self.knn_readings or self.knn_every)
+    def reads(self) -> str:
+        """The key by which kNN is read during the run, as `KEY: VALUE` that switches it off; empty where it is not read."""
+        return "knn_readings: null" if self.knn_readings else "knn_every: 0" if self.knn_every else ""
 
     @field_validator("method")
     @classmethod

@@ -154,6 +154,6 @@ def _check_limit(e: ExperimentSettings, stage: str, prefix: str) -> None:
         )
     if stage == "pretrain" and e.pretrain.reads and limit < MONITOR_LEAST:
         raise UserError(
-            f"{prefix} {key} {limit} leaves pretrain.knn_every none to hold out; raise it to {MONITOR_LEAST} at "
-            "least, or set pretrain.knn_every: 0"
+            f"{prefix} {key} {limit} leaves pretrain.{e.pretrain.reads.split(':')[0]} none to hold out; raise it to "
+            f"{MONITOR_LEAST} at least, or set pretrain.{e.pretrain.reads}"
         )

@@ -153,7 +153,8 @@ def monitor(
     held = len(order) // 10
     if not held:
         raise UserError(
-            f"pretrain.knn_every holds out a tenth of {len(order)} train images, which is none; set pretrain.knn_every: 0"
+            f"kNN during pretraining (pretrain.knn_every, knn_readings) holds out a tenth of {len(order)} train images, which is "
+            "none; set pretrain.knn_every: 0 and knn_readings: null"
         )
     accuracy = knn_accuracy(
         bank[held:], chosen.labels[held:], bank[:held], chosen.labels[:held], (MONITOR_K,), MONITOR_TEMPERATURE
