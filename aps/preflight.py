@@ -142,6 +142,8 @@ def _batch(study: Study, experiment: str, stage: str) -> Iterator[str]:
     held = round(images * share)
     if share and not held:
         yield f"experiment '{experiment}': {stage}.holdout {share} of {images} training images keeps none aside; raise it"
+    elif share and held == images:
+        yield f"experiment '{experiment}': {stage}.holdout {share} of {images} training images leaves none to train on; lower it"
     elif batch is not None and batch > images - held:
         reason = f" ({held} of {images} are held out)" if held else ""
         yield f"{setting} {batch} exceeds the {images - held} training images{reason}; lower it"

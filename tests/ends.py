@@ -20,8 +20,8 @@ def ends(schema: dict[str, Any]) -> tuple[float, float] | None:
     return float(least), float(greatest)
 
 
-def extremes(model: type[BaseModel], besides: type[BaseModel] | None = None) -> Iterator[tuple[str, list[Any]]]:
-    """Every key of a block that holds numbers with a point, and extreme values of it that the block accepts.
+def extremes(model: type[BaseModel], besides: type[BaseModel] | None = None) -> Iterator[tuple[str, Any]]:
+    """Keys of a block that hold numbers with a point, each with extreme values that the block accepts.
 
     besides: a block whose keys are left out.
     """
@@ -32,12 +32,14 @@ def extremes(model: type[BaseModel], besides: type[BaseModel] | None = None) -> 
         pairs = list(filter(None, map(ends, items or [schema])))
         if not pairs:
             continue
-        # A share whose list has an end of its own, such as crop_scale, is refused at the greatest number.
-        rows = [[low for low, _ in pairs], [high for _, high in pairs], [min(1.0, high) for _, high in pairs]]
-        if len(pairs) == 2:
-            rows.append([pairs[0][0], min(1.0, pairs[1][1])])
-        values = [tuple(row) if items else row[0] for row in rows]
-        yield key, [value for value in dict.fromkeys(values) if accepts(model, key, value)]
+        least, greatest = [low for low, _ in pairs], [high for _, high in pairs]
+        shares = [
+            min(1.0, high) for high in greatest
+        ]  # the greatest of a list with an end of its own, such as crop_scale
+        both = [[least[0], greatest[1]], [least[0], shares[1]]] if len(pairs) == 2 else []
+        for rows in ([least], [greatest, shares], both):
+            values = [tuple(row) if items else row[0] for row in rows]
+            yield from ((key, value) for value in [v for v in values if accepts(model, key, v)][:1])
 
 
 def accepts(model: type[BaseModel], key: str, value: Any) -> bool:

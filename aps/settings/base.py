@@ -17,6 +17,7 @@ Plural = Annotated[
     int, Field(ge=2, le=MOST)
 ]  # widths of what is normalized and told apart: one number alone says nothing
 Natural = Annotated[int, Field(ge=0, le=MOST)]
+Width = Annotated[int, Field(gt=0, le=10**6)]  # of a transformer, whose matrices have a multiple of its square
 PositiveFloat = Annotated[float, Field(gt=0, le=HIGHEST)]
 NonNegative = Annotated[float, Field(ge=0, le=HIGHEST)]
 WeightDecay = Annotated[float, Field(ge=0, le=10)]  # above, it diverges at learning rates that are not to blame

@@ -175,9 +175,8 @@ def _allowed(schema: dict[str, Any]) -> str:
         "object": "block",
     }
     limits = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    bounds = [
-        f"{sign} {schema[key]:g}" for key, sign in limits.items() if schema.get(key, MOST) not in (MOST, HIGHEST)
-    ]  # said once
+    usual = {"integer": MOST, "number": HIGHEST}.get(kind)  # said once, above the tables
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in limits.items() if schema.get(key, usual) != usual]
     return " ".join([words.get(kind, kind), ", ".join(bounds)]).strip()
 
 

@@ -14,6 +14,7 @@ import small
 from ends import extremes
 
 from aps.errors import UserError
+from aps.models import archs
 from aps.registry import METHODS
 from aps.results import StageJob
 from aps.settings.blocks import (
@@ -73,6 +74,20 @@ def one_step(job: StageJob) -> None:
         raise UserError(clause)
 
 
+def said(job: StageJob, method: str) -> str | None:
+    """The sentence in which planning or a first step ends, if any."""
+    try:
+        for check in [archs.check, *([METHODS.load(method).check] if method else [])]:
+            check(job.settings)
+    except ValueError as error:
+        return str(error)
+    try:
+        one_step(job)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def cases() -> Iterator[Any]:
     """(stage, method, block, key, value)."""
     shared = {"encoder": EncoderSettings, "views": ViewSettings, "sampling": SamplingSettings}
@@ -89,11 +104,11 @@ def cases() -> Iterator[Any]:
         blocks += [("pretrain", name, "pretrain", method.Settings, PretrainSettings)]
         blocks += [("pretrain", name, "views", method.Views, ViewSettings)]
     for stage, method, block, model, besides in blocks:
-        for key, values in extremes(model, besides):
+        for key, value in extremes(model, besides):
+            name = f"{method or stage}.{block}.{key} {value}"
             if block == "budget":
-                key, values = "budget", [BudgetSettings(**{key: value}) for value in values]
-            for value in values:
-                yield pytest.param(stage, method, block, key, value, id=f"{method or stage}.{block}.{key} {value}")
+                key, value = "budget", BudgetSettings(**{key: value})
+            yield pytest.param(stage, method, block, key, value, id=name)
 
 
 @pytest.mark.parametrize(("stage", "method", "block", "key", "value"), cases())
@@ -108,8 +123,7 @@ def test_the_least_and_the_greatest_number_train_or_are_named(
         given["views"] = METHODS.load(method).Views(**{"color_jitter_prob": 1.0, **own})
     else:
         given |= own
-    try:
-        one_step(small.job(stage, digits, tmp_path, method=method, **given))
-    except UserError as error:
-        name = f"{block}.{key}" if block != "budget" else "pretrain.budget"
-        assert name in str(error), str(error)
+    job = small.job(stage, digits, tmp_path, method=method, **given)
+    text = said(job, method)
+    if text is not None:
+        assert "\n" not in text and ("budget" if block == "budget" else key) in text, text
