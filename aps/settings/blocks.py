@@ -49,7 +49,7 @@ from aps.settings.base import (
 MOST_CELLS = 65_536  # cells of an image; the cost of attention is quadratic in them
 Aspect = Annotated[float, Field(ge=0.01, le=100)]  # width over height
 Scale = Annotated[float, Field(ge=0.01, le=10)]  # of the side of an image, whose resized pixels have to fit into memory
-RAND_AUGMENT = r"^rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?)*$"
+RAND_AUGMENT = r"^rand(-n\d{1,2}|-(m|mmax|inc)\d{1,3}|-(mstd|p)\d{1,3}(\.\d{1,9})?)*$"
 
 
 class DatasetSettings(Section):

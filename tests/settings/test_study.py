@@ -462,6 +462,7 @@ CROSS: dict[str, tuple[dict[str, Any], str]] = {
         "linear_probe.holdout 0.999 of dataset.train_limit 200 leaves no image to train on; lower it",
     ),
     "rand_augment": (one(finetune={"rand_augment": "m9"}), 'finetune.rand_augment = "m9": should match pattern'),
+    "rand_augment's numbers": (one(finetune={"rand_augment": "rand-n99999"}), '"rand-n99999": should match pattern rand-mN'),
     "strategy": (one(sampling={"strategy": "randon"}), "sampling.strategy: strategy 'randon' is unknown; did you mean 'random'?"),
     "keeps none": (one(**MICRO, sampling={"ratio": 0.01}), "sampling.ratio 0.01 of 16 cells keeps none; raise it"),
     "too many samplings": (
