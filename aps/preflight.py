@@ -26,7 +26,7 @@ from aps.settings.blocks import SourceSettings
 from aps.settings.study import SharedBlocks, Study, blocks_of
 from aps.stages import STAGES
 from aps.tracking.addresses import OFF, given_address, shown
-from aps.training.schedule import endless_warmup
+from aps.training.schedule import oddities
 from aps.workflow.resources import check_resources
 
 # Schemes of addresses that MLflow accepts. A database may name its driver too, as in mysql+pymysql.
@@ -56,7 +56,7 @@ def problems(study: Study) -> Iterator[str]:
 
 
 def hints(study: Study) -> Iterator[str]:
-    """A sentence for each dataset that has to be prepared first, or again, and each warmup that takes all of its training."""
+    """A sentence for each dataset that has to be prepared first, or again, and each learning rate of an odd course."""
     findings = Findings(study)
     for name in study.dataset_names():
         if not manifest_of(study, name).exists():
@@ -64,7 +64,7 @@ def hints(study: Study) -> Iterator[str]:
         elif (reason := findings.why_outdated(name)) is not None:
             yield f"dataset '{name}' will be prepared again ({reason}): `python -m aps data {name}`"
     for experiment in study.experiments:
-        yield from _warmups(study, experiment)
+        yield from _learning_rates(study, experiment)
         yield from _unread(study, experiment)
 
 
@@ -84,11 +84,11 @@ def _source(study: Study, name: str) -> Iterator[str]:
             yield f"{key}.{part}: {path} does not exist; correct the path"
 
 
-def _warmups(study: Study, experiment: str) -> Iterator[str]:
-    """Warmups of the learning rate that no epoch follows."""
+def _learning_rates(study: Study, experiment: str) -> Iterator[str]:
+    """Warmups that no epoch follows, and learning rates that rise where they should fall."""
     e = study.experiments[experiment]
     for stage in ("pretrain", "finetune"):
-        if stage in e.stages and (clause := endless_warmup(stage, getattr(e, stage))) is not None:
+        for clause in oddities(stage, getattr(e, stage)) if stage in e.stages else ():
             yield f"warning: experiment '{experiment}': {clause}"
 
 
@@ -142,6 +142,8 @@ def _batch(study: Study, experiment: str, stage: str) -> Iterator[str]:
     held = round(images * share)
     if share and not held:
         yield f"experiment '{experiment}': {stage}.holdout {share} of {images} training images keeps none aside; raise it"
+    elif share and held == images:
+        yield f"experiment '{experiment}': {stage}.holdout {share} of {images} training images leaves none to train on; lower it"
     elif batch is not None and batch > images - held:
         reason = f" ({held} of {images} are held out)" if held else ""
         yield f"{setting} {batch} exceeds the {images - held} training images{reason}; lower it"

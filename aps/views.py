@@ -113,8 +113,8 @@ def draw_boxes(heights: Tensor, widths: Tensor, settings: ViewSettings, generato
 def _centred_boxes(heights: Tensor, widths: Tensor, narrow: float, wide: float) -> Tensor:
     """The largest centred boxes within the aspect ratios: (B,), (B,) -> (B, 4) int64."""
     aspect = widths.double() / heights
-    height = torch.where(aspect < narrow, (widths / narrow).round().long(), heights)
-    width = torch.where(aspect > wide, (heights * wide).round().long(), widths)
+    height = torch.where(aspect < narrow, (widths / narrow).round().long().clamp(min=1), heights)
+    width = torch.where(aspect > wide, (heights * wide).round().long().clamp(min=1), widths)
     return torch.stack([(heights - height) // 2, (widths - width) // 2, height, width], 1)
 
 

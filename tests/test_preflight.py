@@ -243,6 +243,38 @@ def test_a_warmup_that_takes_all_of_a_training_is_a_warning_which_says_what_the_
         assert rates == sorted(rates) if says == "never falls" else max(rates) < peak
 
 
+def test_a_learning_rate_that_rises_where_it_should_fall_is_a_warning(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The ends of finetuning's schedule are absolute, its peak is scaled by the batch."""
+    small = {"epochs": 4, "batch_size": 32, "lr": 1e-5}
+    rises = (
+        "warning: experiment 'e': finetune.min_lr 1e-05 is above the peak finetune.lr 1e-05 x 32/512 = 6.25e-07, so the learning "
+        "rate rises; lower finetune.min_lr or raise finetune.lr"
+    )
+    falls = (
+        "warning: experiment 'e': finetune.warmup_lr 1e-06 is above the peak finetune.lr 1e-05 x 32/512 = 6.25e-07, so the warmup "
+        "lowers the learning rate; lower finetune.warmup_lr or raise finetune.lr"
+    )
+    for settings, expected in (
+        (small | {"warmup_epochs": 0}, [rises]),
+        (small | {"warmup_epochs": 1}, [falls, rises]),
+        (small | {"warmup_epochs": 1, "warmup_lr": 0, "min_lr": 0}, []),
+        (small | {"warmup_epochs": 0, "lr": 1e-3}, []),
+    ):
+        experiment = {
+            "dataset": "digits",
+            "encoder": {"weights": "random"},
+            "stages": ["finetune"],
+            "finetune": settings,
+        }
+        status, said, _ = check(capsys, {"experiments": {"e": experiment}})
+        assert status == 0 and [line for line in said.splitlines() if line.startswith("warning")] == expected
+    experiment["finetune"] = small | {"warmup_epochs": 9}
+    _, said, _ = check(capsys, {"experiments": {"e": experiment}})
+    assert "takes all of finetune.epochs 4, so the learning rate stays above finetune.lr" in said
+
+
 def rates_of(block: str, settings: dict[str, Any]) -> list[float]:
     """The learning rate at each of ten steps an epoch."""
     model = experiment_model("aps").model_validate({"dataset": "digits", block: settings})

@@ -1,5 +1,6 @@
 """The samplers against independent, slow and obvious ones: pixels painted on a canvas, cells drawn one after the other."""
 
+import math
 from itertools import combinations, pairwise, permutations
 
 import numpy as np
@@ -217,6 +218,17 @@ def test_sampling_in_proportion_to_weights_would_be_noticed():
     expected = set_probabilities(weights, 3)
     assert goodness(selective(covered, 3, 1.0, uniform(20000, 7))[:, 0], expected) > 1e-3
     assert goodness(inclusion_in_proportion(covered, 3, 1.0, uniform(20000, 7))[:, 0], expected) < 1e-6
+
+
+def test_at_the_greatest_gamma_covered_cells_still_come_last_and_in_random_order():
+    greatest = 1000.0
+    with pytest.raises(ValueError, match="less than or equal to 1000"):
+        SamplingSettings(gamma=math.nextafter(greatest, math.inf))
+    covered = torch.tensor([1.0, 0.5, 1.0, 0.9, 1 - 2 * ROUNDING, 1.0, 0.0]).expand(6000, 1, -1)
+    drawn = selective(covered, 7, SamplingSettings(gamma=greatest).gamma, uniform(6000, 7))[:, 0]
+    assert (drawn[:, :4] == torch.tensor([6, 1, 3, 4])).all()
+    orders = drawn[:, 4:].unique(dim=0, return_counts=True)
+    assert len(orders[0]) == 6 and orders[1].min() > 850  # of 1,000 expected
 
 
 def test_inclusion_frequencies_match_drawing_one_after_another():

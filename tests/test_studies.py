@@ -13,6 +13,7 @@ from aps import published
 from aps.errors import UserError
 from aps.settings.reading import load_study
 from aps.settings.study import ExperimentSettings, Study
+from aps.training.schedule import oddities
 
 CONFIG = Path(__file__).parents[1] / "config"
 STUDIES = sorted(path.name for path in CONFIG.glob("*.yaml") if path.name != "published.yaml")
@@ -30,6 +31,13 @@ def test_every_study_loads_and_every_stage_of_it_resolves(name: str) -> None:
     assert jobs
     for job in jobs:
         assert len(loaded.stage_settings(*job).digest) == 16
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_no_studys_learning_rate_has_an_odd_course(name: str) -> None:
+    for key, experiment in study(name).experiments.items():
+        for stage in {"pretrain", "finetune"} & set(experiment.stages):
+            assert not list(oddities(stage, getattr(experiment, stage))), key
 
 
 @pytest.mark.parametrize("name", [name for name in STUDIES if name != "config.yaml"])

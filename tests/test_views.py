@@ -243,6 +243,13 @@ def test_sources_that_no_random_box_fits_get_torchvisions_centred_box():
         assert np.array_equal(our_boxes(height, width, settings, 20), theirs)
 
 
+def test_a_box_has_a_pixel_at_least_whatever_the_aspect_ratio():
+    """torchvision's centred box has none there, and ends in an error."""
+    for ratio in (0.01, 100.0):
+        boxes = our_boxes(8, 8, ViewSettings(crop_ratio=(ratio, ratio)), 20)
+        assert (boxes[:, 2:] >= 1).all() and (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= 8).all()
+
+
 def test_the_share_of_centred_boxes_is_torchvisions():
     settings, height, width = ViewSettings(), 14, 64
     centred = torchvision_boxes(height, width, ViewSettings(crop_scale=(1.0, 1.0)), 1)[0]

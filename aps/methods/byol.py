@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from aps.methods import F, Method, Sampled, nn, torch
-from aps.settings.base import Natural, NonNegative, Plural, Positive, PositiveFloat, Share
+from aps.settings.base import Natural, Plural, Positive, PositiveFloat, Share, WeightDecay
 from aps.settings.blocks import PretrainSettings
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class BYOL(Method):
         lr: PositiveFloat = Field(1.5e-4, description="of a batch of 256; MoCo v3's with a ViT")
         warmup_epochs: Natural = Field(40, description="of the learning rate; MoCo v3's with a ViT")
         schedule: Literal["release", "cosine"] = Field("cosine", description="section 3.2")
-        weight_decay: NonNegative = Field(0.1, description="AdamW's, on all parameters; MoCo v3's with a ViT")
+        weight_decay: WeightDecay = Field(0.1, description="AdamW's, on all parameters; MoCo v3's with a ViT")
         momentum: Share = Field(
             0.99, description="of the target, rising to 1 as a cosine; the paper's at 300 epochs (0.996 at 1,000)"
         )

@@ -29,6 +29,7 @@ from aps.settings.base import (
     Share,
     Side,
     Temperature,
+    WeightDecay,
     check_range,
 )
 from aps.settings.blocks import PretrainSettings, ViewSettings
@@ -51,10 +52,10 @@ class DINO(Method):
         lr: PositiveFloat = Field(5e-4, description="of a batch of 256; section 3.2")
         warmup_epochs: Natural = Field(10, description="of the learning rate; section 3.2")
         schedule: Literal["release", "cosine"] = Field("cosine", description="section 3.2")
-        weight_decay: NonNegative = Field(
+        weight_decay: WeightDecay = Field(
             0.04, description="AdamW's at the start, but for biases and norms; section 3.2"
         )
-        final_weight_decay: NonNegative = Field(0.4, description="at the end, along a cosine; section 3.2")
+        final_weight_decay: WeightDecay = Field(0.4, description="at the end, along a cosine; section 3.2")
         momentum: Share = Field(0.996, description="of the teacher, rising to 1 as a cosine; section 3.1")
         temperature: Temperature = Field(0.1, description="the student's; section 3.2")
         teacher_temperature: tuple[Temperature, Temperature] = Field(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from aps.methods import F, Method, Sampled, lazy, nn, torch
-from aps.settings.base import Natural, NonNegative, Positive, PositiveFloat, Probability, Share
+from aps.settings.base import Natural, Positive, PositiveFloat, Probability, Share, WeightDecay, Width
 from aps.settings.blocks import PretrainSettings, ViewSettings
 from aps.settings.study import ExperimentSettings
 
@@ -39,12 +39,12 @@ class MAE(Method):
         lr: PositiveFloat = Field(1.5e-4, description="of a batch of 256; table 8")
         warmup_epochs: Natural = Field(40, description="of the learning rate; table 8")
         schedule: Literal["release", "cosine"] = Field("cosine", description="table 8")
-        weight_decay: NonNegative = Field(0.05, description="AdamW's, but for biases and norms; table 8")
+        weight_decay: WeightDecay = Field(0.05, description="AdamW's, but for biases and norms; table 8")
         betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's; table 8")
         mask_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
             0.75, description="share of patches masked; section 4.1"
         )
-        decoder_dim: Positive = Field(512, description="its width, a multiple of 4; table 1b")
+        decoder_dim: Width = Field(512, description="its width, a multiple of 4; table 1b")
         decoder_depth: Positive = Field(8, description="its blocks; table 1a")
         decoder_heads: Positive = Field(16, description="its attention heads; the release's")
         normalized_target: bool = Field(True, description="paint each patch less its mean over its deviation; table 1d")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from aps.methods import F, Method, Sampled, collectives, heads, nn, torch
-from aps.settings.base import Natural, NonNegative, Plural, Positive, PositiveFloat, Share, Temperature
+from aps.settings.base import Natural, Plural, Positive, PositiveFloat, Share, Temperature, WeightDecay
 from aps.settings.blocks import PretrainSettings
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class MoCoV3(Method):
         lr: PositiveFloat = Field(1.5e-4, description="of a batch of 256; the release's for ViT-S and ViT-B")
         warmup_epochs: Natural = Field(40, description="of the learning rate; section 4.1")
         schedule: Literal["release", "cosine"] = Field("cosine", description="section 4.1")
-        weight_decay: NonNegative = Field(0.1, description="AdamW's, on all parameters; section 4.1")
+        weight_decay: WeightDecay = Field(0.1, description="AdamW's, on all parameters; section 4.1")
         temperature: Temperature = Field(0.2, description="tau; the release's for ViT-S and ViT-B")
         momentum: Share = Field(0.99, description="of the moving average, rising to 1 as a cosine; the release's")
         projector: tuple[Positive, Positive, Plural] = Field(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from aps.methods import F, Method, Sampled, collectives, heads, nn, torch
-from aps.settings.base import Natural, NonNegative, Plural, Positive, PositiveFloat, Temperature
+from aps.settings.base import Natural, Plural, Positive, PositiveFloat, Temperature, WeightDecay
 from aps.settings.blocks import PretrainSettings
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class SimCLR(Method):
         lr: PositiveFloat = Field(1.5e-4, description="of a batch of 256; MoCo v3's with a ViT")
         warmup_epochs: Natural = Field(40, description="of the learning rate; MoCo v3's with a ViT")
         schedule: Literal["release", "cosine"] = Field("cosine", description="the paper's, section 2.2")
-        weight_decay: NonNegative = Field(0.1, description="AdamW's, on all parameters; MoCo v3's with a ViT")
+        weight_decay: WeightDecay = Field(0.1, description="AdamW's, on all parameters; MoCo v3's with a ViT")
         temperature: Temperature = Field(0.1, description="tau; table 5 (0.5 on CIFAR-10, section B.9)")
         projector: tuple[Positive, Plural] = Field(
             (2048, 128), description="widths of its two layers; section 2.1, its hidden layer as wide as a ResNet-50"

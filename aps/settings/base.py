@@ -9,13 +9,19 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST = 10**9  # of whatever is counted; more is a slip of the keyboard
+HIGHEST = (
+    1e6  # of whatever is measured and has no end of its own; float32 ends at 3e38, and products of settings reach it
+)
 Positive = Annotated[int, Field(gt=0, le=MOST)]
 Plural = Annotated[
     int, Field(ge=2, le=MOST)
 ]  # widths of what is normalized and told apart: one number alone says nothing
 Natural = Annotated[int, Field(ge=0, le=MOST)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+Width = Annotated[int, Field(gt=0, le=10**6)]  # of a transformer, whose matrices have a multiple of its square
+PositiveFloat = Annotated[float, Field(gt=0, le=HIGHEST)]
+NonNegative = Annotated[float, Field(ge=0, le=HIGHEST)]
+WeightDecay = Annotated[float, Field(ge=0, le=10)]  # above, it diverges at learning rates that are not to blame
+Jitter = Annotated[float, Field(ge=0, le=10)]  # of colours, as factors from 1 - it to 1 + it
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Temperature = Annotated[float, Field(ge=1e-3, le=100)]  # beyond, a softmax in float32 is one-hot or uniform

@@ -27,6 +27,7 @@ from pydantic import (
 from aps.errors import UserError
 from aps.registry import ARCHS, METHODS, STRATEGIES
 from aps.settings.base import (
+    Jitter,
     Natural,
     NonNegative,
     Positive,
@@ -37,6 +38,8 @@ from aps.settings.base import (
     Share,
     Side,
     Temperature,
+    WeightDecay,
+    Width,
     check_crop,
     check_distinct,
     check_range,
@@ -44,7 +47,9 @@ from aps.settings.base import (
 )
 
 MOST_CELLS = 65_536  # cells of an image; the cost of attention is quadratic in them
-RAND_AUGMENT = r"^rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?)*$"
+Aspect = Annotated[float, Field(ge=0.01, le=100)]  # width over height
+Scale = Annotated[float, Field(ge=0.01, le=10)]  # of the side of an image, whose resized pixels have to fit into memory
+RAND_AUGMENT = r"^rand(-n\d{1,2}|-(m|mmax|inc)\d{1,3}|-(mstd|p)\d{1,3}(\.\d{1,9})?)*$"
 
 
 class DatasetSettings(Section):
@@ -92,12 +97,12 @@ class EncoderSettings(Section):
     )
     image_size: Side = Field(32, description="S, pixels")
     patch_size: Positive = Field(2, description="P, pixels; divides S")
-    dim: Positive | None = Field(None, description="width, instead of the arch's")
+    dim: Width | None = Field(None, description="width, instead of the arch's")
     depth: Positive | None = Field(None, description="blocks, instead of the arch's")
     heads: Positive | None = Field(None, description="attention heads, instead of the arch's; divides the width")
-    mlp_ratio: PositiveFloat = Field(4.0, description="hidden width of the MLP over the width")
+    mlp_ratio: Annotated[float, Field(gt=0, le=100)] = Field(4.0, description="hidden width of the MLP over the width")
     qkv_bias: bool = Field(False, description="bias of the query, key and value projection")
-    layer_norm_eps: PositiveFloat = Field(1e-5, description="epsilon of every LayerNorm")
+    layer_norm_eps: Annotated[float, Field(ge=1e-12, le=1)] = Field(1e-5, description="epsilon of every LayerNorm")
     init: Literal["torch", "timm"] = Field(
         "torch",
         description="of linear layers where no weights are loaded: `torch`, as the authors' release, uniform within 1/sqrt(inputs); `timm`, normal of deviation 0.02, biases 0",
@@ -138,11 +143,9 @@ class ViewSettings(Section):
     crop_scale: tuple[PositiveFloat, PositiveFloat] = Field(
         (0.15, 1.0), description="[low, high] share of the image's area in a crop"
     )
-    crop_ratio: tuple[PositiveFloat, PositiveFloat] = Field(
-        (3 / 4, 4 / 3), description="[low, high] width over height of a crop"
-    )
+    crop_ratio: tuple[Aspect, Aspect] = Field((3 / 4, 4 / 3), description="[low, high] width over height of a crop")
     flip: Probability = Field(0.5, description="probability")
-    color_jitter: tuple[NonNegative, NonNegative, NonNegative, Annotated[float, Field(ge=0, le=0.5)]] = Field(
+    color_jitter: tuple[Jitter, Jitter, Jitter, Annotated[float, Field(ge=0, le=0.5)]] = Field(
         (
             0.4,
             0.4,
@@ -175,7 +178,9 @@ class SamplingSettings(Section):
     )
     ratio: Annotated[float, Field(gt=0, le=1)] = Field(0.25, description="r, share of patches kept")
     samplings: Positive = Field(4, description="T, samplings and optimizer steps a batch; T r <= 1")
-    gamma: NonNegative = Field(3.0, description="how sharply overlap is avoided; 0: not at all")
+    gamma: Annotated[float, Field(ge=0, le=1000)] = Field(
+        3.0, description="how sharply overlap is avoided; 0: not at all"
+    )
     flip_aware: bool = Field(
         True, description="false: overlap of flipped views on mirrored cells, as in the authors' release"
     )
@@ -199,10 +204,10 @@ class BudgetSettings(Section):
     """The budget of a pretraining: operations or time."""
 
     alternatives = ("flops", "minutes")
-    flops: Annotated[PositiveFloat, Field(le=1e30)] | None = Field(
+    flops: Annotated[float, Field(gt=0, le=1e30)] | None = Field(
         None, description="operations of all steps, counted; a multiply-add is two"
     )
-    minutes: Annotated[PositiveFloat, Field(le=1e7)] | None = Field(
+    minutes: Annotated[float, Field(gt=0, le=1e7)] | None = Field(
         None, description="of training; such a run does not repeat bit for bit"
     )
 
@@ -229,7 +234,7 @@ class PretrainSettings(Section):
         "release",
         description="`release`: min((e+1)/warmup, (1+cos(pi e/E))/2) by epoch; `cosine`: linear warmup, then cosine, by step",
     )
-    weight_decay: NonNegative = Field(0.05, description="AdamW's, on all parameters")
+    weight_decay: WeightDecay = Field(0.05, description="AdamW's, on all parameters")
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="AdamW's")
     precision: Precision = Field("auto", description="`auto`: bf16 where the GPU has it, else fp16 on a GPU, else fp32")
     accumulate: Positive = Field(
@@ -269,7 +274,7 @@ class FinetuneSettings(Section):
     min_lr: NonNegative = Field(1e-5, description="where the cosine ends")
     warmup_epochs: Natural = Field(5, description="linear from warmup_lr")
     warmup_lr: NonNegative = Field(1e-6, description="where the warmup starts")
-    weight_decay: NonNegative = Field(0.05, description="AdamW's")
+    weight_decay: WeightDecay = Field(0.05, description="AdamW's")
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="learning rate of a block over that of the next; 1: the same for all"
     )
@@ -282,7 +287,7 @@ class FinetuneSettings(Section):
         "pad", description="`pad`: pad by 4 and crop; `resized`: random resized crop"
     )
     flip: Probability = Field(0.5, description="probability")
-    color_jitter: NonNegative = Field(0.4, description="used where rand_augment is null, as in timm")
+    color_jitter: Jitter = Field(0.4, description="used where rand_augment is null, as in timm")
     erasing: Probability = Field(0.25, description="probability")
     mixup: NonNegative = Field(0.8, description="alpha; 0: none")
     cutmix: NonNegative = Field(1.0, description="alpha; 0: none")
@@ -308,7 +313,7 @@ class LinearProbeSettings(Section):
 
     epochs: Positive = Field(100, description="over train")
     batch_size: Positive = Field(256, description="over all processes")
-    lrs: Annotated[tuple[Annotated[PositiveFloat, Field(le=1e6)], ...], Field(min_length=1)] = Field(
+    lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = Field(
         (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), description="learning rates as given, trained as parallel heads in one pass"
     )
     momentum: Probability = Field(0.9, description="SGD's")
@@ -370,7 +375,7 @@ class DetectionSettings(Section):
     iterations: Positive = Field(184375, description="optimizer steps")
     batch_size: Positive = Field(64, description="over all processes")
     lr: PositiveFloat = Field(1e-4, description="as given, whatever the batch")
-    weight_decay: NonNegative = Field(0.1, description="none for the encoder's norms and position embeddings")
+    weight_decay: WeightDecay = Field(0.1, description="none for the encoder's norms and position embeddings")
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         0.7, description="learning rate of a block over that of the next"
     )
@@ -396,9 +401,7 @@ class DetectionSettings(Section):
     head_dim: Positive = Field(1024, description="hidden layer of the box head")
     proposals: Positive = Field(1000, description="an image, after suppression")
     rois: Positive = Field(512, description="regions an image trains the heads with")
-    jitter_scale: tuple[PositiveFloat, PositiveFloat] = Field(
-        (0.1, 2.0), description="[low, high] of large-scale jitter"
-    )
+    jitter_scale: tuple[Scale, Scale] = Field((0.1, 2.0), description="[low, high] of large-scale jitter")
     flip: Probability = Field(0.5, description="probability")
     precision: Precision = Field("auto", description="as in pretrain")
     evaluate_every: Natural = Field(0, description="iterations; 0: only at the end")

@@ -147,6 +147,8 @@ def _check_limit(e: ExperimentSettings, stage: str, prefix: str) -> None:
     held = round(limit * share)
     if share and not held:
         raise UserError(f"{prefix} {stage}.holdout {share} of {key} {limit} keeps no image aside; raise either")
+    if share and held == limit:
+        raise UserError(f"{prefix} {stage}.holdout {share} of {key} {limit} leaves no image to train on; lower it")
     if batch is not None and batch > limit - held:
         less = f" less the {held} held out" if held else ""
         raise UserError(

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from aps.files import atomic_path
 from aps.registry import METHODS
-from aps.settings.base import MOST, NAME
+from aps.settings.base import HIGHEST, MOST, NAME
 from aps.settings.blocks import CocoFiles, ResourceSettings, SourceSettings, UserDataset
 from aps.settings.reading import RESERVED_NAMES, SHARED_FOLDERS
 from aps.settings.study import ExperimentSettings, StudySettings, experiment_model
@@ -175,7 +175,8 @@ def _allowed(schema: dict[str, Any]) -> str:
         "object": "block",
     }
     limits = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    bounds = [f"{sign} {schema[key]:g}" for key, sign in limits.items() if schema.get(key, MOST) != MOST]  # said once
+    usual = {"integer": MOST, "number": HIGHEST}.get(kind)  # said once, above the tables
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in limits.items() if schema.get(key, usual) != usual]
     return " ".join([words.get(kind, kind), ", ".join(bounds)]).strip()
 
 

@@ -33,9 +33,9 @@ from aps.settings.blocks import FinetuneSettings
 from aps.training.classify import accuracy
 from aps.training.examples import AugmentedExamples, Examples
 from aps.training.features import Normalization, normalization, pixels
-from aps.training.loop import Line, Loop, finite
+from aps.training.loop import Line, Loop, all_finite, finite, weights_not_finite
 from aps.training.order import STEP, held_out, seed_of
-from aps.training.schedule import endless_warmup, finetuning_lr
+from aps.training.schedule import above_peak, finetuning_lr, oddities
 from aps.training.watch import Watch
 
 MOST_CONFUSED = 100  # classes up to which metrics.json holds the confusion matrix
@@ -53,7 +53,7 @@ def run(job: StageJob) -> None:
         settings, epoch = job.settings.finetune, learner.examples.batches
         loop = Loop(
             job, stage, distributed, learner.state_dict, learner.load_state_dict,
-            total=settings.epochs * epoch, images=settings.batch_size,
+            total=settings.epochs * epoch, images=settings.batch_size, defect=learner.defect,
         )  # fmt: skip
         loop.train(learner, epoch)
         metrics = learner.evaluate() | {"epochs": settings.epochs, "images_per_second": loop.rate}
@@ -80,12 +80,13 @@ class Finetuning:
             train, rows, self.settings, size, classes, self.normalization, seed, distributed, job.workers
         )
         self.tuner = Finetuner(job, classes, self.normalization, distributed)
-        self.watch = Watch("finetuning", "finetune", distributed, job.manifest)
+        self.rate = ["lr", *above_peak(self.settings)][-1]  # the key of the highest learning rate
+        self.watch = Watch("finetuning", "finetune", distributed, job.manifest, self.normalization, self.rate)
         self.sums = torch.zeros(2, device=distributed.device)  # this epoch's loss and right share, of all processes
         self.loss = math.nan  # the last epoch's
         self.best = {"epoch": -1, "accuracy": -1.0}
         self.mistakes: dict[str, Any] = {}  # the confusion matrix, for metrics.json
-        if distributed.main and (clause := endless_warmup("finetune", self.settings)) is not None:
+        for clause in oddities("finetune", self.settings) if distributed.main else ():
             print(f"warning: {job.label}: {clause}", file=sys.stderr)
 
     def batches(self, epoch: int, first: int) -> Iterator[Examples]:
@@ -107,7 +108,7 @@ class Finetuning:
         epoch = done // self.examples.batches
         loss, right = (self.sums / self.examples.batches).tolist()
         self.sums.zero_()
-        self.loss = finite(loss, "finetuning", "finetune")
+        self.loss = finite(loss, "finetuning", "finetune", self.rate)
         lr = finetuning_lr(self.settings, epoch - 1)
         line = {"epoch": epoch, "lr": lr, "loss": loss, "train_top1_augmented": 100 * right}
         if self.held is not None:
@@ -139,6 +140,10 @@ class Finetuning:
         info = {"experiment": settings.experiment, "stage": "finetune", "digest": settings.digest,
                 "classes": list(self.manifest.classes), **pixels(self.job)}  # fmt: skip
         save_encoder(self.tuner.model, settings.encoder, stage.staging("model.safetensors"), info)
+
+    def defect(self, state: dict[str, Any]) -> str | None:
+        """What in a state is not finite, as a clause."""
+        return None if all_finite(state) else weights_not_finite("finetune", self.rate)
 
     def state_dict(self) -> dict[str, Any]:
         return {"tuner": self.tuner.state_dict(), "sums": self.sums, "loss": self.loss, "best": self.best}

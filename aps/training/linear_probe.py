@@ -184,8 +184,8 @@ class Probing:
         guessing = math.log(classes)  # the loss of equal answers
         if self.means and not any(self.means[i] <= guessing for i in whole):
             clauses.append(
-                f"every head's loss is above {guessing:.3g}, that of guessing, so its accuracy says nothing of the encoder; lower "
-                "linear_probe.lrs, or raise linear_probe.epochs"
+                f"every head's loss is above {guessing:.3g}, that of guessing, so its accuracy says nothing of the encoder; choose "
+                "other linear_probe.lrs, or raise linear_probe.epochs"
             )
         if len(whole) > 1 and len(self.held) < FEW:
             clauses.append(

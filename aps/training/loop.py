@@ -159,27 +159,28 @@ class Loop:
         return None if all_finite(state) else weights_not_finite(self.job.settings.stage)
 
 
-def weights_not_finite(block: str) -> str:
-    """The clause for weights that are not finite; `block` is the name of the training's settings."""
-    return f"its weights are no finite numbers; lower {block}.lr, or set {block}.precision: fp32"
+def weights_not_finite(block: str, rate: str = "lr") -> str:
+    """The clause for weights that are not finite; `block` and `rate` are as in `not_finite`."""
+    return f"its weights are no finite numbers; lower {block}.{rate}, or set {block}.precision: fp32"
 
 
-def not_finite(loss: float, name: str, block: str, where: str = "") -> str:
+def not_finite(loss: float, name: str, block: str, where: str = "", rate: str = "lr") -> str:
     """The sentence for a loss that is not finite.
 
     Args:
         name: the training's.
         block: the name of its settings.
         where: the step, and the last finite loss.
+        rate: the key of `block` that sets the highest learning rate.
     """
     more = f" ({where})" if where else ""
-    return f"the {name} loss became {loss}; lower {block}.lr, or set {block}.precision: fp32{more}"
+    return f"the {name} loss became {loss}; lower {block}.{rate}, or set {block}.precision: fp32{more}"
 
 
-def finite(loss: float, name: str, block: str) -> float:
-    """Return `loss`. Raises UserError where it is not finite; `name` and `block` are as in `not_finite`."""
+def finite(loss: float, name: str, block: str, rate: str = "lr") -> float:
+    """Return `loss`. Raises UserError where it is not finite; `name`, `block` and `rate` are as in `not_finite`."""
     if not math.isfinite(loss):
-        raise UserError(not_finite(loss, name, block))
+        raise UserError(not_finite(loss, name, block, rate=rate))
     return loss
 
 

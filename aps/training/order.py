@@ -65,12 +65,14 @@ def held_out(images: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the images to train on, and of those held out: int64, ascending, disjoint, together all images.
 
     Raises:
-        UserError: the share is positive but too small to hold out an image.
+        UserError: the share is positive but too small to hold out an image, or so large that none is left.
     """
     shuffled = torch.randperm(images, generator=seeded(seed, HOLDOUT))
     held = round(images * share)
     if share and not held:
         raise UserError(f"a holdout of {share} of {images} training images keeps none aside; raise holdout")
+    if held == images:
+        raise UserError(f"a holdout of {share} of {images} training images leaves none to train on; lower holdout")
     return shuffled[held:].sort().values, shuffled[:held].sort().values
 
 

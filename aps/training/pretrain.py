@@ -94,7 +94,7 @@ class Pretraining:
         self.pace = Pace(job.settings, self.data.batches, method.steps, distributed)
         self.meter = Meter(distributed, METHODS.described(self.settings.method))
         self.length: dict[str, float] = {}
-        self.watch = Watch("pretraining", "pretrain", distributed, job.manifest)
+        self.watch = Watch("pretraining", "pretrain", distributed, job.manifest, self.normalization)
         clause = endless_warmup("pretrain", self.settings) if self.settings.schedule == "cosine" else None
         if distributed.main and clause is not None:
             print(f"warning: {job.label}: {clause}", file=sys.stderr)

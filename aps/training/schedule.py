@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from aps.settings.blocks import FinetuneSettings, PretrainSettings
 
@@ -34,17 +35,45 @@ def pretraining_lr(settings: PretrainSettings, step: float, steps_per_epoch: int
     return peak * cosine((progress - warmup) / (epochs - warmup))
 
 
+def oddities(stage: str, settings: PretrainSettings | FinetuneSettings) -> Iterator[str]:
+    """Clauses on a learning rate of pretraining or finetuning that does other than rise to its peak and fall from it."""
+    if (clause := endless_warmup(stage, settings)) is not None:
+        yield clause
+    if isinstance(settings, FinetuneSettings):
+        peak = scaled_lr(settings.lr, settings.batch_size, 512)
+        for key, effect in above_peak(settings).items():
+            yield (
+                f"{stage}.{key} {getattr(settings, key):g} is above the peak {stage}.lr {settings.lr:g} x "
+                f"{settings.batch_size}/512 = {peak:.3g}, so {effect}; lower {stage}.{key} or raise {stage}.lr"
+            )
+
+
 def endless_warmup(stage: str, settings: PretrainSettings | FinetuneSettings) -> str | None:
     """A clause on a warmup that takes all epochs of pretraining or finetuning, and what it does to the learning rate, else None."""
     warmup, epochs = settings.warmup_epochs, settings.epochs
     schedule = getattr(settings, "schedule", None)  # None: finetuning's
     if warmup < epochs or (schedule == "release" and warmup == 1):  # whose first epoch is at the peak
         return None
-    effect = "never falls" if schedule == "cosine" else f"stays below {stage}.lr"
+    side = "above" if isinstance(settings, FinetuneSettings) and above_peak(settings) else "below"
+    effect = "never falls" if schedule == "cosine" else f"stays {side} {stage}.lr"
     return (
         f"{stage}.warmup_epochs {warmup} takes all of {stage}.epochs {epochs}, so the learning rate {effect}; lower "
         f"{stage}.warmup_epochs or raise {stage}.epochs"
     )
+
+
+def above_peak(settings: FinetuneSettings) -> dict[str, str]:
+    """The ends of finetuning's schedule, which no batch scales, that are above its peak, which one does: key -> effect.
+
+    The last one has the highest learning rate of the run.
+    """
+    peak = scaled_lr(settings.lr, settings.batch_size, 512)
+    ends = {
+        "warmup_lr": (settings.warmup_epochs > 0, "the warmup lowers the learning rate"),
+        "min_lr": (settings.epochs > max(1, settings.warmup_epochs), "the learning rate rises"),
+    }
+    found = {key: effect for key, (used, effect) in ends.items() if used and getattr(settings, key) > peak}
+    return dict(sorted(found.items(), key=lambda item: getattr(settings, item[0])))
 
 
 def finetuning_lr(settings: FinetuneSettings, epoch: int) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from aps.errors import UserError
 from aps.runtime.processes import Distributed
+from aps.training.features import Normalization
 from aps.training.loop import not_finite
 
 RING, COPIED = 64, 16  # losses kept on a GPU; steps between two copies to the host
@@ -35,10 +36,21 @@ class Watch:
         name: the training's, for messages.
         block: the name of its settings.
         manifest: the file manifest.json of its images.
+        normalization: the mean and std of its images, where they are normalized before they come here.
+        rate: the key of `block` that sets the highest learning rate.
     """
 
-    def __init__(self, name: str, block: str, distributed: Distributed, manifest: Path) -> None:
-        self.name, self.block, self.manifest = name, block, manifest
+    def __init__(
+        self,
+        name: str,
+        block: str,
+        distributed: Distributed,
+        manifest: Path,
+        normalization: Normalization | None = None,
+        rate: str = "lr",
+    ) -> None:
+        self.name, self.block, self.manifest, self.rate = name, block, manifest, rate
+        self._normalization = normalization
         self.active = distributed.main
         self._last: tuple[int, float] | None = None  # the last finite loss and its step
         self._checked = -1  # the last step that was checked
@@ -97,9 +109,18 @@ class Watch:
         if not all(bool(x.isfinite().all()) for x in images):
             raise UserError(
                 f"the {self.name} loss became {loss} because images of its batch are not finite numbers (step {step + 1}; {last}); "
-                f"look at the mean and std in {self.manifest} and prepare the dataset again"
+                f"{self._where_images_break()}"
             )
-        raise UserError(not_finite(loss, self.name, self.block, f"step {step + 1}; {last}"))
+        raise UserError(not_finite(loss, self.name, self.block, f"step {step + 1}; {last}", self.rate))
+
+    def _where_images_break(self) -> str:
+        """What to do about images that are not finite. Pixels are whole numbers up to 255, so it was what normalized them,
+        or what augmented them."""
+        if self._normalization is not None:
+            mean, std = self._normalization
+            if all(math.isfinite(x) for x in (*mean, *std)) and all(std):
+                return f"what augments them did it; look at the settings `{'views' if self.block == 'pretrain' else self.block}`"
+        return f"look at the mean and std in {self.manifest} and prepare the dataset again"
 
 
 def spread(features: Tensor) -> dict[str, float]:

@@ -384,6 +384,19 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "empty list": (one(seeds=[]), "seeds = []: should have at least 1 item"),
     "below": (one(pretrain={"epochs": 0}), "pretrain.epochs = 0: should be greater than 0"),
     "above": (one(sampling={"ratio": 1.5}), "sampling.ratio = 1.5: should be less than or equal to 1"),
+    "far above": (one(sampling={"gamma": 1e39}), "sampling.gamma = 1e+39: should be less than or equal to 1000"),
+    "far above without an end of its own": (
+        one(pretrain={"lr": 1e300}),
+        "pretrain.lr = 1e+300: should be less than or equal to 1000000",
+    ),
+    "far above in a list": (
+        one(views={"color_jitter": [0.4, 1e39, 0, 0]}),
+        "views.color_jitter.1 = 1e+39: should be less than or equal to 10",
+    ),
+    "as good as nothing": (
+        one(encoder={"layer_norm_eps": 1e-300}),
+        "encoder.layer_norm_eps = 1e-300: should be greater than or equal to",
+    ),
     "infinite": ("experiments: {e: {dataset: digits, pretrain: {lr: .inf}}}", "pretrain.lr = Infinity: should be a finite number"),
     "not a number": ("experiments: {e: {dataset: digits, pretrain: {lr: .nan}}}", "lr = NaN: should be a finite number"),
     "choice": (one(pretrain={"schedule": "step"}), "pretrain.schedule = \"step\": should be 'release' or 'cosine'"),
@@ -444,7 +457,12 @@ CROSS: dict[str, tuple[dict[str, Any], str]] = {
     "crop area": (one(views={"crop_scale": [0.5, 1.5]}), "views: crop_scale is a share of the image's area: 1.5 is above 1"),
     "probe's crop": (one(linear_probe={"crop_scale": [1.0, 0.1]}), "linear_probe: crop_scale must be [low, high]"),
     "heads' widths": (one(pretrain={"predictor": [16, 8, 4]}), "pretrain: predictor ends in width 4, the projector in 128"),
+    "all held out": (
+        one(stages=["knn", "linear_probe"], dataset={"name": "digits", "train_limit": 200}, linear_probe={"holdout": 0.999}, encoder={"weights": "random"}),
+        "linear_probe.holdout 0.999 of dataset.train_limit 200 leaves no image to train on; lower it",
+    ),
     "rand_augment": (one(finetune={"rand_augment": "m9"}), 'finetune.rand_augment = "m9": should match pattern'),
+    "rand_augment's numbers": (one(finetune={"rand_augment": "rand-n99999"}), '"rand-n99999": should match pattern rand-mN'),
     "strategy": (one(sampling={"strategy": "randon"}), "sampling.strategy: strategy 'randon' is unknown; did you mean 'random'?"),
     "keeps none": (one(**MICRO, sampling={"ratio": 0.01}), "sampling.ratio 0.01 of 16 cells keeps none; raise it"),
     "too many samplings": (

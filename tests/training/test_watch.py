@@ -44,6 +44,21 @@ def test_images_that_are_no_numbers_are_blamed_instead_of_the_learning_rate() ->
     assert "lr" not in str(error.value)
 
 
+def test_images_whose_mean_and_std_are_numbers_were_broken_by_what_augments_them() -> None:
+    """Pixels are bytes, so nothing else is left."""
+    broken = (torch.tensor([1.0, math.inf]),)
+    for block, mean, says in (
+        ("pretrain", 0.5, "look at the settings `views`"),
+        ("finetune", 0.5, "look at the settings `finetune`"),
+        ("pretrain", math.nan, "look at the mean and std in data/manifest.json"),
+    ):
+        constants = (3 * (mean,), 3 * (0.2,))
+        own = Watch("x", block, Distributed(0, 1, torch.device("cpu")), Path("data/manifest.json"), constants)
+        with pytest.raises(UserError, match=says) as error:
+            own.add(torch.tensor(math.nan), 0, broken)
+        assert ("prepare the dataset" in str(error.value)) == math.isnan(mean)
+
+
 def test_only_the_process_that_speaks_watches() -> None:
     watch(rank=1).add(torch.tensor(math.nan), 0, GOOD)
 
