@@ -51,11 +51,14 @@ from aps.text import number_of
 from aps.tracking.addresses import settled, shown, tracking_address
 from aps.workflow.resources import (
     BY_ATTEMPT,
+    NO_GROUPS,
+    TOGETHER,
     TURN,
     Machine,
     attempt_number,
     check_resources,
     group,
+    groups,
     rule_resources,
     rule_threads,
     runs_here,
@@ -98,6 +101,7 @@ class Plan:
         self._elsewhere = False  # whether jobs run in an environment of their own
         self._apptainer_args: str | None = None  # None: jobs don't run in a container
         self._outer: Any = None  # the workflow of which this one is a module
+        self._job: Any = None  # the workflow of a process that runs jobs
         self.is_module = False
         self.findings = Findings(study)
         self.folder = study_folder(study)
@@ -109,10 +113,25 @@ class Plan:
         self.mark = f".outdated-{uuid.uuid4().hex[:8]}"
         self.turns = False  # whether an encoder's small stages take turns in one job
         self.machine = Machine()
+        self._groups = groups(study)
         self.is_main = True  # the process that plans; the others run its jobs
         self._first: dict[str, tuple[str, int, str]] = {}  # settings digest -> the first job with these settings
-        for job in study.jobs():
+        for job in self._by_group():
             self._first.setdefault(study.stage_settings(*job).digest, job)
+
+    def _by_group(self) -> list[tuple[str, int, str]]:
+        """The study's jobs, each group's together. So of equal runs, the first is in the earliest group.
+
+        In any other order, two groups could wait for each other's runs.
+        """
+
+        def place(job: tuple[str, int, str]) -> Any:
+            name, seed, stage = job
+            return self._groups.get((name, stage), (name, stage)), seed
+
+        jobs = self.study.jobs()
+        places = {found: number for number, found in enumerate(dict.fromkeys(map(place, jobs)))}
+        return sorted(jobs, key=lambda job: places[place(job)])
 
     @classmethod
     def of(cls, workflow: Any, config: Mapping[str, Any]) -> Plan:
@@ -136,7 +155,10 @@ class Plan:
             plan._apptainer_args = str(workflow.deployment_settings.apptainer_args)
         plan.is_main = workflow.is_main_process
         plan._outer = workflow if plan.is_module else None
+        plan._job = None if plan.is_main or plan.is_module else workflow
         plan.turns = TURN in workflow.global_resources
+        if plan.turns:
+            plan._register_groups(workflow)
         gc.set_threshold(
             100_000, 50, 100
         )  # a large DAG is millions of objects that stay; looking for garbage takes a fifth
@@ -399,6 +421,7 @@ class Plan:
     def inputs(self, wildcards: Any) -> dict[str, Any]:
         """The dataset's manifest and, if the stage starts from one, the encoder."""
         self._keep_attempts()
+        self._keep_going()
         settings = self._settings(wildcards)
         files = {"manifest": manifest_of(self.written, settings.dataset_name)}
         if STAGES[settings.stage].encoder:
@@ -458,6 +481,15 @@ class Plan:
             if "{resources.attempt}" in (rule.shellcmd or "") and "attempt" not in rule.resources:
                 rule.resources["attempt"] = attempt_number
 
+    def _keep_going(self) -> None:
+        """Let a failed stage not end the others of its job: a profile's `keep-going` does not reach a job's Snakemake.
+
+        Its settings are not there before it asks for inputs.
+        """
+        job, self._job = self._job, None
+        if job is not None and job.execution_settings is not None:
+            job.execution_settings.keep_going = True
+
     def _inputs(self, files: dict[str, Any], current: bool, stale: bool) -> dict[str, Any]:
         """`files` as inputs by which Snakemake runs a job exactly if its result is not `current`.
 
@@ -480,9 +512,15 @@ class Plan:
         options = [f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in values.items() if v is not None]
         return " ".join([self.config_options, *options])
 
-    def group(self, stage: str) -> str | None:
+    def group(self, stage: str) -> Any:
         """The group of a stage, if the profile has the resource `turn`; otherwise each stage is a separate job."""
-        return group(self.study, stage) if self.turns else None
+        return group(self.study, stage, self._groups) if self.turns else None
+
+    def _register_groups(self, workflow: Any) -> None:
+        """Let `group-components` find groups by TOGETHER. Snakemake does so only where a rule's group is that text."""
+        seeds = {seed for e in self.study.experiments.values() for seed in e.seeds}
+        for name in set(self._groups.values()):
+            workflow.parent_groupids.update({name.format(seed=seed): TOGETHER for seed in seeds})
 
     def share(self, workflow: Any) -> None:
         """Let jobs share what `workflow` may use of this machine, if they run on it."""
@@ -497,7 +535,7 @@ class Plan:
         """The resources of a stage's rule, without those that are None for all experiments."""
         values = {
             name: value if name in BY_ATTEMPT else simplest(self.study, stage, value)
-            for name, value in rule_resources(self.study, stage, self.group(stage) is not None).items()
+            for name, value in rule_resources(self.study, stage, self._groups if self.turns else NO_GROUPS).items()
         }
         return {name: value for name, value in values.items() if value is not None}
 

@@ -5,18 +5,21 @@ Other executors read the same names or ignore them. `aps.runtime.launch` starts 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from aps.errors import UserError
+from aps.layout import encoder_file
 from aps.settings.blocks import ResourceSettings
 from aps.settings.study import Study
 from aps.stages import STAGES
 
 WARNING_SECONDS = 300  # before the time limit, when Slurm sends a signal; it may be a minute early
-TOGETHER = "{experiment}_seed{seed}_evaluation"  # the group of an encoder's small stages; its wildcards are the rules'
+# The group of an encoder's small stages. Its wildcards are the rules'; profiles name it as it is here.
+TOGETHER = "{experiment}_seed{seed}_evaluation"
 TURN = "turn"  # a resource: the job of a group has one, so its stages run one after the other
 MEMORY_GROWTH = 0.5  # share of mem_mb, added for each attempt after the first: the kill may have been for memory
+NO_GROUPS: Mapping[tuple[str, str], str] = {}
 BY_ATTEMPT = ("mem_mb", "attempt")  # resources that differ between attempts
 
 
@@ -59,17 +62,22 @@ def attempt_number(wildcards: Any, attempt: int) -> int:
     return attempt
 
 
-def rule_resources(study: Study, stage: str, together: bool = False) -> dict[str, Callable[..., Any]]:
+def rule_resources(
+    study: Study, stage: str, groups: Mapping[tuple[str, str], str] = NO_GROUPS
+) -> dict[str, Callable[..., Any]]:
     """For each resource a function of the wildcards, and perhaps the attempt. None means the executor's default.
 
     `gpu`, `mem_mb`, `runtime` and `nodes` are standard names; the others are those of the Slurm executor.
 
     Args:
-        together: whether the stage is in one job with the other stages of its `group`.
+        groups: those of the study, if the profile allows groups.
     """
 
     def resource(value: Callable[[ResourceSettings], Any]) -> Callable[..., Any]:
         return lambda wildcards: value(_settings(study, stage, wildcards))
+
+    def turn(wildcards: Any) -> int | None:
+        return 1 if (wildcards.experiment, stage) in groups else None
 
     def mem_mb(wildcards: Any, attempt: int) -> int:
         return int((_settings(study, stage, wildcards).mem_mb or 0) * (1 + MEMORY_GROWTH * (attempt - 1)))
@@ -100,30 +108,56 @@ def rule_resources(study: Study, stage: str, together: bool = False) -> dict[str
             "slurm_account": resource(lambda r: r.account),
             "qos": resource(lambda r: r.qos),
             "constraint": resource(lambda r: r.constraint),
-            "slurm_extra": _slurm_options(study, stage, together),
+            "slurm_extra": _slurm_options(study, stage, groups),
         }
-        | ({TURN: lambda wildcards: 1} if together else {})
+        | ({TURN: turn} if groups else {})
     )
 
 
-def group(study: Study, stage: str) -> str | None:
-    """The group of stages with which a stage runs in one job, if the profile allows groups; None: a separate job.
+def groups(study: Study) -> dict[tuple[str, str], str]:
+    """The group of each small stage (experiment, stage) that has one, with `{seed}` to be filled in.
 
-    The stages of a group run one after the other (TURN), so Snakemake asks for the sum of their times, and for the
-    maximum of every other resource. A stage is in no group if it is not small, or if an experiment asks for resources
-    that can't be combined: several nodes, different partitions, memory or time for only one of the stages.
+    A group has the small stages of all experiments that start from one encoder; random weights and timm's are an
+    experiment's own. They run one after the other (TURN), so Snakemake asks for the sum of their times, and for the
+    maximum of every other resource. What can't be combined is apart, by itself or with its like: several nodes, another
+    partition, memory or time for only one of the stages.
     """
-    if stage not in _small():
-        return None
+    encoders: dict[Any, dict[Any, list[tuple[str, str]]]] = {}  # encoder -> what must be alike -> stages
     for name, e in study.experiments.items():
-        resources = [study.stage_resources(other, name) for other in _small() if other in e.stages]
-        if any(_nodes(r) > 1 for r in resources) or len({_shared(r) for r in resources}) > 1:
-            return None
-    return TOGETHER
+        kinds = encoders.setdefault(encoder_file(study, name, 0) or name, {})  # seeds never share a group
+        for stage in e.stages:
+            r = study.stage_resources(stage, name)
+            if STAGES[stage].small and _nodes(r) == 1:
+                kinds.setdefault(_shared(r), []).append((name, stage))
+    found: dict[tuple[str, str], str] = {}
+    for kinds in filter(None, encoders.values()):
+        first = next(iter(kinds.values()))[0][0]
+        for number, jobs in enumerate(sorted(kinds.values(), key=len, reverse=True), 1):
+            if len(jobs) > 1 or len(kinds) == 1:
+                found |= dict.fromkeys(jobs, _named_after(first) + (f"_{number}" if number > 1 else ""))
+    return found
 
 
-def _small() -> list[str]:
-    return [name for name, row in STAGES.items() if row.small]
+def group(study: Study, stage: str, groups: Mapping[tuple[str, str], str]) -> str | Callable[[Any], str | None] | None:
+    """The group of a stage's rule: text where each experiment has its own, else a function of the wildcards.
+
+    None: in no experiment the stage is in one of `groups`, so each is a separate job.
+    """
+    names = {name: groups.get((name, stage)) for name, e in study.experiments.items() if stage in e.stages}
+    if not any(names.values()):
+        return None
+    if all(value == _named_after(name) for name, value in names.items()):
+        return TOGETHER  # planning a function for each job would take longer
+
+    def of_job(wildcards: Any) -> str | None:
+        name = names[wildcards.experiment]
+        return name and name.format(seed=wildcards.seed)
+
+    return of_job
+
+
+def _named_after(experiment: str) -> str:
+    return TOGETHER.format(experiment=experiment, seed="{seed}")
 
 
 def _shared(r: ResourceSettings) -> tuple[Any, ...]:
@@ -194,18 +228,19 @@ def _gpus_per_node(r: ResourceSettings) -> int:
     return (r.gpus or 0) // _nodes(r)
 
 
-def _slurm_options(study: Study, stage: str, together: bool) -> Callable[..., str | None]:
+def _slurm_options(study: Study, stage: str, groups: Mapping[tuple[str, str], str]) -> Callable[..., str | None]:
     """A function of the wildcards: options of sbatch, the same for all stages of one job."""
+    least: dict[str, int] = {}  # group -> the shortest time of its stages: Slurm takes one warning for a job
+    for (name, other), together in groups.items():
+        if minutes := study.stage_resources(other, name).runtime:
+            least[together] = min(minutes, least.get(together, minutes))
 
     def slurm_extra(wildcards: Any) -> str | None:
         if stage not in STAGES:
             return None
         r = _settings(study, stage, wildcards)
-        resources = [r]
-        if together and wildcards.experiment:
-            stages = study.experiments[wildcards.experiment].stages
-            resources = [_settings(study, name, wildcards) for name in _small() if name in stages]
-        return _slurm_extra(r, min((other.runtime for other in resources if other.runtime), default=None))
+        together = groups.get((wildcards.experiment, stage))
+        return _slurm_extra(r, r.runtime if together is None else least.get(together))
 
     return slurm_extra
 

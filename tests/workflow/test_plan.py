@@ -354,3 +354,27 @@ def test_a_process_that_runs_one_job_looks_at_no_result_and_no_folder_of_images(
     made = Plan.load([empty / "study.yaml"], {})
     made.is_main, made.findings = False, None  # type: ignore[assignment]
     assert made.manifests() and made.everything() and made.pages()
+
+
+SLURM = ("--profile", "slurm", "-n", "knn", "--configfile", "sweep.yaml")
+
+
+def test_a_sweep_over_one_encoder_is_jobs_of_ten_runs_at_most(tmp_path: Path) -> None:
+    """By the line of the Slurm profile, and of those that users have written after it."""
+    folder = checkout(tmp_path)
+    knn = {"stages": ["knn"], "encoder": {"weights": "experiment:p"}}
+    experiments = {f"k{k}": knn | {"knn": {"k": [k]}} for k in range(1, 14)}
+    experiments["k13"] = experiments["k13"] | {"resources": {"knn": {"partition": "long"}}}
+    study = {
+        "study": "sweep",
+        "resources": {"default": {"partition": "normal", "runtime": 3}},
+        "defaults": {"dataset": "digits"},
+        "experiments": {"p": {"stages": ["pretrain"]}} | experiments,
+    }
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(study))
+    text = snakemake(folder, *SLURM)
+    groups = re.findall(r"Group job k1_seed0_evaluation .*\n((?: .*\n|\n)+)", text)
+    assert sorted(group.count("rule knn_encoder:") for group in groups) == [2, 10]
+    assert all(group.count("turn=1") == group.count("rule knn_encoder:") for group in groups)
+    (alone,) = re.findall(r"^rule knn_encoder:\n(?: +\S.*\n)+", text, re.MULTILINE)
+    assert "experiment=k13" in alone and "slurm_partition=long" in alone and "turn" not in alone

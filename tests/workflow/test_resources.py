@@ -18,18 +18,18 @@ from aps.settings.reading import load_study
 from aps.settings.study import Study
 from aps.stages import STAGES
 from aps.workflow.plan import Plan, one_of
-from aps.workflow.resources import TOGETHER, TURN, Machine, group, rule_resources
+from aps.workflow.resources import TOGETHER, TURN, Machine, groups, rule_resources
 from benchmarks.planning import STAGES_RUN, finish, lay_out
 
 ALL = ["pretrain", "finetune", "linear_probe", "knn", "embed"]
 SMALL = {"linear_probe", "knn", "embed"}
 
 
-def study(folder: Path, resources: dict[str, Any], **own: Any) -> Study:
+def study(folder: Path, resources: dict[str, Any], experiments: dict[str, Any] | None = None, **own: Any) -> Study:
     content = {
         "resources": resources,
         "defaults": {"dataset": "digits", "stages": ALL},
-        "experiments": {"a": {}, "b": {"resources": own}},
+        "experiments": experiments or {"a": {}, "b": {"resources": own}},
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(content))
     return load_study([folder / "study.yaml"])
@@ -39,6 +39,27 @@ def plan(folder: Path, resources: dict[str, Any], turns: bool = True, **own: Any
     made = Plan(study(folder, resources, **own), [], {})
     made.turns = turns
     return made
+
+
+def sweep(folder: Path, weights: dict[str, str], resources: dict[str, Any] | None = None, **own: Any) -> Plan:
+    """Of experiments with such weights, and resources of their `own`, beside `p`, which pretrains."""
+    others = {
+        name: {"stages": ["knn"], "encoder": {"weights": value}, "resources": own.get(name, {})}
+        for name, value in weights.items()
+    }
+    return plan(folder, resources or {}, experiments={"p": {}} | others)
+
+
+def asks(made: Plan, experiment: str, stage: str, resource: str) -> Any:
+    value = made.resources(stage)[resource]
+    return value(SimpleNamespace(experiment=experiment)) if callable(value) else value
+
+
+def group_of(made: Plan, experiment: str, stage: str, seed: int = 0) -> Any:
+    """The group of a job, as Snakemake finds it."""
+    value = made.group(stage)
+    wildcards = SimpleNamespace(experiment=experiment, seed=str(seed))
+    return value(wildcards) if callable(value) else value and value.format(**vars(wildcards))
 
 
 def test_a_rule_gets_a_value_where_all_experiments_ask_alike_and_a_function_where_not(tmp_path: Path) -> None:
@@ -119,27 +140,102 @@ def test_without_a_profile_that_gives_turns_each_stage_is_a_job_of_its_own(tmp_p
     ids=str,
 )  # fmt: skip
 def test_what_can_not_be_put_together_is_not(one: dict[str, Any], tmp_path: Path) -> None:
-    assert all(group(study(tmp_path, {"knn": one}), stage) is None for stage in ALL)
+    """The others of the encoder stay together."""
+    made = plan(tmp_path, {"knn": one})
+    assert {stage: made.group(stage) for stage in ALL if made.group(stage)} == {
+        "linear_probe": TOGETHER,
+        "embed": TOGETHER,
+    }
+    assert TURN not in made.resources("knn") and made.resources("embed")[TURN] == 1
+
+
+def test_an_experiment_with_another_partition_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    made = plan(tmp_path, {}, knn={"partition": "long"})
+    assert [group_of(made, name, "knn") for name in "ab"] == ["a_seed0_evaluation", None]
+    assert {group_of(made, "b", stage) for stage in ("linear_probe", "embed")} == {"b_seed0_evaluation"}
+    turn = made.resources("knn")[TURN]
+    assert [turn(SimpleNamespace(experiment=name)) for name in "ab"] == [1, None]
+    assert made.group("embed") == TOGETHER and made.resources("embed")[TURN] == 1
 
 
 @pytest.mark.parametrize("one", [{"threads": 4}, {"workers": 2}, {"gpus": 1}, {"processes": 2}], ids=str)
 def test_numbers_of_which_the_most_is_asked_for_may_differ(one: dict[str, Any], tmp_path: Path) -> None:
-    assert group(study(tmp_path, {"knn": one}), "linear_probe") == TOGETHER
+    assert all(plan(tmp_path, {"knn": one}).group(stage) == TOGETHER for stage in SMALL)
+
+
+def test_experiments_that_start_from_one_encoder_are_a_group_for_each_seed(tmp_path: Path) -> None:
+    made = sweep(tmp_path, {"x": "experiment:p", "y": "experiment:p", "other": "mine.safetensors"})
+    assert {group_of(made, name, "knn", seed=3) for name in "pxy"} == {"p_seed3_evaluation"}
+    assert group_of(made, "y", "knn", seed=4) == "p_seed4_evaluation"
+    assert group_of(made, "other", "knn") == "other_seed0_evaluation"
+    assert made.resources("knn")[TURN] == 1
+
+
+def test_experiments_that_start_from_one_file_are_a_group(tmp_path: Path) -> None:
+    made = sweep(tmp_path, {"x": "a/mine.safetensors", "y": "a/mine.safetensors", "z": "b/mine.safetensors"})
+    assert [group_of(made, name, "knn")[0] for name in "pxyz"] == ["p", "x", "x", "z"]
+
+
+def test_random_weights_are_an_experiments_own(tmp_path: Path) -> None:
+    made = sweep(tmp_path, {"x": "random", "y": "random"})
+    assert made.group("knn") == TOGETHER and group_of(made, "y", "knn") == "y_seed0_evaluation"
+
+
+def test_what_can_not_be_combined_in_a_sweep_is_together_with_its_like(tmp_path: Path) -> None:
+    long, slow = {"knn": {"partition": "long"}}, {"knn": {"partition": "slow"}}
+    weights = dict.fromkeys(("x", "y", "z"), "experiment:p")
+    made = sweep(tmp_path, weights, x=long, y=slow, z=long)
+    assert [group_of(made, name, "knn") for name in "pxyz"] == [
+        "p_seed0_evaluation",
+        "p_seed0_evaluation_2",
+        None,
+        "p_seed0_evaluation_2",
+    ]
+    assert group_of(made, "p", "embed") == "p_seed0_evaluation"
 
 
 def test_stages_of_one_job_are_warned_alike(tmp_path: Path) -> None:
     """By the shortest of them: Slurm takes one warning for a job."""
     made = study(tmp_path, {"default": {"runtime": 60}, "knn": {"runtime": 4}})
     one = SimpleNamespace(experiment="a")
-    asked = [rule_resources(made, stage, together=True)["slurm_extra"](one) for stage in sorted(SMALL)]
+    asked = [rule_resources(made, stage, groups(made))["slurm_extra"](one) for stage in sorted(SMALL)]
     assert set(asked) == {"--signal=USR1@60 --open-mode=append"}
     assert rule_resources(made, "embed")["slurm_extra"](one) == "--signal=USR1@300 --open-mode=append"
+
+
+def test_a_sweep_is_warned_by_the_shortest_of_all_its_experiments(tmp_path: Path) -> None:
+    resources = {"x": {"knn": {"runtime": 4}}, "y": {"knn": {"runtime": 2, "partition": "long"}}}
+    made = sweep(tmp_path, {"x": "experiment:p", "y": "experiment:p"}, {"default": {"runtime": 60}}, **resources)
+    asked = {
+        (e, s): asks(made, e, s, "slurm_extra").split()[0] for e, s in (("p", "embed"), ("x", "knn"), ("y", "knn"))
+    }
+    assert asked == {
+        ("p", "embed"): "--signal=USR1@60",
+        ("x", "knn"): "--signal=USR1@60",
+        ("y", "knn"): "--signal=USR1@30",
+    }
+
+
+def test_no_two_groups_wait_for_each_other(tmp_path: Path) -> None:
+    """Of equal runs one is computed and the others wait for it; here they are in two partitions, crosswise."""
+    knn = {"a": 5, "b": 5, "c": 7, "d": 7}
+    experiments: dict[str, Any] = {
+        name: {"encoder": {"weights": "experiment:p"}, "knn": {"k": [k]}, "stages": ["knn"]} for name, k in knn.items()
+    }
+    for name in "bc":
+        experiments[name]["resources"] = {"knn": {"partition": "long"}}
+    made = plan(tmp_path, {}, experiments={"p": {"stages": ["pretrain"]}} | experiments)
+    jobs = [SimpleNamespace(experiment=name, seed="0", stage="knn") for name in knn]
+    after = {job.experiment: Path(made.inputs(job)["after"]).parts[2] for job in jobs if "after" in made.inputs(job)}
+    waits = {(group_of(made, one, "knn"), group_of(made, other, "knn")) for one, other in after.items()}
+    assert len(after) == 2 and len(waits) == 1, after
 
 
 def test_the_slurm_profile_names_the_group_and_the_turn() -> None:
     profile = yaml.safe_load((SHARE / "workflow/profiles/slurm/config.yaml").read_text())
     ((name, count),) = [entry.split("=") for entry in profile["group-components"]]
     assert name == TOGETHER and int(count) >= len(SMALL)
+    assert profile["keep-incomplete"], "a stage that fails takes the results of its job's others away"
     assert profile["resources"] == [f"{TURN}=1"] and profile["set-resource-scopes"] == [f"{TURN}=local"]
 
 
