@@ -1,16 +1,19 @@
 """Checks before the first job of a study that no job will fail for its inputs: `python -m aps check`.
 
 `aps.settings.checks` checks settings alone, whenever a study is read. This checks them against the machine: sources
-that do not exist, batches larger than the dataset, resources, the address of the tracking server. Views that a method makes
-itself and budgets of operations are checked here too, since that needs torch.
+that do not exist, a results folder that is closed, batches larger than the dataset, resources, the address of the
+tracking server. Views that a method makes itself and budgets of operations are checked here
+too, since that needs torch.
 
-It imports nothing heavy for other methods, opens no image and asks no server.
+It imports nothing heavy for other studies, opens no image and asks no server.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,7 +22,7 @@ from aps.data import NEED_A_PATH
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.findings import Findings
-from aps.layout import encoder_file, encoder_job, manifest_of
+from aps.layout import encoder_file, encoder_job, manifest_of, study_folder
 from aps.methods import Method
 from aps.registry import METHODS, nearest
 from aps.settings.blocks import SourceSettings
@@ -35,6 +38,7 @@ SCHEMES = ("http", "https", "sqlite", "file", "postgresql", "mysql", "mssql", "d
 
 def problems(study: Study) -> Iterator[str]:
     """A sentence for each problem that would stop a job."""
+    yield from _results(study)
     for name in study.dataset_names():
         yield from _source(study, name)
     for experiment, e in study.experiments.items():
@@ -68,6 +72,17 @@ def hints(study: Study) -> Iterator[str]:
 
 
 # --------------------------------------------------------------------------------------------------
+
+
+def _results(study: Study) -> Iterator[str]:
+    """A results folder in which nothing can be made. Only an attempt tells: root has every permission, also in /proc."""
+    folder = study_folder(study)
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".aps-", dir=above):
+            pass
+    except OSError as error:
+        yield f"results {study.results}: nothing can be written in {above} ({error.strerror}); set another `results` folder"
 
 
 def _source(study: Study, name: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ from aps.data import fetch
 from aps.data.fingerprint import outdated
 from aps.data.manifest import COPIES, COPY, LOCK, Manifest, earlier_copies
 from aps.errors import UserError
-from aps.files import DISK_ERRORS
+from aps.files import DISK_ERRORS, make_folder
 from aps.layout import data_folder
 from aps.registry import DATASETS, DETECTION_DATASETS, resolve
 from aps.settings.blocks import SourceSettings, UserDataset
@@ -48,8 +48,8 @@ def prepare(name: str, folder: Path, source: SourceSettings | UserDataset, force
             f"dataset '{name}' is unknown; known: {', '.join(known)}; one of your own is named in a study's `datasets` "
             "(--configfile)"
         )
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with _locked(name, folder):
             manifest = None if force else _prepared(name, folder, source)
             if manifest is None:
