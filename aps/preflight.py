@@ -2,8 +2,8 @@
 
 `aps.settings.checks` checks settings alone, whenever a study is read. This checks them against the machine: sources
 that do not exist, a results folder that is closed, batches larger than the dataset, resources, the address of the
-tracking server. Views that a method makes itself and budgets of operations are checked here
-too, since that needs torch.
+tracking server. Views that a method makes itself, budgets of operations and the names in a tree of images are checked
+here too, since that needs torch.
 
 It imports nothing heavy for other studies, opens no image and asks no server.
 """
@@ -34,6 +34,13 @@ from aps.workflow.resources import check_resources
 
 # Schemes of addresses that MLflow accepts. A database may name its driver too, as in mysql+pymysql.
 SCHEMES = ("http", "https", "sqlite", "file", "postgresql", "mysql", "mssql", "databricks", "databricks-uc")
+
+PARTS = {
+    "folder": "folder",
+    "images": "folder",
+    "arrays": "file",
+    "annotations": "file",
+}  # what a key of `datasets` names
 
 
 def problems(study: Study) -> Iterator[str]:
@@ -94,8 +101,26 @@ def _source(study: Study, name: str) -> Iterator[str]:
     else:
         key, paths = f"datasets.{name}", source.paths
     for part, path in paths.items():
-        if not Path(path).expanduser().exists():
+        found, kind = Path(path).expanduser(), PARTS.get(part.rpartition(".")[2])
+        if not found.exists():
             yield f"{key}.{part}: {path} does not exist; correct the path"
+        elif kind is not None and found.is_dir() != (kind == "folder"):
+            yield f"{key}.{part}: {path} is not a {kind}; correct the path"
+        elif part == "folder" or name == "folder":
+            yield from _tree(study, name, path, f"{key}.{part}")
+
+
+def _tree(study: Study, name: str, tree: str, key: str) -> Iterator[str]:
+    """What preparation would refuse in a tree of images for its names. One that is prepared was listed then."""
+    source, manifest = study.source(name), manifest_of(study, name)
+    if source.trust or (manifest.exists() and Findings(study).why_outdated(name) is None):
+        return
+    from aps.data.folder import layout
+
+    try:
+        layout(manifest.parent, tree, key, getattr(source, "labels", True))
+    except UserError as error:
+        yield str(error)
 
 
 def _warmups(study: Study, experiment: str) -> Iterator[str]:
