@@ -132,6 +132,17 @@ def test_everything_that_is_wrong_is_said_at_once(here: Path, capsys: pytest.Cap
     assert status == 2 and len(errors) == 2
 
 
+def test_a_damaged_manifest_is_told_once_however_many_stages_read_it(
+    here: Path, digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = Path("results/data/digits/manifest.json")
+    manifest.parent.mkdir(parents=True)
+    manifest.write_bytes(digits.read_bytes()[:100])
+    stages = {"stages": ["pretrain", "finetune", "linear_probe", "knn"]}
+    status, _, errors = check(capsys, put(STUDY, ("experiments",), {"a": stages, "b": stages}))
+    assert status == 2 and len(errors) == 1 and f"{manifest}: not a manifest of this version" in errors[0]
+
+
 SMALL: dict[str, tuple[dict[str, Any], str]] = {
     "pretrain": (
         {"pretrain": {"batch_size": 2000}},

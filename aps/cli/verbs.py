@@ -148,7 +148,7 @@ def check(args: argparse.Namespace) -> None:
         print(f"  {name:<28} {e.dataset.name:<14} seeds {list(e.seeds)}  {', '.join(e.stages)}{other_datasets}")
     for hint in hints(study):
         print(runnable(hint, args))
-    sentences = list(problems(study))
+    sentences = list(dict.fromkeys(problems(study)))  # each once, whatever the number of stages that would meet it
     for problem in sentences[:-1]:
         print(f"error: {runnable(problem, args)}", file=sys.stderr)
     if sentences:
