@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from aps.errors import UserError
+from aps.files import write_bytes
 from aps.findings import Findings
 from aps.layout import stage_folder, study_folder
 from aps.registry import DATASETS
@@ -56,8 +57,7 @@ def run(study: str | os.PathLike | Mapping[str, Any], *targets: str, cores: int 
             raise UserError("study: a block holds itself; give a study's keys only") from None
         loaded = load_study([], plain)  # validated before anything is written
         file = study_folder(loaded) / "study.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+        write_bytes(file, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
     else:
         file = _path(study, "study", "a YAML file or a dictionary")
     loaded = load_study([file])

@@ -101,6 +101,16 @@ def check_writable(path: Path) -> None:
         raise _unwritable(path, error) from None
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, unless they are there. Raises UserError where that fails, for whatever reason."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be made ({error.strerror}); free space or choose another folder (`results` of a study)"
+        ) from None
+
+
 def _unwritable(path: Path, error: Exception) -> UserError:
     reason = getattr(error, "strerror", None) or error
     return UserError(f"{path}: cannot be written ({reason}); free space or choose another folder")

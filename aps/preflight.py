@@ -1,16 +1,19 @@
 """Checks before the first job of a study that no job will fail for its inputs: `python -m aps check`.
 
 `aps.settings.checks` checks settings alone, whenever a study is read. This checks them against the machine: sources
-that do not exist, batches larger than the dataset, resources, the address of the tracking server. Views that a method makes
-itself and budgets of operations are checked here too, since that needs torch.
+that do not exist, a results folder that is closed, batches larger than the dataset, resources, the address of the
+tracking server. Views that a method makes itself, budgets of operations and the names in a tree of images are checked
+here too, since that needs torch.
 
-It imports nothing heavy for other methods, opens no image and asks no server.
+It imports nothing heavy for other studies, opens no image and asks no server.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,7 +22,7 @@ from aps.data import NEED_A_PATH
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.findings import Findings
-from aps.layout import encoder_file, encoder_job, manifest_of
+from aps.layout import encoder_file, encoder_job, manifest_of, study_folder
 from aps.methods import Method
 from aps.registry import METHODS, nearest
 from aps.settings.blocks import SourceSettings
@@ -32,9 +35,17 @@ from aps.workflow.resources import check_resources
 # Schemes of addresses that MLflow accepts. A database may name its driver too, as in mysql+pymysql.
 SCHEMES = ("http", "https", "sqlite", "file", "postgresql", "mysql", "mssql", "databricks", "databricks-uc")
 
+PARTS = {
+    "folder": "folder",
+    "images": "folder",
+    "arrays": "file",
+    "annotations": "file",
+}  # what a key of `datasets` names
+
 
 def problems(study: Study) -> Iterator[str]:
     """A sentence for each problem that would stop a job."""
+    yield from _results(study)
     for name in study.dataset_names():
         yield from _source(study, name)
     for experiment, e in study.experiments.items():
@@ -71,6 +82,17 @@ def hints(study: Study) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------
 
 
+def _results(study: Study) -> Iterator[str]:
+    """A results folder in which nothing can be made. Only an attempt tells: root has every permission, also in /proc."""
+    folder = study_folder(study)
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".aps-", dir=above):
+            pass
+    except OSError as error:
+        yield f"results {study.results}: nothing can be written in {above} ({error.strerror}); set another `results` folder"
+
+
 def _source(study: Study, name: str) -> Iterator[str]:
     source = study.source(name)
     if isinstance(source, SourceSettings):
@@ -80,8 +102,26 @@ def _source(study: Study, name: str) -> Iterator[str]:
     else:
         key, paths = f"datasets.{name}", source.paths
     for part, path in paths.items():
-        if not Path(path).expanduser().exists():
+        found, kind = Path(path).expanduser(), PARTS.get(part.rpartition(".")[2])
+        if not found.exists():
             yield f"{key}.{part}: {path} does not exist; correct the path"
+        elif kind is not None and found.is_dir() != (kind == "folder"):
+            yield f"{key}.{part}: {path} is not a {kind}; correct the path"
+        elif part == "folder" or name == "folder":
+            yield from _tree(study, name, path, f"{key}.{part}")
+
+
+def _tree(study: Study, name: str, tree: str, key: str) -> Iterator[str]:
+    """What preparation would refuse in a tree of images for its names. One that is prepared was listed then."""
+    source, manifest = study.source(name), manifest_of(study, name)
+    if source.trust or (manifest.exists() and Findings(study).why_outdated(name) is None):
+        return
+    from aps.data.folder import layout
+
+    try:
+        layout(manifest.parent, tree, key, getattr(source, "labels", True))
+    except UserError as error:
+        yield str(error)
 
 
 def _learning_rates(study: Study, experiment: str) -> Iterator[str]:

@@ -33,7 +33,7 @@ from aps import __version__
 from aps.code import changed_code, code_of, known_code
 from aps.cost import Counts
 from aps.errors import Preempted, UserError
-from aps.files import append, atomic_path, read_json, remove, sha256, sweep, write_json
+from aps.files import append, atomic_path, make_folder, read_json, remove, sha256, sweep, write_json
 from aps.journal import read_history
 from aps.layout import folder_of_runs, run_folder
 from aps.registry import resolve
@@ -219,7 +219,7 @@ class StageRun:
         self._start = time.monotonic()
         if not self.writes:
             return self
-        self.job.checkpoints.mkdir(parents=True, exist_ok=True)
+        make_folder(self.job.checkpoints)
         self._lock = hold(self.job.checkpoints, self.job.label)
         self._state_file = self.job.checkpoints / "run.json"
         self.journal = self.job.checkpoints / "history.jsonl"
@@ -295,7 +295,7 @@ class StageRun:
     def staging(self, name: str) -> Path:
         """Where to write the output `name`; `finish` moves it to the result folder."""
         folder = self.job.checkpoints / "outputs"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         return folder / name
 
     def finish(self, metrics: dict[str, Any], **extra: Any) -> None:

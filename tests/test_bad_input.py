@@ -5,7 +5,9 @@ Run in this process, in an empty folder with a study that is right; each row spo
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -253,6 +255,26 @@ def test_an_option_that_is_wrong_is_one_sentence(
     command: tuple[str, ...], says: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(capsys, folder, command, says)
+
+
+@pytest.mark.parametrize("results", ["/proc/x", "closed", "closed/a/b", "file", "file/x"])
+@pytest.mark.parametrize("verb", ["check", "data", "knn", "report"])
+def test_a_results_folder_that_cannot_be_made_is_one_sentence(
+    verb: str, results: str, digits: Path, folder: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (folder / "closed").mkdir()
+    (folder / "file").touch()
+    make = os.mkdir
+
+    def mkdir(path: Any, *more: Any, **named: Any) -> None:
+        if "closed" in str(path):  # a read-only file system, which no permission of root's opens
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        make(path, *more, **named)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    more = {"data": ("digits",), "knn": ("--experiment", "floor", "--manifest", str(digits))}
+    refused(capsys, folder, (verb, *more.get(verb, ()), "--set", f"results={results}"), ("results", results))
 
 
 @pytest.mark.parametrize(("name", "text", "says"), TEXTS, ids=[row[0] for row in TEXTS])

@@ -96,6 +96,32 @@ def test_a_source_that_is_not_there_is_named_with_its_key(
         assert sentence.startswith(start), sentence
 
 
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"folder": "file"}, ["folder: file is not a folder"]),
+        ({"folder": "file", "trust": True}, ["folder: file is not a folder"]),
+        ({"arrays": "tree"}, ["arrays: tree is not a file"]),
+        (
+            {"coco": {split: {"images": "file", "annotations": "tree"} for split in ("train", "val")}},
+            [
+                f"coco.{split}.{said}"
+                for split in ("train", "val")
+                for said in ("images: file is not a folder", "annotations: tree is not a file")
+            ],
+        ),
+    ],
+)
+def test_a_file_in_place_of_a_folder_is_named_and_the_other_way_round(
+    entry: dict[str, Any], expected: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").touch()
+    Path("tree").mkdir()
+    study = MISSING["COCO files" if "coco" in entry else "arrays"][0]
+    status, _, errors = check(capsys, put(study, ("datasets", "mine"), entry))
+    assert status == 2 and errors == [f"datasets.mine.{said}; correct the path" for said in expected]
+
+
 def test_a_password_in_a_wrong_address_is_not_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, errors = check(capsys, STUDY | {"tracking_uri": "htp://me:hush@127.0.0.1:5000"})
     assert status == 2 and "did you mean 'http'" in errors[0] and "hush" not in errors[0]
@@ -105,6 +131,17 @@ def test_everything_that_is_wrong_is_said_at_once(here: Path, capsys: pytest.Cap
     study = on({"folder": "phtos"}) | {"tracking_uri": "htp://127.0.0.1:5000"}
     status, _, errors = check(capsys, study)
     assert status == 2 and len(errors) == 2
+
+
+def test_a_damaged_manifest_is_told_once_however_many_stages_read_it(
+    here: Path, digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = Path("results/data/digits/manifest.json")
+    manifest.parent.mkdir(parents=True)
+    manifest.write_bytes(digits.read_bytes()[:100])
+    stages = {"stages": ["pretrain", "finetune", "linear_probe", "knn"]}
+    status, _, errors = check(capsys, put(STUDY, ("experiments",), {"a": stages, "b": stages}))
+    assert status == 2 and len(errors) == 1 and f"{manifest}: not a manifest of this version" in errors[0]
 
 
 SMALL: dict[str, tuple[dict[str, Any], str]] = {

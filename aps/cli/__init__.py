@@ -25,6 +25,7 @@ from aps.errors import Preempted, UserError
 from aps.files import DISK_ERRORS
 from aps.runtime.memory import lost_worker, out_of_memory
 from aps.runtime.ranks import first_to_tell, ranks, started_by_torchrun
+from aps.runtime.signals import STOPPED, STOPPED_STATUS
 
 __all__ = ["main", "parser"]
 
@@ -41,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _main(arguments)
     except KeyboardInterrupt:
-        print("stopped by the keyboard; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        print(STOPPED, file=sys.stderr)
+        return STOPPED_STATUS
     except Exception as error:
         if (sentence := _blamed(error)) is not None:
             error.add_note(sentence)  # the last line, under the traceback

@@ -54,17 +54,19 @@ def data(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     """Brings MLflow up to date and writes the report."""
     study = load(args)
+    from aps.files import make_folder
     from aps.findings import Findings
     from aps.inference.serving import sync_models
     from aps.layout import report_folder
     from aps.report.page import write_report
     from aps.tracking.syncing import log_report, sync
 
+    folder = args.out or report_folder(study)
+    make_folder(folder)
     address = tracking_address(study)
     mlflow_answers = not sync(study, address).away
     if mlflow_answers:
         sync_models(study, address)
-    folder = args.out or report_folder(study)
     findings = Findings(study, sources=True)
     files, runs = write_report(study, folder, address, study_options(args), findings)
     findings.stamp_report(folder)
@@ -146,7 +148,7 @@ def check(args: argparse.Namespace) -> None:
         print(f"  {name:<28} {e.dataset.name:<14} seeds {list(e.seeds)}  {', '.join(e.stages)}{other_datasets}")
     for hint in hints(study):
         print(runnable(hint, args))
-    sentences = list(problems(study))
+    sentences = list(dict.fromkeys(problems(study)))  # each once, whatever the number of stages that would meet it
     for problem in sentences[:-1]:
         print(f"error: {runnable(problem, args)}", file=sys.stderr)
     if sentences:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,12 +48,36 @@ def describe(folder: Path, name: str, tree: str, key: str, labels: bool, shrink:
     """The manifest of a tree of images.
 
     Args:
-        key: the setting that names the tree, for error messages.
-        labels: whether its folders are classes; else every image is a training image.
+        folder, key, labels: as in `layout`.
         shrink: as in `trees.describe`.
 
     Raises:
         UserError: as in `prepare`.
+    """
+    found, classes, splits, notes = layout(folder, tree, key, labels)
+    return trees.describe(
+        folder, name, classes, splits, origin=str(found.root.resolve()), source=SourceSettings(path=tree), trees=[found],
+        notes=notes, shrink=shrink,
+    )  # fmt: skip
+
+
+class Layout(NamedTuple):
+    tree: Walk
+    classes: list[str]  # none without labels
+    splits: dict[str, trees.Listing]
+    notes: list[str]
+
+
+def layout(folder: Path, tree: str, key: str, labels: bool) -> Layout:
+    """What the names in a tree of images say; no image is opened.
+
+    Args:
+        folder: the prepared dataset's folder; it need not exist.
+        key: the setting that names the tree, for error messages.
+        labels: whether its folders are classes; else every image is a training image.
+
+    Raises:
+        UserError: as in `prepare`, but for unreadable images.
     """
     advice = _advice(key) if labels else f"set {key} to a folder with images"
     path = Path(tree).expanduser()
@@ -69,11 +94,7 @@ def describe(folder: Path, name: str, tree: str, key: str, labels: bool, shrink:
         notes += more
     else:
         splits = {"train": trees.unlabelled(found)}
-    source = SourceSettings(path=tree)
-    return trees.describe(
-        folder, name, classes, splits, origin=str(path.resolve()), source=source, trees=[found], notes=notes,
-        shrink=shrink,
-    )  # fmt: skip
+    return Layout(found, classes, splits, notes)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from aps.registry import DATASETS, DETECTION_DATASETS
 COPY = "prepared.json"  # a copy of the manifest, beside it
 LOCK = ".lock"  # held by the process that prepares the dataset
 COPIES = "shrunk"  # how the names of folders of smaller copies begin, beside the manifest
+UNFINISHED = ".unfinished"  # in such a folder, until a preparation has filled it: no study can read it yet
 SPLITS = {"classification": ("train", "test"), "images": ("train",), "detection": ("train", "val")}  # that a kind needs
 RGB = tuple[float, float, float]
 ROUNDING = 1e-6  # of sums over many pixels

@@ -18,9 +18,9 @@ from typing import IO
 
 from aps.data import fetch
 from aps.data.fingerprint import outdated
-from aps.data.manifest import COPIES, COPY, LOCK, Manifest, earlier_copies
+from aps.data.manifest import COPIES, COPY, LOCK, UNFINISHED, Manifest, earlier_copies
 from aps.errors import UserError
-from aps.files import DISK_ERRORS
+from aps.files import DISK_ERRORS, make_folder
 from aps.layout import data_folder
 from aps.registry import DATASETS, DETECTION_DATASETS, resolve
 from aps.settings.blocks import SourceSettings, UserDataset
@@ -48,8 +48,8 @@ def prepare(name: str, folder: Path, source: SourceSettings | UserDataset, force
             f"dataset '{name}' is unknown; known: {', '.join(known)}; one of your own is named in a study's `datasets` "
             "(--configfile)"
         )
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with _locked(name, folder):
             manifest = None if force else _prepared(name, folder, source)
             if manifest is None:
@@ -105,6 +105,9 @@ def _prepare(name: str, folder: Path, source: SourceSettings | UserDataset) -> M
     shutil.rmtree(folder / fetch.DOWNLOADS, ignore_errors=True)
     print(f"{name}: prepared: {summary(manifest)}", flush=True)
     for copies in earlier_copies(folder):
+        if (copies / UNFINISHED).exists():
+            shutil.rmtree(copies, ignore_errors=True)
+            continue
         print(
             f"{name}: {copies} stays, because a study may be reading these earlier copies; `python -m aps gc STUDY.yaml ...`, "
             "which takes every study that is still needed, lists it",

@@ -29,6 +29,7 @@ from aps.data.images import decode_image, note_on_levels, read_file, read_image,
 from aps.data.load import limited
 from aps.data.manifest import (
     COPIES,
+    UNFINISHED,
     ChannelStatistics,
     Manifest,
     Split,
@@ -178,6 +179,9 @@ def describe(
     every = to_decode is splits
     assert every or shrink is None
     copies = folder / f"{COPIES}-{fingerprint.digest[:8]}"
+    if shrink is not None and not copies.exists():
+        copies.mkdir()
+        (copies / UNFINISHED).touch()
     decoded = {
         split: decode(folder, split, images, shrink, copies / split if shrink is not None else None)
         for split, images in to_decode.items()
@@ -223,6 +227,8 @@ def describe(
         fingerprint=fingerprint,
         notes=tuple(notes),
     )
+    if shrink is not None:
+        (copies / UNFINISHED).unlink(missing_ok=True)
     return with_sizes(manifest, folder)
 
 

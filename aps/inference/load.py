@@ -83,9 +83,10 @@ def _chosen_device(device: str | torch.device | None) -> torch.device:
 
 def _local(path: Path, address: str, device: torch.device) -> Loaded:
     folder, file = (path, None) if path.is_dir() else (path.parent, path)
-    if not path.exists():
+    if not address.strip() or not path.exists():
+        problem = f"{address} does not exist" if address.strip() else "the address of weights is empty"
         raise UserError(
-            f"{address} does not exist; give a stage's folder, a .safetensors file, timm:NAME, runs:/ID or models:/NAME/VERSION"
+            f"{problem}; give a stage's folder, a .safetensors file, timm:NAME, runs:/ID or models:/NAME/VERSION"
         )
     metrics = read_metrics(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
     stage = metrics.get("stage")

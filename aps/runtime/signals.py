@@ -6,18 +6,20 @@ Requests come from Slurm before the time limit (SIGUSR1, see `aps.runtime.launch
 
 SIGUSR1 has no handler. It is blocked, and looked up among the pending signals: its default action kills, and a new
 process (a decoding worker or its server) inherits a blocked signal, but not a handler. SIGTERM and SIGINT keep their
-ordinary meaning until a loop polls for the first time, so that a stage without a loop ends like any program.
+ordinary meaning until a loop polls for the first time, so that a stage without a loop ends like any program. But during
+imports Ctrl-C ends the process itself: C and Rust code that builds classes then, such as pydantic's, drops exceptions.
 
-This module imports no torch, because `listen` has to run before any thread exists.
+This module imports little and no torch, because `listen` has to run before any thread exists, and Ctrl-C before it is a
+traceback of Python's.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 WARNING = signal.SIGUSR1
 PARENT = "APS_PARENT"  # the number of the process that started this one
 PR_SET_PDEATHSIG = 1
+STOPPED = "stopped by the keyboard; the same command goes on from the last checkpoint"
+STOPPED_STATUS = 130
 EXCHANGE_SECONDS = 2.0  # between two exchanges of all processes; Slurm's warning comes minutes before the limit
 
 _received: signal.Signals | None = None
@@ -38,7 +42,7 @@ def listen() -> None:
     """Block SIGUSR1, and undo the shell's trap and the launcher's signal mask; the first call of a stage's process."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {WARNING})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _interrupt)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
@@ -48,6 +52,8 @@ def end_with_parent(number: signal.Signals) -> None:
     A process that torchrun has started has a session of its own, which a kill of the stage's process group does not reach.
     """
     if sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
         if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):  # it had ended before
             os.kill(os.getpid(), number)
@@ -84,6 +90,20 @@ def remember(number: int) -> None:
     """Record a signal that another module received."""
     global _received
     _received = _received or signal.Signals(number)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C before the first poll: KeyboardInterrupt, or the end of the process where that would be lost."""
+    remember(number)  # for the first poll, should the exception be dropped after all
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if package in ("importlib", "pydantic"):
+            with suppress(Exception):  # it may be in the middle of a print, or nobody reads it
+                sys.stdout.flush()
+                print(STOPPED, file=sys.stderr, flush=True)
+            os._exit(STOPPED_STATUS)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _handle(number: int, frame: FrameType | None) -> None:

@@ -24,7 +24,7 @@ from typing import IO
 import psutil
 
 from aps.errors import Preempted, UserError
-from aps.files import read_json, write_json
+from aps.files import make_folder, read_json, write_json
 from aps.runtime import door
 from aps.runtime.signals import received
 
@@ -248,7 +248,7 @@ def may_run(folder: Path) -> bool:
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Hold a lock of the file system; where it has no locks, warn that no second attempt may be started."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     with file.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)

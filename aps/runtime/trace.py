@@ -12,6 +12,8 @@ from types import TracebackType
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from aps.files import make_folder
+
 PASSED, WARM_UP, RECORDED = 2, 1, 2  # batches
 NEEDED = PASSED + WARM_UP + RECORDED
 
@@ -29,7 +31,7 @@ class Trace:
         self.file, self._profile, self._batches = file, None, 0
         if file is None or not writes:
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         plan = schedule(wait=PASSED, warmup=WARM_UP, active=RECORDED, repeat=1)
         self._profile = profile(

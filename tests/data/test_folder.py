@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,26 @@ from aps.data.load import FileSplit, load_split
 from aps.data.manifest import copies_in_train
 from aps.data.prepare import prepare
 from aps.errors import UserError
-from aps.settings.blocks import SourceSettings
+from aps.layout import manifest_path
+from aps.preflight import problems
+from aps.settings.blocks import SourceSettings, UserDataset
+from aps.settings.reading import load_study
 
 
 def run(tmp_path: Path, root: str = "mine", out: str = "folder"):  # type: ignore[no-untyped-def]
     return prepare("folder", tmp_path / out, SourceSettings(path=str(tmp_path / root)))
+
+
+def check(folder: Path, root: str = "mine", **entry: object) -> list[str]:
+    """What `aps check` says of a tree before it is prepared."""
+    stages = {"stages": ["knn"], "encoder": {"image_size": 16, "patch_size": 4, "weights": "random"}}
+    if entry.get("labels") is False:
+        stages = {"stages": ["pretrain"], "encoder": {"image_size": 16, "patch_size": 4}, "pretrain": {"batch_size": 2}}
+    study = {
+        "study": "own", "results": str(folder / "results"), "tracking_uri": "none",
+        "datasets": {"mine": {"folder": str(folder / root), **entry}}, "experiments": {"e": {"dataset": "mine", **stages}},
+    }  # fmt: skip
+    return list(problems(load_study([], study)))
 
 
 @pytest.fixture()
@@ -123,6 +139,8 @@ def test_a_wrong_tree_is_one_sentence(change, message: str, mine: Path, tmp_path
     change(mine)
     with pytest.raises(UserError, match=message):
         run(tmp_path)
+    found = check(tmp_path)
+    assert not found if "cannot be read" in message else [re.search(message, sentence) for sentence in found] != [None]
 
 
 def test_a_wrong_path_is_one_sentence(tmp_path: Path) -> None:
@@ -139,6 +157,9 @@ def test_a_wrong_path_is_one_sentence(tmp_path: Path) -> None:
     tree(tmp_path / "single", ["cat", "dog"], 1)
     with pytest.raises(UserError, match=r"single/cat: one image can't be split"):
         run(tmp_path, "single")
+    (named,), (empty,), (single,) = (check(tmp_path, root) for root in ("file", "empty", "single"))
+    assert named == f"datasets.mine.folder: {tmp_path / 'file'} is not a folder; correct the path"
+    assert "empty: has no class folders" in empty and "single/cat: one image can't be split" in single
 
 
 def test_images_below_a_class_and_of_many_sizes_are_found(tmp_path: Path) -> None:
@@ -198,6 +219,32 @@ def test_layouts_whose_figures_would_mean_nothing_are_refused(layout: list[str],
     with pytest.raises(UserError, match=message):
         run(tmp_path)
     assert not (tmp_path / "folder" / "manifest.json").exists()
+    (sentence,) = check(tmp_path)
+    assert re.search(message, sentence), sentence
+    assert check(tmp_path, trust=True) == check(tmp_path, labels=False) == []
+
+
+def test_check_says_nothing_of_a_tree_that_can_be_prepared_and_opens_no_image(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aps.data.trees.read_file", lambda path: pytest.fail("an image was opened"))
+    assert check(tmp_path) == []
+    (mine / "test" / "dog" / "0.png").write_bytes(b"no image, which only its preparation finds out")
+    assert check(tmp_path) == []
+
+
+def test_check_does_not_list_again_a_tree_that_is_prepared_but_one_that_changed(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = UserDataset(folder=str(mine))
+    prepare("mine", manifest_path(tmp_path / "results", "mine", source).parent, source)
+    with monkeypatch.context() as patch:
+        patch.setattr("aps.data.folder.layout", lambda *given: pytest.fail("it was listed again"))
+        assert check(tmp_path) == []
+    for file in (mine / "test" / "cat").iterdir():
+        file.unlink()
+    (sentence,) = check(tmp_path)
+    assert "test/cat: class folder has no images" in sentence
 
 
 def unlabelled(tmp_path: Path, root: str = "mine"):  # type: ignore[no-untyped-def]
@@ -229,6 +276,8 @@ def test_an_unlabelled_tree_without_images_says_what_is_there(tmp_path: Path) ->
     (tmp_path / "mine" / "a" / "x.heic").touch()
     with pytest.raises(UserError, match=r"mine: holds no images \(passed over: 1 .heic\); name a folder with images"):
         unlabelled(tmp_path)
+    (sentence,) = check(tmp_path, labels=False)
+    assert sentence.endswith("mine: holds no images (passed over: 1 .heic); name a folder with images")
 
 
 def test_what_is_passed_over_is_said_and_counted(
@@ -292,6 +341,7 @@ def test_what_is_wrong_with_a_tree_is_one_sentence_before_an_image_is_read(mine:
     (mine / "test" / "loop").symlink_to(mine)
     with pytest.raises(UserError, match=r"holds a link to a folder that holds it: test/loop; a link that leads nowhere: train/cat/gone.png"):  # fmt: skip
         run(tmp_path)
+    assert len(check(tmp_path)) == 1
 
 
 def test_a_constant_channel_is_named_and_normalized_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

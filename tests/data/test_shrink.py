@@ -217,6 +217,33 @@ def test_an_unreadable_image_is_named_by_its_own_path(photos: Path, tmp_path: Pa
         run(tmp_path)
 
 
+def test_copies_of_a_preparation_that_never_ended_go_with_the_next_and_those_of_one_that_did_stay(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (photos / "a/4.png").read_bytes()
+
+    def fail() -> Path:
+        known = {path.parent for path in tmp_path.glob("mine-*/shrunk-*/train")}
+        (photos / "a/4.png").write_bytes(b"no image")
+        with pytest.raises(UserError, match=r"4\.png: cannot be read"):
+            run(tmp_path)
+        (photos / "a/4.png").unlink()
+        (new,) = {path.parent for path in tmp_path.glob("mine-*/shrunk-*/train")} - known
+        return new
+
+    failed = fail()
+    manifest, folder = run(tmp_path)
+    first = folder / Path(str(manifest.splits["train"].images)).parent
+    assert not failed.exists() and copies(folder) == first and "stays" not in capsys.readouterr().out
+    failed = fail()
+    assert first.exists()
+    (photos / "a/4.png").write_bytes(whole)
+    run(tmp_path)
+    assert not failed.exists() and first.exists()
+    said = capsys.readouterr().out
+    assert f"{first} stays, because a study may be reading" in said and said.count("stays") == 1
+
+
 def test_an_image_too_long_for_a_copy_is_named(photos: Path, tmp_path: Path) -> None:
     (photos / "a/4.png").write_bytes(png(torch.zeros(3, 40, 90_000, dtype=torch.uint8)))
     with pytest.raises(

@@ -188,6 +188,12 @@ def test_what_can_not_be_loaded_is_one_sentence(finished: Path, monkeypatch: pyt
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("address", ["", " ", "\n"])
+def test_an_empty_address_is_called_empty(address: str) -> None:
+    with pytest.raises(UserError, match=r"^the address of weights is empty; give a stage's folder"):
+        load(address)
+
+
 def test_foreign_and_broken_files_are_one_sentence(tmp_path: Path, stages: Path) -> None:
     save_tensors({"weight": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     with pytest.raises(UserError, match="has no encoder settings, so it was not written by this software"):

@@ -9,8 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
+import yaml
+from tiny_study import ROOT, STUDY
 
 # What `python -m aps` does before anything else, then whatever the test adds. `here` waits for the test's next word.
 START = """
@@ -87,6 +90,84 @@ def test_a_stage_that_never_polls_ends_like_any_program(number: signal.Signals, 
     assert heard(stage) == "loading"
     stage.send_signal(number)
     assert stage.wait(10) == -number
+
+
+DROPPED = """
+class Dropping:
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source, handler):
+        drop()
+        return handler(int)
+def drop():
+    try:
+        print("building", flush=True)
+        time.sleep(30)
+    except BaseException:  # as C and Rust code does, which has nowhere to raise it
+        print("dropped", flush=True)
+"""
+BUILDERS = {
+    "an import": "Path('built.py').write_text('import __main__\\n__main__.drop()')\nimport built",
+    "a model": "from pydantic import create_model\ncreate_model('Built', x=(Dropping, 1))",
+}
+
+
+@pytest.mark.parametrize("builder", BUILDERS.values(), ids=BUILDERS)
+def test_ctrl_c_is_heard_where_an_exception_would_be_dropped(
+    builder: str, start: Callable[..., Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(ROOT))))
+    monkeypatch.chdir(tmp_path)
+    stage = start(f"from pathlib import Path\n{DROPPED}\n{builder}\nhere('went on')")
+    assert heard(stage) == "building"
+    stage.send_signal(signal.SIGINT)
+    output, error = stage.communicate(timeout=20)
+    assert (stage.returncode, output) == (130, "")
+    assert error == "stopped by the keyboard; the same command goes on from the last checkpoint\n"
+
+
+def test_a_ctrl_c_that_was_dropped_stops_the_loop_at_its_first_poll(start: Callable[..., Stage]) -> None:
+    stage = start(f"{DROPPED}\ndrop()\nhere(interrupt.stop_requested(ONE))")
+    assert heard(stage) == "building"
+    stage.send_signal(signal.SIGINT)
+    assert (heard(stage), heard(stage)) == ("dropped", "True")
+
+
+def listening(process: subprocess.Popen[str]) -> bool:
+    """Whether a process has called `listen`; Ctrl-C before it is the interpreter's."""
+    blocked = int(Path(f"/proc/{process.pid}/status").read_text().partition("SigBlk:")[2].split()[0], 16)
+    return bool(blocked >> (signal.SIGUSR1 - 1) & 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads signal masks in /proc")
+@pytest.mark.parametrize("moments", [8, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("verb", ["check", "pretrain"])
+def test_ctrl_c_at_any_moment_of_a_start_ends_it(verb: str, moments: int, digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    options = {"check": [], "pretrain": ["--experiment", "aps", "--manifest", str(digits)]}
+    environment = {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "none", "APS_DEVICE": "cpu"}
+
+    def begin(verb: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "aps", verb, "--configfile", "study.yaml", *options[verb]],
+            cwd=tmp_path, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        while process.poll() is None and not listening(process):
+            time.sleep(0.001)
+        return process
+
+    with begin("check") as process:  # its time is that in which any verb reads a study
+        since = time.monotonic()
+        process.communicate()
+        span = 1.2 * (time.monotonic() - since)
+    for moment in range(moments):
+        with begin(verb) as process:
+            time.sleep(span * moment / moments)
+            done = process.poll() is not None
+            process.send_signal(signal.SIGINT)
+            output, error = process.communicate(timeout=30)
+        assert "Traceback" not in error and "Exception ignored" not in error, error
+        finished = verb == "check" and "nothing speaks against it" in output
+        assert done or finished or process.returncode in (130, -signal.SIGINT), (process.returncode, output, error)
 
 
 def test_a_second_ctrl_c_stops_at_once(start: Callable[..., Stage]) -> None:
