@@ -22,6 +22,8 @@ TINY = Arch(192, 12, 3)  # method.md, Model
 SMALL = Arch(384, 12, 6)
 BASE = Arch(768, 12, 12)
 
+WIDEST = 10**6  # matrices have a multiple of its square, whose bytes still have to fit into 64 bits
+
 
 def dimensions(settings: EncoderSettings) -> Arch:
     """Width, depth and heads of an encoder: those of its arch, unless the settings set other values."""
@@ -34,5 +36,7 @@ def check(experiment: ExperimentSettings) -> None:
     dim, _, heads = dimensions(experiment.encoder)
     if dim % heads:
         raise ValueError(f"encoder: width {dim} is not a multiple of {heads} heads; change dim or heads")
+    if dim > WIDEST:
+        raise ValueError(f"encoder.dim {dim} is above {WIDEST:,}; lower it")
     if int(dim * (ratio := experiment.encoder.mlp_ratio)) < 1:  # timm would take the width instead
         raise ValueError(f"encoder.mlp_ratio {ratio:g} of width {dim} leaves the MLP no hidden unit; raise it")

@@ -39,7 +39,6 @@ from aps.settings.base import (
     Side,
     Temperature,
     WeightDecay,
-    Width,
     check_crop,
     check_distinct,
     check_range,
@@ -97,7 +96,7 @@ class EncoderSettings(Section):
     )
     image_size: Side = Field(32, description="S, pixels")
     patch_size: Positive = Field(2, description="P, pixels; divides S")
-    dim: Width | None = Field(None, description="width, instead of the arch's")
+    dim: Positive | None = Field(None, description="width, instead of the arch's; a million at most")
     depth: Positive | None = Field(None, description="blocks, instead of the arch's")
     heads: Positive | None = Field(None, description="attention heads, instead of the arch's; divides the width")
     mlp_ratio: Annotated[float, Field(gt=0, le=100)] = Field(4.0, description="hidden width of the MLP over the width")

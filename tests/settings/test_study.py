@@ -501,6 +501,10 @@ CROSS: dict[str, tuple[dict[str, Any], str]] = {
         }},
         "experiment 'b': encoder.depth differs from that of 'a', whose weights it takes; set them alike",
     ),
+    "too wide": (
+        one(encoder={"dim": 3_000_000, "heads": 3}),
+        "experiment 'e': encoder.dim 3000000 is above 1,000,000; lower it",
+    ),
     "no hidden unit": (
         one(encoder={"dim": 32, "heads": 2, "mlp_ratio": 0.01}),
         "experiment 'e': encoder.mlp_ratio 0.01 of width 32 leaves the MLP no hidden unit; raise it",
