@@ -94,11 +94,11 @@ def encoder_job(study: Study, experiment: str, seed: int) -> tuple[str, int, str
     if source is not None:
         return source, seed, "pretrain"
     file = encoder_file(study, experiment, seed)
-    return _maker(study, file) if file is not None else None
+    return job_of(study, file) if file is not None else None
 
 
-def _maker(study: Study, file: Path) -> tuple[str, int, str] | None:
-    """The run of this study that has `file` among its outputs."""
+def job_of(study: Study, file: Path) -> tuple[str, int, str] | None:
+    """The run (experiment, seed, stage) of this study that has `file` among its outputs; None where none has."""
     inside = os.path.relpath(file, study_folder(study))
     found = re.fullmatch(r"([^/]+)/seed(\d+)/([^/]+)/([^/]+)", inside)
     if found is None:
@@ -107,7 +107,7 @@ def _maker(study: Study, file: Path) -> tuple[str, int, str] | None:
     experiment = study.experiments.get(name)
     if experiment is None or number not in experiment.seeds or stage not in experiment.stages:
         return None
-    return (name, number, stage) if output in STAGES[stage].outputs else None
+    return (name, number, stage) if output in STAGES[stage].files else None
 
 
 def check_encoders(study: Study) -> None:

@@ -34,6 +34,7 @@ from aps.layout import (
     encoder_file,
     encoder_job,
     find_old_layout,
+    job_of,
     manifest_of,
     report_folder,
     stage_folder,
@@ -319,9 +320,25 @@ class Plan:
         """
         jobs = [job for job in self.study.jobs() if job[2] == stage]
         files = [str(self._stage(*job) / "metrics.json") for job in jobs]
-        return files + self._mark(
-            lambda: any(self.findings.finding(*job).stale or self._other_images(*job) for job in jobs)
-        )
+        return files + self._mark(lambda: any(map(self._repeats, jobs)))
+
+    def marks(self, targets: Iterable[str]) -> list[str]:
+        """The mark, if one of these files has to be made again; targets that are rules have it already."""
+        return self._mark(lambda: any(map(self._is_old, map(Path, targets))))
+
+    def _is_old(self, file: Path) -> bool:
+        if (job := job_of(self.study, file)) is not None:
+            return self._repeats(job)
+        if file.name == "manifest.json" and (dataset := self.datasets.get(file.parent.name)) is not None:
+            return self.findings.why_outdated(dataset) is not None
+        return self.report in file.parents and self._report_is_old()
+
+    def _repeats(self, job: tuple[str, int, str]) -> bool:
+        """Whether a run has to be repeated, or one that makes its encoder."""
+        if self.findings.finding(*job).stale or self._other_images(*job):
+            return True
+        maker = encoder_job(self.study, job[0], job[1]) if STAGES[job[2]].encoder else None
+        return maker is not None and self._repeats(maker)
 
     def pages(self) -> list[str]:
         """The report's files, and the mark if they have to be made again."""

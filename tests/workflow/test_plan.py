@@ -119,6 +119,31 @@ def test_a_changed_setting_reruns_what_depends_on_it_and_nothing_else(
     assert plan(finished, **{key: value}) == expected
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_file_as_a_target_is_made_again_like_its_rule(finished: Path, stage: str) -> None:
+    target = f"results/tiny/aps/seed0/{stage}/metrics.json"
+    assert plan(finished, target) == set()
+    own = {f"{JOB_RULES[stage]} aps"}
+    assert plan(finished, target, defaults__pretrain__epochs=3) == {"pretrain_encoder aps"} | own
+    key, value = ("queries", 3) if stage == "embed" else ("precision", "bf16")
+    assert plan(finished, target, **{f"defaults__{stage}__{key}": value}) == own
+
+
+def test_a_missing_evaluation_makes_its_old_encoder_first(tmp_path: Path, finished: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy", symlinks=True)
+    shutil.rmtree(folder / "results/tiny/aps/seed0/knn")
+    both = {"pretrain_encoder aps", "knn_encoder aps"}
+    assert plan(folder, "results/tiny/aps/seed0/knn/metrics.json", defaults__pretrain__epochs=3) == both
+    assert plan(folder, "knn", defaults__pretrain__epochs=3) == both
+
+
+def test_old_images_and_an_old_report_are_made_again_by_their_files(tmp_path: Path, finished: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy", symlinks=True)
+    assert plan(folder, "results/tiny/report/report.html") == set()
+    pretend_prepared(folder / "results/data/digits/manifest.json", "other images")
+    assert "report" in plan(folder, "results/tiny/report/report.html")
+
+
 def test_another_tracking_server_in_the_environment_reruns_no_stage(finished: Path) -> None:
     text = snakemake(finished, "-n", "--configfile", "study.yaml", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert "Nothing to be done" in text
@@ -224,7 +249,7 @@ def test_weights_that_a_run_of_the_study_writes_are_made_first(empty: Path, tmp_
     changed = {"experiments__more": FINETUNED, "experiments__floor__finetune": {"lr": 0.5}}
     assert plan(folder, target, **changed) == {"finetune_encoder floor", "knn_encoder more"}
     shutil.rmtree(folder / "results/tiny/floor/seed0/finetune")
-    assert plan(folder, target, experiments__more=FINETUNED) == {"finetune_encoder floor"}
+    assert plan(folder, target, experiments__more=FINETUNED) == set()  # what was asked for is there and right
     pretend_prepared(folder / "results/data/digits/manifest.json", "other images")
     assert plan(folder, target, experiments__more=FINETUNED) == {"finetune_encoder floor", "knn_encoder more"}
 

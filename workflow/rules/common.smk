@@ -36,7 +36,7 @@ PLAN.open_door()
 os.environ.setdefault("APS_SOURCE", PLAN.repository())
 
 if workflow.is_main_process and not PLAN.is_module:
-    force_by(workflow, PLAN.force)
+    force_by(workflow, PLAN.force, PLAN.marks)
 
 
 # Before the first job. A dry run does not call it, so any machine can plan. Nor does a module: the workflow that
