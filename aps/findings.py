@@ -215,6 +215,10 @@ class Findings:
                     return f"another encoder: {upstream.label} was trained again since"
             elif upstream.stale or metrics["settings"].get("upstream") != settings.upstream:
                 return f"its encoder: {upstream.problem}"
+            elif (made := metrics["encoder"].get("settings_digest")) and made != self.study.stage_settings(
+                *maker
+            ).digest:
+                return f"its encoder: {upstream.label} had other settings"
         elif file is not None and file.exists() and metrics["encoder"]["sha256"] != sha256(file):
             return f"another encoder: {file} has changed since"
         problem = damage(folder, metrics, whole=False)

@@ -21,7 +21,7 @@ import re
 from pathlib import Path
 
 from aps.registry import USER_DATASETS
-from aps.settings.blocks import SourceSettings, UserDataset
+from aps.settings.blocks import SourceSettings, UserDataset, differs
 from aps.settings.study import Study
 from aps.stages import STAGES
 
@@ -111,10 +111,15 @@ def job_of(study: Study, file: Path) -> tuple[str, int, str] | None:
 
 
 def check_encoders(study: Study) -> None:
-    """Raises ValueError where an experiment's encoder is made from its own results."""
+    """Raises ValueError where an experiment's encoder is made from its own results, or is one of another shape."""
     for experiment, settings in study.experiments.items():
         for seed in settings.seeds:
             names, job = [experiment], encoder_job(study, experiment, seed)
+            if job is not None and (key := differs(settings.encoder, study.experiments[job[0]].encoder)) is not None:
+                raise ValueError(
+                    f"experiment '{experiment}': encoder.{key} differs from that of '{job[0]}', whose weights it takes; set them "
+                    "alike"
+                )
             while job is not None and STAGES[job[2]].encoder:
                 names.append(job[0])
                 if job[0] in names[:-1]:

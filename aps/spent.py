@@ -10,10 +10,12 @@ they train (finetuning's held-out images, detection's `evaluate_every`) is their
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from aps.cost import Counts
@@ -22,6 +24,7 @@ from aps.registry import resolve
 from aps.settings.study import StageSettings
 from aps.stages import STAGES
 
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SUMMED, PEAKS = ("seconds", "gpu_hours", "flops"), ("peak_gpu_gb", "peak_memory_gb")
 
 
@@ -85,19 +88,26 @@ def _flops(settings: StageSettings, counts: Counts | None, counted_by_the_run: f
 
 def peaks() -> dict[str, float]:
     """The most memory that this process has used so far, without its decoding workers, and its GPU; gigabytes, by PEAKS."""
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = {"peak_memory_gb": kibibytes * (1 if sys.platform == "darwin" else 1024) / 1e9}
+    found = {"peak_memory_gb": high_water() / 1e9}
     torch = sys.modules.get("torch")  # only if the stage has imported it: importing it takes seconds
     if torch is not None and torch.cuda.is_initialized():  # not where APS_DEVICE=cpu leaves it alone
         found["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return found
 
 
+def high_water() -> int:
+    """The most bytes of memory that this process has had. `ru_maxrss` has those of the process that started it too."""
+    with suppress(OSError):  # no Linux
+        if found := re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Memory:
     """The peaks of this process and its GPU, without those of what is done `aside`.
 
-    A GPU's allocator starts its peak anew when told to. The process's only rises, and what was freed stays in the process for
-    the next step: its rise while something was done aside is taken off from then on.
+    A GPU's allocator starts its peak anew when told to, and so does Linux. Elsewhere the process's only rises, and its rise
+    while something was done aside is taken off from then on.
     """
 
     def __init__(self) -> None:
@@ -115,8 +125,10 @@ class Memory:
         try:
             yield
         finally:
+            with suppress(OSError):  # no Linux, or a container that keeps it closed
+                RESET.write_text("5")  # proc(5): the peak is what the process has now
             after = peaks()
-            self._rise = after["peak_memory_gb"] - self._before["peak_memory_gb"]
+            self._rise = max(0.0, after["peak_memory_gb"] - self._before["peak_memory_gb"])
             if "peak_gpu_gb" in after:
                 sys.modules["torch"].cuda.reset_peak_memory_stats()
 

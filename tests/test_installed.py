@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import shutil
 import subprocess
@@ -19,7 +20,8 @@ from aps.errors import UserError
 from aps.layout import SHARE
 from aps.settings.reading import load_study
 from aps.workflow.folder import STUDIES, lay_out
-from aps.workflow.start import command
+from aps.workflow.plan import _plain
+from aps.workflow.start import command, config_pairs
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,6 +81,15 @@ def test_run_is_snakemake_with_what_is_missing_filled_in(here: Path) -> None:
     for given in (sets[:-1], [*sets[:-1], "--cores", "2"]):
         rest = [text for text in ["-n", *given[5:]]]
         assert command(given) == [*start, *rest, "--config", *merged]
+    texts = {"question": "APS: mine #1", "study": "2024", "description": "1e-3", "plain": "a b", "smile": "\U0001f600"}
+    for key, text in texts.items():  # read twice, by Snakemake and by the plan
+        (pair,) = config_pairs({key: text})
+        assert _plain(yaml.safe_load(pair.partition("=")[2]), "here") == text, pair
+    assert config_pairs({"study": datetime.date(2024, 1, 1)}) == ['study="2024-01-01"']
+    with pytest.raises(UserError, match="the study has no experiment 'apz'"):
+        command(["--set", "experiments.apz.seeds=[0]"])
+    with pytest.raises(UserError, match="--set has no value"):
+        command(["-n", "--set"])
     with pytest.raises(UserError, match="--set knn: write KEY=VALUE"):
         command(sets)
     with pytest.raises(UserError, match="--set and --config lay settings over the study both"):

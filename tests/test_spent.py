@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,13 +83,18 @@ class Machine:
             reset_peak_memory_stats=lambda: setattr(self, "allocated", 0.0),
         )
         monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-        factor = 1 if sys.platform == "darwin" else 1024
-        monkeypatch.setattr(
-            module.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=self.highest * 1e9 / factor)
-        )
+        monkeypatch.setattr(module, "high_water", lambda: self.highest * 1e9)
 
     def work(self, process: float, gpu: float) -> None:
         self.highest, self.allocated = max(self.highest, process), max(self.allocated, gpu)
+
+
+def test_a_peak_is_not_that_of_the_process_that_started_it() -> None:
+    """The system's own record of a new process begins with the memory of the one that starts it."""
+    large = b"x" * 600_000_000
+    code = "from aps.spent import peaks; print(peaks()['peak_memory_gb'])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < float(run.stdout) < 0.3 and len(large) / 1e9 == 0.6
 
 
 def test_what_is_done_aside_is_in_no_peak_of_the_process_or_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +119,23 @@ def test_what_is_done_aside_is_in_no_peak_of_the_process_or_its_gpu(monkeypatch:
         machine.work(2.0, 4.0)
     machine.work(2.8, 3.5)
     assert found() == [1.3, 3.5]
+
+
+def test_where_the_peak_starts_anew_growth_within_what_was_done_aside_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of a reading went back to the system, and training took as much later."""
+    machine, memory = Machine(monkeypatch), Memory()
+
+    def reset(text: str) -> None:
+        assert text == "5"
+        machine.highest = 1.0
+
+    monkeypatch.setattr(module, "RESET", SimpleNamespace(write_text=reset))
+    machine.work(1.0, 0.0)
+    with memory.aside():
+        machine.work(3.0, 0.0)
+    assert memory.peaks()["peak_memory_gb"] == pytest.approx(1.0)
+    machine.work(2.9, 0.0)
+    assert memory.peaks()["peak_memory_gb"] == pytest.approx(2.9)
 
 
 def test_a_run_keeps_the_larger_peak_of_its_attempts_whatever_was_done_aside(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 from pathlib import Path
@@ -73,6 +72,7 @@ def _with_study(text: str, args: argparse.Namespace) -> str:
     if not getattr(args, "configfile", None):
         return text  # the verb reads no study
     from aps.settings.reading import parse_overrides
+    from aps.workflow.start import config_pairs
 
     try:
         overrides = parse_overrides(args.overrides)
@@ -80,7 +80,7 @@ def _with_study(text: str, args: argparse.Namespace) -> str:
         return text
     for_aps = f" {study_options(args)}".rstrip()
     configfile = f" --configfile {shlex.join(args.configfile)}" if args.configfile != [DEFAULT_STUDY] else ""
-    pairs = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in overrides.items()]
+    pairs = [shlex.quote(pair) for pair in config_pairs(overrides)]
     for_snakemake = configfile + (f" --config {' '.join(pairs)}" if pairs else "")
 
     def complete(match: re.Match[str]) -> str:

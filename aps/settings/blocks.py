@@ -136,6 +136,12 @@ class EncoderSettings(Section):
         return self
 
 
+def differs(a: EncoderSettings, b: EncoderSettings) -> str | None:
+    """The first key in which two encoders differ so that one can't have the other's weights; None without one."""
+    shape = ("arch", "dim", "depth", "heads", "patch_size", "qkv_bias", "mlp_ratio")
+    return next((key for key in shape if getattr(a, key) != getattr(b, key)), None)
+
+
 class ViewSettings(Section):
     """Augmentation of one view (method.md, Views)."""
 
@@ -220,6 +226,7 @@ class BudgetSettings(Section):
 class PretrainSettings(Section):
     """Keys of every pretraining method; a method adds more (method.md, Pretraining recipe)."""
 
+    alternatives = ("knn_every", "knn_readings")
     method: str = Field("aps", description="a file of `aps/methods`; its own keys stand in a table below")
     epochs: Positive = Field(1600, description="E")
     budget: BudgetSettings | None = Field(
@@ -258,6 +265,12 @@ class PretrainSettings(Section):
         if value not in METHODS:
             raise ValueError(f"method '{value}' is unknown; {METHODS.unknown(value)}")
         return value
+
+    @model_validator(mode="after")
+    def _check_readings(self) -> PretrainSettings:
+        if self.knn_every and self.knn_readings:
+            raise ValueError("knn_every and knn_readings are both set; give one of them")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_null(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -63,11 +63,6 @@ def check(study: Study, where: str) -> None:
             raise UserError(
                 f"{prefix} seeds {missing} are not among the seeds {list(other.seeds)} of '{source}', whose encoder it takes"
             )
-        shape = ("arch", "dim", "depth", "heads", "patch_size", "qkv_bias", "mlp_ratio")
-        if different := [key for key in shape if getattr(e.encoder, key) != getattr(other.encoder, key)]:
-            raise UserError(
-                f"{prefix} encoder.{different[0]} differs from that of '{source}', whose weights it takes; set them alike"
-            )
     for path in STUDY_CHECKS:
         try:
             resolve(path)(study)

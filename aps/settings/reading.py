@@ -35,9 +35,10 @@ RESERVED_NAMES = (
     "logs",
     "benchmarks",
 )  # folders of results
-# Blocks of stages of which null is a value, as (block, key), and blocks that have one of several keys.
-MAY_BE_NULL = frozenset((name, key) for name, row in STAGES.items() for key in optional_blocks(row.block()))
-ALTERNATIVES = {"budget": BudgetSettings.alternatives, "datasets.NAME": UserDataset.alternatives}
+# Blocks of which null is a value, as (block, key), and blocks that have one of several keys.
+BLOCKS = {**{name: row.block() for name, row in STAGES.items()}, "budget": BudgetSettings, "datasets.NAME": UserDataset}
+MAY_BE_NULL = frozenset((name, key) for name, block in BLOCKS.items() for key in optional_blocks(block))
+ALTERNATIVES = {name: block.alternatives for name, block in BLOCKS.items()}
 SHARED_FOLDERS = ("data", "runs", "mlflow.db", "mlartifacts")  # of all studies, where a study's folder lies too
 
 

@@ -331,7 +331,11 @@ class Plan:
             return self._repeats(job)
         if file.name == "manifest.json" and (dataset := self.datasets.get(file.parent.name)) is not None:
             return self.findings.why_outdated(dataset) is not None
-        return self.report in file.parents and self._report_is_old()
+        return self.report in file.parents and self._report_repeats()
+
+    def _report_repeats(self) -> bool:
+        """Whether the report, or a run that it shows, has to be made again."""
+        return self._report_is_old() or any(map(self._repeats, self.study.jobs()))
 
     def _repeats(self, job: tuple[str, int, str]) -> bool:
         """Whether a run has to be repeated, or one that makes its encoder."""
@@ -343,7 +347,7 @@ class Plan:
     def pages(self) -> list[str]:
         """The report's files, and the mark if they have to be made again."""
         files = [str(report_folder(self.written) / name) for name in ("report.html", "results.csv")]
-        return files + self._mark(self._report_is_old)
+        return files + self._mark(self._report_repeats)
 
     def _mark(self, stale: Callable[[], bool]) -> list[str]:
         """The mark as a target: Snakemake makes a missing intermediate file again only if a target needs it.
@@ -543,7 +547,8 @@ class Plan:
         """Let jobs share what `workflow` may use of this machine, if they run on it."""
         if workflow.resource_settings.nodes is None and not workflow.remote_exec:
             gpus = workflow.global_resources.get("gpu")
-            self.machine = Machine(workflow.resource_settings.cores or 1, gpus.value if gpus is not None else None)
+            # A number in Snakemake 9.12, an object that has one in 9.27
+            self.machine = Machine(workflow.resource_settings.cores or 1, getattr(gpus, "value", gpus))
 
     def threads(self, stage: str) -> Any:
         return simplest(self.study, stage, rule_threads(self.study, stage, self.machine))
@@ -579,7 +584,7 @@ class Plan:
         """Options by which a verb reads the same study. Those of a module have no file, but all settings in `--set`."""
         address = self._overrides.get("tracking_uri")
         overrides = self._overrides | ({"tracking_uri": settled(address)} if isinstance(address, str) else {})
-        pairs = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        pairs = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]
         return shlex.join(["--configfile", *map(str, self._files), *(["--set", *pairs] if pairs else [])])
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from aps.errors import UserError
 from aps.layout import SHARE
@@ -55,13 +56,40 @@ def _with_config(arguments: Sequence[str]) -> list[str]:
         else:
             taking = False
             rest.append(text)
-    if not pairs:
+    if not pairs and len(rest) == len(arguments):
         return rest
+    if not pairs:
+        raise UserError("--set has no value; write --set KEY=VALUE, for example --set defaults.pretrain.epochs=10")
     if _has(rest, "--config", "-C"):
         raise UserError("--set and --config lay settings over the study both; give all of them by one of the two")
-    from aps.settings.reading import parse_overrides
+    from aps.settings.reading import check_names, parse_overrides
 
-    return [*rest, "--config", *(f"{key}={json.dumps(value)}" for key, value in parse_overrides(pairs).items())]
+    check_names(_files(rest) or ([DEFAULT_STUDY] if DEFAULT_STUDY.exists() else []), pairs)
+    return [*rest, "--config", *config_pairs(parse_overrides(pairs))]
+
+
+def config_pairs(overrides: Mapping[str, Any]) -> list[str]:
+    """Settings as arguments of Snakemake's `--config`."""
+    return [
+        f"{key}={json.dumps(_read_again(value), ensure_ascii=False, default=str)}" for key, value in overrides.items()
+    ]
+
+
+def _read_again(value: Any) -> Any:
+    """A value of which reading each text as YAML once more, as `Plan` does for the sake of 1e-3, gives the value."""
+    from aps.settings.reading import read_value
+
+    if isinstance(value, Mapping):
+        return {key: _read_again(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_read_again(inner) for inner in value]
+    if isinstance(value, str):
+        try:
+            same = read_value(value, "") == value
+        except UserError:
+            same = False
+        return value if same else json.dumps(value, ensure_ascii=False)
+    return value
 
 
 def check_given_once(arguments: Sequence[str]) -> None:
@@ -78,13 +106,18 @@ def _check_files(arguments: Sequence[str]) -> None:
     from aps.settings.reading import read_files
 
     check_given_once(arguments)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--configfile", "--configfiles", nargs="*", default=[])
-    for file in parser.parse_known_args(arguments)[0].configfile:
+    for file in _files(arguments):
         if not read_files([file]):
             raise UserError(
                 f"{file}: is empty, so it has no experiments; add an 'experiments:' block, or leave the file out"
             )
+
+
+def _files(arguments: Sequence[str]) -> list[Path]:
+    """The study's files that Snakemake's arguments name."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--configfile", "--configfiles", nargs="*", default=[], type=Path)
+    return list(parser.parse_known_args(arguments)[0].configfile)
 
 
 def _has(arguments: Sequence[str], *options: str) -> bool:

@@ -213,6 +213,7 @@ def test_an_empty_block_changes_nothing(tmp_path: Path) -> None:
 
 
 BUDGET = {"defaults": {"dataset": "digits", "pretrain": {"epochs": 7, "budget": {"flops": 1e12}}}}
+READINGS = {"defaults": {"dataset": "digits", "pretrain": {"epochs": 7, "knn_readings": 5}}}
 ELSEWHERE = {"defaults": {"dataset": "digits", "knn": {"dataset": {"name": "fashion_mnist", "train_limit": 100}}}}
 
 
@@ -224,6 +225,8 @@ ELSEWHERE = {"defaults": {"dataset": "digits", "knn": {"dataset": {"name": "fash
         (BUDGET, "pretrain", {"budget": {"minutes": 3, "flops": None}}, {"budget": {"minutes": 3, "flops": None}}),
         (BUDGET, "pretrain", {"budget": {"flops": 2e12}}, {"budget": {"minutes": None, "flops": 2e12}}),
         (BUDGET, "pretrain", {"budget": {}}, {"budget": {"minutes": None, "flops": 1e12}}),
+        (READINGS, "pretrain", {"knn_every": 2}, {"knn_every": 2, "knn_readings": None}),
+        (READINGS, "pretrain", {"knn_every": 0}, {"knn_every": 0, "knn_readings": None}),
         (ELSEWHERE, "knn", {"dataset": None}, {"dataset": None}),
     ],
     ids=str,
@@ -253,7 +256,8 @@ def test_null_and_another_kind_of_budget_replace_what_lies_under_them(
     write(tmp_path, content)
     got = getattr(load_study(files, parse_overrides(pairs)).experiment(name), block)
     if block == "pretrain":
-        assert got.epochs == 7 and (got.budget and got.budget.model_dump()) == found["budget"]
+        dump = got.model_dump()
+        assert got.epochs == 7 and {key: dump.get(key) for key in found} == found
     else:
         assert got.dataset == found["dataset"]
 
@@ -264,11 +268,15 @@ def test_another_source_of_a_dataset_replaces_the_one_under_it(tmp_path: Path) -
     study = load_study([tmp_path / "a.yaml"], parse_overrides(["datasets.own={arrays: b.npz}"]))
     own = study.datasets["own"]
     assert (own.folder, own.arrays, own.trust) == (None, "b.npz", True)
+    splits = {split: {"images": "c", "annotations": "c.json"} for split in ("train", "val")}
+    write(tmp_path, {"datasets": {"own": {"coco": splits}}, "experiments": {"e": {"dataset": "own"}}}, "b.yaml")
+    study = load_study([tmp_path / "b.yaml"], parse_overrides(["datasets.own={coco: null, folder: a}"]))
+    assert (study.datasets["own"].folder, study.datasets["own"].coco) == ("a", None)
 
 
 def test_blocks_of_which_null_is_a_value_are_those_that_say_so() -> None:
     assert {f"{block}.{key}" for block, key in MAY_BE_NULL} == {
-        "pretrain.budget", *(f"{stage}.dataset" for stage in STAGES if not STAGES[stage].detects and stage != "pretrain"),
+        "pretrain.budget", "datasets.NAME.coco", *(f"{stage}.dataset" for stage in STAGES if not STAGES[stage].detects and stage != "pretrain"),
     }  # fmt: skip
 
 
@@ -508,6 +516,18 @@ CROSS: dict[str, tuple[dict[str, Any], str]] = {
     "no hidden unit": (
         one(encoder={"dim": 32, "heads": 2, "mlp_ratio": 0.01}),
         "experiment 'e': encoder.mlp_ratio 0.01 of width 32 leaves the MLP no hidden unit; raise it",
+    ),
+    "readings of two kinds": (
+        one(pretrain={"knn_every": 1, "knn_readings": 3}),
+        "experiment 'e': pretrain: knn_every and knn_readings are both set; give one of them",
+    ),
+    "made of another shape": (
+        {"experiments": {
+            "a": {"dataset": "digits", "encoder": {"patch_size": 4, "image_size": 16}},
+            "b": {"dataset": "digits", "stages": ["knn"],
+                  "encoder": {"weights": "results/study/a/seed0/pretrain/encoder.safetensors", "patch_size": 8}},
+        }},
+        "experiment 'b': encoder.patch_size differs from that of 'a', whose weights it takes; set them alike",
     ),
     "made of itself": (
         one(stages=["finetune"], encoder={"weights": "results/study/e/seed0/finetune/model.safetensors"}),

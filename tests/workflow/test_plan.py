@@ -6,6 +6,7 @@ test_end_to_end runs the same study for real.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ import yaml
 from tiny_study import STUDY, checkout, pretend_finished, pretend_prepared, put
 
 from aps.errors import UserError
+from aps.seals import seal
 from aps.settings.reading import load_study
 from aps.stages import STAGES
 from aps.workflow.plan import RULE_OF_TARGET as JOB_RULES
@@ -137,6 +139,14 @@ def test_a_missing_evaluation_makes_its_old_encoder_first(tmp_path: Path, finish
     assert plan(folder, "knn", defaults__pretrain__epochs=3) == both
 
 
+def test_a_report_that_is_missing_is_made_of_results_of_this_study(tmp_path: Path, finished: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy", symlinks=True)
+    shutil.rmtree(folder / "results/tiny/report")
+    for target in ("report", "results/tiny/report/report.html"):
+        assert plan(folder, target) == {"report"}
+        assert plan(folder, target, defaults__knn__k=[3]) == {"report", "knn_encoder aps", "knn_encoder floor"}
+
+
 def test_old_images_and_an_old_report_are_made_again_by_their_files(tmp_path: Path, finished: Path) -> None:
     folder = shutil.copytree(finished, tmp_path / "copy", symlinks=True)
     assert plan(folder, "results/tiny/report/report.html") == set()
@@ -250,6 +260,13 @@ def test_weights_that_a_run_of_the_study_writes_are_made_first(empty: Path, tmp_
     assert plan(folder, target, **changed) == {"finetune_encoder floor", "knn_encoder more"}
     shutil.rmtree(folder / "results/tiny/floor/seed0/finetune")
     assert plan(folder, target, experiments__more=FINETUNED) == set()  # what was asked for is there and right
+    metrics = json.loads((folder / target).read_text())  # a real one says what its encoder was made by
+    metrics["encoder"]["settings_digest"] = (
+        load_study([folder / "study.yaml"]).stage_settings("floor", 0, "finetune").digest
+    )
+    (folder / target).write_text(json.dumps(seal(metrics)))
+    assert plan(folder, target, experiments__more=FINETUNED) == set()
+    assert plan(folder, target, **changed) == {"finetune_encoder floor", "knn_encoder more"}
     pretend_prepared(folder / "results/data/digits/manifest.json", "other images")
     assert plan(folder, target, experiments__more=FINETUNED) == {"finetune_encoder floor", "knn_encoder more"}
 
