@@ -323,7 +323,7 @@ class Plan:
         return files + self._mark(lambda: any(map(self._repeats, jobs)))
 
     def marks(self, targets: Iterable[str]) -> list[str]:
-        """The mark, if one of these files has to be made again; targets that are rules have it already."""
+        """The mark, if one of these files, or the report, has to be made again; other targets that are rules have it already."""
         return self._mark(lambda: any(map(self._is_old, map(Path, targets))))
 
     def _is_old(self, file: Path) -> bool:
@@ -331,7 +331,7 @@ class Plan:
             return self._repeats(job)
         if file.name == "manifest.json" and (dataset := self.datasets.get(file.parent.name)) is not None:
             return self.findings.why_outdated(dataset) is not None
-        return self.report in file.parents and self._report_repeats()
+        return (self.report in file.parents or str(file) == "report") and self._report_repeats()
 
     def _report_repeats(self) -> bool:
         """Whether the report, or a run that it shows, has to be made again."""
