@@ -20,6 +20,7 @@ Natural = Annotated[int, Field(ge=0, le=MOST)]
 Width = Annotated[int, Field(gt=0, le=10**6)]  # of a transformer, whose matrices have a multiple of its square
 PositiveFloat = Annotated[float, Field(gt=0, le=HIGHEST)]
 NonNegative = Annotated[float, Field(ge=0, le=HIGHEST)]
+Rate = Annotated[float, Field(gt=0, le=1e30)]  # of learning: training with one far too high says so itself
 WeightDecay = Annotated[float, Field(ge=0, le=10)]  # above, it diverges at learning rates that are not to blame
 Jitter = Annotated[float, Field(ge=0, le=10)]  # of colours, as factors from 1 - it to 1 + it
 Probability = Annotated[float, Field(ge=0, le=1)]

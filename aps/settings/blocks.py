@@ -34,6 +34,7 @@ from aps.settings.base import (
     PositiveFloat,
     Precision,
     Probability,
+    Rate,
     Section,
     Share,
     Side,
@@ -234,7 +235,7 @@ class PretrainSettings(Section):
         description="`{flops: 1e15}` or `{minutes: 30}`: the schedule of `epochs`, stretched or shrunk to so many operations of training, or to so long",
     )
     batch_size: Positive = Field(512, description="B, over all processes")
-    lr: PositiveFloat = Field(1e-3, description="of a batch of 256; the optimizer gets lr B / 256")
+    lr: Rate = Field(1e-3, description="of a batch of 256; the optimizer gets lr B / 256")
     warmup_epochs: Natural = Field(20, description="of the learning rate")
     schedule: Literal["release", "cosine"] = Field(
         "release",
@@ -282,7 +283,7 @@ class FinetuneSettings(Section):
 
     epochs: Positive = Field(100, description="over train")
     batch_size: Positive = Field(128, description="over all processes")
-    lr: PositiveFloat = Field(2e-3, description="of a batch of 512; the optimizer gets lr B / 512")
+    lr: Rate = Field(2e-3, description="of a batch of 512; the optimizer gets lr B / 512")
     min_lr: NonNegative = Field(1e-5, description="where the cosine ends")
     warmup_epochs: Natural = Field(5, description="linear from warmup_lr")
     warmup_lr: NonNegative = Field(1e-6, description="where the warmup starts")
@@ -386,7 +387,7 @@ class DetectionSettings(Section):
     image_size: Side = Field(1024, description="longest side of a test image, side of a training crop, pixels")
     iterations: Positive = Field(184375, description="optimizer steps")
     batch_size: Positive = Field(64, description="over all processes")
-    lr: PositiveFloat = Field(1e-4, description="as given, whatever the batch")
+    lr: Rate = Field(1e-4, description="as given, whatever the batch")
     weight_decay: WeightDecay = Field(0.1, description="none for the encoder's norms and position embeddings")
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         0.7, description="learning rate of a block over that of the next"

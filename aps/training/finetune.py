@@ -80,7 +80,7 @@ class Finetuning:
             train, rows, self.settings, size, classes, self.normalization, seed, distributed, job.workers
         )
         self.tuner = Finetuner(job, classes, self.normalization, distributed)
-        self.rate = ["lr", *above_peak(self.settings)][-1]  # the key of the highest learning rate
+        self.rate = " and finetune.".join(["lr", *above_peak(self.settings)])  # the keys of the highest learning rate
         self.watch = Watch("finetuning", "finetune", distributed, job.manifest, self.normalization, self.rate)
         self.sums = torch.zeros(2, device=distributed.device)  # this epoch's loss and right share, of all processes
         self.loss = math.nan  # the last epoch's

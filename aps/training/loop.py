@@ -171,7 +171,7 @@ def not_finite(loss: float, name: str, block: str, where: str = "", rate: str = 
         name: the training's.
         block: the name of its settings.
         where: the step, and the last finite loss.
-        rate: the key of `block` that sets the highest learning rate.
+        rate: the key of `block` that sets the highest learning rate; more keys with their block.
     """
     more = f" ({where})" if where else ""
     return f"the {name} loss became {loss}; lower {block}.{rate}, or set {block}.precision: fp32{more}"

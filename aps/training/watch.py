@@ -37,7 +37,7 @@ class Watch:
         block: the name of its settings.
         manifest: the file manifest.json of its images.
         normalization: the mean and std of its images, where they are normalized before they come here.
-        rate: the key of `block` that sets the highest learning rate.
+        rate: as in `not_finite`.
     """
 
     def __init__(

@@ -394,8 +394,8 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "above": (one(sampling={"ratio": 1.5}), "sampling.ratio = 1.5: should be less than or equal to 1"),
     "far above": (one(sampling={"gamma": 1e39}), "sampling.gamma = 1e+39: should be less than or equal to 1000"),
     "far above without an end of its own": (
-        one(pretrain={"lr": 1e300}),
-        "pretrain.lr = 1e+300: should be less than or equal to 1000000",
+        one(finetune={"mixup": 1e300}),
+        "finetune.mixup = 1e+300: should be less than or equal to 1000000",
     ),
     "far above in a list": (
         one(views={"color_jitter": [0.4, 1e39, 0, 0]}),

@@ -242,14 +242,14 @@ def test_mistakes_are_one_sentence(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holdout of 0.001 of 100 training images keeps none"):
         small.run(small.job("finetune", digits, tmp_path / "none", holdout=0.001))
     with pytest.raises(UserError, match=r"the finetuning loss became nan; lower finetune.lr"):
-        small.run(small.job("finetune", digits, tmp_path / "nan", lr=1e6, epochs=3))
+        small.run(small.job("finetune", digits, tmp_path / "nan", warmup_lr=1e30, epochs=2))
 
 
 @pytest.mark.parametrize(("key", "more"), [("warmup_lr", {}), ("min_lr", {"warmup_epochs": 0})])
 def test_a_learning_rate_above_the_peak_is_warned_of_and_blamed(
     key: str, more: dict[str, int], digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match=rf"; lower finetune.{key}, or set"):
+    with pytest.raises(UserError, match=rf"; lower finetune.lr and finetune.{key}, or set"):
         small.run(small.job("finetune", digits, tmp_path, epochs=4, **{key: 1e6}, **more))
     assert f"finetune.{key} 1e+06 is above the peak finetune.lr 0.002 x 32/512 = 0.000125" in capsys.readouterr().err
 
