@@ -86,7 +86,7 @@ def test_run_is_snakemake_with_what_is_missing_filled_in(here: Path) -> None:
         (pair,) = config_pairs({key: text})
         assert _plain(yaml.safe_load(pair.partition("=")[2]), "here") == text, pair
     assert config_pairs({"study": datetime.date(2024, 1, 1)}) == ['study="2024-01-01"']
-    with pytest.raises(UserError, match="the study has no experiment 'apz'"):
+    with pytest.raises(UserError, match='the study has no experiment "apz"; did you mean'):
         command(["--set", "experiments.apz.seeds=[0]"])
     with pytest.raises(UserError, match="--set has no value"):
         command(["-n", "--set"])
