@@ -24,7 +24,7 @@ from aps.data.fingerprint import changed, is_there, outdated
 from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.files import read_json, sha256, write_json
-from aps.layout import encoder_file, encoder_job, manifest_of, stage_folder, study_folder
+from aps.layout import encoder_file, maker_of, manifest_of, stage_folder, study_folder
 from aps.registry import USER_DATASETS
 from aps.results import flatten, images_digest
 from aps.seals import contents, damage, read_metrics
@@ -177,7 +177,7 @@ class Findings:
 
     def _other_code(self, metrics: dict[str, Any], experiment: str, seed: int, stage: str) -> tuple[OtherCode, ...]:
         clauses = changed_code(metrics.get("code"), metrics["settings"], self._code_now)
-        maker = encoder_job(self.study, experiment, seed) if STAGES[stage].encoder else None
+        maker = maker_of(self.study, (experiment, seed, stage))
         of_encoder = self.finding(*maker).other_code if maker is not None else ()
         return (*of_encoder, *(OtherCode(experiment, stage, clause) for clause in clauses))
 
@@ -207,17 +207,15 @@ class Findings:
         if self._sources and (change := self._changed_since(settings.dataset_name)) is not None:
             return f"other images: {change}"
         file = encoder_file(self.study, experiment, seed) if STAGES[stage].encoder else None
-        maker = encoder_job(self.study, experiment, seed) if file is not None else None
+        maker = maker_of(self.study, (experiment, seed, stage))
         if file is not None and maker is not None:
-            upstream = self.finding(*maker)
+            upstream, made = self.finding(*maker), metrics["encoder"].get("settings_digest")
             if upstream.metrics is not None:
                 if metrics["encoder"]["sha256"] != upstream.metrics["files"][file.name]["sha256"]:
                     return f"another encoder: {upstream.label} was trained again since"
             elif upstream.stale or metrics["settings"].get("upstream") != settings.upstream:
                 return f"its encoder: {upstream.problem}"
-            elif (made := metrics["encoder"].get("settings_digest")) and made != self.study.stage_settings(
-                *maker
-            ).digest:
+            elif made and made != self.study.stage_settings(*maker).digest:
                 return f"its encoder: {upstream.label} had other settings"
         elif file is not None and file.exists() and metrics["encoder"]["sha256"] != sha256(file):
             return f"another encoder: {file} has changed since"

@@ -97,6 +97,12 @@ def encoder_job(study: Study, experiment: str, seed: int) -> tuple[str, int, str
     return job_of(study, file) if file is not None else None
 
 
+def maker_of(study: Study, job: tuple[str, int, str]) -> tuple[str, int, str] | None:
+    """The run of this study that makes the encoder of a run; None where it needs none, or none of this study makes it."""
+    experiment, seed, stage = job
+    return encoder_job(study, experiment, seed) if STAGES[stage].encoder else None
+
+
 def job_of(study: Study, file: Path) -> tuple[str, int, str] | None:
     """The run (experiment, seed, stage) of this study that has `file` among its outputs; None where none has."""
     inside = os.path.relpath(file, study_folder(study))
@@ -127,7 +133,7 @@ def check_encoders(study: Study) -> None:
                         f"experiment '{experiment}': encoder.weights are made from themselves ({' from '.join(names)}); name "
                         "other weights"
                     )
-                job = encoder_job(study, job[0], job[1])
+                job = maker_of(study, job)
 
 
 def find_old_layout(results: str | Path) -> Path | None:

@@ -43,11 +43,12 @@ PARTS = {
 }  # what a key of `datasets` names
 
 
-def problems(study: Study) -> Iterator[str]:
-    """A sentence for each problem that would stop a job."""
+def problems(study: Study, findings: Findings | None = None) -> Iterator[str]:
+    """A sentence for each problem that would stop a job; with the findings of `hints`, no tree is walked again."""
+    findings = findings or Findings(study)
     yield from _results(study)
     for name in study.dataset_names():
-        yield from _source(study, name)
+        yield from _source(findings, name)
     for experiment, e in study.experiments.items():
         for stage in e.stages:
             yield from _batch(study, experiment, stage)
@@ -66,9 +67,9 @@ def problems(study: Study) -> Iterator[str]:
         yield from _address(address.strip())
 
 
-def hints(study: Study) -> Iterator[str]:
+def hints(study: Study, findings: Findings | None = None) -> Iterator[str]:
     """A sentence for each dataset that has to be prepared first, or again, and each learning rate of an odd course."""
-    findings = Findings(study)
+    findings = findings or Findings(study)
     for name in study.dataset_names():
         if not manifest_of(study, name).exists():
             yield f"dataset '{name}' is not prepared yet: `python -m aps data {name}`"
@@ -93,8 +94,8 @@ def _results(study: Study) -> Iterator[str]:
         yield f"results {study.results}: nothing can be written in {above} ({error.strerror}); set another `results` folder"
 
 
-def _source(study: Study, name: str) -> Iterator[str]:
-    source = study.source(name)
+def _source(findings: Findings, name: str) -> Iterator[str]:
+    source = findings.study.source(name)
     if isinstance(source, SourceSettings):
         key, paths = f"sources.{name}", {"path": source.path} if source.path else {}
         if name in NEED_A_PATH and not paths:
@@ -108,13 +109,13 @@ def _source(study: Study, name: str) -> Iterator[str]:
         elif kind is not None and found.is_dir() != (kind == "folder"):
             yield f"{key}.{part}: {path} is not a {kind}; correct the path"
         elif part == "folder" or name == "folder":
-            yield from _tree(study, name, path, f"{key}.{part}")
+            yield from _tree(findings, name, path, f"{key}.{part}")
 
 
-def _tree(study: Study, name: str, tree: str, key: str) -> Iterator[str]:
+def _tree(findings: Findings, name: str, tree: str, key: str) -> Iterator[str]:
     """What preparation would refuse in a tree of images for its names. One that is prepared was listed then."""
-    source, manifest = study.source(name), manifest_of(study, name)
-    if source.trust or (manifest.exists() and Findings(study).why_outdated(name) is None):
+    source, manifest = findings.study.source(name), manifest_of(findings.study, name)
+    if source.trust or (manifest.exists() and findings.why_outdated(name) is None):
         return
     from aps.data.folder import layout
 

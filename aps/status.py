@@ -21,7 +21,7 @@ from aps.errors import UserError
 from aps.files import read_json, sha256
 from aps.findings import Finding, Findings
 from aps.journal import read_history
-from aps.layout import encoder_file, encoder_job, log_file, manifest_of, run_folder, study_folder
+from aps.layout import encoder_file, encoder_job, log_file, maker_of, manifest_of, run_folder, study_folder
 from aps.progress import clock
 from aps.results import run_key
 from aps.runtime.slurm import ATTEMPT, running_attempt
@@ -98,7 +98,7 @@ def _status(study: Study, findings: Findings, finding: Finding, now: float) -> S
 
 def _with_failed_input(study: Study, status: Status, statuses: dict[Job, Status]) -> Status:
     """The status of a queued run, with a note if the run that makes its encoder failed."""
-    maker = encoder_job(study, status.experiment, status.seed) if STAGES[status.stage].encoder else None
+    maker = maker_of(study, (status.experiment, status.seed, status.stage))
     upstream = statuses.get(maker) if maker is not None else None
     if status.state == QUEUED and not status.note and upstream is not None and upstream.state == FAILED:
         return status._replace(note=f"waits for {upstream.label}, which failed")

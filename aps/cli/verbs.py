@@ -136,6 +136,7 @@ def show_views(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     study = load(args)
+    from aps.findings import Findings
     from aps.preflight import hints, problems
 
     print(
@@ -146,9 +147,12 @@ def check(args: argparse.Namespace) -> None:
         others = {f"{stage}: {e.dataset_of(stage)}" for stage in e.stages if e.dataset_of(stage) != e.dataset.name}
         other_datasets = f" ({', '.join(sorted(others))})" if others else ""
         print(f"  {name:<28} {e.dataset.name:<14} seeds {list(e.seeds)}  {', '.join(e.stages)}{other_datasets}")
-    for hint in hints(study):
+    findings = Findings(study)
+    for hint in hints(study, findings):
         print(runnable(hint, args))
-    sentences = list(dict.fromkeys(problems(study)))  # each once, whatever the number of stages that would meet it
+    sentences = list(
+        dict.fromkeys(problems(study, findings))
+    )  # each once, whatever the number of stages that would meet it
     for problem in sentences[:-1]:
         print(f"error: {runnable(problem, args)}", file=sys.stderr)
     if sentences:

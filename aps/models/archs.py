@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from aps.registry import ARCHS
+from aps.settings.base import WIDEST
 
 if TYPE_CHECKING:
     from aps.settings.blocks import EncoderSettings
@@ -21,8 +22,6 @@ MICRO = Arch(96, 4, 3)  # for two CPU cores; not in the paper
 TINY = Arch(192, 12, 3)  # method.md, Model
 SMALL = Arch(384, 12, 6)
 BASE = Arch(768, 12, 12)
-
-WIDEST = 10**6  # matrices have a multiple of its square, whose bytes still have to fit into 64 bits
 
 
 def dimensions(settings: EncoderSettings) -> Arch:

@@ -9,15 +9,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST = 10**9  # of whatever is counted; more is a slip of the keyboard
-HIGHEST = (
-    1e6  # of whatever is measured and has no end of its own; float32 ends at 3e38, and products of settings reach it
-)
+HIGHEST = 1e6  # of whatever is measured and has no end of its own; products of larger ones reach float32's, 3e38
+WIDEST = 10**6  # of a transformer: its matrices have a multiple of the square, whose bytes have to fit into 64 bits
 Positive = Annotated[int, Field(gt=0, le=MOST)]
 Plural = Annotated[
     int, Field(ge=2, le=MOST)
 ]  # widths of what is normalized and told apart: one number alone says nothing
 Natural = Annotated[int, Field(ge=0, le=MOST)]
-Width = Annotated[int, Field(gt=0, le=10**6)]  # of a transformer, whose matrices have a multiple of its square
+Width = Annotated[int, Field(gt=0, le=WIDEST)]
 PositiveFloat = Annotated[float, Field(gt=0, le=HIGHEST)]
 NonNegative = Annotated[float, Field(ge=0, le=HIGHEST)]
 Rate = Annotated[float, Field(gt=0, le=1e30)]  # of learning: training with one far too high says so itself

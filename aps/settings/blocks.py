@@ -257,8 +257,8 @@ class PretrainSettings(Section):
 
     @property
     def reads(self) -> str:
-        """The key by which kNN is read during the run, as `KEY: VALUE` that switches it off; empty where it is not read."""
-        return "knn_readings: null" if self.knn_readings else "knn_every: 0" if self.knn_every else ""
+        """The key by which kNN is read during the run; empty where it is not read."""
+        return "knn_readings" if self.knn_readings else "knn_every" if self.knn_every else ""
 
     @field_validator("method")
     @classmethod

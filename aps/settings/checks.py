@@ -149,8 +149,9 @@ def _check_limit(e: ExperimentSettings, stage: str, prefix: str) -> None:
         raise UserError(
             f"{prefix} {stage}.batch_size {batch} exceeds {key} {limit}{less}; lower the batch or raise the limit"
         )
-    if stage == "pretrain" and e.pretrain.reads and limit < MONITOR_LEAST:
+    if stage == "pretrain" and (reads := e.pretrain.reads) and limit < MONITOR_LEAST:
+        never = "0" if reads == "knn_every" else "null"
         raise UserError(
-            f"{prefix} {key} {limit} leaves pretrain.{e.pretrain.reads.split(':')[0]} none to hold out; raise it to "
-            f"{MONITOR_LEAST} at least, or set pretrain.{e.pretrain.reads}"
+            f"{prefix} {key} {limit} leaves pretrain.{reads} none to hold out; raise it to {MONITOR_LEAST} at least, or set "
+            f"pretrain.{reads}: {never}"
         )

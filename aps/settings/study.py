@@ -120,9 +120,8 @@ class ExperimentSettings(Blocks):
         if STAGES[stage].detects:
             return f"{stage}.train_limit", self.detection.train_limit
         own = getattr(getattr(self, stage), "dataset", None) is not None
-        return f"{stage}.dataset.train_limit" if own else "dataset.train_limit", self.dataset_settings(
-            stage
-        ).train_limit
+        key = f"{stage}.dataset.train_limit" if own else "dataset.train_limit"
+        return key, self.dataset_settings(stage).train_limit
 
 
 class StudySettings(Section):

@@ -51,9 +51,8 @@ class Pace:
         self.readings = 0.0
         # Processes exchange the time on the CPU, so that no device is waited for
         self._group: Any = dist.new_group(backend="gloo") if distributed.world > 1 and self._minutes else None
-        self._share = self._before = (
-            0.0  # share of the minutes that had passed when the last batch was done, and the one before
-        )
+        # Share of the minutes that had passed when the last batch was done, and the one before
+        self._share = self._before = 0.0
         self._last: torch.cuda.Event | None = None  # the end of the last batch, on the device
         self.step_flops = self._count(settings)
         self.total = self._epochs * batches

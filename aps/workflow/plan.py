@@ -20,7 +20,7 @@ import shlex
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from aps.layout import (
     encoder_job,
     find_old_layout,
     job_of,
+    maker_of,
     manifest_of,
     report_folder,
     stage_folder,
@@ -339,10 +340,14 @@ class Plan:
 
     def _repeats(self, job: tuple[str, int, str]) -> bool:
         """Whether a run has to be repeated, or one that makes its encoder."""
-        if self.findings.finding(*job).stale or self._other_images(*job):
-            return True
-        maker = encoder_job(self.study, job[0], job[1]) if STAGES[job[2]].encoder else None
-        return maker is not None and self._repeats(maker)
+        return any(self.findings.finding(*one).stale for one in self._chain(job)) or self._other_images(*job)
+
+    def _chain(self, job: tuple[str, int, str]) -> Iterator[tuple[str, int, str]]:
+        """A run, the one that makes its encoder, and so on."""
+        one: tuple[str, int, str] | None = job
+        while one is not None:
+            yield one
+            one = maker_of(self.study, one)
 
     def pages(self) -> list[str]:
         """The report's files, and the mark if they have to be made again."""
@@ -467,10 +472,10 @@ class Plan:
 
     def _other_images(self, experiment: str, seed: int, stage: str) -> bool:
         """Whether a dataset of the run or of those that make its encoder is prepared again first, so that the run may change."""
-        if self.findings.why_outdated(self.study.experiments[experiment].dataset_of(stage)) is not None:
-            return True
-        maker = encoder_job(self.study, experiment, seed) if STAGES[stage].encoder else None
-        return maker is not None and self._other_images(*maker)
+        return any(
+            self.findings.why_outdated(self.study.experiments[name].dataset_of(one)) is not None
+            for name, _, one in self._chain((experiment, seed, stage))
+        )
 
     @rule_function
     def data_inputs(self, wildcards: Any) -> dict[str, str]:

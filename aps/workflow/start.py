@@ -1,7 +1,7 @@
 """Makes Snakemake's command line for a study, for `aps run` and `aps.run`.
 
-All arguments go to Snakemake, `--set` as its `--config`. What is missing is added: if the working directory has no Snakefile, the package's
-Snakefile and its profile.
+All arguments go to Snakemake, `--set` as its `--config`. What is missing is added: if the working directory has no
+Snakefile, the package's Snakefile and its profile.
 """
 
 from __future__ import annotations
