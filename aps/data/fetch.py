@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tarfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 from tqdm import tqdm
 
@@ -272,9 +273,22 @@ def parallel(
 
     It uses threads, because reading, writing and decoding images release the interpreter's lock.
     """
+    failed = threading.Event()
+
+    def unless_failed(item: Item) -> Result | None:
+        # An error reaches the loop below only in its turn; the items after it must not wait for that.
+        if failed.is_set():
+            return None
+        try:
+            return function(item)
+        except BaseException:
+            failed.set()
+            raise
+
     items = list(items)
     pool = ThreadPoolExecutor(workers or granted())
     try:
-        return list(tqdm(pool.map(function, items), total=len(items), desc=description, mininterval=1, delay=1))
+        results = pool.map(unless_failed, items)
+        return cast(list[Result], list(tqdm(results, total=len(items), desc=description, mininterval=1, delay=1)))
     finally:
         pool.shutdown(cancel_futures=True)

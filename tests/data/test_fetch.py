@@ -1,6 +1,7 @@
 import io
 import os
 import tarfile
+import time
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -202,6 +203,26 @@ def test_the_first_error_of_a_parallel_job_stops_the_rest() -> None:
     with pytest.raises(UserError, match=r"three"):
         fetch.parallel(work, range(10_000), "work", workers=2)
     assert len(started) < 10_000
+
+
+def test_an_error_stops_the_rest_before_its_turn() -> None:
+    """Item 0 takes long, and errors are raised in order: what comes after the error must not run meanwhile."""
+    started: list[int] = []
+
+    def work(i: int) -> None:
+        started.append(i)
+        if i == 0:
+            until = time.monotonic() + 1
+            while len(started) < 300 and time.monotonic() < until:
+                time.sleep(0.01)
+        elif i == 3:
+            raise UserError("three")
+        else:
+            time.sleep(0.001)
+
+    with pytest.raises(UserError, match=r"three"):
+        fetch.parallel(work, range(10_000), "work", workers=2)
+    assert len(started) < 300
 
 
 def test_damaged_archives_of_every_kind_are_one_sentence(tmp_path: Path) -> None:
