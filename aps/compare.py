@@ -1,7 +1,7 @@
 """What finished runs differ in: settings, data, what made them, cost and scores. `python -m aps compare RUN RUN ...`.
 
 A run is given by its folder, results/STUDY/EXPERIMENT/seedN/STAGE; the runs may be of different studies. The settings
-of an evaluation include those of the pretraining that made its encoder, where that is found. It imports nothing heavy.
+of an evaluation include those of the runs that made its encoder, where they are found. It imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from aps.errors import UserError
 from aps.report.differences import NOT_COMPARED, shown
 from aps.report.table import machine
 from aps.results import flatten
-from aps.seals import damage, read_metrics
+from aps.seals import damage, makers_of_run, read_metrics
 from aps.text import shorten, table_lines
 from aps.tracking.describing import inherit
-from aps.tracking.syncing import pretraining_of
 
 ABSENT = "-"
 LONGEST_VALUE = 40  # letters
@@ -71,8 +70,7 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 def _settings(run: dict[str, Any], folder: Path) -> dict[str, str]:
     tree = {key: value for key, value in run["settings"].items() if key not in (*NOT_COMPARED, "stage")}
-    pretraining = pretraining_of(run, folder)
-    tree = inherit(tree, pretraining["settings"] if pretraining is not None else None)
+    tree = inherit(tree, *(made["settings"] for made in makers_of_run(run, folder)))
     return {
         "stage": run["stage"],
         "seed": str(run["seed"]),

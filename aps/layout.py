@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from aps.registry import USER_DATASETS
@@ -101,6 +102,14 @@ def maker_of(study: Study, job: tuple[str, int, str]) -> tuple[str, int, str] | 
     """The run of this study that makes the encoder of a run; None where it needs none, or none of this study makes it."""
     experiment, seed, stage = job
     return encoder_job(study, experiment, seed) if STAGES[stage].encoder else None
+
+
+def makers_of(study: Study, job: tuple[str, int, str]) -> Iterator[tuple[str, int, str]]:
+    """The runs of this study that make the encoder of a run, nearest first: a finetuning, say, then a pretraining."""
+    maker = maker_of(study, job)
+    while maker is not None:
+        yield maker
+        maker = maker_of(study, maker)
 
 
 def job_of(study: Study, file: Path) -> tuple[str, int, str] | None:

@@ -39,7 +39,7 @@ from aps.layout import folder_of_runs, run_folder
 from aps.registry import resolve
 from aps.runtime.ranks import ranks
 from aps.runtime.slurm import MARKS, hold, job_id
-from aps.seals import contents, damage, read_metrics, seal
+from aps.seals import contents, damage, makers_of_run, read_metrics, seal
 from aps.settings.study import StageSettings
 from aps.spent import PEAKS, Memory, larger, spent
 from aps.stages import STAGES
@@ -202,7 +202,8 @@ def _track(job: StageJob, finished: Path, metrics: dict[str, Any], restored: boo
 def about_run(job: StageJob, metrics: dict[str, Any], upstream: dict[str, Any]) -> About:
     """What MLflow is told about a run. `upstream` is metrics.json of the run that made its encoder, or empty."""
     name = results_name(folder_of_runs(job.checkpoints)) if settled(job.tracking) != OFF else None
-    return describe(metrics, job.study, upstream or None, job.description, read_json(job.manifest), name)
+    before = makers_of_run(upstream, job.encoder.parent) if job.encoder is not None else []
+    return describe(metrics, job.study, upstream or None, job.description, read_json(job.manifest), name, before)
 
 
 @dataclass

@@ -36,6 +36,29 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return metrics
 
 
+def found_metrics(folder: Path) -> dict[str, Any]:
+    """metrics.json of a finished run; empty if there is none or it is damaged, which the report tells."""
+    try:
+        return read_metrics(folder / "metrics.json")
+    except UserError:
+        return {}
+
+
+def makers_of_run(metrics: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """metrics.json of the runs that made a run's encoder, nearest first: of a finetuning, say, then of the pretraining before it.
+
+    It ends where one is gone or has another encoder now. metrics: of the run; folder: where it lies.
+    """
+    encoder = metrics.get("encoder") or {}
+    source = Path(encoder.get("source") or "")
+    candidates = (source.parent, folder.parent / "pretrain")  # results may have been moved
+    for candidate in candidates if encoder.get("sha256") else ():
+        made = found_metrics(candidate)
+        if made and made["files"].get(source.name, {}).get("sha256") == encoder["sha256"]:
+            return [made, *makers_of_run(made, candidate)]
+    return []
+
+
 def check_no_stage(folder: Path) -> None:
     """Raises UserError where a stage's result lies in `folder`, in which nothing else is to be written."""
     try:

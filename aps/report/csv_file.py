@@ -1,7 +1,7 @@
 """Makes results.csv: one row for each run, with its scores, its cost and every setting that it depends on.
 
 Columns of settings have names as in a study's file (`sampling.gamma`). The row of an evaluation also has the settings
-of the pretraining that made its encoder, so one table shows which setting gave which score.
+of the runs that made its encoder, so one table shows which setting gave which score.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import csv
 import io
 from typing import Any
 
+from aps.layout import makers_of
 from aps.report.differences import NOT_COMPARED, shown
 from aps.report.table import Run, Table, machine
 from aps.results import flatten
@@ -35,12 +36,12 @@ def content(table: Table) -> str:
 
 
 def settings_columns(table: Table, run: Run) -> dict[str, str]:
-    """The settings of a run, by their names in a study's file."""
+    """The settings of a run and of those that made its encoder, by their names in a study's file."""
     tree = {key: value for key, value in run["settings"].items() if key not in NOT_COMPARED}
-    source = table.study.pretrain_source(run["experiment"]) if run["stage"] != "pretrain" else None
-    pretraining = table.findings.get((source, run["seed"], "pretrain")) if source is not None else None
-    if pretraining is not None and pretraining.metrics is not None:
-        tree = inherit(tree, pretraining.metrics["settings"])
+    makers = [table.findings.get(job) for job in makers_of(table.study, (run["experiment"], run["seed"], run["stage"]))]
+    tree = inherit(
+        tree, *(made.metrics["settings"] for made in makers if made is not None and made.metrics is not None)
+    )
     return {key: shown(value) for key, value in flatten(tree).items()}
 
 

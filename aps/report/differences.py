@@ -1,7 +1,6 @@
 """Finds the settings in which a study's experiments differ, and those that are swept.
 
-Only settings count that a finished stage reads. An evaluation also has the settings of the pretraining that made its
-encoder.
+Only settings count that a finished stage reads. An evaluation also has the settings of the runs that made its encoder.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import json
 from collections import defaultdict
 from typing import Any, NamedTuple
 
+from aps.layout import makers_of
 from aps.report.table import Table
 from aps.results import flatten
 from aps.settings.blocks import SamplingSettings
@@ -36,13 +36,13 @@ class Sweep(NamedTuple):
 
 
 def settings_of(table: Table, name: str) -> dict[str, Any]:
-    """Settings of an experiment as `a.b` keys: of its finished stages, and of the pretraining that it starts from."""
+    """Settings of an experiment as `a.b` keys: of its finished stages, and of those of other experiments that make its encoder."""
     study, flat = table.study, dict[str, Any]()
-    source = study.pretrain_source(name)
-    stages = [(source, "pretrain")] if source not in (None, name) else []
-    stages += [(name, stage) for stage in study.experiments[name].stages]
-    for owner, stage in stages:
-        assert owner is not None
+    own = [(name, stage) for stage in study.experiments[name].stages]
+    # Every stage has the same encoder, and every seed one of the same settings.
+    makers = [makers_of(study, (name, study.experiments[name].seeds[0], stage)) for _, stage in own]
+    longest = max(map(list, makers), key=len)
+    for owner, stage in [(owner, stage) for owner, _, stage in reversed(longest) if owner != name] + own:
         experiment = study.experiments[owner]
         ran = [
             s

@@ -8,6 +8,7 @@ Letters: n test images, k of them right.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections import defaultdict
@@ -20,8 +21,9 @@ from aps.data.manifest import copies_in_train
 from aps.errors import UserError
 from aps.files import read_json
 from aps.findings import NOT_RUN, Finding
-from aps.layout import encoder_file, manifest_of
+from aps.layout import encoder_file, encoder_job, maker_of, manifest_of
 from aps.results import upstream_of
+from aps.seals import makers_of_run
 from aps.settings.study import ExperimentSettings, Study
 from aps.stages import STAGES
 from aps.text import listed
@@ -270,11 +272,9 @@ class Table:
         costs = []
         for seed in experiment.seeds:
             runs = [self.findings[name, seed, own].metrics for own in stages if own != "pretrain"]
-            pretraining = self._pretraining(name, seed)
-            unfinished = pretraining is None and self.study.pretrain_source(name) is not None
-            finished = [run for run in runs if run is not None]
-            if len(finished) == len(runs) and not unfinished:
-                costs.append(_seed_cost(finished, pretraining))
+            finished, makers = [run for run in runs if run is not None], self._makers(name, seed)
+            if len(finished) == len(runs) and makers is not None:
+                costs.append(_seed_cost(finished, makers))
         if not costs:
             return None
         flops = [flops for _, flops in costs if flops is not None]
@@ -283,16 +283,22 @@ class Table:
             Sample(tuple(flops)) if len(flops) == len(costs) else None,
         )
 
-    def _pretraining(self, name: str, seed: int) -> Run | None:
-        """The run that made the encoder, of this study or beside the encoder's file; None if there is none."""
-        source = self.study.pretrain_source(name)
-        if source is not None:
-            finding = self.findings.get((source, seed, "pretrain"))
-            return finding.metrics if finding is not None else None
-        try:
-            return upstream_of(encoder_file(self.study, name, seed)) or None
-        except (UserError, OSError):
-            return None
+    def _makers(self, name: str, seed: int) -> list[Run] | None:
+        """The runs that made the encoder, nearest first, of this study or beside a file from elsewhere; None: one is unfinished."""
+        maker, makers = encoder_job(self.study, name, seed), list[Run]()
+        while maker is not None:
+            finding = self.findings.get(maker)
+            if finding is None or finding.metrics is None:
+                return None
+            makers.append(finding.metrics)
+            if not STAGES[maker[2]].encoder:
+                return makers
+            name, seed, maker = *maker[:2], maker_of(self.study, maker)
+        file = encoder_file(self.study, name, seed)
+        with contextlib.suppress(UserError, OSError):
+            if file is not None and (elsewhere := upstream_of(file)):
+                makers += [elsewhere, *makers_of_run(elsewhere, file.parent)]
+        return makers
 
     # -- comparisons -----------------------------------------------------------------------------
 
@@ -414,20 +420,21 @@ def machine(run: Run) -> str:
     return f"{hardware.get('gpu') or hardware['cpu']}, {count} process{'es' * (count > 1)}"
 
 
-def _seed_cost(evaluations: Sequence[Run], pretraining: Run | None) -> tuple[float, float | None]:
+def _seed_cost(evaluations: Sequence[Run], makers: Sequence[Run]) -> tuple[float, float | None]:
     """Seconds and operations of one seed; operations are None where they are unknown.
 
     Seconds are each run's own, because a pretraining that was run again may have taken longer than the one that an
-    evaluation's cost includes; kNN readings are no part of them. Operations follow from settings, so those of the pretraining are taken off again.
+    evaluation's cost includes; kNN readings are no part of them. Operations follow from settings, so those of the run that
+    made the encoder, which include those before it, are taken off again.
     """
-    runs = [*evaluations, *([pretraining] if pretraining is not None else [])]
+    runs = [*evaluations, *makers]
     seconds = sum(float(run["wall_seconds"] or 0.0) - run["metrics"].get("reading_seconds", 0.0) for run in runs)
-    included = _flops(pretraining) if pretraining is not None else 0.0
+    included = _flops(makers[0]) if makers else 0.0
     total = included
     for run in evaluations:
         flops = _flops(run)
-        # Without the pretraining that this run's operations include, they can't be told apart.
-        lost = pretraining is None and (run.get("encoder") or {}).get("settings_digest") is not None
+        # Without the run that made the encoder, whose operations this run's include, they can't be told apart.
+        lost = not makers and (run.get("encoder") or {}).get("settings_digest") is not None
         if total is None or included is None or flops is None or lost:
             return seconds, None
         total += flops - included

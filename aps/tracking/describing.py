@@ -17,7 +17,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -34,7 +34,7 @@ RESULTS = "results_folder"  # the tag with the name of the results folder: two p
 SUPERSEDED = " (superseded)"  # behind the tag `stage` of a run whose results were replaced
 SUPERSEDED_BY = "superseded_by"  # the tag with the id of the run in its place
 EPOCH = "epoch"
-INHERITED = ("pretrain", "sampling", "views")  # blocks of the pretraining's settings that an evaluation also has
+INHERITED = ("finetune", "pretrain", "sampling", "views")  # blocks of those who made its encoder that a run also has
 LONGEST_TAG, LONGEST_PARAM = 5000, 6000  # letters that MLflow takes
 LONGEST_DIGEST = 36
 
@@ -99,6 +99,7 @@ def describe(
     description: str = "",
     manifest: Mapping[str, Any] | None = None,
     results: str | None = None,
+    before: Sequence[Mapping[str, Any]] = (),
 ) -> About:
     """The description of a run.
 
@@ -106,10 +107,11 @@ def describe(
         metrics: the content of metrics.json, or the entries that are known when the stage starts: stage, experiment,
             seed, settings, settings_digest, started, dataset, encoder, commit, hardware.
         study: MLflow's experiment.
-        pretraining: metrics.json of the pretraining that made its encoder.
+        pretraining: metrics.json of the run that made its encoder, a pretraining mostly.
         description: description of the experiment.
         manifest: content of its dataset's manifest.
         results: name of the results folder (`aps.tracking.state.results_name`).
+        before: metrics.json of the runs that made that one's encoder, nearest first.
     """
     stage, experiment, seed = str(metrics["stage"]), str(metrics["experiment"]), metrics["seed"]
     name = f"{experiment}/seed{seed}/{stage}"
@@ -119,7 +121,7 @@ def describe(
         stage=stage,
         key=_digest(study, name, metrics["settings_digest"], metrics["started"]),
         started=_milliseconds(metrics["started"]),
-        params=parameters(metrics["settings"], pretraining["settings"] if pretraining else None),
+        params=parameters(metrics["settings"], *(made["settings"] for made in (pretraining, *before) if made)),
         tags=_tags(metrics, pretraining) | ({RESULTS: results} if results else {}),
         note=description,
         datasets=[_dataset(metrics, manifest or {})] if metrics.get("dataset") else [],
@@ -138,27 +140,37 @@ def renewed(sent: About, now: About) -> About:
     return sent.model_copy(update={"params": now.params | sent.params, "tags": tags, "note": now.note})
 
 
-def inherit(settings: Mapping[str, Any], pretraining: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A run's settings, with those blocks of its pretraining's settings that the run does not have."""
-    blocks = pretraining or {}
-    return {**settings, **{name: blocks[name] for name in INHERITED if name in blocks and name not in settings}}
+def inherit(settings: Mapping[str, Any], *makers: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A run's settings, with those blocks of its makers' settings that the run does not have.
+
+    makers: settings of the runs that made its encoder, nearest first: of a finetuning, say, and of the pretraining before
+    it. Another dataset than the run's stands in the maker's own block, as `pretrain.dataset`.
+    """
+    tree = dict(settings)
+    for maker in filter(None, makers):
+        blocks = {name: maker[name] for name in INHERITED if name in maker and name not in tree}
+        stage = maker.get("stage")
+        if stage in blocks and maker.get("dataset") != settings.get("dataset"):
+            blocks[stage] = {**blocks[stage], "dataset": maker.get("dataset")}
+        tree |= blocks
+    return tree
 
 
-def parameters(settings: Mapping[str, Any], pretraining: Mapping[str, Any] | None) -> dict[str, str]:
-    """The settings of a run and of its pretraining as MLflow's parameters, named `block.key`; also `method`.
+def parameters(settings: Mapping[str, Any], *makers: Mapping[str, Any] | None) -> dict[str, str]:
+    """The settings of a run and of its makers as MLflow's parameters, named `block.key`; also `method`.
 
     Args:
         settings: of the run.
-        pretraining: settings of the pretraining that made its encoder.
+        makers: settings of the runs that made its encoder, nearest first.
     """
     stage = settings["stage"]
-    tree = inherit({key: value for key, value in settings.items() if key not in ("stage", "upstream")}, pretraining)
+    tree = inherit({key: value for key, value in settings.items() if key not in ("stage", "upstream")}, *makers)
     if isinstance(tree.get("sampling"), Mapping):
         unread = SamplingSettings.unread(tree["sampling"].get("strategy", ""))
         tree["sampling"] = {key: value for key, value in tree["sampling"].items() if key not in unread}
     flat = {key: value for key, value in _flat(tree) if value is not None}
-    if pretraining and pretraining.get("dataset") != settings.get("dataset") and pretraining.get("dataset"):
-        flat["pretrain.dataset"] = pretraining["dataset"]["name"]
+    # `pretrain.dataset` is the name; what else differs has names of its own.
+    flat = {re.sub(r"(?<=.\.)dataset\.name$", "dataset", key): value for key, value in flat.items()}
     if "pretrain.method" in flat:
         flat["method"] = flat["pretrain.method"]
     elif stage != "pretrain" and "encoder.weights" in flat:

@@ -17,8 +17,8 @@ from typing import Any
 
 from aps.errors import UserError
 from aps.files import read_json, write_json
-from aps.layout import manifest_of, stage_folder, study_folder
-from aps.seals import read_metrics, seal
+from aps.layout import makers_of, manifest_of, stage_folder, study_folder
+from aps.seals import found_metrics, makers_of_run, seal
 from aps.settings.study import Study
 from aps.text import listed, number_of
 from aps.tracking.addresses import OFF, settled
@@ -51,18 +51,20 @@ def sync(study: Study, address: str) -> Synced:
     """
     address, synced = settled(address), Synced()
     held = cache(lambda experiment: _held(study, address, experiment))
-    pretraining_first = sorted(study.jobs(), key=lambda job: job[2] != "pretrain")
-    for experiment, seed, stage in pretraining_first if address != OFF else ():
+    makers_first = sorted(study.jobs(), key=lambda job: len(list(makers_of(study, job))))
+    for experiment, seed, stage in makers_first if address != OFF else ():
         folder = stage_folder(study_folder(study), experiment, seed, stage)
-        if metrics := _metrics(folder):
+        if metrics := found_metrics(folder):
             description = study.experiments[experiment].description
+            makers = makers_of_run(metrics, folder)
             about = describe(
                 metrics,
                 study.study,
-                pretraining_of(metrics, folder),
+                makers[0] if makers else None,
                 description,
                 _manifest(study, metrics),
                 results_name(study.results),
+                makers[1:],
             )
             _sync_run(about, address, folder, metrics, synced, held)
     if synced.deleted:
@@ -83,14 +85,6 @@ def _held(study: Study, address: str, experiment: str) -> dict[str, Any]:
     server = Server(address)
     server.experiment(study.study, make=False)  # one that was deleted is restored, and its runs with it
     return {run.info.run_id: run for run in server.runs(experiment, deleted=True)}
-
-
-def _metrics(folder: Path) -> dict[str, Any]:
-    """metrics.json of a finished run; empty if there is none or it is damaged, which the report tells."""
-    try:
-        return read_metrics(folder / "metrics.json")
-    except UserError:
-        return {}
 
 
 def _sync_run(
@@ -145,18 +139,6 @@ def _sync_run(
     entries = {"mlflow_run_id": state.run_id, "mlflow_complete": state.complete}
     if entries.items() - {key: metrics.get(key) for key in entries}.items():
         write_json(folder / "metrics.json", seal(metrics | entries))
-
-
-def pretraining_of(metrics: dict[str, Any], folder: Path) -> dict[str, Any] | None:
-    """metrics.json of the pretraining that made a run's encoder; None if it is gone or has another encoder now."""
-    encoder = metrics.get("encoder") or {}
-    source = Path(encoder.get("source") or "")
-    candidates = (source.parent, folder.parent / "pretrain")  # results may have been moved
-    for candidate in candidates if encoder.get("sha256") else ():
-        metrics_there = _metrics(candidate)
-        if metrics_there and metrics_there["files"].get(source.name, {}).get("sha256") == encoder["sha256"]:
-            return metrics_there
-    return None
 
 
 def _manifest(study: Study, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aps.layout import makers_of
 from aps.settings.study import ExperimentSettings, Study
 from aps.stages import ROWS, Stage
 from aps.tracking.addresses import page
@@ -145,10 +146,9 @@ def study_parameters(study: Study, stage: str) -> dict[str, dict[str, str]]:
     for name, experiment in study.experiments.items():
         if stage not in experiment.stages:
             continue
-        source = study.pretrain_source(name) if stage != "pretrain" else None
-        seed = experiment.seeds[0]
-        pretraining = study.stage_settings(source, seed, "pretrain").relevant() if source else None
-        result[name] = parameters(study.stage_settings(name, seed, stage).relevant(), pretraining)
+        job = (name, experiment.seeds[0], stage)
+        makers = (study.stage_settings(*made).relevant() for made in makers_of(study, job))
+        result[name] = parameters(study.stage_settings(*job).relevant(), *makers)
     return result
 
 

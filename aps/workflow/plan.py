@@ -20,7 +20,7 @@ import shlex
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from aps.layout import (
     encoder_job,
     find_old_layout,
     job_of,
-    maker_of,
+    makers_of,
     manifest_of,
     report_folder,
     stage_folder,
@@ -340,14 +340,8 @@ class Plan:
 
     def _repeats(self, job: tuple[str, int, str]) -> bool:
         """Whether a run has to be repeated, or one that makes its encoder."""
-        return any(self.findings.finding(*one).stale for one in self._chain(job)) or self._other_images(*job)
-
-    def _chain(self, job: tuple[str, int, str]) -> Iterator[tuple[str, int, str]]:
-        """A run, the one that makes its encoder, and so on."""
-        one: tuple[str, int, str] | None = job
-        while one is not None:
-            yield one
-            one = maker_of(self.study, one)
+        chain = (job, *makers_of(self.study, job))
+        return any(self.findings.finding(*one).stale for one in chain) or self._other_images(*job)
 
     def pages(self) -> list[str]:
         """The report's files, and the mark if they have to be made again."""
@@ -474,7 +468,7 @@ class Plan:
         """Whether a dataset of the run or of those that make its encoder is prepared again first, so that the run may change."""
         return any(
             self.findings.why_outdated(self.study.experiments[name].dataset_of(one)) is not None
-            for name, _, one in self._chain((experiment, seed, stage))
+            for name, _, one in ((experiment, seed, stage), *makers_of(self.study, (experiment, seed, stage)))
         )
 
     @rule_function

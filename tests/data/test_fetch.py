@@ -1,8 +1,8 @@
 import io
 import os
 import tarfile
-import time
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

@@ -15,14 +15,16 @@ from scipy.stats import binomtest
 
 from aps.data.manifest import copies_in_train, note_on_copies
 from aps.files import sha256
-from aps.layout import manifest_path
+from aps.layout import manifest_path, stage_folder, study_folder
 from aps.report import csv_file
+from aps.report.differences import settings_of
 from aps.report.figures import all_figures
 from aps.report.page import is_intact, write_report
 from aps.report.table import wilson
 from aps.report.terminal import terminal
 from aps.settings.reading import load_study
 from aps.settings.study import Study
+from aps.tracking.views import study_parameters
 
 
 def test_a_cell_is_the_mean_and_the_sample_standard_deviation_over_seeds(study: Study) -> None:
@@ -313,6 +315,40 @@ def test_the_pretraining_of_an_encoder_from_elsewhere_is_counted_once_or_its_ope
     spent = table(study).spent("borrowed")
     assert spent is not None
     assert (spent.seconds.mean, spent.flops and spent.flops.mean) == ((155.0, 3.5e12) if kept else (55.0, None))
+
+
+def test_an_encoder_of_two_runs_has_the_cost_and_the_settings_of_both(study: Study, tmp_path: Path) -> None:
+    model = stage_folder(study_folder(study), "labels", 0, "finetune") / "model.safetensors"
+    labels = {"inherits": "aps", "seeds": [0], "stages": ["finetune"], "encoder": {"weights": "experiment:aps"}}
+    after = {"inherits": "aps", "seeds": [0], "stages": ["knn"], "encoder": {"weights": str(model)}}
+    study = load_study(
+        [tmp_path / "study.yaml"],
+        {"experiments": {"aps": {"seeds": [0]}, "labels": labels | {"finetune": {"epochs": 9}}, "after": after}},
+    )
+    made = finish(study, "aps", 0, "pretrain", cost={"seconds": 100.0, "flops": 1e12})
+    origin = {"sha256": sha256(made / "encoder.safetensors"), "settings_digest": "of the pretraining"}
+    cost = {"seconds": 120.0, "flops": 3e12}
+    folder = finish(study, "labels", 0, "finetune", cost=cost, wall_seconds=20.0, encoder=origin)
+    assert folder == model.parent
+    origin = {"sha256": sha256(model), "settings_digest": "of the finetuning"}
+    finish(
+        study,
+        "after",
+        0,
+        "knn",
+        cost={"seconds": 125.0, "flops": 3.5e12},
+        wall_seconds=5.0,
+        encoder=origin,
+        top1_k20=1.0,
+    )
+    found = table(study)
+    spent = found.spent("after")
+    assert spent is not None and spent.flops is not None
+    assert (spent.seconds.mean, spent.flops.mean) == (125.0, 3.5e12)
+    row = next(r for r in csv.DictReader(io.StringIO(csv_file.content(found))) if r["experiment"] == "after")
+    shown, sent = settings_of(found, "after"), study_parameters(study, "knn")["after"]
+    assert (row["finetune.epochs"], shown["finetune.epochs"], sent["finetune.epochs"]) == ("9", 9, "9")
+    assert row["pretrain.epochs"] == sent["pretrain.epochs"] == str(shown["pretrain.epochs"])
 
 
 def test_where_operations_are_unknown_there_are_none_and_the_seconds_stay(study: Study) -> None:

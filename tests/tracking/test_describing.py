@@ -81,6 +81,21 @@ def test_a_pretraining_on_other_images_says_so() -> None:
     assert "pretrain.dataset" not in parameters(own, made | {"dataset": {"name": "cifar10"}})
 
 
+def test_a_run_has_the_settings_of_all_that_made_its_encoder() -> None:
+    own = {"stage": "knn", "experiment": "e", "seed": 0, "dataset": {"name": "cifar10"}, "knn": {"k": [1]}}
+    tuned = {"stage": "finetune", "dataset": {"name": "cifar10", "train_limit": 500}, "finetune": {"epochs": 9}}
+    made = {"stage": "pretrain", "dataset": {"name": "pool"}, "pretrain": {"method": "mae"}, "finetune": {"epochs": 1}}
+    found = parameters(own, tuned, made)
+    assert {key: found[key] for key in found if "epochs" in key or "pretrain" in key or "dataset" in key} == {
+        "dataset.name": "cifar10",
+        "finetune.epochs": "9",
+        "finetune.dataset": "cifar10",
+        "finetune.dataset.train_limit": "500",
+        "pretrain.method": "mae",
+        "pretrain.dataset": "pool",
+    }
+
+
 def test_links_lead_from_an_evaluation_to_its_pretraining_and_back() -> None:
     pretrain = record({"stage": "pretrain", "experiment": "e", "seed": 0, "pretrain": {}}, mlflow_run_id="abc")
     knn = describe(record({"stage": "knn", "experiment": "e", "seed": 0, "knn": {}}), "s", pretrain, "What it is.")
