@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from aps.methods import F, Method, Sampled, lazy, nn, torch
-from aps.settings.base import Natural, Positive, PositiveFloat, Probability, Share, WeightDecay, Width
+from aps.settings.base import Depth, Natural, Positive, PositiveFloat, Probability, Share, WeightDecay, Width
 from aps.settings.blocks import PretrainSettings, ViewSettings
 from aps.settings.study import ExperimentSettings
 
@@ -45,7 +45,7 @@ class MAE(Method):
             0.75, description="share of patches masked; section 4.1"
         )
         decoder_dim: Width = Field(512, description="its width, a multiple of 4; table 1b")
-        decoder_depth: Positive = Field(8, description="its blocks; table 1a")
+        decoder_depth: Depth = Field(8, description="its blocks; table 1a")
         decoder_heads: Positive = Field(16, description="its attention heads; the release's")
         normalized_target: bool = Field(True, description="paint each patch less its mean over its deviation; table 1d")
 

@@ -16,6 +16,7 @@ Plural = Annotated[
     int, Field(ge=2, le=MOST)
 ]  # widths of what is normalized and told apart: one number alone says nothing
 Natural = Annotated[int, Field(ge=0, le=MOST)]
+Depth = Annotated[int, Field(gt=0, le=10_000)]  # blocks, each of which is built one by one, to count operations too
 Width = Annotated[int, Field(gt=0, le=WIDEST)]
 PositiveFloat = Annotated[float, Field(gt=0, le=HIGHEST)]
 NonNegative = Annotated[float, Field(ge=0, le=HIGHEST)]

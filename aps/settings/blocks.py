@@ -27,6 +27,7 @@ from pydantic import (
 from aps.errors import UserError
 from aps.registry import ARCHS, METHODS, STRATEGIES
 from aps.settings.base import (
+    Depth,
     Jitter,
     Natural,
     NonNegative,
@@ -98,7 +99,7 @@ class EncoderSettings(Section):
     image_size: Side = Field(32, description="S, pixels")
     patch_size: Positive = Field(2, description="P, pixels; divides S")
     dim: Positive | None = Field(None, description="width, instead of the arch's; a million at most")
-    depth: Positive | None = Field(None, description="blocks, instead of the arch's")
+    depth: Depth | None = Field(None, description="blocks, instead of the arch's")
     heads: Positive | None = Field(None, description="attention heads, instead of the arch's; divides the width")
     mlp_ratio: Annotated[float, Field(gt=0, le=100)] = Field(4.0, description="hidden width of the MLP over the width")
     qkv_bias: bool = Field(False, description="bias of the query, key and value projection")
