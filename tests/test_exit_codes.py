@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -73,6 +74,18 @@ def test_what_may_end_otherwise_is_tried_again(
 def test_a_worker_that_was_killed_is_no_mistake(note: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     assert attempt(1, note, monkeypatch, killed) == (1, True)
+    assert attempt(2, note, monkeypatch, None) == (0, True)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_does_not_answer_is_one_sentence_and_tried_again(
+    number: int, note: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = OSError(number, os.strerror(number), "results/state-000000002.pt")
+    assert attempt(1, note, monkeypatch, error) == (1, True)
+    assert capsys.readouterr().err == (
+        f"error: results/state-000000002.pt: {os.strerror(number)}; the disk did not answer, run the same command again\n"
+    )
     assert attempt(2, note, monkeypatch, None) == (0, True)
 
 

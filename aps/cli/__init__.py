@@ -29,6 +29,7 @@ from aps.runtime.signals import STOPPED, STOPPED_STATUS
 
 __all__ = ["main", "parser"]
 
+NO_ANSWER = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # of a disk or a file server
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 MISTAKE = 2  # the user's: the same command fails again
 PREEMPTED = 75  # EX_TEMPFAIL: the work is saved, start the same command again
@@ -90,6 +91,12 @@ def _main(arguments: list[str] | None) -> int:
         if (sentence := lost_worker(error, args.verb)) is not None:
             print(f"error: {sentence}", file=sys.stderr)
             return 1
+        if isinstance(error, OSError) and error.errno in NO_ANSWER:
+            what = error.filename or "a file"
+            print(
+                f"error: {what}: {error.strerror}; the disk did not answer, run the same command again", file=sys.stderr
+            )
+            return 1  # another attempt may meet a disk that does
         if (sentence := _disk_sentence(error)) is None:
             raise
         return _refused(sentence, args)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,13 @@ class Distributed:
             dist.all_reduce(value)
             value /= self.world
         return value
+
+    def of_first(self, value: Any) -> Any:
+        """The value that the first process gives, on every process: plain data."""
+        told = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(told, 0)
+        return told[0]
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -86,7 +86,7 @@ class Loop:
         self._total, self.images, self.unit, self.steps = total, images, unit, steps
         self._state, self._may_diverge, self._defect = state, may_diverge, defect or self._not_finite
         self._checkpoints = Checkpoints(job.checkpoints, job.checkpoint_minutes, writes=distributed.main)
-        saved = self._checkpoints.load()
+        saved = self._checkpoints.load(distributed.of_first)
         self.resumed = saved is not None
         self.done, self._rate = 0, 0.0
         if saved is not None:
