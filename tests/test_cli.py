@@ -237,6 +237,26 @@ def test_the_keyboard_ends_with_130_and_says_how_to_go_on(
     assert "the same command goes on from the last checkpoint" in sentence
 
 
+@pytest.mark.parametrize(
+    ("verb", "told"),
+    [
+        ("knn", ", if it left one"),
+        ("data", "run the same command again, it keeps the downloads and the images"),
+        ("check", "again"),
+    ],
+)
+def test_only_a_stage_promises_a_checkpoint_after_the_keyboard(
+    verb: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parse", interrupted)
+    sentence = fails(capsys, verb, status=130)
+    assert sentence.startswith("stopped by the keyboard; ") and told in sentence
+    assert ("checkpoint" in sentence) == (verb in STAGES)
+
+
 def test_the_keyboard_ends_it_while_options_are_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,5 +67,5 @@ def lost_worker(error: BaseException, stage: str) -> str | None:
         return None
     return (
         f"{stage}: a decoding worker was killed from outside, most often for its memory ({words[:120]}); run it again, it goes on "
-        f"from its last checkpoint, with --workers 0 (resources.{stage}.workers: 0) or more resources.{stage}.mem_mb"
+        f"from its last checkpoint if it left one, with --workers 0 (resources.{stage}.workers: 0) or more resources.{stage}.mem_mb"
     )
