@@ -93,7 +93,7 @@ def _main(arguments: list[str] | None) -> int:
         return 0 if started_by_torchrun() else PREEMPTED  # torchrun would take another status for a failure
     except BrokenPipeError:
         return 1
-    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+    except Exception as error:
         if (sentence := out_of_memory(error, args.verb)) is not None:
             print(f"error: {sentence}", file=sys.stderr)
             return MISTAKE  # not noted: a further attempt asks for more memory
