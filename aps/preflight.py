@@ -68,7 +68,8 @@ def problems(study: Study, findings: Findings | None = None) -> Iterator[str]:
 
 
 def hints(study: Study, findings: Findings | None = None) -> Iterator[str]:
-    """A sentence for each dataset that has to be prepared first, or again, and each learning rate of an odd course."""
+    """A sentence for each dataset that has to be prepared first, or again, each learning rate of an odd course, and what else
+    no job fails for and its figures may mislead by."""
     findings = findings or Findings(study)
     for name in study.dataset_names():
         if not manifest_of(study, name).exists():
@@ -78,6 +79,7 @@ def hints(study: Study, findings: Findings | None = None) -> Iterator[str]:
     for experiment in study.experiments:
         yield from _learning_rates(study, experiment)
         yield from _unread(study, experiment)
+        yield from _one_encoder(study, experiment)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -146,6 +148,17 @@ def _unread(study: Study, experiment: str) -> Iterator[str]:
                 f"warning: experiment '{experiment}': pretrain.method {e.pretrain.method} reads no {block}, so "
                 f"{', '.join(f'{block}.{key}' for key in sorted(keys))} change nothing"
             )
+
+
+def _one_encoder(study: Study, experiment: str) -> Iterator[str]:
+    """Seeds of which none has an encoder of its own, so that their spread says nothing of encoders."""
+    e = study.experiments[experiment]
+    fixed = e.encoder.weights != "random" and study.pretrain_source(experiment) is None
+    if fixed and len(e.seeds) > 1 and any(STAGES[stage].encoder for stage in e.stages):
+        yield (
+            f"warning: experiment '{experiment}': all {len(e.seeds)} seeds start from one encoder ({e.encoder.weights}), so their "
+            "spread is the evaluation's alone, and it counts as one seed"
+        )
 
 
 def _batch(study: Study, experiment: str, stage: str) -> Iterator[str]:

@@ -312,6 +312,25 @@ def test_a_learning_rate_that_rises_where_it_should_fall_is_a_warning(
     assert "takes all of finetune.epochs 4, so the learning rate stays above finetune.lr" in said
 
 
+@pytest.mark.parametrize(
+    ("weights", "seeds", "told"),
+    [("timm:vit_tiny", [0, 1], True), ("e.safetensors", [0, 1], True), ("e.safetensors", [0], False),
+     ("random", [0, 1], False), ("experiment:a", [0, 1], False)],
+)  # fmt: skip
+def test_seeds_that_share_one_encoder_are_a_warning(
+    weights: str, seeds: list[int], told: bool, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "e.safetensors").touch()
+    e = {"dataset": "digits", "stages": ["knn"], "encoder": {"weights": weights}, "seeds": seeds}
+    a = {"dataset": "digits", "stages": ["pretrain"], "seeds": [0, 1]}
+    status, said, _ = check(capsys, {"experiments": {"e": e, "a": a}})
+    expected = (
+        f"warning: experiment 'e': all 2 seeds start from one encoder ({weights}), so their spread is the evaluation's alone, and "
+        "it counts as one seed"
+    )
+    assert status == 0 and (expected in said.splitlines()) == told and ("one encoder" in said) == told
+
+
 def rates_of(block: str, settings: dict[str, Any]) -> list[float]:
     """The learning rate at each of ten steps an epoch."""
     model = experiment_model("aps").model_validate({"dataset": "digits", block: settings})
