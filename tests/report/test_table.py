@@ -395,6 +395,11 @@ def test_an_encoder_of_two_runs_has_the_cost_and_the_settings_of_both(study: Stu
     shown, sent = settings_of(found, "after"), study_parameters(study, "knn")["after"]
     assert (row["finetune.epochs"], shown["finetune.epochs"], sent["finetune.epochs"]) == ("9", 9, "9")
     assert row["pretrain.epochs"] == sent["pretrain.epochs"] == str(shown["pretrain.epochs"])
+    own = {name: settings_of(found, name) for name in ("aps", "labels", "after")}
+    assert {name: own[name]["encoder.weights"] for name in own} == {
+        "aps": "pretrain", "labels": "experiment:aps", "after": str(model),
+    }  # fmt: skip
+    assert not any(key.endswith(".encoder.weights") for settings in own.values() for key in settings)
 
 
 def test_where_operations_are_unknown_there_are_none_and_the_seconds_stay(study: Study) -> None:
