@@ -2,8 +2,11 @@
 
 It needs Python 3.11 or newer with torch, torchvision and timm, and no network: other packages come from a folder of
 wheels that `make gpu-wheels` fills beforehand (`--wheels`). Without torch or the device it ends before the first step. Each step is a separate process with a time limit, and
-saves its results in a JSON file, so that a stop loses nothing that was measured. A table ends the run, also one that
-Ctrl-C or SIGTERM stops. The exit status is 0 if every step ran to its end and reached its targets.
+saves its results in a JSON file, so that a stop loses nothing that was measured; a step that measures nothing leaves
+the file of an earlier run. A table ends the run, also one that Ctrl-C or SIGTERM stops.
+
+The exit status is 0 if every step ran to its end and reached its targets, 3 if one misses a target, 1 if one did not
+run to its end, 2 for a mistake in the command, 128 and its number after a signal.
 
     python benchmarks/gpu.py --wheels wheels --out gpu-results
     python benchmarks/gpu.py --device cpu --tiny         runs every line once on a CPU; the figures mean nothing
@@ -15,6 +18,7 @@ CUDA's results with the CPU's from the same seeds.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -28,6 +32,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,7 +44,8 @@ Result = dict[str, Any]
 NOT_RUN: Result = {"error": "not run"}
 UNREADABLE: Result = {"error": "unreadable"}
 Row = tuple[str, float, str, str]  # what, figure, target such as `<= 0.02` or an empty text, unit
-MISTAKE = 2  # the exit status without torch or without the device
+# Exit statuses. MISTAKE: before any step, without torch or the device for instance.
+FAILED, MISTAKE, MISSED = 1, 2, 3
 # Asked in a process of its own, since a driver may hang, and since this one needs only the standard library.
 PROBE = """
 import sys
@@ -50,6 +56,17 @@ except Exception as error:
     print(" ".join(str(error).split())[:200])
     sys.exit(1)
 """
+# A step leads a process group. Its guard waits at a pipe whose other end only the process that started the step has: when
+# that process ends, in whatever way, so does all of the group.
+GUARDED = 'exec 3<&0 </dev/null; { read -r _; kill -s KILL 0; } <&3 & exec 3<&-; exec "$@"'
+
+
+class Unwritten(OSError):
+    """What a step has found, where its file could not be written."""
+
+    def __init__(self, result: Result, error: OSError) -> None:
+        super().__init__(error.errno, error.strerror)
+        self.result = result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,7 +122,8 @@ def stages(args: argparse.Namespace) -> Result:
     one_writer = Lock()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         study = Path(folder, "study.yaml")
-        study.write_text(STUDY.format(compile="true", bf16="auto"))
+        rows += (reason := _not_compiled(args))
+        study.write_text(STUDY.format(compile="false" if reason else "true", bf16="auto"))
 
         def aps(what: str, *arguments: str) -> None:
             start = time.perf_counter()
@@ -260,7 +278,8 @@ def share(args: argparse.Namespace) -> Result:
 
     From one log line to the next, as in training. The first has the compilation.
     """
-    learner = _learner(args, *(("micro", 16, 128) if args.tiny else ("tiny", 512, 50_000)), compile=True)
+    plain = _not_compiled(args)
+    learner = _learner(args, *(("micro", 16, 128) if args.tiny else ("tiny", 512, 50_000)), compile=not plain)
     done, epoch, lines = 0, learner.batches(0, 0), []
     for count in (1, 1) if args.tiny else (5, 50, 40):
         for _ in range(count):
@@ -272,16 +291,18 @@ def share(args: argparse.Namespace) -> Result:
         lines.append(learner.meter.read())
     last = lines[-1]
     return {
-        "rows": [("input_share", last["input_share"], "<= 0.02", ""), ("a step", last["step_ms"], "", "ms")],
+        "rows": [("input_share", last["input_share"], "<= 0.02", ""), ("a step", last["step_ms"], "", "ms"), *plain],
         "lines": lines,
     }
 
 
 def steps(args: argparse.Namespace) -> Result:
-    """Images a second, MFU and peak memory of a step of ViT-T/2 and S/2 at B=512, on a quarter of the tokens and on all."""
+    """Images a second, speed and peak memory of a step of ViT-T/2 and S/2 at B=512, on a quarter of the tokens and on all."""
     rows: list[Row] = []
     taken: dict[tuple[str, float, bool], tuple[float, float, float]] = {}
     for compiled in (False, True):  # compiling takes half a minute each, so it comes last
+        if compiled and (reason := _not_compiled(args)):
+            return {"rows": rows + reason}
         for arch in ("tiny", "small"):
             for ratio in (0.25, 1.0):
                 batch = 4 if args.tiny else 512
@@ -291,10 +312,10 @@ def steps(args: argparse.Namespace) -> Result:
                     rows.append((f"{name}: out of memory", 1, "== 0", ""))
                     continue
                 taken[arch, ratio, compiled] = measured
-                seconds, mfu, memory = measured
+                seconds, speed, memory = measured
                 rows += [
                     (f"{name}: images a second", batch / seconds, "", ""),
-                    (f"{name}: MFU", 100 * mfu, "", "% of the measured product"),
+                    (f"{name}: operations a second", 100 * speed, "", "% of the measured product"),
                     (f"{name}: peak memory", memory, "", "GiB"),
                 ]
                 _save(args, {"rows": rows})
@@ -317,15 +338,17 @@ def steps(args: argparse.Namespace) -> Result:
 
 
 def base(args: argparse.Namespace) -> Result:
-    """MFU of ViT-B/2's step, compiled or not, against the measured product in bf16."""
+    """Operations a second of ViT-B/2's step, compiled or not, against those of the measured product in bf16."""
     rows: list[Row] = [("product in bf16", _product(args) / 1e12, "", "TFLOP/s")]
     for compiled in (False, True):
+        if compiled and (reason := _not_compiled(args)):
+            return {"rows": rows + reason}
         measured = _step(args, "base", 0.25, 4 if args.tiny else 512, compiled)
         name = f"ViT-B/2, r=0.25{', compiled' * compiled}"
         rows.append(
             (f"{name}: out of memory", 1, "== 0", "")
             if measured is None
-            else (f"{name}: MFU", 100 * measured[1], ">= 45", "%")
+            else (f"{name}: operations a second", 100 * measured[1], ">= 45" if compiled else "", "%")
         )
         _save(args, {"rows": rows})
     return {"rows": rows}
@@ -337,11 +360,11 @@ def imagenet(args: argparse.Namespace) -> Result:
     measured = _step(args, "small", 0.25, batch, False, image_size=224, patch_size=16)
     if measured is None:
         return {"rows": [("ViT-S/16 at 224: out of memory", 1, "== 0", "")]}
-    seconds, mfu, memory = measured
+    seconds, speed, memory = measured
     return {
         "rows": [
             ("ViT-S/16 at 224, r=0.25: images a second", batch / seconds, "", ""),
-            ("ViT-S/16 at 224, r=0.25: MFU", 100 * mfu, "", "%"),
+            ("ViT-S/16 at 224, r=0.25: operations a second", 100 * speed, "", "%"),
             ("ViT-S/16 at 224, r=0.25: peak memory", memory, "", "GiB"),
         ]
     }
@@ -381,9 +404,10 @@ def detection(args: argparse.Namespace) -> Result:
         *size,
     ]
     done = subprocess.run(command, cwd=ROOT, env=_environment(args), capture_output=True, text=True)
-    if done.returncode:
+    printed = [line for line in done.stdout.splitlines() if line.lstrip().startswith("{")]
+    if not printed:  # else it has measured, and at most a full disk kept it from its file
         raise RuntimeError(done.stderr[-2000:])
-    measured = json.loads(next(line for line in done.stdout.splitlines() if line.lstrip().startswith("{")))
+    measured = json.loads(printed[0])
     rows: list[Row] = [("detection at 1024: a step", measured["seconds_a_step"][-1], "", "s")]
     if "peak_gpu_gib" in measured:
         rows.append(("detection at 1024: peak memory", measured["peak_gpu_gib"], "", "GiB"))
@@ -398,17 +422,21 @@ def knn(args: argparse.Namespace) -> Result:
     from aps.training.knn import monitor
 
     sizes = ("micro", 32, 256) if args.tiny else ("tiny", 512, 50_000)
-    learner = _learner(args, *sizes, cifar=args.cifar, compile=args.device.startswith("cuda"))
+    cuda = args.device.startswith("cuda")
+    plain = _not_compiled(args) if cuda else []
+    learner = _learner(args, *sizes, cifar=args.cifar, compile=cuda and not plain)
     start, done, epoch, lines = time.perf_counter(), 0, 0, []
     seconds = 2 if args.tiny else min(600, args.seconds - (time.monotonic() - STARTED) - 15)
 
-    def evaluate() -> None:
+    def evaluate() -> Result:
         scores = monitor(learner.trainer.encoder, learner.split, learner.normalization, learner.distributed)
         lines.append({"seconds": time.perf_counter() - start, "batches": done, **scores})
         top1 = scores["knn_train_top1"]
         target = ">= 80" if args.cifar and lines[-1]["seconds"] >= 600 else ""
         rows: list[Row] = [(f"kNN of held-out train images after {lines[-1]['seconds']:.0f} s", top1, target, "%")]
-        _save(args, {"rows": rows, "lines": lines})
+        found = {"rows": rows + plain, "lines": lines}
+        _save(args, found)
+        return found
 
     evaluate()
     while time.perf_counter() - start < seconds:
@@ -420,8 +448,7 @@ def knn(args: argparse.Namespace) -> Result:
         epoch += 1
         if epoch % 5 == 0:
             evaluate()
-    evaluate()
-    return json.loads(_file(args, args.step).read_text())  # type: ignore[no-any-return]
+    return evaluate()
 
 
 STEPS: dict[str, tuple[Callable[[argparse.Namespace], Result], int]] = {  # seconds at most, in order of importance
@@ -443,6 +470,23 @@ STEPS: dict[str, tuple[Callable[[argparse.Namespace], Result], int]] = {  # seco
 # What the steps share
 
 
+def _not_compiled(args: argparse.Namespace) -> list[Row]:
+    """A row that says why nothing can be compiled here; none where it can."""
+    import torch
+
+    from aps.runtime.compiling import missing_compiler
+
+    device = torch.device(args.device)
+    reason = missing_compiler(device)
+    if reason is None and not args.tiny:  # a compiler alone is not enough: Triton's launchers need Python's headers
+        try:
+            torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        except Exception as error:
+            print(error)
+            reason = f"{type(error).__name__}, see the log"
+    return [(f"not compiled: {reason}", 1, "== 0", "")] if reason else []
+
+
 def _trainer(chosen: Any, device: Any) -> Any:
     from aps.runtime.processes import Distributed
     from benchmarks.study import make_trainer
@@ -455,6 +499,7 @@ def _step(
 ) -> tuple[float, float, float] | None:
     """Seconds of a step, its speed as a share of the product's, peak GiB (0 on a CPU). None: out of memory.
 
+    Operations are those that are carried out: fused attention computes its scores again in the backward pass.
     Steps follow each other without waiting for the device, as in training. The median of five rows of them.
     """
     import gc
@@ -598,14 +643,35 @@ def _file(args: argparse.Namespace, step: str) -> Path:
 
 def _save(args: argparse.Namespace, result: Result) -> None:
     """Write a step's result; also before its end, so that a step that is stopped keeps what it has."""
-    _write(_file(args, args.step), result)
+    file = _file(args, args.step)
+    try:
+        _write(file, result)
+    except OSError:  # a full disk, which is no reason to stop measuring
+        _write(args.spare / file.name, result)
 
 
 def _write(file: Path, result: Result) -> None:
+    _write_text(file, json.dumps(result, indent=1, default=str) + "\n")
+
+
+def _write_text(file: Path, text: str) -> None:
     """Write it whole or not at all."""
-    temporary = file.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    temporary.replace(file)
+    temporary = file.with_suffix(".part")
+    try:
+        temporary.write_text(text)
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """What is another after each `_write`; greater the later, (0, 0) without a file."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_ino
 
 
 def _read(file: Path) -> Result:
@@ -637,11 +703,16 @@ def table(found: dict[str, Result], asked: list[str]) -> str:
     for name, result in found.items():
         notes = [f"{result['wall']} s"] if "wall" in result else []
         notes += [result["error"]] if "error" in result else []
-        notes += ["of an earlier run"] if name not in asked and result != NOT_RUN else []
+        notes += [f"of an earlier run{_dated(result)}"] if name not in asked and result != NOT_RUN else []
         lines.append(f"{name}: {', '.join(notes)}")
+        lines += [f"  {result['earlier']}"] if "earlier" in result else []
         for what, figure, target, unit in result.get("rows", ()):
             lines.append(f"  {what:<62} {figure:>12.5g} {unit:<6} {target:>10} {verdict(figure, target)}".rstrip())
     return "\n".join(lines)
+
+
+def _dated(result: Result) -> str:
+    return f", {result['date']}" if "date" in result else ""
 
 
 def unpack(wheels: Path, into: Path, received: list[signal.Signals]) -> None:
@@ -650,7 +721,7 @@ def unpack(wheels: Path, into: Path, received: list[signal.Signals]) -> None:
     Nothing is done where the same wheels are unpacked already. `into` changes only when all of them are; a signal in
     `received` ends it before.
 
-    Raises SystemExit where there are no wheels, or one is broken.
+    Raises SystemExit where there are no wheels, or one is broken; OSError where the disk is full.
     """
     files = sorted(wheels.glob("*.whl"))
     if not files:
@@ -665,21 +736,23 @@ def unpack(wheels: Path, into: Path, received: list[signal.Signals]) -> None:
     names = json.dumps({file.name: file.stat().st_size for file in missing}, indent=1) + "\n"
     if (into / unpacked).exists() and (into / unpacked).read_text() == names:
         return
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    for file in missing:
-        if received:
-            return
-        try:
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for file in missing:
+            if received:
+                return
             with zipfile.ZipFile(file) as wheel:
                 wheel.extractall(part)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            sys.exit(
-                f"{file}: a broken wheel ({error}); delete it, and copy it again or fill the folder by `make gpu-wheels`"
-            )
-    (part / unpacked).write_text(names)
-    shutil.rmtree(into, ignore_errors=True)
-    part.rename(into)
+        (part / unpacked).write_text(names)
+        shutil.rmtree(into, ignore_errors=True)
+        part.rename(into)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        sys.exit(
+            f"{file}: a broken wheel ({error}); delete it, and copy it again or fill the folder by `make gpu-wheels`"
+        )
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager
@@ -710,24 +783,52 @@ def say(text: str, stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def run(args: argparse.Namespace, name: str, limit: float, received: list[signal.Signals]) -> None:
-    """Run a step in a process of its own, for `limit` seconds at most or until a signal, and add what it says to its file."""
-    file = _file(args, name)
-    command = [sys.executable, str(Path(__file__).resolve()), "--step", name, "--device", args.device, "--out", str(args.out),
-               "--seconds", str(limit), *(["--tiny"] if args.tiny else []),
-               *(["--cifar", str(args.cifar)] if args.cifar else [])]  # fmt: skip
-    start, error = time.monotonic(), None
-    with file.with_suffix(".log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=_environment(args), stdout=log, stderr=log, start_new_session=True, cwd=args.out
-        )
+def run(args: argparse.Namespace, name: str, limit: float, received: list[signal.Signals]) -> Result:
+    """Run a step in a process of its own, for `limit` seconds at most or until a signal, and add what it says to its file.
+
+    Raises Unwritten where the file can't be written.
+    """
+    file, error = _file(args, name), None
+    before, start = _state(file), time.monotonic()
+    with tempfile.TemporaryDirectory() as spare, file.with_suffix(".log").open("w") as log:
+        command = [sys.executable, str(Path(__file__).resolve()), "--step", name, "--device", args.device, "--out", str(args.out),
+                   "--spare", spare, "--seconds", str(limit), *(["--tiny"] if args.tiny else []),
+                   *(["--cifar", str(args.cifar)] if args.cifar else [])]  # fmt: skip
+        process = _start(args, command, log, log, args.out)
         status = _status(process, limit, received)
+        written = max(file, Path(spare, file.name), key=_state)
+        result = _read(written) if _state(written) not in (before, (0, 0)) else {}
     if status is None:
         error = f"stopped by {received[0].name}" if received else f"stopped after {limit:.0f} s"
     elif status:
         error = f"ended with status {status}, see {log.name}"
-    result = _read(file) if file.exists() else {}
-    _write(file, result | {"wall": round(time.monotonic() - start, 1)} | ({"error": error} if error else {}))
+    taken = {"wall": round(time.monotonic() - start, 1), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    return _keep(file, result | taken | ({"error": error} if error else {}))
+
+
+def _keep(file: Path, result: Result) -> Result:
+    """Write a step's result, unless it has no rows and an earlier run's has: then that one stays, and the result says so.
+
+    Raises Unwritten where the file can't be written.
+    """
+    if not result.get("rows") and (earlier := _read(file)).get("rows"):
+        return result | {"earlier": f"{file.name} is of an earlier run{_dated(earlier)}"}
+    try:
+        if result != NOT_RUN:
+            _write(file, result)
+    except OSError as error:
+        raise Unwritten(result, error) from None
+    return result
+
+
+def _start(
+    args: argparse.Namespace, command: list[str], output: Any, errors: Any, folder: Path | None = None
+) -> subprocess.Popen[Any]:
+    """Start a process that leads a group, all of which ends with this process (`GUARDED`)."""
+    return subprocess.Popen(
+        ["sh", "-c", GUARDED, "sh", *command], env=_environment(args), cwd=folder, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=output, stderr=errors,
+    )  # fmt: skip
 
 
 def _status(process: subprocess.Popen[Any], limit: float, received: list[signal.Signals]) -> int | None:
@@ -744,6 +845,8 @@ def _status(process: subprocess.Popen[Any], limit: float, received: list[signal.
             os.killpg(process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
             process.wait(30)  # the GPU's driver may hold a killed process
+        if process.stdin is not None:
+            process.stdin.close()
     return status
 
 
@@ -751,10 +854,7 @@ def missing(args: argparse.Namespace, received: list[signal.Signals], limit: flo
     """What speaks against starting the steps: this Python has no torch, or torch no such device. None: nothing."""
     command = [sys.executable, "-c", PROBE, args.device]
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(
-            command, env=_environment(args), stdout=said, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        status = _status(process, limit, received)
+        status = _status(_start(args, command, said, subprocess.DEVNULL), limit, received)
         said.seek(0)
         reason = said.read().strip()
     if status == 0 or received:
@@ -764,45 +864,80 @@ def missing(args: argparse.Namespace, received: list[signal.Signals], limit: flo
     return f"--device {args.device}: {sys.executable} makes no tensor there ({reason or f'status {status}'}); name another device, or mend that"
 
 
-def conduct(args: argparse.Namespace, received: list[signal.Signals]) -> int:
-    """Run every step within its limit and the time that is left, until a signal is in `received`.
+def alone(folder: Path) -> bool:
+    """Whether no other run writes in the folder; none can until this process ends."""
+    lock = os.open(folder, os.O_RDONLY)  # stays open
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
-    Returns the exit status: 1 if a step has an error or misses a target; 2 without torch or the device, before any step;
-    after a signal 128 and its number.
-    """
+
+def conduct(args: argparse.Namespace, received: list[signal.Signals]) -> int:
+    """Run every step within its limit and the time that is left, until a signal is in `received` -> the exit status."""
     slower = 1 if args.device.startswith("cuda") else 10  # on a CPU, time does not matter
     deadline = time.monotonic() + 60 * args.minutes * slower
     asked = [name for name in STEPS if not args.only or name in args.only]
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.wheels is not None:
-        folder = args.out / "packages"
-        unpack(args.wheels, folder, received)
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if not alone(args.out):
+            say(
+                f"error: another run writes in {args.out}; wait for its end, or name another folder (--out)", sys.stderr
+            )
+            return MISTAKE
+        if args.wheels is not None:
+            folder = args.out / "packages"
+            unpack(args.wheels, folder, received)
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    except OSError as error:
+        say(
+            f"error: {error.filename or args.out}: {error.strerror}; make room, or name another folder (--out)",
+            sys.stderr,
+        )
+        return MISTAKE
     if (reason := missing(args, received)) is not None:
         say(f"error: {reason}", sys.stderr)
         return MISTAKE
+    found = {name: _read(_file(args, name)) for name in STEPS if name not in asked}
+    unwritten: OSError | None = None
     for name in asked:
-        _file(args, name).unlink(missing_ok=True)
-    for name in asked:
-        if received:
-            break
         limit = min(STEPS[name][1] * slower, deadline - time.monotonic())
-        if limit < 5:
-            say(f"{name}: no time left", sys.stdout)
-            _write(_file(args, name), {"error": "no time left"})
-            continue
-        say(f"{name}: at most {limit:.0f} s", sys.stdout)
-        run(args, name, limit, received)
-    found = {name: _read(_file(args, name)) for name in STEPS}
-    text, file = table(found, asked), args.out / "table.txt"
-    file.write_text(text + "\n")
+        try:
+            if received:
+                found[name] = _keep(_file(args, name), NOT_RUN)
+            elif limit < 5:
+                say(f"{name}: no time left", sys.stdout)
+                found[name] = _keep(_file(args, name), {"error": "no time left"})
+            else:
+                say(f"{name}: at most {limit:.0f} s", sys.stdout)
+                found[name] = run(args, name, limit, received)
+        except OSError as error:  # a full disk: the table is printed all the same
+            unwritten = error
+            found[name] = error.result if isinstance(error, Unwritten) else {"error": f"not run: {error.strerror}"}
+    text, file = table({name: found[name] for name in STEPS}, asked), args.out / "table.txt"
     say(text, sys.stdout)
+    try:
+        _write_text(file, text + "\n")
+    except OSError as error:
+        unwritten = error
+    if unwritten is not None:
+        say(
+            f"error: {args.out} lacks some of that table ({unwritten.strerror}); make room, or name another folder (--out)",
+            sys.stderr,
+        )
     if received:
-        say(f"stopped by {received[0].name}; what was done is in {file}", sys.stderr)
+        say(
+            f"stopped by {received[0].name}" + (f"; what was done is in {file}" if unwritten is None else ""),
+            sys.stderr,
+        )
         return 128 + received[0]
+    if unwritten is not None or any("error" in found[name] for name in asked):
+        return FAILED
     rows = [row for name in asked for row in found[name].get("rows", ())]
-    missed = any(verdict(figure, target) == "MISSED" for _, figure, target, _ in rows)
-    return int(missed or any("error" in found[name] for name in asked))
+    return MISSED if any(verdict(figure, target) == "MISSED" for _, figure, target, _ in rows) else 0
 
 
 def main() -> int:
@@ -818,6 +953,7 @@ def main() -> int:
     parser.add_argument("--cifar", type=Path, help="folder with CIFAR-10's archive, for kNN")
     parser.add_argument("--only", nargs="+", action="extend", choices=list(STEPS), help="some of the steps")
     parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
+    parser.add_argument("--spare", type=Path, help=argparse.SUPPRESS)  # for results where --out is full
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out = args.out.resolve()

@@ -331,7 +331,8 @@ def test_the_augmentation_of_finetuning_agrees_with_itself_and_a_difference_is_s
     assert [row[1] for row in gpu._augmentation_agrees(8, 32, cpu, cpu)] == [0, 100]
 
 
-# Steps of benchmarks/gpu.py in place of the real ones. `steps` has a child and hears no signal but SIGKILL.
+# Steps of benchmarks/gpu.py in place of the real ones. `steps` has a child and hears no signal but SIGKILL; `finetuning`
+# misses its target; `detection` has a full disk.
 STEP = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -348,6 +349,11 @@ if name == "steps":
     time.sleep(300)
 if name == "base":
     sys.exit(3)
+if name == "finetuning":
+    result.with_suffix(".json").write_text(json.dumps({"rows": [["figure", 2, "== 1", ""]]}))
+if name == "detection":
+    spare = Path(sys.argv[sys.argv.index("--spare") + 1])
+    (spare / result.with_suffix(".json").name).write_text(json.dumps({"rows": [["spared", 5, "", ""]]}))
 """
 CONDUCT = "import sys\nfrom benchmarks import gpu\ngpu.__file__, gpu.PROBE = sys.argv.pop(1), ''\nsys.exit(gpu.main())"
 Conduct = Callable[..., subprocess.Popen[str]]
@@ -409,6 +415,29 @@ def test_a_stopped_gpu_run_leaves_no_process_and_keeps_what_it_has(
     assert "imagenet: not run\n" in table
 
 
+def test_a_gpu_run_that_is_killed_takes_its_step_and_what_that_has_started_with_it(
+    conduct: Conduct, tmp_path: Path
+) -> None:
+    process = conduct("--only", "steps")
+    numbers = running(process, tmp_path / "out")
+    process.kill()
+    deadline = time.monotonic() + 60
+    while any(map(alive, numbers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_second_gpu_run_in_the_same_folder_is_one_sentence(conduct: Conduct, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = conduct("--only", "steps")
+    numbers = running(first, out)
+    second = conduct("--only", "imagenet")
+    output, error = second.communicate(timeout=60)
+    assert (second.returncode, output) == (2, "") and error.count("\n") == 1
+    assert error.startswith(f"error: another run writes in {out}; ")
+    assert all(map(alive, numbers)) and not list(out.glob("*-imagenet.*"))
+
+
 def test_a_stopped_gpu_run_needs_nobody_who_reads_its_output(conduct: Conduct, tmp_path: Path) -> None:
     process = conduct("--only", "steps")
     numbers = running(process, tmp_path / "out")
@@ -456,6 +485,147 @@ def test_a_step_without_its_whole_result_fails_the_gpu_run(
     assert (process.returncode, error) == (1, "")
     assert re.search(f"^{name}: {said}$", output, re.MULTILINE), output
     assert "old figure" not in output and (tmp_path / "out/table.txt").read_text() in output
+
+
+def figures(out: Path, name: str) -> list[str]:
+    (file,) = out.glob(f"*-{name}.json")
+    return [row[0] for row in json.loads(file.read_text())["rows"]]
+
+
+def test_a_step_that_measures_nothing_leaves_the_result_of_an_earlier_gpu_run(conduct: Conduct, tmp_path: Path) -> None:
+    """One that fails, one that is stopped before its turn; a step with a result replaces the earlier one."""
+    out = tmp_path / "out"
+    process = conduct("--only", "imagenet")
+    process.communicate(timeout=60)
+    for name in ("base", "finetuning"):
+        old_result(out, name)
+    process = conduct("--only", "base", "finetuning")
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert figures(out, "base") == ["old figure"] and figures(out, "finetuning") == ["figure"]
+    process = conduct("--only", "steps", "imagenet")
+    running(process, out)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and figures(out, "imagenet") == ["figure"]
+    said = r"^imagenet: not run\n  07-imagenet.json is of an earlier run, \d{4}-\d\d-\d\dT[\d:]+\+00:00$"
+    assert re.search(said, output, re.MULTILINE), output
+    assert re.search(r"^base: 5 s, of an earlier run$", output, re.MULTILINE), output
+
+
+def test_a_gpu_run_that_misses_a_target_ends_otherwise_than_one_that_fails(conduct: Conduct) -> None:
+    for names, status in ((("finetuning",), 3), (("finetuning", "base"), 1)):
+        process = conduct("--only", *names)
+        output, error = process.communicate(timeout=60)
+        assert (process.returncode, error) == (status, "") and "MISSED" in output
+
+
+def test_what_a_step_can_not_write_to_a_full_disk_reaches_the_table(conduct: Conduct, tmp_path: Path) -> None:
+    process = conduct("--only", "detection")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "spared" in output and figures(tmp_path / "out", "detection") == ["spared"]
+
+
+def full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_text
+
+    def full(path: Path, text: str, *more: str) -> int:
+        if path.parent != folder:
+            return write(path, text, *more)
+        write(path, text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+
+
+def test_a_step_goes_on_where_its_folder_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "spare").mkdir()
+    full_disk(tmp_path, monkeypatch)
+    gpu._save(Namespace(out=tmp_path, step="base", spare=tmp_path / "spare"), {"rows": []})
+    assert [file.name for file in tmp_path.iterdir()] == ["spare"]
+    assert [file.name for file in (tmp_path / "spare").iterdir()] == ["06-base.json"]
+
+
+@pytest.fixture
+def run_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
+    """Of `gpu.conduct` in this process, with the steps of STEP."""
+    (tmp_path / "step.py").write_text(STEP)
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "step.py"))
+    monkeypatch.setattr(gpu, "PROBE", "")
+    out, only = tmp_path / "out", ["imagenet", "finetuning"]
+    return Namespace(device="cpu", tiny=True, out=out, cifar=None, wheels=None, minutes=9, only=only)
+
+
+def test_a_gpu_run_on_a_full_disk_runs_every_step_and_prints_its_table(
+    run_of_all: Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run_of_all.out
+    full_disk(out, monkeypatch)
+    assert gpu.conduct(run_of_all, []) == 1
+    output, error = capsys.readouterr()
+    assert len(re.findall(r"^  figure  ", output, re.MULTILINE)) == 2, output
+    assert error.count("\n") == 1 and error.startswith(f"error: {out} lacks some of that table (No space left")
+    assert {file.suffix for file in out.iterdir()} == {".json", ".log"}
+
+
+def test_wheels_that_a_full_disk_does_not_take_are_one_sentence(
+    run_of_all: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "a file")
+
+    run_of_all.wheels = wheel(tmp_path / "wheels", "no_such_one").parent
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
+    assert gpu.conduct(run_of_all, []) == 2
+    assert (
+        capsys.readouterr().err == "error: a file: No space left on device; make room, or name another folder (--out)\n"
+    )
+    assert not list(run_of_all.out.iterdir())
+
+
+NONE = r"not compiled: there is no /nonexistent; .*"
+
+
+def test_without_a_compiler_a_gpu_run_measures_what_needs_none_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[bool] = []
+
+    def measured(args: Namespace, arch: str, ratio: float, batch: int, compile: bool) -> tuple[float, float, float]:
+        compiled.append(compile)
+        return 1.0, 0.358, 1.0
+
+    meter = SimpleNamespace(read=lambda: {"input_share": 0.0, "step_ms": 1.0})
+    learner = SimpleNamespace(batches=lambda *_: iter(()), meter=meter)
+    monkeypatch.setattr(gpu, "_step", measured)
+    monkeypatch.setattr(gpu, "_learner", lambda *_, compile: compiled.append(compile) or learner)
+    monkeypatch.setenv("CXX", "/nonexistent")
+    args = Namespace(device="cpu", tiny=True, out=tmp_path, step="steps")
+    for measure in (gpu.steps, gpu.base, gpu.share):
+        *rows, last = measure(args)["rows"]
+        assert rows and re.fullmatch(NONE, last[0]) and gpu.verdict(*last[1:3]) == "MISSED"
+    assert compiled and not any(compiled)
+
+
+def test_a_compiler_that_fails_is_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU Python's headers may be missing."""
+
+    def fails(_: object) -> Callable[[torch.Tensor], torch.Tensor]:
+        raise RuntimeError("Python.h: No such file or directory")
+
+    monkeypatch.setenv("CXX", sys.executable)
+    assert gpu._not_compiled(Namespace(device="cpu", tiny=True)) == []
+    monkeypatch.setattr(torch, "compile", fails)
+    ((what, *_),) = gpu._not_compiled(Namespace(device="cpu", tiny=False))
+    assert what == "not compiled: RuntimeError, see the log"
+
+
+def test_the_target_of_vit_base_is_that_of_the_compiled_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its speed as it was seen on an H100."""
+    monkeypatch.setattr(gpu, "_not_compiled", lambda _: [])
+    monkeypatch.setattr(gpu, "_step", lambda *given: (1.0, 0.465 if given[-1] else 0.358, 1.0))
+    rows = gpu.base(Namespace(device="cpu", tiny=True, out=tmp_path, step="base"))["rows"]
+    assert [gpu.verdict(*row[1:3]) for row in rows] == ["", "", "ok"]
 
 
 def test_a_result_of_an_earlier_gpu_run_is_called_one_and_decides_nothing(conduct: Conduct, tmp_path: Path) -> None:
