@@ -28,6 +28,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from aps.errors import UserError
+from aps.files import atomic_path
 from aps.runtime.ranks import first_to_tell
 from aps.settings.sentences import sentence
 from benchmarks.options import folder
@@ -161,10 +162,14 @@ def label(info: dict[str, Any] | None = None) -> str:
 
 
 def write(name: str, result: dict[str, Any], settings: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write FOLDER/NAME-cpu.json or NAME-gpu.json, with all that is needed to repeat the benchmark, and print its rows.
+    """Print a benchmark's rows, and write FOLDER/NAME-cpu.json or NAME-gpu.json with all that is needed to repeat it.
 
     result: a comparison has `rows` for the table (see `row`).
+
+    Raises UserError where the file can't be written; the rows have been printed, and an earlier file stays.
     """
+    for line in result.get("rows", ()):
+        print("  " + table_line(line))
     path = _path(name, folder, "json")
     content = {
         "benchmark": name,
@@ -175,9 +180,8 @@ def write(name: str, result: dict[str, Any], settings: dict[str, Any], folder: P
         "settings": settings,
         **result,
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    for line in result.get("rows", ()):
-        print("  " + table_line(line))
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
     print(f"  written: {path.name}")
     return path
 
@@ -240,6 +244,7 @@ def plot(
     figure.suptitle(f"{title}\n{label()}", fontsize=10, x=0.01, ha="left")
     axes.spines[["top", "right"]].set_visible(False)
     path = _path(name, folder, "png")
-    figure.savefig(path, dpi=150)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
     return path

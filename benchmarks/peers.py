@@ -23,6 +23,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -288,7 +289,10 @@ def serve(name: str, quick: bool) -> None:
         before = resident("VmRSS")
         contender = build(name, setup)
         for line in sys.stdin:
-            print(json.dumps(seconds(getattr(contender, line.strip()))), flush=True)
+            taken = seconds(getattr(contender, line.strip()))
+            if distributed.device.type == "cuda":
+                torch.cuda.empty_cache()  # the GPU is the next one's
+            print(json.dumps(taken), flush=True)
         synchronize()
         peak = resident("VmHWM") - before
         if distributed.device.type == "cuda":
@@ -360,22 +364,27 @@ def start(name: str, quick: bool) -> subprocess.Popen[str]:
 
 
 def ask(process: subprocess.Popen[str], what: str) -> float:
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(what + "\n")
-    process.stdin.flush()
-    answer = process.stdout.readline()
-    if not answer:
-        raise RuntimeError(f"a contender ended with status {process.wait()}")
-    return float(answer)
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # `answer` says that it has died
+        process.stdin.write(what + "\n")
+        process.stdin.flush()
+    return float(answer(process))
 
 
 def finish(process: subprocess.Popen[str]) -> int:
     """End a contender's process -> its peak memory in bytes."""
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
     process.stdin.close()
-    peak = int(process.stdout.readline())
+    peak = int(answer(process))
     process.wait()
     return peak
+
+
+def answer(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    if not (line := process.stdout.readline()):
+        sys.exit(f"a contender has died (status {process.wait()}), so that nothing was measured; what it said is above")
+    return line
 
 
 if __name__ == "__main__":

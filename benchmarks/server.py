@@ -29,6 +29,7 @@ from aps.ranges import number, whole_number
 from aps.results import StageJob, StageRun, saved_run
 from aps.settings.blocks import DatasetSettings, KnnSettings
 from aps.settings.study import StageSettings
+from aps.tracking.addresses import OFF
 from aps.tracking.browsing import serving
 from aps.tracking.reasons import why
 from aps.tracking.server import Server
@@ -95,7 +96,7 @@ def measure(address: str, runs: int, steps: int, pause: float) -> dict[str, floa
             "end_s_median": statistics.median(end for _, end in answers),
             "end_s_most": max(end for _, end in answers),
         }
-        return figures if address == "none" else figures | stored(address, study, runs, steps)
+        return figures if address == OFF else figures | stored(address, study, runs, steps)
 
 
 def answer(queued: Any, processes: list[Any], given: int) -> Any:
@@ -135,13 +136,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.runs, args.steps = 4, 10
+    if args.address == OFF:
+        raise UserError(f"--address {OFF}: there is nothing to compare; name a server, or leave it out to start one")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         address = args.address or stack.enter_context(serving(f"sqlite:///{folder}/mlflow.db"))[0]
         try:
             Server(address).client.search_experiments(max_results=1)  # it also imports mlflow once, for all
         except Exception as error:
             raise UserError(f"MLflow at {address} can't be used ({why(error)}); mend that, or name another") from None
-        off = measure("none", args.runs, args.steps, args.pause)
+        off = measure(OFF, args.runs, args.steps, args.pause)
         on = measure(address, args.runs, args.steps, args.pause)
     print(json.dumps({"off": off, "on": on}, indent=1))
     settings = {"runs": args.runs, "steps": args.steps, "pause": args.pause, "store": args.store}

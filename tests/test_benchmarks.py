@@ -14,10 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 import zipfile
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -41,7 +43,7 @@ from aps.training.meter import Meter
 from aps.training.pretrain import Pretraining, Trainer
 from aps.training.watch import COPIED
 from aps.views import draw_parameters
-from benchmarks import common, gpu, local_noise, scaling, server
+from benchmarks import common, gpu, local_noise, peers, scaling, server, step
 from benchmarks.__main__ import KNOWN, NAMES
 from benchmarks.choices import CHOICES, FUSED, SEPARATE, made
 from benchmarks.choices import COPIED as COPIED_HEADS
@@ -748,6 +750,7 @@ def test_every_benchmark_runs_by_what_turns_a_mistake_into_one_sentence(file: Pa
         ("scaling --quick --processes 3", "a batch of 8 can't be divided by it; choose among 2, 4, 8"),
         ("scaling --quick --processes 1", "one process, and no other number to compare it with"),
         ("server --quick --address http://127.0.0.1:9", "MLflow at http://127.0.0.1:9 can't be used (nothing listens"),
+        ("server --quick --address none", "--address none: there is nothing to compare"),
     ],
 )
 def test_a_mistake_in_a_benchmarks_command_is_one_sentence(command: str, said: str, tmp_path: Path) -> None:
@@ -781,6 +784,79 @@ def test_a_count_of_none_is_refused_before_anything_is_measured(
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(f"benchmarks.{name}").main()
     assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_the_memory_of_a_step_is_measured_after_the_timed_ones_have_left_it_and_failing_costs_no_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Timed:
+        precision = SimpleNamespace(name="fp32")
+
+        def step(self, *_: object) -> None:
+            pass
+
+    trainers: list[weakref.ref[Timed]] = []
+
+    def trainer(*_: object) -> Timed:
+        made = Timed()
+        trainers.append(weakref.ref(made))
+        return made
+
+    def child(command: list[str], **_: object) -> SimpleNamespace:
+        assert trainers and not any(made() for made in trainers)
+        full = "1.0" in command
+        return SimpleNamespace(returncode=int(full), stdout="5\n", stderr="Traceback\ntorch.OutOfMemoryError: 79 GiB\n")
+
+    monkeypatch.setattr(step, "make_trainer", trainer)
+    monkeypatch.setattr(step, "inputs", lambda *_: ())
+    monkeypatch.setattr(step.subprocess, "run", child)
+    monkeypatch.setattr(common, "_commit", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["step.py", "--quick", "--out", str(tmp_path)])
+    assert step.main() == 1
+    error = capsys.readouterr().err
+    assert error == "  ViT-tiny, r=1: no memory measured (exit status 1) torch.OutOfMemoryError: 79 GiB\n"
+    (file,) = tmp_path.glob("*.json")
+    found = json.loads(file.read_text())
+    assert len(found["rows"]) == 3 and found["memory_gib"].keys() == {"0.125", "0.25", "0.5"}
+
+
+def test_a_contender_leaves_the_gpu_to_the_next_one_after_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    for name in ("lightly", "lightly.loss", "lightly.models", "lightly.models.modules", "lightly.transforms", "kornia"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "kornia.augmentation", ModuleType("kornia.augmentation"))
+    monkeypatch.setattr(peers, "processes", lambda: nullcontext(SimpleNamespace(device=torch.device("cuda"))))
+    monkeypatch.setattr(peers, "setup_of", lambda *_: None)
+    monkeypatch.setattr(peers, "build", lambda *_: SimpleNamespace(train=lambda: events.append("epoch")))
+    monkeypatch.setattr(peers, "seconds", lambda function: function() or events.append("clock") or 1.0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5)
+    monkeypatch.setattr(peers, "print", lambda text, **_: events.append(text), raising=False)
+    monkeypatch.setattr(sys, "stdin", ["train\n", "train\n"])
+    peers.serve("kornia", True)
+    turn = ["epoch", "clock", "emptied", "1.0"]
+    assert events[:-1] == turn + turn
+
+
+def test_a_contender_that_dies_is_one_sentence() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.wait()
+    with pytest.raises(SystemExit, match="a contender has died"):
+        peers.ask(process, "train")
+    process.communicate()
+
+
+def test_a_full_disk_costs_a_benchmark_neither_its_rows_nor_the_file_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(common, "_commit", lambda: None)
+    file = common.write("views", {"rows": []}, {}, tmp_path)
+    before = file.read_text()
+    full_disk(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match="No space left on device"):
+        common.write("views", {"rows": [common.row("one", common.spread([2.0]))]}, {}, tmp_path)
+    assert "one" in capsys.readouterr().out and file.read_text() == before
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("status", [3, 0])
