@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import stat
@@ -46,28 +47,39 @@ DARK = 0x1000  # images of 16 bits whose values all lie below have 12 bits, of w
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def read_image(path: Path, at_least: int | None = None) -> Tensor:
+def read_image(path: Path, at_least: int | None = None, checksum: bytes | None = None) -> Tensor:
     """Pixels of an image file, uint8 RGB (3, H, W).
 
     Args:
         at_least: reduce the image by a whole factor whose result has at least this many pixels on the shorter side (an
             image that is smaller is not reduced); JPEG files are reduced while they are decoded. None: full size.
+        checksum: as in `read_file`.
 
     Raises:
-        UserError: the file is missing, damaged, not an image, or has no 8-bit colours.
+        UserError: the file is missing, damaged, altered, not an image, or has no 8-bit colours.
     """
-    return decode_image(read_file(path), path, at_least)
+    return decode_image(read_file(path, checksum), path, at_least)
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a file. Raises UserError where it can't be read."""
+def read_file(path: Path, checksum: bytes | None = None) -> bytes:
+    """The bytes of a file.
+
+    Args:
+        checksum: SHA-256 of the file as a preparation wrote it; None: the file is the user's.
+
+    Raises:
+        UserError: it can't be read, or is another.
+    """
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # reading it may never end
             raise OSError(errno.EINVAL, "a pipe or device")
-        return Path(path).read_bytes()
+        content = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise _unreadable(path, str(getattr(error, "strerror", None) or error)) from None
+    if checksum is not None and hashlib.sha256(content).digest() != checksum:
+        raise _unreadable(path, "its content is not what was prepared")
+    return content
 
 
 def decode_image(content: bytes, path: Path, at_least: int | None = None, greatest: list[int] | None = None) -> Tensor:
