@@ -10,6 +10,7 @@ It imports nothing heavy for other studies, opens no image and asks no server.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -29,7 +30,7 @@ from aps.settings.blocks import SourceSettings
 from aps.settings.study import SharedBlocks, Study, blocks_of
 from aps.stages import STAGES
 from aps.tracking.addresses import OFF, given_address, shown
-from aps.training.schedule import oddities
+from aps.training.schedule import oddities, single_step
 from aps.workflow.resources import check_resources
 
 # Schemes of addresses that MLflow accepts. A database may name its driver too, as in mysql+pymysql.
@@ -54,7 +55,7 @@ def problems(study: Study, findings: Findings | None = None) -> Iterator[str]:
             yield from _batch(study, experiment, stage)
         if "pretrain" in e.stages:
             yield from _views(study, experiment)
-            yield from _budget(study, experiment)
+            yield from _length(study, experiment)
         file = encoder_file(study, experiment, e.seeds[0])
         if file is not None and encoder_job(study, experiment, e.seeds[0]) is None and not file.exists():
             yield f"experiment '{experiment}': encoder.weights: {file} does not exist; give the path of a .safetensors file"
@@ -68,7 +69,8 @@ def problems(study: Study, findings: Findings | None = None) -> Iterator[str]:
 
 
 def hints(study: Study, findings: Findings | None = None) -> Iterator[str]:
-    """A sentence for each dataset that has to be prepared first, or again, and each learning rate of an odd course."""
+    """A sentence for each dataset that has to be prepared first, or again, each learning rate of an odd course, and what else
+    no job fails for and its figures may mislead by."""
     findings = findings or Findings(study)
     for name in study.dataset_names():
         if not manifest_of(study, name).exists():
@@ -78,6 +80,7 @@ def hints(study: Study, findings: Findings | None = None) -> Iterator[str]:
     for experiment in study.experiments:
         yield from _learning_rates(study, experiment)
         yield from _unread(study, experiment)
+        yield from _one_encoder(study, experiment)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,9 +131,12 @@ def _tree(findings: Findings, name: str, tree: str, key: str) -> Iterator[str]:
 def _learning_rates(study: Study, experiment: str) -> Iterator[str]:
     """Warmups that no epoch follows, and learning rates that rise where they should fall."""
     e = study.experiments[experiment]
-    for stage in ("pretrain", "finetune"):
+    for stage in ("pretrain", "finetune", "detection"):
         for clause in oddities(stage, getattr(e, stage)) if stage in e.stages else ():
             yield f"warning: experiment '{experiment}': {clause}"
+    with contextlib.suppress(UserError):  # which are problems, and not hints
+        if "pretrain" in e.stages and (low := single_step(e.pretrain)) and _pretraining_steps(study, experiment) == 1:
+            yield f"warning: experiment '{experiment}': {low}"
 
 
 def _unread(study: Study, experiment: str) -> Iterator[str]:
@@ -146,6 +152,17 @@ def _unread(study: Study, experiment: str) -> Iterator[str]:
                 f"warning: experiment '{experiment}': pretrain.method {e.pretrain.method} reads no {block}, so "
                 f"{', '.join(f'{block}.{key}' for key in sorted(keys))} change nothing"
             )
+
+
+def _one_encoder(study: Study, experiment: str) -> Iterator[str]:
+    """Seeds of which none has an encoder of its own, so that their spread says nothing of encoders."""
+    e = study.experiments[experiment]
+    fixed = e.encoder.weights != "random" and study.pretrain_source(experiment) is None
+    if fixed and len(e.seeds) > 1 and any(STAGES[stage].encoder for stage in e.stages):
+        yield (
+            f"warning: experiment '{experiment}': all {len(e.seeds)} seeds start from one encoder ({e.encoder.weights}), so their "
+            "spread is the evaluation's alone, and it counts as one seed"
+        )
 
 
 def _batch(study: Study, experiment: str, stage: str) -> Iterator[str]:
@@ -205,19 +222,38 @@ def _views(study: Study, experiment: str) -> Iterator[str]:
         yield f"experiment '{experiment}': {error}"
 
 
-def _budget(study: Study, experiment: str) -> Iterator[str]:
-    """A budget of operations that is less than one batch. It is counted by torch."""
+def _length(study: Study, experiment: str) -> Iterator[str]:
+    """A pretraining of less than one batch, or of one step that would learn nothing."""
+    try:
+        if _pretraining_steps(study, experiment) == 1:
+            single_step(study.experiments[experiment].pretrain)
+    except UserError as error:
+        yield f"experiment '{experiment}': {error}"
+
+
+def _pretraining_steps(study: Study, experiment: str) -> int | None:
+    """Optimizer steps of a pretraining; None where images or a clock decide that are not there yet.
+
+    Raises:
+        UserError: its budget is less than one batch. It is counted by torch.
+    """
     settings = study.stage_settings(experiment, study.experiments[experiment].seeds[0], "pretrain")
-    budget = settings.pretrain.budget
-    if budget is None or budget.flops is None:
-        return
+    s, path = settings.pretrain, manifest_of(study, settings.dataset.name)
+    if s.budget is None:
+        try:
+            images = Manifest.read(path).splits["train"].count if path.exists() else 0
+        except UserError:  # `_batch` says it
+            images = 0
+        batches = s.epochs * (min(images, settings.dataset.train_limit or images) // s.batch_size)
+        if batches != 1:  # more need no torch, to tell that they are no single step
+            return batches or None
+    elif s.budget.flops is None:
+        return None
     from aps.training.cost import batches_within
     from aps.training.networks import build_method
 
-    try:
-        batches_within(budget.flops, settings, build_method(settings).steps)
-    except UserError as error:
-        yield f"experiment '{experiment}': {error}"
+    steps = build_method(settings).steps
+    return steps * (1 if s.budget is None else batches_within(s.budget.flops, settings, steps))
 
 
 def _address(address: str) -> Iterator[str]:

@@ -6,21 +6,22 @@ It imports no torch, and does not know how results are stored or shown.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from aps.errors import UserError
 from aps.layout import SHARE
 from aps.models.archs import dimensions
 from aps.registry import ARCHS, nearest
 from aps.settings.blocks import EncoderSettings
-from aps.settings.study import ExperimentSettings
+from aps.settings.study import ExperimentSettings, SharedBlocks, blocks_model
 from aps.stages import STAGES
 
 TABLE = Path("config/published.yaml")
 OURS = "APS"  # the method that this project implements, by the name that entries have
+METHOD = "aps"  # and by that of `pretrain.method`
 MLP_RATIO = 4.0  # of every arch (method.md, Model)
 
 Pair = tuple[str, Any, Any]  # a setting's key, the experiment's value, the published one
@@ -40,6 +41,10 @@ class Entry(BaseModel):
     metrics: dict[str, float] = Field(min_length=1)  # STAGE.METRIC: percent, as in the stage's metrics.json
     source: str
     note: str = ""
+    # The constants that are stated, as blocks of a study. Only keys that are given are compared.
+    settings: Annotated[SharedBlocks, BeforeValidator(lambda raw: blocks_model(METHOD).model_validate(raw))] = (
+        SharedBlocks()
+    )
 
     @field_validator("arch")
     @classmethod
@@ -145,7 +150,7 @@ def _of_pretraining(experiment: ExperimentSettings, entry: Entry, detects: bool)
     if not detects:
         pairs.append(("dataset", experiment.dataset.name, entry.dataset))
     if entry.method == OURS:  # a sibling's numbers are a neighbour's, and named as its
-        pairs.append(("pretrain.method", pretrain.method, "aps"))
+        pairs.append(("pretrain.method", pretrain.method, METHOD))
         pairs.append(("sampling.strategy", experiment.sampling.strategy, "asymmetric"))
     epochs = entry.pretrain_epochs
     if pretrain.budget is not None:
@@ -153,6 +158,8 @@ def _of_pretraining(experiment: ExperimentSettings, entry: Entry, detects: bool)
         pairs.append((f"pretrain.budget.{unit}", f"{budget:g}", "epochs" if epochs is None else f"{epochs} epochs"))
     elif epochs is not None:
         pairs.append(("pretrain.epochs", pretrain.epochs, epochs))
+    if pretrain.method == METHOD:  # else the constants go without saying
+        pairs += _of_constants(experiment, entry, {*SharedBlocks.model_fields, "pretrain"})
     return pairs
 
 
@@ -163,4 +170,15 @@ def _of_evaluation(experiment: ExperimentSettings, entry: Entry, stage: str) -> 
     limited, limit = experiment.train_limit(stage)
     if limit is not None:
         pairs.append((limited, limit, "all images"))
-    return pairs
+    return pairs + _of_constants(experiment, entry, {stage})
+
+
+def _of_constants(experiment: ExperimentSettings, entry: Entry, blocks: set[str]) -> list[Pair]:
+    """Every constant of these blocks that the entry states."""
+    ours, stated = experiment.model_dump(mode="json"), entry.settings.model_dump(mode="json", exclude_unset=True)
+    return [
+        (f"{block}.{key}", ours[block][key], value)
+        for block, values in stated.items()
+        if block in blocks
+        for key, value in values.items()
+    ]

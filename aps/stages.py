@@ -66,7 +66,7 @@ class Stage:
     small: bool = False  # whether it takes only minutes: on a cluster, the small stages of an encoder share one job
     traced: bool = False  # whether --profile can record its batches
     picture: Picture | None = None  # drawn when a run is finished
-    check: str | None = None  # a function of the experiment that raises ValueError if the stage can't be built
+    check: str | None = None  # a function of the experiment that raises ValueError if the stage can't work
     cost: str | None = None  # a function that counts what a run costs (aps/cost.py); None: not estimated
 
     @property
@@ -119,6 +119,7 @@ ROWS = (
         curves=(Curve("loss", "finetuning loss"),),
         traced=True,
         picture=Picture("confusion.png", "aps.report.run_pictures:confusion"),
+        check="aps.training.schedule:check_finetuning",
         cost="aps.training.cost:finetune",
     ),
     Stage(

@@ -10,18 +10,22 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from PIL import Image
+from pretended_gpus import pretend_gpus
 from tiny_study import fake_job, working_folder
 
 from aps import cli
+from aps.cli.stage import stage_job
 from aps.errors import Preempted, UserError
 from aps.layout import manifest_path
 from aps.results import StageJob, StageRun, images_digest
+from aps.runtime import gpus, launch
 from aps.settings.reading import load_study
 from aps.stages import STAGES
 
@@ -155,6 +159,28 @@ def test_the_same_command_again_restores_and_with_again_computes(
     assert len(played) == 2
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stage_and_the_processes_that_it_starts_see_the_gpus_that_are_free(
+    processes: int, folder: Path, played: list[StageJob], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pretend_gpus(tmp_path / "bin", ["GPU-a", "GPU-b", "GPU-c"], monkeypatch)
+    monkeypatch.setattr(gpus, "LOCKS", tmp_path)
+    computed, seen = sys.modules["played_knn"].run, list[str]()
+
+    def compute(job: StageJob) -> None:
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+        computed(job)
+
+    monkeypatch.setattr(sys.modules["played_knn"], "run", compute)
+    monkeypatch.setattr(launch, "run", lambda *_: compute(played_job))
+    command = ["knn", "--experiment", "floor", "--processes", str(processes)]
+    played_job = stage_job(STAGES["knn"], cli.parser().parse_args(command))
+    with ExitStack() as another_stage:
+        assert gpus._lock("GPU-a", another_stage)
+        assert cli.main(command) == 0
+    assert seen == [["1"], ["1,2"]][processes - 1] and "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
 @pytest.mark.parametrize("option, value", [("--results", "elsewhere"), ("--study", "other")])
 def test_what_a_study_says_itself_is_not_given_beside_it(
     option: str, value: str, folder: Path, played: list[StageJob], capsys: pytest.CaptureFixture[str]
@@ -209,6 +235,26 @@ def test_the_keyboard_ends_with_130_and_says_how_to_go_on(
     monkeypatch.setattr(sys.modules["played_knn"], "run", interrupted)
     sentence = fails(capsys, "knn", "--experiment", "floor", status=130)
     assert "the same command goes on from the last checkpoint" in sentence
+
+
+@pytest.mark.parametrize(
+    ("verb", "told"),
+    [
+        ("knn", ", if it left one"),
+        ("data", "run the same command again, it keeps the downloads and the images"),
+        ("check", "again"),
+    ],
+)
+def test_only_a_stage_promises_a_checkpoint_after_the_keyboard(
+    verb: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parse", interrupted)
+    sentence = fails(capsys, verb, status=130)
+    assert sentence.startswith("stopped by the keyboard; ") and told in sentence
+    assert ("checkpoint" in sentence) == (verb in STAGES)
 
 
 def test_the_keyboard_ends_it_while_options_are_read(

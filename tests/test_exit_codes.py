@@ -89,6 +89,14 @@ def test_a_disk_that_does_not_answer_is_one_sentence_and_tried_again(
     assert attempt(2, note, monkeypatch, None) == (0, True)
 
 
+def test_a_kernel_that_does_not_fit_on_the_gpu_is_a_sentence_though_its_error_is_of_no_usual_kind(
+    note: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = Exception("out of resource: shared memory, Required: 147456, Hardware limit: 101376.")
+    assert attempt(1, note, monkeypatch, told) == (2, True)
+    assert "a compiled kernel does not fit on this GPU" in capsys.readouterr().err
+
+
 def test_a_crash_is_tried_again(note: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError):
         attempt(1, note, monkeypatch, RuntimeError("a fault of ours"))

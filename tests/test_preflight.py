@@ -208,6 +208,49 @@ def test_a_budget_of_less_than_a_batch_is_refused(here: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
+    ("pretrain", "rate"),
+    [
+        ({"schedule": "cosine", "warmup_epochs": 1, "budget": {"flops": 1e7}}, "0"),
+        ({"schedule": "cosine", "warmup_epochs": 0, "budget": {"flops": 1e7}}, None),
+        ({"schedule": "cosine", "warmup_epochs": 1, "budget": {"flops": 1e12}}, None),
+        ({"schedule": "release", "warmup_epochs": 20, "budget": {"flops": 1e7}}, "1.56e-06"),
+        ({"schedule": "release", "warmup_epochs": 10, "budget": {"flops": 1e7}}, None),
+    ],
+)
+def test_a_pretraining_of_one_step_that_the_warmup_takes_is_refused_or_warned_of(
+    pretrain: dict[str, Any], rate: str | None, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"batch_size": 8, "epochs": 100, "projector": [16, 16, 8], "predictor": [16, 16, 8]}
+    encoder = {"arch": "micro", "dim": 24, "depth": 2, "image_size": 16, "patch_size": 4}
+    e = {"dataset": "digits", "stages": ["pretrain"], "encoder": encoder, "sampling": {"samplings": 1}}
+    status, said, errors = check(capsys, {"experiments": {"e": e | {"pretrain": own | pretrain}}})
+    expected = (
+        f"experiment 'e': pretrain.budget leaves only the start of pretrain.warmup_epochs {pretrain['warmup_epochs']}, where the "
+        f"learning rate is {rate} instead of 3.13e-05; raise pretrain.budget or set pretrain.warmup_epochs: 0"
+    )
+    assert (status, errors) == ((2, [expected]) if rate == "0" else (0, [])), errors
+    warnings = [line for line in said.splitlines() if line.startswith("warning")]
+    assert warnings == [f"warning: {expected}"] * (rate not in (None, "0"))
+
+
+def test_finetuning_and_detection_whose_warmup_takes_all_are_told(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    e: dict[str, Any] = {"dataset": "digits", "stages": ["finetune"], "encoder": {"weights": "random"}}
+    for epochs, refused in ((1, True), (2, False)):
+        changed = {"finetune": {"epochs": epochs, "warmup_epochs": 1, "warmup_lr": 0}}
+        status, _, errors = check(capsys, {"experiments": {"e": e | changed}})
+        assert (status == 2) == refused == ("so the learning rate of every step is 0" in " ".join(errors)), errors
+    for iterations, told in ((5, True), (6, False)):
+        changed = {"stages": ["detection"], "detection": {"warmup_iterations": 5, "iterations": iterations}}
+        detector = {"image_size": 64, "window": 4, "global_blocks": [0], "pyramid_scales": [1.0]}
+        changed["detection"] |= detector  # type: ignore[operator]
+        status, said, errors = check(capsys, {"experiments": {"e": e | changed}})
+        words = "detection.warmup_iterations 5 takes all of detection.iterations 5, so the learning rate stays below detection.lr"
+        assert status == 0 and (words in said) == told, (said, errors)
+
+
+@pytest.mark.parametrize(
     ("asked", "words"),
     [
         ({"gpus": 3, "nodes": 2}, "gpus 3 don't spread evenly over nodes 2"),
@@ -310,6 +353,25 @@ def test_a_learning_rate_that_rises_where_it_should_fall_is_a_warning(
     experiment["finetune"] = small | {"warmup_epochs": 9}
     _, said, _ = check(capsys, {"experiments": {"e": experiment}})
     assert "takes all of finetune.epochs 4, so the learning rate stays above finetune.lr" in said
+
+
+@pytest.mark.parametrize(
+    ("weights", "seeds", "told"),
+    [("timm:vit_tiny", [0, 1], True), ("e.safetensors", [0, 1], True), ("e.safetensors", [0], False),
+     ("random", [0, 1], False), ("experiment:a", [0, 1], False)],
+)  # fmt: skip
+def test_seeds_that_share_one_encoder_are_a_warning(
+    weights: str, seeds: list[int], told: bool, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "e.safetensors").touch()
+    e = {"dataset": "digits", "stages": ["knn"], "encoder": {"weights": weights}, "seeds": seeds}
+    a = {"dataset": "digits", "stages": ["pretrain"], "seeds": [0, 1]}
+    status, said, _ = check(capsys, {"experiments": {"e": e, "a": a}})
+    expected = (
+        f"warning: experiment 'e': all 2 seeds start from one encoder ({weights}), so their spread is the evaluation's alone, and "
+        "it counts as one seed"
+    )
+    assert status == 0 and (expected in said.splitlines()) == told and ("one encoder" in said) == told
 
 
 def rates_of(block: str, settings: dict[str, Any]) -> list[float]:

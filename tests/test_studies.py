@@ -282,6 +282,57 @@ def test_whatever_makes_a_score_another_thing_than_the_published_one_is_a_differ
     assert differences(load_study([tmp_path / "s.yaml"]), "mine") == found
 
 
+def test_constants_of_the_method_and_the_recipe_other_than_the_published_ones_are_differences() -> None:
+    defaults = {
+        "sampling": {"gamma": 0, "ratio": 0.125, "samplings": 1, "flip_aware": False},
+        "views": {"crop_scale": [0.9, 1.0]},
+        "pretrain": {"temperature": 1.0, "accumulate": 2},
+        "finetune": {"epochs": 1, "drop_path": 0.0},
+    }
+    changed = load_study([CONFIG / "cifar.yaml"], {"defaults": defaults})
+    for name in changed.experiments:
+        assert differences(changed, name) == [
+            "views.crop_scale [0.9, 1.0] instead of [0.15, 1.0]",
+            "sampling.ratio 0.125 instead of 0.25",
+            "sampling.samplings 1 instead of 4",
+            "sampling.gamma 0.0 instead of 3.0",
+            "pretrain.accumulate 2 instead of 1",
+            "pretrain.temperature 1.0 instead of 0.1",
+            "finetune.epochs 1 instead of 100",
+        ]
+    whole, entry = changed.experiments["cifar10-tiny-1600"], ENTRIES["cifar10-tiny-1600"]
+    assert not any(phrase.startswith("finetune.") for phrase in published.differences(whole, entry, stage="knn"))
+
+
+def test_a_detector_of_another_length_than_the_published_one_is_not_compared_with_it() -> None:
+    detectors, entry = study("coco.yaml").experiments, ENTRIES["mgc-coco-small"]
+    longer = "detection.iterations 184375 instead of 22500"
+    assert published.differences(detectors["coco-small-100ep"], entry) == [longer]
+    assert published.differences(detectors["coco-small-1x"], entry) == []
+
+
+# What may differ from the release in an experiment that repeats it: what is compared by other keys of an entry, what moves
+# no score (kNN is no number of it, the EMA is beside the headline, jitter acts where RandAugment is off), and where ours
+# deviates on purpose (flips, drop path), or the recipe names nothing (finetuning's flip).
+MAY_DIFFER = {
+    "encoder": {"arch", "image_size", "patch_size", "dim", "depth", "heads", "mlp_ratio", "weights"},
+    "views": set(),
+    "sampling": {"strategy", "flip_aware"},
+    "pretrain": {
+        "method", "epochs", "budget", "precision", "activation_checkpointing", "compile", "knn_every", "knn_readings",
+    },
+    "finetune": {"flip", "color_jitter", "drop_path", "ema", "precision", "compile", "dataset"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("block", MAY_DIFFER)
+def test_every_setting_of_the_release_is_compared_or_may_differ(block: str) -> None:
+    keys = set(type(getattr(study("cifar.yaml").experiments["cifar10-tiny-1600"], block)).model_fields)
+    for key, entry in ENTRIES.items():
+        if entry.method == published.OURS:
+            assert getattr(entry.settings, block).model_fields_set == keys - MAY_DIFFER[block], key
+
+
 def differences(study: Study, name: str) -> list[str]:
     experiment, source = study.experiments[name], study.pretrain_source(name)
     pretraining = study.experiments[source] if source is not None else None
@@ -318,6 +369,12 @@ def test_a_shipped_experiment_is_what_was_published_with_the_pretraining_it_star
         ("[1]", r"must hold a block of entries"),
         ("a: {b", r"not valid YAML"),
         ("ENTRY, typo: 1}", r"a.typo: Extra inputs"),
+        ("ENTRY, settings: {sampling: {gama: 3}}}", r"a.settings.sampling.gama: Extra inputs"),
+        (
+            "ENTRY, settings: {pretrain: {temperature: -1}}}",
+            r"a.settings.pretrain.temperature: Input should be greater",
+        ),
+        ("ENTRY, settings: 3}", r"a.settings: Input should be a valid dictionary"),
         ("ENTRY, arch: huge}", r"a.arch: 'huge' is unknown; known: base, micro, small, tiny"),
         ("ENTRY, metrics: {top1: 3}}", r"a.metrics: 'top1' is not STAGE.METRIC"),
         ("ENTRY, metrics: {finetune.test_top1: 0.97e3}}", r"a.metrics: finetune.test_top1 = 970.0 is not a percentage"),

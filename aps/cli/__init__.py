@@ -26,6 +26,7 @@ from aps.files import DISK_ERRORS
 from aps.runtime.memory import lost_worker, out_of_memory
 from aps.runtime.ranks import first_to_tell, ranks, started_by_torchrun
 from aps.runtime.signals import STOPPED, STOPPED_STATUS
+from aps.stages import STAGES
 
 __all__ = ["main", "parser"]
 
@@ -43,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _main(arguments)
     except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
+        verb = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+        print(_stopped(verb), file=sys.stderr)
         return STOPPED_STATUS
     except Exception as error:
         if (sentence := _blamed(error)) is not None:
@@ -51,10 +53,17 @@ def main(arguments: list[str] | None = None) -> int:
         raise
 
 
+def _stopped(verb: str) -> str:
+    """What the same command would do after Ctrl-C: only stages have checkpoints, and not all of them."""
+    if verb in STAGES:
+        return f"{STOPPED}, if it left one"
+    again = "stopped by the keyboard; run the same command again"
+    return f"{again}, it keeps the downloads and the images that are done" if verb == "data" else again
+
+
 def _blamed(error: Exception) -> str | None:
     """A sentence for a crash that names the file of a method, strategy, dataset or stage in which it began, if it did."""
     from aps.registry import REGISTRIES, frame_in, shown_file
-    from aps.stages import STAGES
 
     modules = [known.module(name) for known in REGISTRIES for name in known.names()]
     modules += [row.module for row in STAGES.values()]
@@ -84,7 +93,7 @@ def _main(arguments: list[str] | None) -> int:
         return 0 if started_by_torchrun() else PREEMPTED  # torchrun would take another status for a failure
     except BrokenPipeError:
         return 1
-    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+    except Exception as error:
         if (sentence := out_of_memory(error, args.verb)) is not None:
             print(f"error: {sentence}", file=sys.stderr)
             return MISTAKE  # not noted: a further attempt asks for more memory

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ def stage_verb(name: str) -> Callable[[argparse.Namespace], None]:
         from aps.inference.serving import track_model
         from aps.results import forget, restore_finished
         from aps.runtime import launch
+        from aps.runtime.gpus import hold
         from aps.runtime.slurm import Claim
 
         stage = STAGES[name]
@@ -46,12 +48,14 @@ def stage_verb(name: str) -> Callable[[argparse.Namespace], None]:
                 message = "finished before with these settings; its results are back in"
                 print(f"{job.label}: {message} {job.out} (--again computes them again)", file=sys.stderr)
             elif args.processes > 1 or args.nodes > 1:
-                launch.run(args.processes, args.nodes)
+                with hold(args.processes) if args.nodes == 1 else nullcontext():
+                    launch.run(args.processes, args.nodes)
                 if not restore_finished(job):
                     raise Preempted(f"{job.label} on {args.processes} processes")
                 track_model(job.out, job.tracking, job.label)
             else:
-                _compute(stage, job)
+                with hold(1):
+                    _compute(stage, job)
                 track_model(job.out, job.tracking, job.label)
 
     return run

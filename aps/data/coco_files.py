@@ -92,7 +92,7 @@ def describe(folder: Path, name: str, files: dict[str, Files], key: str, masks: 
         split: trees.Listing(paths.images, [image.file for image in images[split].unique], None, [])
         for split, paths in files.items()
     }
-    decoded = {split: trees.decode(folder, split, listing) for split, listing in listings.items()}
+    decoded = {split: trees.decode(folder, split, listing, fingerprint) for split, listing in listings.items()}
     masks = masks and _has_masks(raw)
     splits, contents, notes = {}, [], []
     for split, paths in files.items():

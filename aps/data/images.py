@@ -75,6 +75,8 @@ def read_file(path: Path, checksum: bytes | None = None) -> bytes:
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # reading it may never end
             raise OSError(errno.EINVAL, "a pipe or device")
         content = Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _unreadable(path, str(error.strerror), "put it back, or prepare the dataset again without it") from None
     except (OSError, ValueError) as error:
         raise _unreadable(path, str(getattr(error, "strerror", None) or error)) from None
     if checksum is not None and hashlib.sha256(content).digest() != checksum:
@@ -262,9 +264,8 @@ def _check_png(content: bytes) -> None:
         at = end + 4
 
 
-def _unreadable(path: Path, reason: str) -> UserError:
-    advice = mending(Path(path)) or "replace or remove it"
-    return UserError(f"{printable(path)}: cannot be read as an image ({reason}); {advice}")
+def _unreadable(path: Path, reason: str, advice: str = "replace or remove it") -> UserError:
+    return UserError(f"{printable(path)}: cannot be read as an image ({reason}); {mending(Path(path)) or advice}")
 
 
 def _reason(error: Exception) -> str:

@@ -27,6 +27,7 @@ from aps.registry import DATASETS, DETECTION_DATASETS
 
 COPY = "prepared.json"  # a copy of the manifest, beside it
 LOCK = ".lock"  # held by the process that prepares the dataset
+DECODED = "decoded.jsonl"  # what a preparation has found so far in images, until it ends (aps/data/decoded.py)
 COPIES = "shrunk"  # how the names of folders of smaller copies begin, beside the manifest
 UNFINISHED = ".unfinished"  # in such a folder, until a preparation has filled it: no study can read it yet
 SPLITS = {"classification": ("train", "test"), "images": ("train",), "detection": ("train", "val")}  # that a kind needs

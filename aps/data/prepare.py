@@ -18,7 +18,7 @@ from typing import IO
 
 from aps.data import fetch
 from aps.data.fingerprint import outdated
-from aps.data.manifest import COPIES, COPY, LOCK, UNFINISHED, Manifest, earlier_copies
+from aps.data.manifest import COPIES, COPY, DECODED, LOCK, UNFINISHED, Manifest, earlier_copies
 from aps.errors import UserError
 from aps.files import DISK_ERRORS, make_folder
 from aps.layout import data_folder
@@ -103,6 +103,7 @@ def _prepare(name: str, folder: Path, source: SourceSettings | UserDataset) -> M
     manifest.write(folder / COPY)
     manifest.write(folder / "manifest.json")
     shutil.rmtree(folder / fetch.DOWNLOADS, ignore_errors=True)
+    (folder / DECODED).unlink(missing_ok=True)
     print(f"{name}: prepared: {summary(manifest)}", flush=True)
     for copies in earlier_copies(folder):
         if (copies / UNFINISHED).exists():
@@ -150,7 +151,7 @@ def _prepared(name: str, folder: Path, source: SourceSettings | UserDataset) -> 
 
 def _forget(folder: Path) -> None:
     """Delete what was prepared: the manifest, and the files and folders it names inside `folder`, except copies."""
-    prepared = {COPY, "manifest.json", fetch.VERIFIED}
+    prepared = {COPY, "manifest.json", DECODED, fetch.VERIFIED}
     for known in (folder / COPY, folder / "manifest.json"):
         with suppress(UserError):
             manifest = Manifest.read(known)

@@ -12,7 +12,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from aps.data.complaints import Complaints
+from aps.data.decoded import CHUNK, Decoded, Record
 from aps.data.fetch import parallel
 from aps.data.fingerprint import take
 from aps.data.images import decode_image, note_on_levels, read_file, read_image, supported
@@ -31,6 +31,7 @@ from aps.data.manifest import (
     COPIES,
     UNFINISHED,
     ChannelStatistics,
+    Fingerprint,
     Manifest,
     Split,
     Statistics,
@@ -39,7 +40,6 @@ from aps.data.manifest import (
     with_sizes,
     write_index,
 )
-from aps.data.statistics import Accumulator
 from aps.data.walk import Walk, counted, printable, walk
 from aps.errors import UserError
 from aps.files import sweep, write_bytes, write_unsynced
@@ -65,18 +65,6 @@ class Listing(NamedTuple):
             None if self.labels is None else [self.labels[i] for i in chosen],
             [self.sizes[i] for i in chosen],
         )
-
-
-class Decoded(NamedTuple):
-    """What decoding some images found."""
-
-    sha256: list[str]  # of the files as they were found
-    image_sizes: list[tuple[int, int]]  # height, width, after shrinking
-    sums: Accumulator
-    broken: list[UserError]
-    suspects: list[str]  # images about which a C library may have printed a warning
-    copied: list[int]  # bytes of the copies; none where there are none
-    greatest: list[int]  # value of each image of 16 bits
 
 
 def survey(root: Path, folder: Path | None = None) -> Walk:
@@ -183,7 +171,7 @@ def describe(
         copies.mkdir()
         (copies / UNFINISHED).touch()
     decoded = {
-        split: decode(folder, split, images, shrink, copies / split if shrink is not None else None)
+        split: decode(folder, split, images, fingerprint, shrink, copies / split if shrink is not None else None)
         for split, images in to_decode.items()
     }
     over = (
@@ -235,26 +223,40 @@ def describe(
     return with_sizes(manifest, folder)
 
 
-def decode(folder: Path, split: str, images: Listing, shrink: int | None = None, copies: Path | None = None) -> Decoded:
-    """Decode images, in threads; `shrink` as in `describe`, its copies in the folder `copies`.
+def decode(
+    folder: Path,
+    split: str,
+    images: Listing,
+    fingerprint: Fingerprint,
+    shrink: int | None = None,
+    copies: Path | None = None,
+) -> Decoded:
+    """Decode images, in threads, but for those that an earlier call decoded before it was stopped.
+
+    Args:
+        fingerprint: of the tree, taken before.
+        shrink: as in `describe`, its copies in the folder `copies`.
 
     Raises:
-        UserError: an image is unreadable, or too long for a copy; `folder`/unreadable.txt lists all of them.
+        UserError: an image is unreadable, or too long for a copy; `folder`/unreadable.txt lists all of them. Or one is
+            gone, which ends it at once.
     """
-    chunks = [images.names[i : i + 64] for i in range(0, len(images.names), 64)]
-    total = Decoded([], [], Accumulator(), [], [], [], [])
+    chunks = [images.names[i : i + CHUNK] for i in range(0, len(images.names), CHUNK)]
+    record, total = Record(folder, fingerprint, split, images.names, shrink), Decoded.nothing()
     if copies is not None:
         sweep(copies)  # what a killed preparation left
     with Complaints() as complaints:
-        work = partial(_decode_chunk, images.root, complaints=complaints, shrink=shrink, copies=copies)
-        for chunk in parallel(work, chunks, f"decode {split}"):
-            total.sha256.extend(chunk.sha256)
-            total.image_sizes.extend(chunk.image_sizes)
-            total.sums.merge(chunk.sums)
-            total.broken.extend(chunk.broken)
-            total.suspects.extend(chunk.suspects)
-            total.copied.extend(chunk.copied)
-            total.greatest.extend(chunk.greatest)
+
+        def work(number: int) -> Decoded:
+            chunk = record.known(number, chunks[number], copies)
+            if chunk is None:
+                chunk = _decode_chunk(images.root, chunks[number], complaints, shrink, copies)
+                if not chunk.broken:
+                    record.write(number, chunk)
+            return chunk
+
+        for chunk in parallel(work, range(len(chunks)), f"decode {split}"):
+            total.add(chunk)
     if total.broken:
         listed = folder / "unreadable.txt"
         write_bytes(listed, "".join(f"{error}\n" for error in total.broken).encode())
@@ -269,7 +271,7 @@ def checksums_of(root: Path, names: list[str], split: str) -> list[str]:
     def of(chunk: list[str]) -> list[str]:
         return [hashlib.sha256(read_file(root / name)).hexdigest() for name in chunk]
 
-    chunks = [names[i : i + 64] for i in range(0, len(names), 64)]
+    chunks = [names[i : i + CHUNK] for i in range(0, len(names), CHUNK)]
     return [checksum for found in parallel(of, chunks, f"checksums of {split}") for checksum in found]
 
 
@@ -351,7 +353,7 @@ def dark(decoded: dict[str, Decoded]) -> list[str]:
 def _decode_chunk(
     root: Path, names: list[str], complaints: Complaints, shrink: int | None, copies: Path | None
 ) -> Decoded:
-    decoded = Decoded([], [], Accumulator(), [], [], [], [])
+    decoded = Decoded.nothing()
     for name in names:
         before = complaints.size
         try:
@@ -362,6 +364,10 @@ def _decode_chunk(
                 image = functional.resize(image, [shrink], InterpolationMode.BICUBIC, antialias=True)
                 copy = _jpeg(image, root / name)
         except UserError as error:
+            if _is_gone(root / name):  # with others, most likely: a folder was moved
+                raise UserError(
+                    f"{printable(root / name)} is gone: the folder has changed since it was listed; run the same command again"
+                ) from None
             decoded.broken.append(error)
             continue
         if complaints.size != before:
@@ -373,6 +379,16 @@ def _decode_chunk(
         decoded.image_sizes.append((image.shape[1], image.shape[2]))
         decoded.sums.add(image[None])
     return decoded
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 def _jpeg(image: Tensor, path: Path) -> bytes:

@@ -28,6 +28,7 @@ from aps.results import StageJob, StageRun
 from aps.runtime.cores import decoding_workers
 from aps.runtime.processes import Distributed, processes
 from aps.training.loop import Line, Loop, finite, not_finite
+from aps.training.schedule import oddities
 
 NAME_LENGTH = 200  # characters of a class name in a metric's key; MLflow takes 250 in all
 IMAGENET: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -66,6 +67,8 @@ def _detect(job: StageJob, stage: StageRun, distributed: Distributed) -> None:
             file=sys.stderr,
             flush=True,
         )
+    for clause in oddities("detection", settings) if distributed.main else ():
+        print(f"warning: {job.label}: {clause}", file=sys.stderr)
     engine: Engine = load_engine(settings.engine)(task)
     placement, report = load_weights(engine, job)
     loop = Loop(

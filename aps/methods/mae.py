@@ -3,8 +3,8 @@
 The encoder sees a quarter of an image's patches. A small decoder gets the encoded patches, and a mask token for every other
 patch, and predicts the pixels. The loss is the mean squared error on the masked patches alone.
 
-The encoder is the same as for all methods here, so its position embedding is learned; in the paper it is fixed. The
-decoder's is fixed.
+The encoder is the same as for all methods here, so its position embedding is learned and it starts as `encoder.init` says;
+in the paper the embedding is fixed and weights start uniform by Xavier. The decoder has both as there.
 """
 
 from __future__ import annotations

@@ -56,6 +56,8 @@ def settings_of(table: Table, name: str) -> dict[str, Any]:
         if isinstance(sampling := tree.get("sampling"), dict):
             unread = {f"sampling.{key}" for key in SamplingSettings.unread(sampling["strategy"])}
             stage_settings = {key: value for key, value in stage_settings.items() if key not in unread}
+        if owner != name:  # where its maker started from is no setting of this one
+            stage_settings.pop("encoder.weights", None)
         for key, value in stage_settings.items():
             # One stage may use another dataset than the others.
             flat.setdefault(key if flat.get(key, value) == value else f"{stage}.{key}", value)

@@ -271,7 +271,7 @@ def against_cost(table: Table) -> Picture | None:
     if not panels:
         return None
     caption = "Means over seeds, with their range; cost is that of one seed's pretraining and of the stage that gave the score."
-    caption += table.unfinished(legend, table.scores)
+    caption += table.remarks(legend, table.scores)
     drawn = {name: style for name, style in styles.items() if name in legend}
     return Picture("score-cost", "cost", "Scores against cost", caption, panels, drawn, lines=False, marks=True)
 

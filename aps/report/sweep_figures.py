@@ -34,7 +34,7 @@ def sweep_figures(table: Table) -> Iterator[Picture]:
             caption = f"{', '.join(sweep.with_it)} changes with it. {caption}"
         if len(sweep.lines) > MOST_LINES:
             caption += f" The first {MOST_LINES} of {len(sweep.lines)} lines."
-        caption += table.unfinished(dict.fromkeys(n for values in lines.values() for n in values), table.scores)
+        caption += table.remarks(dict.fromkeys(n for values in lines.values() for n in values), table.scores)
         yield Picture(
             f"sweep-{sweep.key}{f'-{number}' if number else ''}",
             "sweeps",

@@ -48,6 +48,12 @@ class Sample(NamedTuple):
     """The values of one score over the seeds of one experiment."""
 
     values: tuple[float, ...]
+    one_encoder: bool = False  # whether several seeds started from the same weights
+
+    @property
+    def lone(self) -> str:
+        """In two words why there is no spread over encoders; empty where there is one."""
+        return "one encoder" if self.one_encoder else "one seed" if len(self.values) == 1 else ""
 
     @property
     def mean(self) -> float:
@@ -100,13 +106,13 @@ class Table:
         self.scores = columns(study)
         self.test_images = cache(self._test_images)
         self.manifest = cache(self._manifest)
-        values: dict[str, dict[Column, list[float]]] = defaultdict(lambda: defaultdict(list))
+        scored: dict[str, dict[Column, list[Run]]] = defaultdict(lambda: defaultdict(list))
         for run in self.runs:
             for score in self.scores:
                 if score.stage == run["stage"] and score.metric in run["metrics"]:
-                    values[run["experiment"]][score].append(run["metrics"][score.metric])
+                    scored[run["experiment"]][score].append(run)
         self.cells = {
-            name: {score: Sample(tuple(of_seeds)) for score, of_seeds in values[name].items()}
+            name: {score: _sample(of_seeds, score.metric) for score, of_seeds in scored[name].items()}
             for name in study.experiments
         }
 
@@ -117,10 +123,16 @@ class Table:
 
     def text(self, name: str, score: Column) -> str:
         """The score, or in two words why there is none."""
-        if score in self.cells[name]:
-            missing = self.missing(name, score)
-            return f"{self.cells[name][score]}" + (f" ({missing} seeds)" if missing else "")
+        if (sample := self.cells[name].get(score)) is not None:
+            remark = self.remark(name, sample)
+            return f"{sample}" + (f" ({remark})" if remark else "")
         return self.absent(name, score.stage, score.metric)
+
+    def remark(self, name: str, sample: Sample) -> str:
+        """What to know of a mean and its spread: `2 of 3 seeds`, `one encoder`; empty where there is nothing."""
+        missing = self.of_planned(name, len(sample.values))
+        seeds = f"{missing} seeds" if missing else ""
+        return ", ".join(filter(None, [seeds, "one encoder" if sample.one_encoder else ""]))
 
     def missing(self, name: str, score: Column) -> str:
         """`2 of 3` where fewer seeds have the score than are planned, else empty."""
@@ -132,11 +144,13 @@ class Table:
         planned = len(self.study.experiments[name].seeds)
         return f"{seeds} of {planned}" if seeds < planned else ""
 
-    def unfinished(self, names: Iterable[str], scores: Iterable[Column]) -> str:
-        """A sentence for a caption on the experiments of which a score lacks seeds; empty where none does."""
-        scores = list(scores)
-        lacking = [n for n in names if any(score in self.cells[n] and self.missing(n, score) for score in scores)]
-        return not_all_seeds(lacking)
+    def remarks(self, names: Iterable[str], scores: Iterable[Column]) -> str:
+        """Sentences for a caption on the experiments of which a score lacks seeds, or has one encoder; empty without one."""
+        samples = {name: [self.cells[name][score] for score in scores if score in self.cells[name]] for name in names}
+        lacking = [n for n, of in samples.items() if any(self.of_planned(n, len(sample.values)) for sample in of)]
+        alike = [n for n, of in samples.items() if any(sample.one_encoder for sample in of)]
+        shared = f" One encoder for all seeds of {listed(alike, MOST_NAMES)}: their range is the evaluation's alone."
+        return not_all_seeds(lacking) + (shared if alike else "")
 
     def absent(self, name: str, stage: str, metric: str) -> str:
         """In two words why an experiment has no such score yet; empty where its settings or its finished runs give none."""
@@ -220,7 +234,7 @@ class Table:
         def sample(name: str) -> Sample:
             return self.cells[name][score]
 
-        single = [name for name in names if len(sample(name).values) == 1]
+        single = [name for name in names if sample(name).lone]
         partly = [name for name in names if name not in single and self.missing(name, score)]
         whole = [name for name in names if name not in (*single, *partly)]
         several = sorted(whole, key=lambda name: -sample(name).mean)
@@ -228,20 +242,24 @@ class Table:
         if len(several) < 2 and partly:
             return Verdict(score, dataset, None, f"seeds are missing ({lacking}), so none is best yet")
         if len(several) < 2:
-            which = "one seed" if not several else f"one seed of all but {several[0]}"
+            which = " or ".join(sorted({sample(name).lone for name in single}, reverse=True))
+            which += f" of all but {several[0]}" if several else ""
             return Verdict(score, dataset, None, f"{which}, so there is no spread and no best")
         first, *others = several
-        apart = [f"one seed: {', '.join(single)}"] if single else []
+        lone: dict[str, list[str]] = defaultdict(list)
+        for name in single:
+            lone[sample(name).lone].append(name)
+        apart = [f"{words}: {', '.join(of)}" for words, of in lone.items()]
         apart += [f"seeds missing: {lacking}"] if partly else []
         not_compared = f" (not compared, {'; '.join(apart)})" if apart else ""
         close = sample(first).mean - sample(first).range
         rivals = [name for name in (*single, *partly) if max(sample(name).values) >= close]
         if rivals:
             rival = max(rivals, key=lambda name: sample(name).mean)
-            seeds = "one seed" if rival in single else f"{self.missing(rival, score)} seeds"
+            seeds = sample(rival).lone or f"{self.missing(rival, score)} seeds"
             reason = f"none is best for certain: {rival} has {sample(rival)} with {seeds}, {first} {sample(first)}"
-            todo = f"give {rival} more seeds" if rival in single else f"run the other seeds of {rival}"
-            return Verdict(score, dataset, None, f"{reason}; {todo}")
+            todo = {"one seed": f"give {rival} more seeds", "one encoder": f"give each seed of {rival} its own encoder"}
+            return Verdict(score, dataset, None, f"{reason}; {todo.get(seeds, f'run the other seeds of {rival}')}")
         for other in others:
             difference, spread = sample(first).mean - sample(other).mean, max(sample(first).range, sample(other).range)
             both = f"{first} {sample(first)} and {other} {sample(other)} differ by {difference:.1f}"
@@ -306,7 +324,7 @@ class Table:
         """Each experiment's scores compared with the same evaluation of a random encoder, the floor.
 
         `times` is the difference divided by the larger of the two ranges over seeds; None if that range is 0. `single`
-        are those of the two that have one seed, and so no range.
+        are those of the two that have one seed or one encoder, and so no range, with these words.
         """
         rows = []
         for floor, experiment in self.study.experiments.items():
@@ -320,14 +338,15 @@ class Table:
                         continue
                     if score in self.cells[name] and score in self.cells[floor]:
                         ours, base = self.cells[name][score], self.cells[floor][score]
-                        spread = max(ours.range, base.range)
+                        single = {n: of.lone for n, of in ((name, ours), (floor, base)) if of.lone}
+                        spread = max(0.0 if of.lone else of.range for of in (ours, base))
                         difference = ours.mean - base.mean
                         rows.append(
                             {
                                 "experiment": name, "floor": floor, "score": score.label, "ours": ours, "base": base,
                                 "difference": difference, "spread": spread, "times": difference / spread if spread else None,
                                 "column": score,
-                                "single": [n for n, of in ((name, ours), (floor, base)) if len(of.values) == 1],
+                                "single": single,
                             }
                         )  # fmt: skip
         return rows
@@ -349,12 +368,12 @@ class Table:
                 repeated = [
                     r for r in runs if (r["experiment"], r["stage"]) == (name, stage) and metric in r["metrics"]
                 ]
-                ours = Sample(tuple(r["metrics"][metric] for r in repeated)) if repeated else None
+                ours = _sample(repeated, metric) if repeated else None
                 compared = ours is not None and not differences
                 rows.append(
                     {
                         "experiment": name, "method": entry.method, "metric": key, "published": theirs, "ours": ours,
-                        "missing": self.of_planned(name, len(repeated)) if repeated else "",
+                        "of_ours": self.remark(name, ours) if ours is not None else "",
                         "absent": self.absent(name, stage, metric) or "not measured",
                         "difference": ours.mean - theirs if ours is not None and compared else None,
                         "compared": not differences,
@@ -366,6 +385,16 @@ class Table:
                     }
                 )  # fmt: skip
         return rows
+
+
+def _sample(runs: Sequence[Run], metric: str) -> Sample:
+    """A score of the runs of several seeds. Random weights, which have no file, are another encoder for each seed."""
+    encoders = set()
+    for run in runs:
+        file = (run.get("encoder") or {}).get("sha256")
+        weights = run["settings"].get("encoder", {}).get("weights", "")
+        encoders.add(file or (weights if weights.startswith("timm:") else run["seed"]))
+    return Sample(tuple(run["metrics"][metric] for run in runs), one_encoder=len(encoders) < 2 <= len(runs))
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:

@@ -24,6 +24,9 @@ def keep_memory() -> bool:
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, NEVER))
 
 
+# Signs of a GPU come first: they have the words of the others in them.
+COMPILED = "out of resource: "  # Triton's, of a kernel that needs more of a GPU's own shared memory than there is
+GPU_FULL = re.compile(r"(cuda|hip)\b.{0,20}out of memory|cu\w+_alloc_failed|failed to cuda \w*alloc\b")
 SHARED = ("shared memory", "shm", "bus error", "unable to write to file </torch", "unable to mmap")
 FULL = (
     "can't allocate memory", "cannot allocate memory", "out of memory", "unable to allocate", "std::bad_alloc",
@@ -37,25 +40,37 @@ SIZES = {  # the settings that say how much memory a stage takes; of the others 
 
 
 def out_of_memory(error: BaseException, stage: str) -> str | None:
-    """One sentence for an error that means too little memory, shared or other; None for any other error."""
+    """One sentence for an error that means too little memory, shared, a GPU's or other; None for any other error."""
     words = " ".join(str(error).split())
     short = f" ({words[:157] + '...' if len(words) > 160 else words})" if words else ""
-    if any(sign in words.lower() for sign in SHARED):
-        return (
-            f"{stage}: no shared memory for its decoding workers{short}; set --workers 0 (resources.{stage}.workers: 0), or "
-            "make /dev/shm larger"
-        )
-    smaller = f"lower {SIZES.get(stage, 'encoder.image_size')}"
-    if isinstance(error, RuntimeError) and ("CUDA out of memory" in words or "CUBLAS_STATUS_ALLOC_FAILED" in words):
+    smaller, signs = f"lower {SIZES.get(stage, 'encoder.image_size')}", words.lower()
+    if signs.startswith(COMPILED) or f": {COMPILED}" in signs:
+        return f"{stage}: a compiled kernel does not fit on this GPU{short}; set {stage}.compile: false"
+    if GPU_FULL.search(signs):
+        held = ";"
+        if (
+            "cuda out of memory" not in signs
+        ):  # not torch's, of a batch too large: not even a context or NCCL found room
+            held = (
+                ", which another process may hold (nvidia-smi lists them): wait for it, or name another GPU by "
+                "CUDA_VISIBLE_DEVICES, or"
+            )
         cheaper = (
             " set pretrain.activation_checkpointing: true, raise pretrain.accumulate," if stage == "pretrain" else ""
         )
         return (
-            f"{stage}: not enough memory{short} on the GPU; {smaller},{cheaper} or spread the batch over more GPUs by "
+            f"{stage}: not enough memory{short} on the GPU{held} {smaller},{cheaper} or spread the batch over more GPUs by "
             f"resources.{stage}.gpus"
         )
+    if not isinstance(error, (OSError, MemoryError, RuntimeError, ImportError)):
+        return None
+    if any(sign in signs for sign in SHARED):
+        return (
+            f"{stage}: no shared memory for its decoding workers{short}; set --workers 0 (resources.{stage}.workers: 0), or "
+            "make /dev/shm larger"
+        )
     full = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    if full or any(sign in words.lower() for sign in FULL):
+    if full or any(sign in signs for sign in FULL):
         return f"{stage}: not enough memory{short}; {smaller}, set --workers 0, or ask for more by resources.{stage}.mem_mb"
     return None
 
@@ -67,5 +82,5 @@ def lost_worker(error: BaseException, stage: str) -> str | None:
         return None
     return (
         f"{stage}: a decoding worker was killed from outside, most often for its memory ({words[:120]}); run it again, it goes on "
-        f"from its last checkpoint, with --workers 0 (resources.{stage}.workers: 0) or more resources.{stage}.mem_mb"
+        f"from its last checkpoint if it left one, with --workers 0 (resources.{stage}.workers: 0) or more resources.{stage}.mem_mb"
     )

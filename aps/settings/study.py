@@ -253,6 +253,13 @@ def experiment_model(method: str) -> type[ExperimentSettings]:
 
 
 @lru_cache
+def blocks_model(method: str) -> type[SharedBlocks]:
+    """The blocks alone, with the keys and defaults of a method."""
+    model: type[SharedBlocks] = _of_method(Blocks, method)
+    return model
+
+
+@lru_cache
 def stage_model(method: str) -> type[StageSettings]:
     """StageSettings with the keys and defaults of a method."""
     model: type[StageSettings] = _of_method(StageSettings, method)

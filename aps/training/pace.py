@@ -63,6 +63,16 @@ class Pace:
     def _minutes(self) -> float | None:
         return self._budget.minutes if self._budget is not None else None
 
+    @property
+    def known(self) -> bool:
+        """Whether the length is known before the run's end."""
+        return not self._minutes
+
+    @property
+    def positions(self) -> int:
+        """At how many positions of the schedule there are steps. A clock is read once a batch."""
+        return self.total * (self.steps if self.known else 1)
+
     def _count(self, settings: Any) -> float | None:
         """Operations of an optimizer step; None where they can't be counted and the budget does not need them."""
         try:

@@ -40,7 +40,7 @@ from aps.training.meter import Meter
 from aps.training.networks import at_least_float32, build_method, build_networks
 from aps.training.order import SAMPLING, STEP, seed_of, seeded
 from aps.training.pace import Pace
-from aps.training.schedule import endless_warmup, pretraining_lr
+from aps.training.schedule import endless_warmup, pretraining_lr, single_step
 from aps.training.watch import Watch, collapsed
 
 LOG_BATCHES = 50  # batches between two log lines, within an epoch
@@ -62,6 +62,8 @@ def run(job: StageJob) -> None:
             defect=learner.defect,
         )  # fmt: skip
         loop.train(learner, epoch)
+        if not learner.pace.known:
+            learner.check_length()
         if distributed.main:
             learner.save(stage)
             length = {
@@ -95,9 +97,19 @@ class Pretraining:
         self.meter = Meter(distributed, METHODS.described(self.settings.method))
         self.length: dict[str, float] = {}
         self.watch = Watch("pretraining", "pretrain", distributed, job.manifest, self.normalization)
+        if self.pace.known:
+            self.check_length()
         clause = endless_warmup("pretrain", self.settings) if self.settings.schedule == "cosine" else None
-        if distributed.main and clause is not None:
-            print(f"warning: {job.label}: {clause}", file=sys.stderr)
+        self._say(clause)
+
+    def _say(self, clause: str | None) -> None:
+        if self.distributed.main and clause is not None:
+            print(f"warning: {self.job.label}: {clause}", file=sys.stderr)
+
+    def check_length(self) -> None:
+        """Say where the learning rate of a single step is low. Raises UserError where it is 0."""
+        if self.pace.positions == 1:
+            self._say(single_step(self.settings))
 
     @property
     def note(self) -> str:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from aps.settings.blocks import FinetuneSettings, PretrainSettings
+from aps.errors import UserError
+from aps.settings.blocks import DetectionSettings, FinetuneSettings, PretrainSettings
+from aps.settings.study import ExperimentSettings
+
+LOW = 0.1  # of the peak: with a learning rate that is nowhere higher, a run has hardly trained
 
 
 def scaled_lr(lr: float, batch_size: int, per: int) -> float:
@@ -35,8 +39,39 @@ def pretraining_lr(settings: PretrainSettings, step: float, steps_per_epoch: int
     return peak * cosine((progress - warmup) / (epochs - warmup))
 
 
-def oddities(stage: str, settings: PretrainSettings | FinetuneSettings) -> Iterator[str]:
-    """Clauses on a learning rate of pretraining or finetuning that does other than rise to its peak and fall from it."""
+def check_finetuning(experiment: ExperimentSettings) -> None:
+    """Raises ValueError where the learning rate of every epoch of finetuning is 0."""
+    s = experiment.finetune
+    if not any(finetuning_lr(s, epoch) for epoch in range(s.epochs)):
+        raise ValueError(
+            f"finetune.warmup_epochs {s.warmup_epochs} starts from finetune.warmup_lr 0 and finetune.epochs is {s.epochs}, so the "
+            "learning rate of every step is 0; raise finetune.epochs or finetune.warmup_lr"
+        )
+
+
+def single_step(settings: PretrainSettings) -> str | None:
+    """A clause on a pretraining that ends where its schedule starts, after one optimizer step, if the learning rate is low there.
+
+    Of two steps the second is half the schedule later, so where that is low too, `endless_warmup` says so.
+
+    Raises:
+        UserError: the learning rate is 0 there, so that the encoder would stay as it was drawn.
+    """
+    rate, peak = pretraining_lr(settings, 0, 1), scaled_lr(settings.lr, settings.batch_size, 256)
+    if rate >= LOW * peak:
+        return None
+    length = "pretrain.epochs" if settings.budget is None else "pretrain.budget"
+    clause = (
+        f"{length} leaves only the start of pretrain.warmup_epochs {settings.warmup_epochs}, where the learning rate is "
+        f"{rate:.3g} instead of {peak:.3g}; raise {length} or set pretrain.warmup_epochs: 0"
+    )
+    if not rate:
+        raise UserError(clause)
+    return clause
+
+
+def oddities(stage: str, settings: PretrainSettings | FinetuneSettings | DetectionSettings) -> Iterator[str]:
+    """Clauses on a learning rate that does other than rise to its peak and fall from it."""
     if (clause := endless_warmup(stage, settings)) is not None:
         yield clause
     if isinstance(settings, FinetuneSettings):
@@ -48,17 +83,18 @@ def oddities(stage: str, settings: PretrainSettings | FinetuneSettings) -> Itera
             )
 
 
-def endless_warmup(stage: str, settings: PretrainSettings | FinetuneSettings) -> str | None:
-    """A clause on a warmup that takes all epochs of pretraining or finetuning, and what it does to the learning rate, else None."""
-    warmup, epochs = settings.warmup_epochs, settings.epochs
-    schedule = getattr(settings, "schedule", None)  # None: finetuning's
-    if warmup < epochs or (schedule == "release" and warmup == 1):  # whose first epoch is at the peak
+def endless_warmup(stage: str, settings: PretrainSettings | FinetuneSettings | DetectionSettings) -> str | None:
+    """A clause on a warmup that takes all of a training, and what it does to the learning rate, else None."""
+    unit = "iterations" if isinstance(settings, DetectionSettings) else "epochs"
+    warmup, length = getattr(settings, f"warmup_{unit}"), getattr(settings, unit)
+    schedule = getattr(settings, "schedule", None)  # None: finetuning's and detection's
+    if warmup < length or (schedule == "release" and warmup == 1):  # whose first epoch is at the peak
         return None
     side = "above" if isinstance(settings, FinetuneSettings) and above_peak(settings) else "below"
     effect = "never falls" if schedule == "cosine" else f"stays {side} {stage}.lr"
     return (
-        f"{stage}.warmup_epochs {warmup} takes all of {stage}.epochs {epochs}, so the learning rate {effect}; lower "
-        f"{stage}.warmup_epochs or raise {stage}.epochs"
+        f"{stage}.warmup_{unit} {warmup} takes all of {stage}.{unit} {length}, so the learning rate {effect}; lower "
+        f"{stage}.warmup_{unit} or raise {stage}.{unit}"
     )
 
 

@@ -43,6 +43,7 @@ from aps.layout import (
 )
 from aps.results import forget, saved_run
 from aps.runtime import door
+from aps.runtime.gpus import visible
 from aps.runtime.launch import SHELL_PREFIX
 from aps.runtime.slurm import job_id
 from aps.settings.blocks import UserDataset
@@ -543,8 +544,10 @@ class Plan:
             workflow.parent_groupids.update({name.format(seed=seed): TOGETHER for seed in seeds})
 
     def share(self, workflow: Any) -> None:
-        """Let jobs share what `workflow` may use of this machine, if they run on it."""
+        """Let jobs share what `workflow` may use of this machine, if they run on it: without `--resources gpu=N`, its GPUs."""
         if workflow.resource_settings.nodes is None and not workflow.remote_exec:
+            if workflow.is_main_process and "gpu" not in workflow.global_resources and (here := len(visible())):
+                workflow.global_resources["gpu"] = here  # a job on more than there are is told of it by itself
             gpus = workflow.global_resources.get("gpu")
             # A number in Snakemake 9.12, an object that has one in 9.27
             self.machine = Machine(workflow.resource_settings.cores or 1, getattr(gpus, "value", gpus))

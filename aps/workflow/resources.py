@@ -32,7 +32,7 @@ class Machine(NamedTuple):
     """What Snakemake may use of the machine on which it runs the jobs itself."""
 
     cores: int = 1  # --cores; 1 where jobs are submitted
-    gpus: int | None = None  # --resources gpu=N; None: no limit
+    gpus: int | None = None  # --resources gpu=N, or those that are visible; None: no limit
 
 
 NO_SHARE = Machine()

@@ -120,7 +120,9 @@ def test_an_unreadable_image_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.jpg").write_bytes(content)
     with pytest.raises(UserError, match=r"bad.jpg: cannot be read as an image \(.+\); replace or remove it"):
         read_image(tmp_path / "bad.jpg")
-    with pytest.raises(UserError, match=r"gone.jpg: cannot be read as an image"):
+    with pytest.raises(
+        UserError, match=r"gone.jpg: cannot be read as an image \(No such file or directory\); put it back"
+    ):
         read_image(tmp_path / "gone.jpg")
 
 

@@ -1,15 +1,18 @@
 """`shrink`: a folder's large images are used as smaller copies."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from miniatures import image, png
 from PIL import Image
 from torchvision.io import encode_jpeg
 
-from aps.data import trees
+from aps.data import fetch, trees
 from aps.data.images import decode_image, read_image
 from aps.data.load import FileSplit, load_split
 from aps.data.manifest import Manifest, read_index, with_sizes, write_index
@@ -300,3 +303,105 @@ def test_images_that_take_long_to_decode_are_told_of(tmp_path: Path, monkeypatch
     told = "half of the train images have 820 pixels or more on the shorter side"
     assert any(note.startswith(told) and "`shrink: 512`" in note for note in run(tmp_path, None)[0].notes)
     assert run(tmp_path, 512)[0].notes == ()
+
+
+def many(photos: Path, count: int = 150) -> None:
+    """More images than a chunk has, one of them damaged and one of 16 bits."""
+    for number in range(count):
+        (photos / f"a/{number:03d}.png").write_bytes(png(image(number, 40 + number % 3, 44)))
+    whole = encode_jpeg(image(3, 60, 90), 95).numpy().tobytes()
+    (photos / "a/005.jpg").write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")
+    Image.fromarray(np.arange(40 * 40, dtype=np.uint16).reshape(40, 40)).save(photos / "a/006.png")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the record of the walk, by its name."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes().replace(bytes(folder), b"")
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != "files.tsv"
+    }
+
+
+@pytest.mark.parametrize("shrink", [None, 32])
+@pytest.mark.parametrize("harm", ["", "cut line", "cut copy"])
+def test_a_preparation_that_is_stopped_goes_on_with_the_same_result(
+    photos: Path, tmp_path: Path, shrink: int | None, harm: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    many(photos)
+    monkeypatch.setattr(fetch, "granted", lambda: 1)  # one thread, so that it is known what was done
+    uninterrupted, folder = run(tmp_path, shrink, labels=False)
+    expected, decoded = contents(folder), list[str]()
+    shutil.rmtree(folder)
+
+    def decode(content: bytes, path: Path, *more: Any) -> torch.Tensor:
+        decoded.append(path.name)
+        if len(decoded) == 140:
+            raise KeyboardInterrupt
+        return decode_image(content, path, *more)
+
+    monkeypatch.setattr(trees, "decode_image", decode)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, shrink, labels=False)
+    journal = folder / "decoded.jsonl"
+    if harm == "cut line":
+        journal.write_bytes(journal.read_bytes()[:-20])
+    if harm == "cut copy" and shrink:
+        next(copies(folder).rglob(decoded[100])).write_bytes(b"")
+    decoded.clear()
+    capsys.readouterr()
+    assert run(tmp_path, shrink, labels=False)[0] == uninterrupted
+    chunks = 1 if harm == "cut line" or (harm and shrink) else 2
+    assert len(decoded) == 163 - 64 * chunks and contents(folder) == expected and not journal.exists()
+    assert (
+        f"decode train: goes on from {64 * (1 if harm == 'cut line' else 2)} of 163 images" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("changed", ["the tree", "the size", "nothing, but all is asked for again"])
+def test_what_was_decoded_of_other_images_is_not_used(
+    photos: Path, tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many(photos)
+    decoded = list[str]()
+
+    def decode(content: bytes, path: Path, *more: Any) -> torch.Tensor:
+        decoded.append(path.name)
+        if len(decoded) == 163:
+            raise KeyboardInterrupt
+        return decode_image(content, path, *more)
+
+    monkeypatch.setattr(trees, "decode_image", decode)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, labels=False)
+    decoded.clear()
+    if changed == "the tree":
+        os.utime(photos / "a/000.png", (1, 1))
+    source = UserDataset(folder=str(photos), shrink=24 if changed == "the size" else 32, labels=False)
+    folder = next(tmp_path.glob("mine-*"))
+    with pytest.raises(KeyboardInterrupt):
+        prepare("mine", folder, source, force=changed.startswith("nothing"))
+    assert len(decoded) == 163
+
+
+def test_a_folder_that_is_moved_away_ends_it_at_once(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many(photos)
+    decoded = list[str]()
+
+    def decode(content: bytes, path: Path, *more: Any) -> torch.Tensor:
+        decoded.append(path.name)
+        if len(decoded) == 10:
+            (photos / "a").rename(tmp_path / "away")
+        return decode_image(content, path, *more)
+
+    monkeypatch.setattr(trees, "decode_image", decode)
+    monkeypatch.setattr(fetch, "granted", lambda: 1)
+    told = r"photos/a/\S+ is gone: the folder has changed since it was listed; run the same command again$"
+    with pytest.raises(UserError, match=told):
+        run(tmp_path, labels=False)
+    assert len(decoded) == 10
+    monkeypatch.undo()
+    assert run(tmp_path, labels=False)[0].splits["train"].count == 6

@@ -159,6 +159,52 @@ def test_an_experiment_of_one_seed_is_named_and_keeps_another_from_being_best_un
         assert reason.endswith("(not compared, one seed: untrained)")
 
 
+@pytest.mark.parametrize("file", [True, False])
+def test_seeds_that_share_an_encoder_count_as_one_seed_and_every_place_says_so(
+    study: Study, tmp_path: Path, file: bool
+) -> None:
+    weights = tmp_path / "encoder.safetensors" if file else "timm:vit_tiny"
+    if file:
+        weights.write_text("trained elsewhere")  # type: ignore[union-attr]
+    given = {"inherits": "aps", "stages": ["finetune", "knn"], "encoder": {"weights": str(weights)}}
+    study = load_study([tmp_path / "study.yaml"], {"experiments": {"given": given}})
+    for seed in (0, 1):
+        encoder = {"sha256": sha256(weights) if file else None}  # type: ignore[arg-type]
+        finish(study, "given", seed, "knn", knn_top1_k20=90.0, encoder=encoder)
+        finish(study, "given", seed, "finetune", test_top1=80.0 + 9 * seed, encoder=encoder)
+        for name in ("aps", "untrained"):  # of random weights there is no file, and each seed has its own
+            finish(study, name, seed, "knn", knn_top1_k20=60.0 + seed + 9 * (name == "aps"))
+            finish(study, name, seed, "finetune", test_top1=60.0 + seed)
+    assert verdict(study, "knn") == (
+        None,
+        "none is best for certain: given has 90.0 ± 0.0 with one encoder, aps 69.5 ± 0.7; give each seed of given its own encoder",
+    )
+    assert "given" in verdict(study, "finetune")[1] and verdict(study, "finetune")[0] is None
+    rows = {(row["experiment"], row["column"].stage): row for row in table(study).above_floor()}
+    assert rows["given", "finetune"]["single"] == {"given": "one encoder"} and rows["aps", "knn"]["single"] == {}
+    assert rows["given", "finetune"]["spread"] == 1.0, "the floor's, and not that of two finetunings"
+    text = "90.0 ± 0.0 (one encoder)"
+    assert text in terminal(study, "none") and "0.7 (one encoder)" not in terminal(study, "none")
+    write_report(study, tmp_path / "report", "none")
+    page = re.sub(r"<[^>]+>", "", (tmp_path / "report/report.html").read_text())
+    assert page.count(text) == 2, "in the table of scores and in that of the floor"
+    assert "1.0one encoder of given" in page
+    pictures = {picture.name: picture for picture in all_figures(table(study), is_intact)}
+    assert f"given {text}" in pictures["scores"].panels[0].label + pictures["scores"].panels[1].label
+    assert "One encoder for all seeds of given:" in table(study).remarks(["aps", "given"], table(study).scores)
+
+
+def test_where_everybody_has_one_encoder_or_one_seed_there_is_no_best(study: Study, tmp_path: Path) -> None:
+    given = {"inherits": "aps", "stages": ["knn"], "encoder": {"weights": "timm:vit_tiny"}}
+    study = load_study([tmp_path / "study.yaml"], {"experiments": {"given": given, "more": given}})
+    for name in ("given", "more"):
+        for seed in (0, 1):
+            finish(study, name, seed, "knn", knn_top1_k20=90.0 - len(name))
+    assert verdict(study, "knn") == (None, "one encoder, so there is no spread and no best")
+    finish(study, "untrained", 0, "knn", knn_top1_k20=50.0)
+    assert verdict(study, "knn") == (None, "one seed or one encoder, so there is no spread and no best")
+
+
 def of_three_seeds(tmp_path: Path, **scores: dict[int, float]) -> Study:
     """A study of three seeds, with finetuned scores of an experiment by seed."""
     study = load_study([tmp_path / "study.yaml"], {"defaults": {"seeds": [0, 1, 2]}})
@@ -349,6 +395,11 @@ def test_an_encoder_of_two_runs_has_the_cost_and_the_settings_of_both(study: Stu
     shown, sent = settings_of(found, "after"), study_parameters(study, "knn")["after"]
     assert (row["finetune.epochs"], shown["finetune.epochs"], sent["finetune.epochs"]) == ("9", 9, "9")
     assert row["pretrain.epochs"] == sent["pretrain.epochs"] == str(shown["pretrain.epochs"])
+    own = {name: settings_of(found, name) for name in ("aps", "labels", "after")}
+    assert {name: own[name]["encoder.weights"] for name in own} == {
+        "aps": "pretrain", "labels": "experiment:aps", "after": str(model),
+    }  # fmt: skip
+    assert not any(key.endswith(".encoder.weights") for settings in own.values() for key in settings)
 
 
 def test_where_operations_are_unknown_there_are_none_and_the_seconds_stay(study: Study) -> None:

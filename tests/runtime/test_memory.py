@@ -65,6 +65,37 @@ def test_too_little_memory_is_one_sentence_that_names_the_setting(error: Excepti
     assert sentence is not None and sentence.startswith("knn: ") and setting in sentence and "\n" not in sentence
 
 
+SHARED_KERNEL = (
+    "out of resource: shared memory, Required: 147456, Hardware limit: 101376. Reducing block sizes may help."
+)
+HELD = "which another process may hold (nvidia-smi lists them)"
+
+
+class OutOfResources(Exception):  # as Triton's, which is no RuntimeError
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), HELD),
+        (RuntimeError("CUDA driver error: out of memory"), HELD),
+        (RuntimeError("NCCL error: ncclUnhandledCudaError: Last error:\nCuda failure 2 'out of memory'"), HELD),
+        (RuntimeError("NCCL error: unhandled system error\nFailed to CUDA calloc async 6291456 bytes"), HELD),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), HELD),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "on the GPU; lower pretrain.batch_size",
+        ),
+        (OutOfResources(SHARED_KERNEL), "set pretrain.compile: false"),
+        (RuntimeError(f"backend='inductor' raised:\nOutOfResources: {SHARED_KERNEL}"), "set pretrain.compile: false"),
+    ],
+)
+def test_a_gpu_that_lacks_memory_is_not_taken_for_the_machine(error: Exception, told: str) -> None:
+    sentence = out_of_memory(error, "pretrain") or ""
+    assert told in sentence and not any(other in sentence for other in ("--workers", "mem_mb", "/dev/shm"))
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
 def test_the_settings_that_a_sentence_names_are_keys(stage: str, error: Exception) -> None:
@@ -79,7 +110,7 @@ def test_the_settings_that_a_sentence_names_are_keys(stage: str, error: Exceptio
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("shapes differ"), OSError(errno.ENOENT, "No such file"), ValueError("x")]
+    "error", [RuntimeError("shapes differ"), OSError(errno.ENOENT, "No such file"), ValueError("x"), KeyError("shm")]
 )
 def test_another_error_is_not_taken_for_too_little_memory(error: Exception) -> None:
     assert out_of_memory(error, "knn") is None

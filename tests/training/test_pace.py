@@ -21,7 +21,7 @@ from aps.cost import Counts
 from aps.errors import UserError
 from aps.runtime.processes import Distributed
 from aps.seals import read_metrics
-from aps.settings.blocks import BudgetSettings
+from aps.settings.blocks import BudgetSettings, SamplingSettings
 from aps.settings.reading import load_study
 from aps.training import meter as meter_module
 from aps.training import pace as pace_module
@@ -351,6 +351,22 @@ def test_a_step_that_cannot_be_counted_is_trained_and_said(
     )
     with pytest.raises(UserError, match="can't be counted"):
         small.run(small.job("pretrain", digits, tmp_path / "b", budget=BudgetSettings(flops=1e9)))
+
+
+@pytest.mark.parametrize("budget", [{"flops": 6e7}, {"minutes": 1e-9}, None])
+def test_a_run_of_one_step_at_a_learning_rate_of_0_ends_in_a_sentence(
+    budget: dict[str, float] | None, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own: dict[str, Any] = {"schedule": "cosine", "epochs": 10 if budget else 1, "batch_size": 64}
+    own |= {"sampling": SamplingSettings(samplings=1), "budget": BudgetSettings(**budget) if budget else None}
+    job = small.job("pretrain", digits, tmp_path, **own)
+    words = "leaves only the start of pretrain.warmup_epochs 1, where the learning rate is 0 instead of 0.00025; raise"
+    with pytest.raises(UserError, match=rf"pretrain.{'budget' if budget else 'epochs'} {words}"):
+        small.run(job)
+    assert not (job.out / "metrics.json").exists()
+    low = own | {"schedule": "release", "warmup_epochs": 11}
+    assert small.run(small.job("pretrain", digits, tmp_path / "low", **low))["steps"] == 1
+    assert "where the learning rate is 2.27e-05 instead of 0.00025" in capsys.readouterr().err
 
 
 def test_the_estimate_knows_budgets(digits: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pretended_gpus import pretend_gpus
 from tiny_study import checkout
 
 from aps.layout import SHARE
@@ -98,17 +99,51 @@ def test_a_job_on_a_gpu_of_this_machine_has_its_share_of_the_cores(
     assert (made.threads("pretrain"), made.threads("knn")) == (threads, 1)
 
 
-def test_snakemakes_cores_and_gpus_are_what_jobs_share(tmp_path: Path) -> None:
+def test_snakemakes_cores_and_gpus_are_what_jobs_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = {
         "resources": {"pretrain": {"gpus": 1}},
         "defaults": {"dataset": "digits", "stages": ["pretrain"]},
         "experiments": {"a": {"seeds": [0, 1]}},
     }
     checkout(tmp_path, content)
-    for options, threads in ((("--cores", "12"), "6"), (("--cores", "12", "--resources", "gpu=1"), "12")):
-        command = [sys.executable, "-m", "snakemake", "-n", "--configfile", "study.yaml", *options]
+    limit = ("--resources", "gpu=1")
+    for here, options, threads in (
+        ([], (), "6"),
+        ([], limit, "12"),
+        (["GPU-a"], (), "12"),
+        (["GPU-a", "GPU-b"], limit, "12"),
+    ):
+        pretend_gpus(tmp_path / "bin", here, monkeypatch)
+        command = [sys.executable, "-m", "snakemake", "-n", "--configfile", "study.yaml", "--cores", "12", *options]
         planned = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert re.findall(r"^    threads: (\d+)$", planned.stdout, re.MULTILINE) == [threads] * 2, planned.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "machine", "limits"),
+    [
+        ({}, {}, {"gpu": 2}),
+        ({"gpu": 1}, {}, {"gpu": 1}),
+        ({}, {"nodes": 100}, {}),  # jobs are submitted
+        ({}, {"remote": True}, {}),  # one that was
+    ],
+)
+def test_gpu_jobs_of_this_machine_are_limited_to_its_gpus(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, int],
+    machine: dict[str, Any],
+    limits: dict[str, int],
+) -> None:
+    pretend_gpus(tmp_path / "bin", ["GPU-a", "GPU-b"], monkeypatch)
+    made = plan(tmp_path, {})
+    settings = SimpleNamespace(cores=8, nodes=machine.get("nodes"))
+    remote = machine.get("remote", False)
+    workflow = SimpleNamespace(
+        resource_settings=settings, global_resources=given, remote_exec=remote, is_main_process=not remote
+    )
+    made.share(workflow)
+    assert workflow.global_resources == limits and made.machine.gpus == limits.get("gpu")
 
 
 def test_what_no_experiment_asks_for_is_left_to_the_executor(tmp_path: Path) -> None:
