@@ -228,9 +228,12 @@ class Findings:
         if not path.exists():
             return None
         try:
+            manifest = Manifest.read(path)
             if dataset in self.study.datasets or dataset in USER_DATASETS:
-                return outdated(path, source)
-            return changed(Manifest.read(path), path.parent, source.trust)
+                reason = outdated(path, source)
+            else:
+                reason = changed(manifest, path.parent, source.trust)
+            return reason or (None if source.trust else manifest.altered_image(path.parent))
         except UserError as error:
             return str(error)
 

@@ -12,8 +12,17 @@ import threading
 import zipfile
 from pathlib import Path
 
-from aps.data import fetch
-from aps.data.manifest import Manifest, Split, Statistics, completing, content_digest, with_sizes
+from aps.data import fetch, trees
+from aps.data.manifest import (
+    Manifest,
+    Split,
+    Statistics,
+    check_unpacked,
+    completing,
+    content_digest,
+    with_sizes,
+    write_index,
+)
 from aps.errors import UserError
 from aps.files import sha256
 from aps.settings.blocks import SourceSettings
@@ -67,7 +76,13 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
                 f"{root / empty[0]} is empty (of {len(empty):,} empty images); {completing(root, folder, name, 'get it again')}"
             )
         contents.append([split, sha256(file), sorted((image, sizes[image]) for image in images)])
-        splits[split] = Split(count=len(images), images=_inside(root, folder), annotations=_inside(file, folder))
+        where, index = _inside(root, folder), None
+        if not os.path.isabs(where):  # unpacked by us, so alterations are ours to notice
+            check_unpacked(folder, where, name)
+            index = f"{split}.tsv"
+            checksums = trees.checksums_of(root, images, split)
+            write_index(folder / index, images, None, [sizes[image] for image in images], checksums)
+        splits[split] = Split(count=len(images), images=where, index=index, annotations=_inside(file, folder))
     assert classes is not None
     manifest = Manifest(
         name=name,

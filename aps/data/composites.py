@@ -14,6 +14,7 @@ It does not know how the source is obtained, nor anything about detectors.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tempfile
@@ -28,7 +29,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from aps.data.load import ArraySplit, FileSplit, load_split
-from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes
+from aps.data.manifest import Manifest, Split, Statistics, content_digest, with_sizes, write_index
 from aps.data.statistics import Accumulator
 from aps.files import sweep, write_bytes, write_unsynced
 from aps.registry import DATASETS
@@ -94,6 +95,7 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
     contents: list[Any] = []
     for number, (split, count) in enumerate((("train", recipe.train), ("val", recipe.val))):
         images, coco = folder / split, _header(name, origin.classes)
+        names, sizes, checksums = list[str](), list[int](), list[str]()
         images.mkdir(exist_ok=True)
         sweep(images)
         for index in range(count):
@@ -102,6 +104,9 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
             png = io.BytesIO()
             Image.fromarray(canvas.transpose(1, 2, 0).squeeze()).save(png, "PNG")
             write_unsynced(images / file, png.getvalue(), images)  # a study may be reading what it replaces
+            names.append(file)
+            sizes.append(len(png.getvalue()))
+            checksums.append(hashlib.sha256(png.getvalue()).hexdigest())
             coco["images"].append({"id": index + 1, "file_name": file, "height": recipe.side, "width": recipe.side})
             for annotation in annotations:
                 coco["annotations"].append({"id": len(coco["annotations"]) + 1, "image_id": index + 1, **annotation})
@@ -110,7 +115,8 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
                 statistics.add(torch.from_numpy(canvas)[None])
         annotations_file = f"instances_{split}.json"
         write_bytes(folder / annotations_file, json.dumps(coco).encode())
-        splits[split] = Split(count=count, images=split, annotations=annotations_file)
+        write_index(folder / f"{split}.tsv", names, None, sizes, checksums)
+        splits[split] = Split(count=count, images=split, index=f"{split}.tsv", annotations=annotations_file)
         contents.append(coco["annotations"])
     manifest = Manifest(
         name=name,

@@ -18,7 +18,7 @@ from typing import Any
 import scipy.io
 
 from aps.data import fetch, trees
-from aps.data.manifest import ChannelStatistics, Manifest, completing
+from aps.data.manifest import ChannelStatistics, Manifest, check_unpacked, completing
 from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
 
@@ -64,6 +64,8 @@ def prepare(folder: Path, source: SourceSettings, name: str) -> Manifest:
         splits[split] = trees.listing(found[part], classes)
         if (count := len(splits[split].names)) != COUNTS[part]:
             raise UserError(f"{root / part}: has {count:,} images instead of {COUNTS[part]:,}; {advice}")
+        if root == folder:
+            check_unpacked(folder, part, name)
     return trees.describe(
         folder,
         name,

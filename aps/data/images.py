@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import stat
@@ -21,10 +22,11 @@ import warnings
 import zlib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -38,35 +40,48 @@ from aps.text import number_of
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 ORIENTATION = 0x0112  # EXIF tag
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of a TIFF
+PNG_DEPTH = 24  # where a PNG says its bits a value
 OF_16_BITS = ("PPM", "PNG")  # formats of which Pillow opens 16 bits in its mode of 32
 DARK = 0x1000  # images of 16 bits whose values all lie below have 12 bits, of which 4 would be left
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def read_image(path: Path, at_least: int | None = None) -> Tensor:
+def read_image(path: Path, at_least: int | None = None, checksum: bytes | None = None) -> Tensor:
     """Pixels of an image file, uint8 RGB (3, H, W).
 
     Args:
         at_least: reduce the image by a whole factor whose result has at least this many pixels on the shorter side (an
             image that is smaller is not reduced); JPEG files are reduced while they are decoded. None: full size.
+        checksum: as in `read_file`.
 
     Raises:
-        UserError: the file is missing, damaged, not an image, or has no 8-bit colours.
+        UserError: the file is missing, damaged, altered, not an image, or has no 8-bit colours.
     """
-    return decode_image(read_file(path), path, at_least)
+    return decode_image(read_file(path, checksum), path, at_least)
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a file. Raises UserError where it can't be read."""
+def read_file(path: Path, checksum: bytes | None = None) -> bytes:
+    """The bytes of a file.
+
+    Args:
+        checksum: SHA-256 of the file as a preparation wrote it; None: the file is the user's.
+
+    Raises:
+        UserError: it can't be read, or is another.
+    """
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # reading it may never end
             raise OSError(errno.EINVAL, "a pipe or device")
-        return Path(path).read_bytes()
+        content = Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _unreadable(path, str(error.strerror), "put it back, or prepare the dataset again without it") from None
     except (OSError, ValueError) as error:
         raise _unreadable(path, str(getattr(error, "strerror", None) or error)) from None
+    if checksum is not None and hashlib.sha256(content).digest() != checksum:
+        raise _unreadable(path, "its content is not what was prepared")
+    return content
 
 
 def decode_image(content: bytes, path: Path, at_least: int | None = None, greatest: list[int] | None = None) -> Tensor:
@@ -111,9 +126,10 @@ def from_pillow(image: Image.Image) -> Tensor:
     """
     try:
         kind = image.format  # which a copy has not
+        negative = _white_is_zero(image)
         image = image.copy()  # loads it too
         _turn(image)
-        return _tensor(_rgb(image, kind))
+        return _tensor(_rgb(image, kind, negative))
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"an image opened by Pillow can't be decoded ({_reason(error)}); give another") from None
 
@@ -140,10 +156,17 @@ def _decode(content: bytes, at_least: int | None, greatest: list[int] | None) ->
                 return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
         if factor > 1:
             image.draft(None, (image.width // factor, image.height // factor))  # does nothing for other formats
+        negative = _white_is_zero(image)
+        exact = _greatest_of_ppm(image, content) if greatest is not None else None  # loading drops the header
         image.load()
         if turned:
             _turn(image)
-        rgb = _rgb(image, image.format, greatest)
+        rgb = _rgb(image, image.format, negative, greatest)
+        if greatest is not None and not image.mode.startswith("I"):
+            if exact is not None:
+                greatest.append(exact)
+            elif _has_16_bits(image, content):  # of which Pillow kept the upper 8
+                greatest.append((int(np.asarray(rgb).max()) << 8) + 0xFF)
         if at_least and (left := min(rgb.size) // at_least) > 1:
             rgb = rgb.reduce(left)
         return _tensor(rgb)
@@ -169,11 +192,38 @@ def _turn(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def _rgb(image: Image.Image, kind: str | None, greatest: list[int] | None = None) -> Image.Image:
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether a TIFF's 0 is white. Pillow inverts its 8 bits and not its 16."""
+    return getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0 and image.mode.startswith("I")
+
+
+def _has_16_bits(image: Image.Image, content: bytes) -> bool:
+    """Whether a file has 16 bits a value, whatever Pillow made of them."""
+    if image.format == "PNG":
+        return content[PNG_DEPTH] == 16
+    return 16 in getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, ())
+
+
+def _greatest_of_ppm(image: ImageFile.ImageFile, content: bytes) -> int | None:
+    """The greatest value of a binary PPM in colours, which Pillow rounds to 8 bits, as of 65,535; None: it has 8."""
+    if image.format != "PPM" or image.mode != "RGB" or image.tile[0].codec_name != "ppm":
+        return None
+    arguments: Any = image.tile[0].args
+    most = int(arguments[1])  # that the header allows
+    if most <= 0xFF:
+        return None
+    values = np.frombuffer(content, ">u2", 3 * image.width * image.height, image.tile[0].offset)
+    return int(values.max()) * 0xFFFF // most
+
+
+def _rgb(
+    image: Image.Image, kind: str | None, negative: bool = False, greatest: list[int] | None = None
+) -> Image.Image:
     """The image in 8-bit RGB; of 16 bits, the upper 8 are kept.
 
     Args:
         kind: Pillow's name of its format; None: it is of no file.
+        negative: whether 0 is white.
         greatest: as in `decode_image`.
     """
     if image.mode.startswith("I"):
@@ -185,6 +235,9 @@ def _rgb(image: Image.Image, kind: str | None, greatest: list[int] | None = None
             raise ValueError(
                 f"its pixels are of 32 bits, 0 to {most}, as of 8 bits or dark ones of 16; store 8 or 16 bits"
             )
+        if negative:
+            values = 0xFFFF - values
+            most = int(values.max())
         if greatest is not None:
             greatest.append(most)
         image = Image.fromarray((values >> 8).astype(np.uint8))

@@ -85,7 +85,7 @@ class Split(_Block):
     count: int
     tensors: str | None = None  # safetensors: images uint8 (M, C, H, W), labels int64 (M,)
     images: str | None = None  # folder of image files
-    # Text file, a line an image: path under `images`, tab, label; of an image that we wrote, tab, bytes.
+    # Text file, a line an image: path under `images`, tab, label; of an image that we wrote, tab, bytes, tab, sha256.
     index: str | None = None
     annotations: str | None = None  # COCO json
 
@@ -195,15 +195,32 @@ class Manifest(_Block):
                 return problem
         return None
 
+    def altered_image(self, folder: Path) -> str | None:
+        """Which image that the preparation wrote is gone or of another size, as part of a sentence, else None.
+
+        Images that the fingerprint covers are left out: who asks this has compared it."""
+        covered = self.fingerprint.roots if self.fingerprint is not None else ()
+        for split in self.splits.values():
+            if split.images is None or split.index is None or os.path.isabs(split.images) or split.images in covered:
+                continue
+            if problem := self._problem_of_images(folder, split.images, split.index):
+                return problem
+        return None
+
     def _problem_of_images(self, folder: Path, images: str, index: str) -> str | None:
-        rows, root = list(_rows(folder / index)), str(folder / images)
-        for name, _, size in rows[:: max(1, len(rows) // 256)] if os.path.isabs(images) else rows:
+        if not (folder / index).is_file():
+            return f"{folder / index} is missing"
+        rows, root = _rows(folder / index), str(folder / images)
+        if os.path.isabs(images):
+            every = list(rows)
+            rows = iter(every[:: max(1, len(every) // 256)])
+        for name, _, size, _ in rows:
             file = f"{root}/{name}"
             try:
                 found = os.stat(file).st_size
             except OSError:
                 return f"{printable(file)} is missing"
-            if size and found != int(size):
+            if size and str(found) != size:
                 return f"{printable(file)} has {found} bytes instead of {size}"
         return None
 
@@ -236,6 +253,25 @@ def completing(root: Path, folder: Path, name: str, advice: str) -> str:
     """`advice` on a user's folder of images; where `root` was extracted into the dataset's `folder`, to do so again."""
     extracted = root.resolve().is_relative_to(folder.resolve())
     return f"prepare it again: {preparing(name, again=True)}" if extracted else advice
+
+
+def check_unpacked(folder: Path, images: str, name: str) -> None:
+    """Raises UserError where an image that an earlier preparation unpacked is gone or of another size.
+
+    What is unpacked already is not unpacked again, so such an image would be taken for the publisher's.
+
+    Args:
+        images: the folder of a split's images, in the dataset's `folder`.
+    """
+    try:
+        manifest = Manifest.read(folder / COPY)
+    except UserError:  # nothing was prepared before
+        return
+    for split in manifest.splits.values():
+        if split.images != images or split.index is None or not (folder / split.index).exists():
+            continue
+        if problem := manifest._problem_of_images(folder, images, split.index):
+            raise UserError(f"{problem}; prepare it again: {preparing(name, again=True)}")
 
 
 def earlier_copies(folder: Path) -> list[Path]:
@@ -303,27 +339,43 @@ NO_LABEL = -1  # the label of every image of a dataset without labels
 def read_index(path: Path) -> tuple[list[str], list[int]]:
     """Names under the split's image folder, and labels; NO_LABEL where a line holds only a name."""
     names, labels = [], []
-    for name, label, _ in _rows(path):
+    for name, label, _, _ in _rows(path):
         names.append(name)
         labels.append(int(label) if label else NO_LABEL)
     return names, labels
 
 
-def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Name, label and bytes of each line of an index; empty where it has none."""
-    for line in path.read_text(encoding="utf-8", errors="surrogateescape").split("\n"):
-        if line:
-            name, _, rest = line.partition("\t")
-            label, _, size = rest.partition("\t")
-            yield name, label, size
+def read_checksums(path: Path) -> list[bytes]:
+    """SHA-256 of each image that the preparation wrote; empty: they are the user's, or an earlier version wrote them."""
+    found = []
+    for *_, checksum in _rows(path):
+        if not checksum:
+            return []
+        found.append(bytes.fromhex(checksum))
+    return found
 
 
-def write_index(path: Path, names: list[str], labels: list[int] | None, sizes: list[int] | None = None) -> None:
+def _rows(path: Path) -> Iterator[tuple[str, str, str, str]]:
+    """Name, label, bytes and sha256 of each line of an index; empty where it has none."""
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as lines:  # there may be a million
+        for line in lines:
+            name, label, size, checksum, *_ = (*line.rstrip("\n").split("\t"), "", "", "")
+            yield name, label, size, checksum
+
+
+def write_index(
+    path: Path,
+    names: list[str],
+    labels: list[int] | None,
+    sizes: list[int] | None = None,
+    checksums: list[str] | None = None,
+) -> None:
     """Write a split's index.
 
     Args:
         labels: None: there are none.
         sizes: bytes of the images, where they are ours; None: they are the user's.
+        checksums: sha256 of them.
 
     Raises:
         UserError: a file name has a line break or tab, which the index can't hold.
@@ -334,6 +386,8 @@ def write_index(path: Path, names: list[str], labels: list[int] | None, sizes: l
     if sizes is not None:
         tabs = "\t\t" if labels is None else "\t"
         lines = [f"{line}{tabs}{size}" for line, size in zip(lines, sizes, strict=True)]
+    if checksums is not None:
+        lines = [f"{line}\t{checksum}" for line, checksum in zip(lines, checksums, strict=True)]
     write_bytes(path, "".join(f"{line}\n" for line in lines).encode("utf-8", errors="surrogateescape"))
 
 

@@ -192,9 +192,12 @@ def describe(
     image_sizes = {size for images in decoded.values() for size in images.image_sizes}
     written = {}
     for split, images in splits.items():
-        sizes = decoded[split].copied if shrink is not None else None
-        write_index(folder / f"{split}.tsv", images.names, images.labels, sizes)
         inside = images.root.resolve().is_relative_to(folder.resolve())
+        sizes = checksums = None
+        if inside:  # they are ours: copies, or what was unpacked
+            sizes = decoded[split].copied if shrink is not None else images.sizes
+            checksums = checksums_of(images.root, images.names, split)
+        write_index(folder / f"{split}.tsv", images.names, images.labels, sizes, checksums)
         where = images.root.resolve().relative_to(folder.resolve()) if inside else images.root.resolve()
         written[split] = Split(count=len(images.names), images=str(where), index=f"{split}.tsv")
     manifest = Manifest(
@@ -260,6 +263,16 @@ def decode(
         count = f"{len(total.broken)} such file{'s' * (len(total.broken) > 1)}"
         raise UserError(f"{total.broken[0]} ({count}, listed in {listed})")
     return total
+
+
+def checksums_of(root: Path, names: list[str], split: str) -> list[str]:
+    """SHA-256 of image files, read in threads. Raises UserError where one can't be read."""
+
+    def of(chunk: list[str]) -> list[str]:
+        return [hashlib.sha256(read_file(root / name)).hexdigest() for name in chunk]
+
+    chunks = [names[i : i + CHUNK] for i in range(0, len(names), CHUNK)]
+    return [checksum for found in parallel(of, chunks, f"checksums of {split}") for checksum in found]
 
 
 def duplicates(folder: Path, splits: dict[str, Listing], contents: dict[str, list[str]]) -> list[str]:

@@ -189,12 +189,12 @@ def _enter(found: Walk, path: str, inside: str, above: tuple[tuple[int, int], ..
     for entry in here:
         name = entry.name
         if name.startswith(".") or name.lower() in HOUSEKEEPING:
-            found.passed[HIDDEN_FOLDER if _is_folder(entry) else HIDDEN_FILE] += 1
+            found.passed[HIDDEN_FOLDER if is_folder(entry) else HIDDEN_FILE] += 1
             continue
         if not (name.isascii() and name.isprintable()) and (problem := _problem(name, seen)):
             found.problems.append((problem, inside + name))
             continue
-        if _is_folder(entry):
+        if is_folder(entry):
             if entry.is_symlink() and _identity(entry) in above:
                 found.problems.append((LOOP, inside + name))
                 continue
@@ -233,10 +233,11 @@ def _problem(name: str, seen: dict[str, str]) -> str | None:
     return None
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """False, too, for a link to itself and for one into a folder that is closed: reading it says what is wrong."""
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError:
         return False
 
 

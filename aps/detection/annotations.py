@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from aps.data.images import read_image
-from aps.data.manifest import Manifest, prepare_it, verify
+from aps.data.manifest import Manifest, prepare_it, read_checksums, read_index, verify
 from aps.errors import UserError
 
 
@@ -88,6 +88,11 @@ class CocoSplit:
         self.folder = manifest_path.parent / str(files.images)
         self.masks = manifest.masks
         verify(manifest, manifest_path.parent, str(files.annotations))
+        written: dict[str, bytes] = {}  # images that the preparation wrote: their SHA-256
+        if files.index is not None:
+            verify(manifest, manifest_path.parent, files.index)
+            index = manifest_path.parent / files.index
+            written = dict(zip(read_index(index)[0], read_checksums(index), strict=False))
         self.name = f"{manifest.name}_{split}_{manifest.digest[:12]}"
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress by print
@@ -105,7 +110,12 @@ class CocoSplit:
             instances = [a for a in coco.anns.values() if not a.get("iscrowd", 0)]
             self.run_lengths = any(isinstance(a.get("segmentation"), dict) for a in instances)
             self._records = Packed(
-                (coco.imgs[i], [a for a in coco.imgToAnns[i] if not a.get("iscrowd", 0)]) for i in self.ids
+                (
+                    coco.imgs[i],
+                    [a for a in coco.imgToAnns[i] if not a.get("iscrowd", 0)],
+                    written.get(coco.imgs[i]["file_name"]),
+                )
+                for i in self.ids
             )
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise UserError(
@@ -126,12 +136,12 @@ class CocoSplit:
         return self.folder / self._records[index][0]["file_name"]
 
     def read(self, index: int) -> Tensor:
-        """uint8 (3, H, W). Raises UserError where the file is not a readable image."""
-        return read_image(self.path(index))
+        """uint8 (3, H, W). Raises UserError where the file is not a readable image, or not what the preparation wrote."""
+        return read_image(self.path(index), checksum=self._records[index][2])
 
     def target(self, index: int) -> Target:
         """The instances of an image, without crowds."""
-        image, instances = self._records[index]
+        image, instances, _ = self._records[index]
         height, width = image["height"], image["width"]
         corner = torch.tensor([a["bbox"] for a in instances], dtype=torch.float32).reshape(-1, 4)
         masks = None

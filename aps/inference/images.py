@@ -27,7 +27,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from aps.data.images import from_pillow, read_image
-from aps.data.walk import HOUSEKEEPING, SUFFIXES, printable
+from aps.data.walk import HOUSEKEEPING, SUFFIXES, is_folder, printable
 from aps.errors import UserError
 from aps.runtime.cores import granted
 from aps.training.features import CENTRE
@@ -259,7 +259,7 @@ class Once:
         else:
             real = os.path.realpath(path)
             inside, name = os.path.split(real)
-            walked = inside in self._folders and not _hidden(name) and _has_suffix(name)
+            walked = inside in self._folders and not _hidden(name) and _has_suffix(name) and os.path.exists(real)
             new = real not in self._files and not walked
             if new:
                 self._files.add(real)
@@ -305,7 +305,7 @@ def _inside(folder: Path, above: frozenset[str], once: Once | None) -> Iterator[
         path = folder / entry.name
         if _hidden(entry.name):
             continue
-        if entry.is_dir():
+        if is_folder(entry):
             yield from _inside(path, above | {real}, once)
         elif _has_suffix(entry.name) and (once is None or once.takes(path, None if entry.is_symlink() else real)):
             yield path

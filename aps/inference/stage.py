@@ -75,12 +75,17 @@ def run(job: StageJob) -> None:
 def _items(split: ArraySplit | FileSplit, dataset: str) -> Iterator[Item]:
     names = [split.classes[label] if split.classes else None for label in split.labels.tolist()]
     if isinstance(split, FileSplit):
-        paths = (split.path(i) for i in range(len(split)))  # one by one: a million of them take 0.4 GB
+        paths = (_compared(split, i) for i in range(len(split)))  # one by one: a million of them take 0.4 GB
         for item, name in zip(files(paths), names, strict=True):
             yield item._replace(label=name)
     else:
         for number, name in enumerate(names):
             yield Item(f"{dataset}/test/{number:06d}", split.images[number], name)
+
+
+def _compared(split: FileSplit, i: int) -> Path:
+    split.compare(i)  # what is not as it was prepared ends the stage; an image that can't be read would be left out
+    return split.path(i)
 
 
 def neighbour_top1(index: Index) -> float:

@@ -11,6 +11,7 @@ from aps.data import coco
 from aps.data.load import load_split
 from aps.data.manifest import Manifest
 from aps.data.prepare import prepare
+from aps.detection.annotations import CocoSplit
 from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
 
@@ -214,3 +215,21 @@ def test_a_lost_image_is_mended_by_the_command_that_is_named(raw: Path, tmp_path
         (tmp_path / file).rename(tmp_path / "coco2017" / file)
     assert prepare("coco2017", tmp_path / "coco2017", SourceSettings(path=str(raw)), force=True) == before
     assert image.read_bytes() == jpeg(4)
+
+
+@pytest.mark.parametrize("size", ["the same size", "another size"])
+def test_another_image_in_the_place_of_an_unpacked_one_is_refused(raw: Path, tmp_path: Path, size: str) -> None:
+    before, out = run(tmp_path, raw), tmp_path / "coco2017"
+    image = out / "train2017" / "000000000004.jpg"
+    image.write_bytes(jpeg(3) if size == "another size" else image.read_bytes()[:-1] + b"x")
+    split = CocoSplit(out / "manifest.json", "train", training=True)
+    with pytest.raises(
+        UserError, match=r"004\.jpg: .*its content is not what was prepared\); prepare .* coco2017 --again`$"
+    ):
+        split.read(split.ids.index(next(i for i in split.ids if split.path(split.ids.index(i)) == image)))
+    if size == "another size":
+        assert "004.jpg has" in str(Manifest.read(out / "manifest.json").altered_image(out))
+        with pytest.raises(UserError, match=r"004\.jpg has \d+ bytes instead of \d+; prepare it again: .* --again`$"):
+            run(tmp_path, raw)
+    assert prepare("coco2017", out, SourceSettings(path=str(raw)), force=True) == before
+    assert all(split.read(i).shape[0] == 3 for i in range(len(split)))

@@ -18,6 +18,7 @@ from aps.data.images import read_image
 from aps.data.load import ArraySplit
 from aps.data.manifest import Manifest
 from aps.data.prepare import prepare
+from aps.detection.annotations import CocoSplit
 from aps.errors import UserError
 from aps.settings.blocks import SourceSettings
 
@@ -40,6 +41,16 @@ def test_a_damaged_canvas_is_mended_by_the_command_that_is_named(small: tuple[Pa
     with pytest.raises(UserError, match=r"again: `python -m aps data digits_coco --again`$"):
         read_image(canvas)
     assert prepare("digits_coco", folder, SourceSettings(), force=True) == manifest and canvas.read_bytes() == whole
+
+
+def test_another_canvas_in_its_place_is_noticed(small: tuple[Path, Manifest]) -> None:
+    folder, manifest = small
+    split = CocoSplit(folder / "manifest.json", "train", training=False)
+    (folder / "train/000003.png").write_bytes((folder / "train/000004.png").read_bytes())
+    assert "000003.png has" in str(manifest.altered_image(folder))
+    with pytest.raises(UserError, match=r"000003\.png: .*its content is not what was prepared"):
+        split.read(3)
+    assert prepare("digits_coco", folder, SourceSettings()) == manifest and split.read(3).shape == (3, 40, 40)
 
 
 def blocks(count: int = 5) -> ArraySplit:

@@ -11,7 +11,7 @@ from miniatures import imagenet as miniature
 from miniatures import jpeg, md5, tar, wnids
 
 from aps.data import imagenet
-from aps.data.load import read_image
+from aps.data.load import FileSplit, load_split, read_image
 from aps.data.manifest import Manifest, read_index
 from aps.data.prepare import prepare
 from aps.errors import UserError
@@ -277,3 +277,23 @@ def test_a_lost_image_is_mended_by_the_command_that_is_named(raw: Path, tmp_path
         run(tmp_path, raw)
     after = prepare("imagenet1k", tmp_path / "imagenet1k", SourceSettings(path=str(raw)), force=True)
     assert after.digest == before.digest and len(list((tmp_path / "imagenet1k/train").rglob("*.JPEG"))) == 24
+
+
+def test_another_image_in_the_place_of_an_unpacked_one_is_refused(raw: Path, tmp_path: Path) -> None:
+    before, out = run(tmp_path, raw), tmp_path / "imagenet1k"
+    (small, *_, large) = sorted((out / "train").rglob("*.JPEG"), key=lambda file: file.stat().st_size)
+    times = large.stat()
+    large.write_bytes(small.read_bytes().ljust(times.st_size, b"\0"))
+    os.utime(large, ns=(times.st_atime_ns, times.st_mtime_ns))  # neither size nor time tell
+    split = load_split(out / "manifest.json", "train")
+    assert isinstance(split, FileSplit)
+    row = next(i for i in range(len(split)) if split.path(i) == large)
+    with pytest.raises(UserError, match=r"its content is not what was prepared\); prepare dataset 'imagenet1k' again"):
+        split.read(row)
+    large.write_bytes(small.read_bytes()[:-1])
+    with pytest.raises(
+        UserError, match=r"bytes instead of \d+; prepare it again: `python -m aps data imagenet1k --again`$"
+    ):
+        run(tmp_path, raw)
+    assert prepare("imagenet1k", out, SourceSettings(path=str(raw)), force=True).digest == before.digest
+    assert split.read(row).shape[0] == 3

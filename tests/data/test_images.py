@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image, features
 from sklearn.datasets import load_sample_image
 from torchvision.transforms.v2 import functional
 
-from aps.data.images import from_pillow, orientation, read_image, supported
+from aps.data.images import decode_image, from_pillow, note_on_levels, orientation, read_image, supported
 from aps.data.walk import SUFFIXES
 from aps.detection.annotations import read_image as read_for_detection
 from aps.errors import UserError
@@ -86,6 +88,67 @@ def test_16_bit_images_keep_their_upper_byte(tmp_path: Path) -> None:
         Image.fromarray(values).save(tmp_path / name)
         expected = torch.from_numpy((values >> 8).astype(np.uint8))
         assert torch.equal(read_image(tmp_path / name), expected.expand(3, -1, -1)), name
+
+
+def png_of_16_bits(channels: int, value: int) -> bytes:
+    """A PNG of 8x8 pixels of one value; 1 channel: grey, 2: with alpha, 3: RGB, 4: RGBA."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    pixel = [value] * (channels - 1 + channels % 2) + [0xFFFF] * (1 - channels % 2)  # alpha is no colour
+    rows = (b"\0" + struct.pack(f">{channels}H", *pixel) * 8) * 8
+    header = struct.pack(">IIBBBBB", 8, 8, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff_of_16_bits(values: np.ndarray, photometric: int) -> bytes:
+    """An uncompressed TIFF of values (H, W) or (H, W, 3)."""
+    height, width, channels = (*values.shape, 1)[:3]
+    start = 8 + 2 + 12 * 9 + 4
+    bits = (258, 3, 1, 16) if channels == 1 else (258, 3, 3, start)
+    content = b"" if channels == 1 else struct.pack("<3H", 16, 16, 16)
+    data = values.astype("<u2").tobytes()
+    tags = [(256, 4, 1, width), (257, 4, 1, height), bits, (259, 3, 1, 1), (262, 3, 1, photometric),
+            (273, 4, 1, start + len(content)), (277, 3, 1, channels), (278, 4, 1, height), (279, 4, 1, len(data))]  # fmt: skip
+    folder = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + folder + bytes(4) + content + data
+
+
+@pytest.mark.parametrize("kind", ["PNG 1", "PNG 2", "PNG 3", "PNG 4", "TIFF", "PPM"])
+def test_dark_images_of_16_bits_are_known_in_every_format_that_has_them(kind: str) -> None:
+    for value, dark in ((900, True), (0xFFF, True), (0x1000, False), (0xFFFF, False)):
+        if kind.startswith("PNG"):
+            content = png_of_16_bits(int(kind[-1]), value)
+        elif kind == "TIFF":
+            content = tiff_of_16_bits(np.full((8, 8, 3), value), 2)
+        else:
+            content = b"P6\n# 8 x 8\n8 8\n65535\n" + struct.pack(">H", value) * 192 + b"\n"
+        greatest: list[int] = []
+        decode_image(content, Path("a"), None, greatest)
+        assert len(greatest) == 1 and 0 <= greatest[0] - value < 256
+        assert [note[:32] for note in note_on_levels(greatest)] == ["no value of 1 image of 16 bits i"] * dark
+
+
+def test_images_of_8_bits_and_those_that_are_scaled_are_not_taken_for_dark_ones(tmp_path: Path) -> None:
+    dark = Image.fromarray(np.full((8, 8, 3), 3, dtype=np.uint8))
+    for name in ("a.png", "a.tif", "a.ppm", "a.jpg"):
+        dark.save(tmp_path / name)
+        greatest: list[int] = []
+        decode_image((tmp_path / name).read_bytes(), tmp_path / name, None, greatest)
+        assert greatest == []
+    decode_image(b"P6\n8 8\n4095\n" + struct.pack(">H", 4095) * 192, Path("a"), None, greatest)
+    assert greatest == [0xFFFF]
+
+
+def test_a_tiff_whose_zero_is_white_is_no_negative(tmp_path: Path) -> None:
+    values = np.linspace(0, 0xFFFF, 240).astype(np.uint16).reshape(12, 20)
+    (tmp_path / "a.tif").write_bytes(tiff_of_16_bits(values, 1))
+    (tmp_path / "white.tif").write_bytes(tiff_of_16_bits(0xFFFF - values, 0))
+    expected = torch.from_numpy((values >> 8).astype(np.uint8)).expand(3, -1, -1)
+    for name in ("a.tif", "white.tif"):
+        assert torch.equal(read_image(tmp_path / name), expected), name
+        assert torch.equal(from_pillow(Image.open(tmp_path / name)), expected), name
 
 
 @pytest.mark.parametrize("most", [1, 200, 255])

@@ -10,6 +10,7 @@ from aps.data.manifest import (
     Statistics,
     content_digest,
     preparing,
+    read_checksums,
     read_index,
     write_index,
 )
@@ -124,6 +125,15 @@ def test_statistics_that_can_not_be_those_of_pixels_are_refused(tmp_path: Path, 
 def test_an_index_without_labels_reads_back_as_no_label(tmp_path: Path) -> None:
     write_index(tmp_path / "i.tsv", ["a b.png", "c/d.png"], None)
     assert read_index(tmp_path / "i.tsv") == (["a b.png", "c/d.png"], [-1, -1])
+
+
+def test_an_index_keeps_the_checksums_of_images_and_one_without_has_none(tmp_path: Path) -> None:
+    for labels, found in (([3, 4], [3, 4]), (None, [-1, -1])):
+        write_index(tmp_path / "i.tsv", ["a b.png", "c/d.png"], labels, [10, 20], ["00" * 32, "ff" * 32])
+        assert read_index(tmp_path / "i.tsv") == (["a b.png", "c/d.png"], found)
+        assert read_checksums(tmp_path / "i.tsv") == [b"\0" * 32, b"\xff" * 32]
+        write_index(tmp_path / "i.tsv", ["a b.png", "c/d.png"], labels, [10, 20])
+        assert read_checksums(tmp_path / "i.tsv") == []
 
 
 def test_an_index_with_bytes_reads_back_as_one_without(tmp_path: Path) -> None:

@@ -178,6 +178,28 @@ def test_a_damaged_copy_is_mended_by_the_command_that_training_names(
         read_image(photos / "a/0.jpg")
 
 
+def test_another_image_in_the_place_of_a_copy_is_refused_when_it_is_read(photos: Path, tmp_path: Path) -> None:
+    """Also one of the same size, and where a part of the images is used."""
+    _, folder = run(tmp_path, labels=False)
+    split = load_split(folder / "manifest.json", "train")
+    small, large = sorted((copies(folder) / "train/a").glob("*.jpg"), key=lambda file: file.stat().st_size)[::3]
+    large.write_bytes(small.read_bytes().ljust(large.stat().st_size, b"\0"))  # what follows a JPEG's end is passed over
+    assert read_image(large).equal(read_image(small))
+    assert isinstance(split, FileSplit)
+    told = rf"{large.name}: .*\(its content is not what was prepared\); prepare dataset 'mine' again: .* --again"
+    for part in (split, split.select(torch.arange(5)), load_split(folder / "manifest.json", "train", limit=11)):
+        assert isinstance(part, FileSplit)
+        row = next((i for i in range(len(part)) if part.path(i) == large), None)
+        for read in (part.read, part.compare) if row is not None else ():
+            with pytest.raises(UserError, match=told):
+                read(row)
+        assert all(part.read(i).shape[0] == 3 for i in range(len(part)) if i != row)
+    run(tmp_path, labels=False)
+    source = UserDataset(folder=str(photos), shrink=32, labels=False)
+    prepare("mine", folder, source, force=True)
+    assert all(split.read(i).shape[0] == 3 for i in range(len(split)))
+
+
 def test_a_copy_is_whole_or_as_it_was(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, folder = run(tmp_path)
     before = {file: file.read_bytes() for file in copies(folder).rglob("*.*")}

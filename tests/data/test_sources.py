@@ -111,6 +111,31 @@ def test_a_figure_of_another_source_is_not_shown_before_the_new_one_is_prepared(
     assert after.metrics is None and after.stale and "the source of dataset photos is now" in str(after.problem)
 
 
+@pytest.mark.parametrize("damage", ["swapped", "gone"])
+def test_a_copy_that_is_not_as_it_was_prepared_is_known_before_a_job(
+    here: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = study("a", "images_a")
+    small["datasets"]["photos"]["shrink"] = 16
+    (here / "a.yaml").write_text(yaml.safe_dump(small))
+    assert cli.main(["data", "photos", "--configfile", "a.yaml"]) == 0
+    manifest = manifest_of(load_study(["a.yaml"]), "photos")
+    assert Findings(load_study(["a.yaml"])).why_outdated("photos") is None
+    files = sorted(manifest.parent.glob("shrunk-*/t*/*/*"), key=lambda file: file.stat().st_size)
+    files[-1].unlink() if damage == "gone" else shutil.copy(files[0], files[-1])
+    told = "is missing" if damage == "gone" else f"has {files[0].stat().st_size} bytes instead of"
+    assert f"{files[-1].name} {told}" in str(Findings(load_study(["a.yaml"])).why_outdated("photos"))
+    assert cli.main(["check", "--configfile", "a.yaml"]) == 0
+    assert f"{files[-1].name} {told}" in capsys.readouterr().out
+    assert cli.main(["knn", "--configfile", "a.yaml"]) == 2
+    assert cli.main(["data", "photos", "--configfile", "a.yaml"]) == 0
+    assert Findings(load_study(["a.yaml"])).why_outdated("photos") is None
+    small["datasets"]["photos"]["trust"] = True  # then nothing is looked at
+    (here / "a.yaml").write_text(yaml.safe_dump(small))
+    files[-1].unlink()
+    assert Findings(load_study(["a.yaml"])).why_outdated("photos") is None
+
+
 def one_more(images: Path) -> None:
     (images / "red/new.png").write_bytes((images / "red/0.png").read_bytes())
 

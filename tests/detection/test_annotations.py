@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,19 @@ def test_targets_are_the_annotations(val: CocoSplit):
             assert box.tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
 
 
+def copy(folder: Path, to: Path, file: str) -> None:
+    """Copy a file of a prepared dataset, and the lists of its images."""
+    for name in (file, "train.tsv", "val.tsv"):
+        shutil.copy(folder / name, to)
+
+
 def test_training_leaves_out_images_without_instances_and_crowds(manifest: Path, tmp_path: Path):
     coco = json.loads((manifest.parent / "instances_train.json").read_text())
     bare, crowded = coco["images"][0]["id"], coco["images"][1]["id"]
     coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] != bare]
     for annotation in coco["annotations"]:
         annotation["iscrowd"] = int(annotation["image_id"] == crowded)
-    (tmp_path / "instances_val.json").write_bytes((manifest.parent / "instances_val.json").read_bytes())
+    copy(manifest.parent, tmp_path, "instances_val.json")
     (tmp_path / "instances_train.json").write_text(json.dumps(coco))
     with_sizes(Manifest.read(manifest), tmp_path).write(tmp_path / "manifest.json")
     training = CocoSplit(tmp_path / "manifest.json", "train", training=True)
@@ -80,7 +87,7 @@ def test_a_limit_takes_images_with_instances_and_a_larger_one_takes_these_too(ma
     coco = json.loads((manifest.parent / "instances_train.json").read_text())
     bare = {image["id"] for image in coco["images"][::2]}
     coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] not in bare]
-    (tmp_path / "instances_val.json").write_bytes((manifest.parent / "instances_val.json").read_bytes())
+    copy(manifest.parent, tmp_path, "instances_val.json")
     (tmp_path / "instances_train.json").write_text(json.dumps(coco))
     with_sizes(Manifest.read(manifest), tmp_path).write(tmp_path / "manifest.json")
     whole = CocoSplit(tmp_path / "manifest.json", "train", training=True)
@@ -97,7 +104,7 @@ def test_a_limit_takes_images_with_instances_and_a_larger_one_takes_these_too(ma
 
 
 def test_broken_annotations_are_named(manifest: Path, tmp_path: Path):
-    (tmp_path / "manifest.json").write_bytes(manifest.read_bytes())
+    copy(manifest.parent, tmp_path, "manifest.json")
     (tmp_path / "instances_val.json").write_text("{")
     with pytest.raises(UserError, match=r"instances_val\.json: cannot be read \(damaged or altered .*prepare it by"):
         CocoSplit(tmp_path / "manifest.json", "val", training=False)

@@ -29,7 +29,8 @@ def boxes(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """manifest.json of the tiny dataset without its masks."""
     folder = tmp_path_factory.mktemp("boxes")
     for split in ("train", "val"):
-        (folder / split).symlink_to(manifest.parent / split)
+        for name in (split, f"{split}.tsv"):
+            (folder / name).symlink_to(manifest.parent / name)
         coco = json.loads((manifest.parent / f"instances_{split}.json").read_text())
         for annotation in coco["annotations"]:
             del annotation["segmentation"]

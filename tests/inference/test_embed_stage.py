@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 
 from aps.cli import main
 from aps.data.load import ArraySplit, FileSplit, load_split
+from aps.errors import UserError
 from aps.inference import features
 from aps.inference.load import load
 from aps.inference.model import Model
@@ -102,6 +105,20 @@ def test_the_report_shows_the_map_and_links_to_the_page(finished: Path, monkeypa
     assert "Map of the test images" in page
     (link,) = {href for href in re.findall(r'href="([^"]*neighbours.html)"', page) if "mine" in href}
     assert (report.parent / link).resolve() == finished / "results/photos/mine/seed0/embed/neighbours.html"
+
+
+def test_an_image_that_is_not_as_it_was_prepared_ends_the_stage(finished: Path) -> None:
+    """It is not left out, as one that a user names is."""
+    file = next((finished / "photos").rglob("*.jpg"))
+    names = np.array([str(file.relative_to(finished)).encode()])
+    whole = np.frombuffer(sha256(file.read_bytes()).digest(), dtype=np.uint8)[None]
+    for checksums, error in (
+        (whole, nullcontext()),
+        (whole + 1, pytest.raises(UserError, match="not what was prepared")),
+    ):
+        split = FileSplit(finished, names, torch.zeros(1, dtype=torch.int64), ("red",), checksums)
+        with error:
+            assert len(list(_items(split, "photos"))) == 1
 
 
 def test_paths_of_images_are_made_one_by_one(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,6 +211,20 @@ def test_a_file_is_met_once_whatever_names_lead_to_it(
     assert bool(once.left_out) == (case not in ("a link to a hidden file", "a hard link"))
 
 
+def test_links_that_lead_nowhere_are_images_that_can_not_be_read(tmp_path: Path) -> None:
+    for name in ("a.png", "z.png"):
+        PIL.Image.new("RGB", (4, 4)).save(tmp_path / name)
+    for name, target in (("itself.png", "itself.png"), ("gone.png", "nowhere.png"), ("folder", "folder")):
+        os.symlink(target, tmp_path / name)
+    once = Once()
+    found = list(walk([tmp_path], once))
+    assert [path.name for path in found] == ["a.png", "gone.png", "itself.png", "z.png"] and once.left_out == 0
+    assert list(walk([tmp_path])) == found
+    for path in found[1:3]:
+        with pytest.raises(UserError, match=rf"{path.name}: cannot be read as an image"):
+            read(path)
+
+
 def test_a_place_without_images_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no images in this folder"):
         list(walk([tmp_path]))
