@@ -159,13 +159,13 @@ def csv_rows(path: Path, header: list[str]) -> Iterator[Callable[[list[Any]], An
 
 def write_json(path: Path, content: Any) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n")
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
     """Raises UserError where the file is missing or broken."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that makes it") from None
     except ValueError:

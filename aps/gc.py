@@ -114,7 +114,7 @@ def _at_work(mark: Path) -> bool:
     if mark.name == ATTEMPT:
         return may_run(mark.parent)
     try:
-        with mark.open("r+") as lock:  # NFS locks only what may be written
+        with mark.open("r+", encoding="utf-8") as lock:  # NFS locks only what may be written
             if time.time() - mark.stat().st_mtime < FRESH_SECONDS:
                 return True
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -273,7 +273,7 @@ class StageRun:
         lines = [line for line in read_history(self.journal) if line["step"] <= step]
         self.tracker.rewind(len(lines))
         with atomic_path(self.journal) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def log(self, step: int, **values: float) -> None:
         """Write one line of history.jsonl. `step` counts optimizer steps, unless the stage counts something else."""
@@ -497,7 +497,7 @@ def hardware() -> dict[str, Any]:
     """The machine, the processes and, where torch uses one, the GPU."""
     model = platform.processor() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     except OSError:
         pass

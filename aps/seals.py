@@ -62,7 +62,7 @@ def makers_of_run(metrics: dict[str, Any], folder: Path) -> list[dict[str, Any]]
 def check_no_stage(folder: Path) -> None:
     """Raises UserError where a stage's result lies in `folder`, in which nothing else is to be written."""
     try:
-        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
     if isinstance(metrics, dict) and {"stage", "sha256"} <= set(metrics):

@@ -98,7 +98,7 @@ def peaks() -> dict[str, float]:
 def high_water() -> int:
     """The most bytes of memory that this process has had. `ru_maxrss` has those of the process that started it too."""
     with suppress(OSError):  # no Linux
-        if found := re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE):
+        if found := re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(encoding="utf-8"), re.MULTILINE):
             return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -126,7 +126,7 @@ class Memory:
             yield
         finally:
             with suppress(OSError):  # no Linux, or a container that keeps it closed
-                RESET.write_text("5")  # proc(5): the peak is what the process has now
+                RESET.write_text("5", encoding="utf-8")  # proc(5): the peak is what the process has now
             after = peaks()
             self._rise = max(0.0, after["peak_memory_gb"] - self._before["peak_memory_gb"])
             if "peak_gpu_gb" in after:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import os
 import sys
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     docs/reliability.md has all of them.
     """
+    _prepare_streams()
     try:
         return _main(arguments)
     except KeyboardInterrupt:
@@ -59,6 +61,15 @@ def _stopped(verb: str) -> str:
         return f"{STOPPED}, if it left one"
     again = "stopped by the keyboard; run the same command again"
     return f"{again}, it keeps the downloads and the images that are done" if verb == "data" else again
+
+
+def _prepare_streams() -> None:
+    """Let nothing that is printed end a verb: a letter that a terminal does not have is escaped, a closed stream is dropped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # print(file=None) would write the messages meant for stderr into stdout
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - it stays open
+        elif (reconfigure := getattr(getattr(sys, name), "reconfigure", None)) is not None:
+            reconfigure(errors="backslashreplace")
 
 
 def _blamed(error: Exception) -> str | None:
@@ -118,7 +129,7 @@ def _refused(sentence: str, args: argparse.Namespace) -> int:
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         if (note := getattr(args, "mistake", None)) is not None:
             with contextlib.suppress(OSError):  # the disk may be what is wrong
-                note.write_text(sentence)
+                note.write_text(sentence, encoding="utf-8", errors="backslashreplace")
     return MISTAKE
 
 
@@ -132,7 +143,7 @@ def _noted_mistake(args: argparse.Namespace) -> str | None:
         return None
     with contextlib.suppress(OSError, ValueError):
         if args.attempt > 1:
-            return str(note.read_text())
+            return str(note.read_text(encoding="utf-8"))
         note.unlink(missing_ok=True)
     return None
 

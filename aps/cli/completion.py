@@ -39,7 +39,7 @@ def _experiments_of(file: Path, parents: tuple[Path, ...] = ()) -> list[str]:
     import yaml
 
     try:
-        content = yaml.load(file.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return []
     if not isinstance(content, dict) or file.resolve() in parents:

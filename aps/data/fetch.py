@@ -98,7 +98,7 @@ def verify(archive: Path, file: Published, folder: Path) -> None:
         UserError: the checksum is wrong.
     """
     note = folder / VERIFIED
-    verified = json.loads(note.read_text()) if note.exists() else {}
+    verified = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
     stat = archive.stat()
     mark = [stat.st_size, stat.st_mtime_ns, file.md5]
     if verified.get(str(archive.resolve())) == mark:

@@ -180,7 +180,7 @@ def _acquire(name: str, path: Path) -> IO[str] | None:
     """The locked file; None in a folder that can't be written, where the dataset may be prepared already."""
     while True:
         try:
-            lock = open(path, "a")  # noqa: SIM115 - it stays open for the caller
+            lock = open(path, "a", encoding="utf-8")  # noqa: SIM115 - it stays open for the caller
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 return None

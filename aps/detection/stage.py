@@ -153,7 +153,7 @@ def plain_names(labels: list[str]) -> dict[str, str]:
 
 def _save(stage: StageRun, engine: Engine, results: list[dict[str, Any]]) -> None:
     """Write the detections, their figure and the detector to the stage's folder."""
-    stage.staging("predictions.json").write_text(json.dumps(results))
+    stage.staging("predictions.json").write_text(json.dumps(results), encoding="utf-8")
     figure = stage.staging("predictions.png")
     predictions_figure(figure, engine.task.val, results)
     info = {"settings": stage.job.settings.relevant(), "mean": engine.task.mean, "std": engine.task.std}

@@ -378,7 +378,7 @@ def _claim(parts: Path, out: Path) -> Iterator[None]:
     """Lock `out` against other processes that write it. Raises UserError where one does."""
     try:
         parts.mkdir(parents=True, exist_ok=True)
-        lock = (parts / "lock").open("w")
+        lock = (parts / "lock").open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{parts}: cannot be written ({error.strerror}); choose another --out") from None
     with lock:

@@ -368,7 +368,7 @@ def _detect(args: argparse.Namespace) -> None:
     model = _loaded(args)
     model.check("detect")
     objects = images = 0
-    with atomic_path(results) as temporary, temporary.open("w") as file:
+    with atomic_path(results) as temporary, temporary.open("w", encoding="utf-8") as file:
         for paths, pixels in _readable(args, as_bytes):
             for path, image, found in zip(paths, pixels, model.detect(pixels, args.threshold), strict=True):
                 file.write(json.dumps({"path": str(path), "detections": coco(found)}) + "\n")

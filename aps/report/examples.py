@@ -163,7 +163,7 @@ def _neighbours(table: Table, finding: Finding, manifest: Path) -> Panel | None:
 
 
 def _detections(table: Table, finding: Finding, manifest: Path) -> Panel | None:
-    results = json.loads((finding.folder / "predictions.json").read_text())
+    results = json.loads((finding.folder / "predictions.json").read_text(encoding="utf-8"))
     split = CocoSplit(manifest, "val", training=False)
     chosen = spread_rows(len(split), IMAGES)
     by_image: dict[int, list[dict[str, Any]]] = {split.ids[i]: [] for i in chosen}

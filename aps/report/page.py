@@ -64,9 +64,9 @@ def write_report(
         write_bytes(file, picture.png())
         files.append(file)
     with atomic_path(folder / "results.csv") as temporary:
-        temporary.write_text(csv_file.content(table))
+        temporary.write_text(csv_file.content(table), encoding="utf-8")
     with atomic_path(folder / "report.html") as temporary:
-        temporary.write_text(_page(table, pictures, folder, address, options, other_code))
+        temporary.write_text(_page(table, pictures, folder, address, options, other_code), encoding="utf-8")
     return files, table.runs
 
 
@@ -119,7 +119,7 @@ def _page(
     floor = table.above_floor()
     published = table.beside_published(table.runs)
     verdicts = table.verdicts()
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         study=study,
         table=table,
         rows=table.evaluated(),

@@ -73,7 +73,7 @@ class Checkpoints:
         """Name and SHA-256 of the newest undamaged state."""
         for file in reversed(self._files()):
             try:
-                digest = json.loads(_seal(file).read_text())["sha256"]
+                digest = json.loads(_seal(file).read_text(encoding="utf-8"))["sha256"]
                 if digest == _digest(file):
                     return file.name, digest
                 problem = "its content is not what was written"

@@ -43,7 +43,7 @@ def _quota() -> float:
     those above them, of version 2 and 1; infinite where none has one."""
     least = math.inf
     try:
-        lines = OWN_CGROUPS.read_text().splitlines()
+        lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux
         return least
     for line in lines:
@@ -63,9 +63,11 @@ def _quota_of(folder: Path, version_1: bool) -> float:
     """The quota of one control group, of version 1 or 2."""
     try:
         if version_1:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quota, period = (
+                (folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8") for name in ("quota", "period")
+            )
         else:
-            quota, period = (folder / "cpu.max").read_text().split()
+            quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
         return int(quota) / int(period) if int(quota) > 0 else math.inf
     except (OSError, ValueError):  # it has none: "max", or no such file
         return math.inf

@@ -193,7 +193,7 @@ def hold(folder: Path, label: str) -> IO[str]:
     Raises:
         UserError: another process works in it, and goes on to.
     """
-    lock = (folder / WRITER).open("a")
+    lock = (folder / WRITER).open("a", encoding="utf-8")
     for second in range(HOLD_SECONDS):
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its children do not inherit it
@@ -249,7 +249,7 @@ def may_run(folder: Path) -> bool:
 def _locked(file: Path) -> Iterator[None]:
     """Hold a lock of the file system; where it has no locks, warn that no second attempt may be started."""
     make_folder(file.parent)
-    with file.open("w") as lock:
+    with file.open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
@@ -275,8 +275,8 @@ def _read_mark(file: Path) -> dict[str, object]:
 def _identity(pid: int) -> dict[str, object]:
     """What distinguishes processes with the same number: boot of the machine, and start in ticks since then."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        ticks = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
         return {"boot": boot, "born": int(ticks)}
     except (OSError, IndexError, ValueError):  # not Linux, or it is gone
         with contextlib.suppress(psutil.Error):

@@ -200,7 +200,7 @@ def _read(file: Path, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
     if file.resolve() in parents:
         raise UserError(f"{file}: includes itself through {' -> '.join(str(p) for p in parents)}; remove one include")
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); give an existing YAML file") from None
     except UnicodeDecodeError as error:

@@ -126,11 +126,11 @@ def _of_all(blocks: Iterable[type[BaseModel]]) -> dict[str, Any]:
 def write(folder: Path = FOLDER) -> None:
     """Write the tables into `folder`/README.md and the schema into `folder`/schema.json."""
     page = folder / "README.md"
-    before, rest = page.read_text().split(BEGIN)
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     with atomic_path(page) as temporary:
-        temporary.write_text(before + markdown() + rest.split(END)[1])
+        temporary.write_text(before + markdown() + rest.split(END)[1], encoding="utf-8")
     with atomic_path(folder / "schema.json") as temporary:
-        temporary.write_text(json.dumps(schema(), indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(schema(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _block(model: type[BaseModel], name: str) -> type[BaseModel]:

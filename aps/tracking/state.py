@@ -33,8 +33,12 @@ def results_name(results: str | Path) -> str:
     try:
         if not file.exists():
             with atomic_path(file) as temporary:
-                temporary.write_text(f"{socket.gethostname()}:{path} {secrets.token_hex(2)}\n", errors="replace")
-        name = file.read_text(errors="replace").strip() or path  # of two processes that make it at once, the last one's
+                temporary.write_text(
+                    f"{socket.gethostname()}:{path} {secrets.token_hex(2)}\n", encoding="utf-8", errors="replace"
+                )
+        name = (
+            file.read_text(encoding="utf-8", errors="replace").strip() or path
+        )  # of two processes that make it at once, the last one's
     except (OSError, UserError):
         name = path
     return re.sub(r"[\"'`\\\s]+", " ", name)[:LONGEST_TAG]  # quotes would end the text in a search of MLflow's

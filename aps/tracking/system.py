@@ -52,7 +52,7 @@ class Sampler:
                 for monitor in monitors:
                     monitor.clear_metrics()
                 step += 1
-                with self._path.open("a") as file:
+                with self._path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": step, "time": round(time.time(), 3), **means}) + "\n")
 
 

@@ -69,9 +69,9 @@ def lay_out(folder: Path, study: str) -> None:
             shutil.copy(source, target)
             target.chmod(target.stat().st_mode | stat.S_IWUSR)  # an installed package may be read-only
         (folder / "slurm").symlink_to("profiles/slurm")  # for `--profile slurm`
-        (folder / "Snakefile").write_text(SNAKEFILE)
+        (folder / "Snakefile").write_text(SNAKEFILE, encoding="utf-8")
         if readme in made:
-            readme.write_text(README.format(name=folder.resolve().name, study=study, about=about))
+            readme.write_text(README.format(name=folder.resolve().name, study=study, about=about), encoding="utf-8")
     except OSError as error:
         for path in made:  # a part would be in the way of the next attempt
             with suppress(OSError):

@@ -215,7 +215,7 @@ class Plan:
         path = self.folder / ".lock"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = path.open("a+")
+            self._lock = path.open("a+", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); set another `results` folder") from None
         try:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 script = sys.argv[1]
-found = re.search(r"^# properties = (.*)$", Path(script).read_text(), re.MULTILINE)
+found = re.search(r"^# properties = (.*)$", Path(script).read_text(encoding="utf-8"), re.MULTILINE)
 job = json.loads(found.group(1))
 ask = {key: value for key, value in job["resources"].items() if value not in (None, "", "None")}
 if ask.get("nodes", 1) > 1:
