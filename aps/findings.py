@@ -87,6 +87,8 @@ class Findings:
     Attributes:
         finding: (experiment, seed, stage) -> Finding.
         why_outdated: dataset -> why it has to be prepared again; None where it need not be, or is not prepared yet.
+        train_images: dataset -> how many training images it has; None where it is not prepared, or will be again. Raises
+            UserError where its manifest is damaged.
     """
 
     def __init__(self, study: Study, sources: bool = False) -> None:
@@ -94,6 +96,7 @@ class Findings:
         self._folder = study_folder(study)
         self.finding = cache(self._find)
         self.why_outdated = cache(self._why_outdated)
+        self.train_images = cache(self._train_images)
         self._images = cache(self._digest_of_images)
         self._changed_since = cache(self._source_changed)
         self._code_now = cache(source_now)
@@ -236,6 +239,14 @@ class Findings:
             return reason or (None if source.trust else manifest.altered_image(path.parent))
         except UserError as error:
             return str(error)
+
+    def _train_images(self, dataset: str) -> int | None:
+        """See `train_images`."""
+        path = manifest_of(self.study, dataset)
+        if not path.exists():
+            return None
+        train = Manifest.read(path).splits.get("train")
+        return train.count if train is not None and self.why_outdated(dataset) is None else None
 
     def _source_changed(self, dataset: str) -> str | None:
         """What has changed in the source of a prepared dataset; None where nothing has, or where it is not there."""

@@ -20,7 +20,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from aps.data import NEED_A_PATH
-from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.findings import Findings
 from aps.layout import encoder_file, encoder_job, manifest_of, study_folder
@@ -28,6 +27,7 @@ from aps.methods import Method
 from aps.registry import METHODS, nearest
 from aps.settings.blocks import SourceSettings
 from aps.settings.study import SharedBlocks, Study, blocks_of
+from aps.shortages import shortages
 from aps.stages import STAGES
 from aps.tracking.addresses import OFF, given_address, shown
 from aps.training.schedule import oddities, single_step
@@ -52,7 +52,7 @@ def problems(study: Study, findings: Findings | None = None) -> Iterator[str]:
         yield from _source(findings, name)
     for experiment, e in study.experiments.items():
         for stage in e.stages:
-            yield from _batch(study, experiment, stage)
+            yield from shortages(findings, experiment, stage)
         if "pretrain" in e.stages:
             yield from _views(study, experiment)
             yield from _length(study, experiment)
@@ -165,48 +165,6 @@ def _one_encoder(study: Study, experiment: str) -> Iterator[str]:
         )
 
 
-def _batch(study: Study, experiment: str, stage: str) -> Iterator[str]:
-    """Batch sizes that the processes can't share evenly, or that exceed the images of a prepared dataset."""
-    e, block = study.experiments[experiment], getattr(study.experiments[experiment], stage)
-    batch, setting = getattr(block, "batch_size", None), f"experiment '{experiment}': {stage}.batch_size"
-    resources = study.stage_resources(stage, experiment)
-    processes = resources.gpus or resources.processes or resources.nodes or 1
-    if batch is not None and batch % processes:
-        yield f"{setting} {batch} is not a multiple of the {processes} processes; change either"
-    elif batch is not None and (batch // processes) % (parts := getattr(block, "accumulate", 1)):
-        yield (
-            f"experiment '{experiment}': {stage}.accumulate {parts} does not divide the {batch // processes} images of a "
-            "process; change either"
-        )
-    path = manifest_of(study, e.dataset_of(stage))
-    if not path.exists():
-        return
-    try:
-        images = Manifest.read(path).splits["train"].count
-    except UserError as error:
-        yield str(error)
-        return
-    key, limit = e.train_limit(stage)
-    if limit is not None and limit > images:
-        yield (
-            f"experiment '{experiment}': {key} {limit} exceeds the {images} training images of dataset "
-            f"'{e.dataset_of(stage)}'; lower it"
-        )
-        return
-    if STAGES[stage].detects:
-        return
-    images = min(images, limit or images)
-    share = getattr(block, "holdout", 0.0)
-    held = round(images * share)
-    if share and not held:
-        yield f"experiment '{experiment}': {stage}.holdout {share} of {images} training images keeps none aside; raise it"
-    elif share and held == images:
-        yield f"experiment '{experiment}': {stage}.holdout {share} of {images} training images leaves none to train on; lower it"
-    elif batch is not None and batch > images - held:
-        reason = f" ({held} of {images} are held out)" if held else ""
-        yield f"{setting} {batch} exceeds the {images - held} training images{reason}; lower it"
-
-
 def _views(study: Study, experiment: str) -> Iterator[str]:
     """Views of a method's own that can't be made."""
     settings = study.stage_settings(experiment, study.experiments[experiment].seeds[0], "pretrain")
@@ -242,7 +200,7 @@ def _pretraining_steps(study: Study, experiment: str) -> int | None:
     if s.budget is None:
         try:
             images = Manifest.read(path).splits["train"].count if path.exists() else 0
-        except UserError:  # `_batch` says it
+        except UserError:  # `aps.shortages` says it
             images = 0
         batches = s.epochs * (min(images, settings.dataset.train_limit or images) // s.batch_size)
         if batches != 1:  # more need no torch, to tell that they are no single step

@@ -14,12 +14,15 @@ from PIL import Image
 from tiny_study import STUDY, put
 
 from aps import cli
+from aps.errors import UserError
+from aps.findings import Finding, Findings
 from aps.layout import manifest_of
 from aps.registry import METHODS
 from aps.settings.reading import load_study
 from aps.settings.study import experiment_model
 from aps.stages import STAGES
 from aps.training.schedule import finetuning_lr, pretraining_lr
+from aps.workflow.plan import Plan
 
 COCO = {
     "train": {"images": "img", "annotations": "train.json"},
@@ -176,6 +179,39 @@ def test_a_batch_that_the_prepared_images_cannot_fill_is_refused(
     Path("results/data/digits").symlink_to(digits.parent)
     status, _, errors = check(capsys, study)
     assert status == 2 and any(f"experiment 'e': {sentence}" == error for error in errors), errors
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_planning_refuses_what_the_prepared_images_cannot_fill_unless_it_is_finished_or_the_images_change(
+    case: str, here: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, sentence = SMALL[case]
+    stages = sorted({"pretrain", next((name for name in blocks if name in STAGES), "pretrain")})
+    study = {"study": "s", "experiments": {"e": {"dataset": "digits", **blocks, "stages": stages}}}
+    Path("s.yaml").write_text(yaml.safe_dump(study))
+    Plan.load(["s.yaml"], {}).check_images()  # before the data are prepared nobody knows
+    Path("results/data").mkdir(parents=True)
+    Path("results/data/digits").symlink_to(digits.parent)
+    with pytest.raises(UserError, match=re.escape(f"experiment 'e': {sentence}")):
+        Plan.load(["s.yaml"], {}).check_images()
+    monkeypatch.setattr(Findings, "_why_outdated", lambda self, dataset: "2 images new")
+    Plan.load(["s.yaml"], {}).check_images()
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(Findings, "_find", lambda self, *job: Finding(*job, Path(), {}, None))
+    Plan.load(["s.yaml"], {}).check_images()
+
+
+def test_planning_refuses_a_batch_that_the_processes_cannot_share(here: Path) -> None:
+    experiment = {"dataset": "digits", "stages": ["pretrain", "finetune"], "finetune": {"batch_size": 6}}
+    for processes, words in (
+        (4, "finetune.batch_size 6 is not a multiple of the 4 processes"),
+        (2, "finetune.batch_size 6 gives each of the 2 processes an odd number of images, and mixup pairs them"),
+    ):
+        study = {"resources": {"finetune": {"processes": processes}}, "experiments": {"e": experiment}}
+        Path("s.yaml").write_text(yaml.safe_dump(study))
+        with pytest.raises(UserError, match=f"experiment 'e': {words}"):
+            Plan.load(["s.yaml"], {}).check_images()
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.names()))
@@ -422,6 +458,24 @@ def test_data_again_prepares_from_scratch(here: Path, capsys: pytest.CaptureFixt
     ):
         assert cli.main(["data", "digits", *extra]) == 0
         assert words in capsys.readouterr().out
+
+
+def test_what_a_study_cannot_do_with_so_few_images_is_said_when_they_have_been_prepared(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(4):
+        for split in ("train", "test"):
+            (here / f"photos/{split}/{number % 2}").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(here / f"photos/{split}/{number % 2}/{number}.png")
+    study = on({"folder": "photos"})
+    study["experiments"]["e"] |= {"stages": ["finetune"], "finetune": {"batch_size": 2, "holdout": 0.1}}
+    Path("s.yaml").write_text(yaml.safe_dump(study))
+    entry = ["--entry", '{"folder": "photos"}', "--out", str(manifest_of(load_study(["s.yaml"]), "mine").parent)]
+    for arguments in ([], entry):  # a person's command, and a rule's
+        assert cli.main(["data", "mine", "--configfile", "s.yaml", *arguments]) == 2
+        sentence = "error: experiment 'e': finetune.holdout 0.1 of 4 training images keeps none aside; raise it"
+        assert capsys.readouterr().err.splitlines()[-1] == sentence
+    assert cli.main(["data", "mine", "--configfile", "s.yaml", "--out", "elsewhere"]) == 0
 
 
 def test_an_entry_stands_in_for_a_study(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

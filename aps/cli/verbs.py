@@ -29,14 +29,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def data(args: argparse.Namespace) -> None:
+    """Prepares a dataset. If it is a study's, what the study can't do with so few images is said before anything trains."""
     from aps.data.prepare import prepare
-    from aps.layout import manifest_path
+    from aps.layout import manifest_of, manifest_path
     from aps.settings.blocks import SourceSettings, UserDataset
 
-    has_source = args.source is not None or args.entry is not None
-    has_file = any(Path(file).exists() for file in args.configfile)
-    needs_study = not is_missing(args) and (args.out is None or (has_file and not has_source))
-    study = load(args) if needs_study else None
+    has_study = args.overrides or any(Path(file).exists() for file in args.configfile)
+    study = load(args) if not is_missing(args) and (args.out is None or has_study) else None
     source: SourceSettings | UserDataset = study.source(args.name) if study else SourceSettings()
     if args.entry is not None:
         source = UserDataset.from_json(args.entry)
@@ -49,6 +48,11 @@ def data(args: argparse.Namespace) -> None:
         raise UserError(f"--source is for published datasets; datasets.{args.name} of the study says where yours lies")
     folder = args.out or manifest_path(study.results if study else "results", args.name, source).parent
     prepare(args.name, folder, source, args.again)
+    if study is not None and folder.resolve() == manifest_of(study, args.name).parent.resolve():
+        from aps.findings import Findings
+        from aps.shortages import check_shortages
+
+        check_shortages(Findings(study), {args.name})
 
 
 def report(args: argparse.Namespace) -> None:

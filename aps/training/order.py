@@ -61,8 +61,10 @@ class Order:
         return batches[:, self._distributed.rows(self._batch_size)]
 
 
-def held_out(images: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def held_out(images: int, share: float, seed: int, where: str) -> tuple[Tensor, Tensor]:
     """Indices of the images to train on, and of those held out: int64, ascending, disjoint, together all images.
+
+    where: the name of the block of settings, for error messages.
 
     Raises:
         UserError: the share is positive but too small to hold out an image, or so large that none is left.
@@ -70,9 +72,9 @@ def held_out(images: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     shuffled = torch.randperm(images, generator=seeded(seed, HOLDOUT))
     held = round(images * share)
     if share and not held:
-        raise UserError(f"a holdout of {share} of {images} training images keeps none aside; raise holdout")
+        raise UserError(f"a {where}.holdout of {share} of {images} training images keeps none aside; raise it")
     if held == images:
-        raise UserError(f"a holdout of {share} of {images} training images leaves none to train on; lower holdout")
+        raise UserError(f"a {where}.holdout of {share} of {images} training images leaves none to train on; lower it")
     return shuffled[held:].sort().values, shuffled[:held].sort().values
 
 

@@ -49,6 +49,7 @@ from aps.runtime.slurm import job_id
 from aps.settings.blocks import UserDataset
 from aps.settings.reading import load_study, read_value
 from aps.settings.study import StageSettings, Study
+from aps.shortages import check_shortages
 from aps.stages import STAGES
 from aps.text import number_of
 from aps.tracking.addresses import settled, shown, tracking_address
@@ -141,7 +142,7 @@ class Plan:
         """The plan of a Snakemake workflow. Its study is in `--configfile` and `--config`, or in a module's `config:`.
 
         Raises:
-            UserError: settings are wrong, or a module has no study.
+            UserError: settings are wrong, or don't fit the prepared images, or a module has no study.
         """
         if workflow.modifier.is_main_snakefile():
             settings = workflow.config_settings
@@ -157,6 +158,8 @@ class Plan:
         if "APPTAINER" in deployed:
             plan._apptainer_args = str(workflow.deployment_settings.apptainer_args)
         plan.is_main = workflow.is_main_process
+        if plan.is_main:
+            plan.check_images()
         plan._outer = workflow if plan.is_module else None
         plan._job = None if plan.is_main or plan.is_module else workflow
         plan.turns = TURN in workflow.global_resources
@@ -194,6 +197,14 @@ class Plan:
         plan = cls(written.model_copy(update={"results": results}), [], config | {"results": results})
         plan.written, plan.is_module = written, True
         return plan
+
+    def check_images(self) -> None:
+        """Raises UserError where a run can't work on the images of a dataset that is prepared and stays as it is.
+
+        The others are asked for when they have been prepared (`aps data`).
+        """
+        names = self.study.dataset_names()
+        check_shortages(self.findings, {name for name in names if self.findings.why_outdated(name) is None})
 
     def check_environment(self, jobs: Iterable[Any]) -> None:
         """Raises UserError if a package that one of Snakemake's `jobs` needs is not installed here, where it runs."""

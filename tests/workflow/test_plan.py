@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from tiny_study import STUDY, checkout, pretend_finished, pretend_prepared, put
@@ -338,6 +339,24 @@ def test_a_wrong_setting_stops_before_the_first_job_with_its_sentence(empty: Pat
     text = snakemake(empty, "-n", "--configfile", "study.yaml", "--config", "defaults={knn: {kk: 3}}", check=False)
     assert "study.yaml: experiment 'aps': unknown key 'knn.kk'; did you mean 'knn.k'?" in text
     assert "Traceback" not in text
+
+
+def test_too_few_images_are_refused_when_they_are_prepared_and_before_anything_trains(tmp_path: Path) -> None:
+    held = {"stages": ["pretrain", "finetune"], "finetune": {"batch_size": 2, "holdout": 0.1}}
+    study = {"study": "few", "datasets": {"few": {"arrays": "few.npz"}}, "defaults": STUDY["defaults"]}
+    small = {"dataset": {"name": "few", "train_limit": None}, "pretrain": {"batch_size": 2}}
+    folder = checkout(tmp_path, study | {"experiments": {"e": held | small}})
+    labels = np.arange(10) % 2
+    np.savez(folder / "few.npz", images=np.arange(640).reshape(10, 8, 8).astype(np.uint8), labels=labels)
+    sentence = "experiment 'e': finetune.holdout 0.05 of 8 training images keeps none aside; raise it"
+    share = ("--config", "experiments={e: {finetune: {holdout: 0.05}}}")
+    text = snakemake(folder, "all", "--cores", "1", "--configfile", "study.yaml", *share, check=False)
+    assert f"error: {sentence}" in text and "rule pretrain_encoder:" not in text, text
+    assert not (folder / "results/few/e").exists()
+    (copy,) = (folder / "results/data").glob("few-*/prepared.json")
+    shutil.copy(copy, copy.with_name("manifest.json"))
+    text = snakemake(folder, "all", "-n", "--configfile", "study.yaml", *share, check=False)
+    assert sentence in text and "Traceback" not in text, text
 
 
 def test_every_rule_of_a_job_declares_all_of_it(empty: Path) -> None:

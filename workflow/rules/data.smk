@@ -13,6 +13,7 @@ rule prepare_dataset:
         manifest=f"{RESULTS}/data/{{dataset}}/manifest.json",
     params:
         start=PLAN.start,
+        study=lambda wildcards, resources: PLAN.config_options,
         # takes `resources`, so that Snakemake does not see a moved source as a changed job
         source=PLAN.source_options,
         name=PLAN.dataset_name,
@@ -30,5 +31,5 @@ rule prepare_dataset:
     container:
         PLAN.image()
     shell:
-        "{params.start} -m aps data {params.name} --configfile --out {params.folder:q} {params.source}"
+        "{params.start} -m aps data {params.name} {params.study} --out {params.folder:q} {params.source}"
         " --attempt {resources.attempt} --mistake {log:q}.mistake 2>&1 | tee {log:q}"
