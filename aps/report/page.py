@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -24,7 +25,7 @@ from aps.findings import STAMP, Finding, Findings
 from aps.report import csv_file
 from aps.report.differences import differing, shown
 from aps.report.drawing import DASHES, MARKERS, Picture
-from aps.report.figures import all_figures
+from aps.report.figures import IsIntact, all_figures
 from aps.report.table import MOST_NAMES, SMALL_TEST, Column, Run, Table, machine
 from aps.results import flatten
 from aps.seals import damage
@@ -53,7 +54,8 @@ def write_report(
     """
     findings = findings or Findings(study, sources=True)
     table = Table(study, findings)
-    pictures = all_figures(table, is_intact) + _examples(table)
+    intact = partial(is_intact, options=options, told=set())
+    pictures = all_figures(table, intact) + _examples(table, intact)
     other_code = findings.other_code(options)
     _remove_figures(folder)
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
@@ -81,17 +83,34 @@ def _remove_figures(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def is_intact(finding: Finding, file: str) -> bool:
-    """Whether the run's result counts and this file of it is the one that was written; if not, prints a message."""
+def is_intact(finding: Finding, file: str, options: str = "", told: set[Path] | None = None) -> bool:
+    """Whether the run's result counts and this file of it is the one that was written; if not, prints a message.
+
+    Args:
+        options: as of `write_report`.
+        told: the files of which a message was printed, so that there is one for each, however many pictures want it.
+    """
     if finding.metrics is None or file not in finding.metrics["files"]:
         return False
     problem = damage(finding.folder, {"files": {file: finding.metrics["files"][file]}}, whole=True)
-    if problem is not None:
-        print(f"{finding.label}: left out of the report: {finding.folder}: {problem}", file=sys.stderr)
+    told = set() if told is None else told
+    if problem is not None and (path := finding.folder / file) not in told:
+        told.add(path)
+        print(
+            f"{finding.label}: left out of the report: pictures of it, not its scores, since in {finding.folder} {problem}; "
+            f"`{again(finding, options)}` makes it again",
+            file=sys.stderr,
+        )
     return problem is None
 
 
-def _examples(table: Table) -> list[Picture]:
+def again(finding: Finding, options: str) -> str:
+    """The command that makes a run's result again."""
+    command = f"python -m aps {finding.stage} --experiment {finding.experiment} --seed {finding.seed} --again {options}"
+    return command.strip()
+
+
+def _examples(table: Table, intact: IsIntact) -> list[Picture]:
     """The figures of images. They need torch, which is imported only if there are some to draw."""
     if not any(
         run["files"].get("encoder.safetensors")
@@ -102,7 +121,7 @@ def _examples(table: Table) -> list[Picture]:
         return []
     from aps.report.examples import examples
 
-    return examples(table, is_intact)
+    return examples(table, intact)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -226,7 +245,6 @@ def _run(table: Table, finding: Finding, folder: Path, address: str, options: st
     assert metrics is not None
     scores = [(s.label, metrics["metrics"].get(s.metric)) for s in table.scores if s.stage == finding.stage]
     figures = scores or [("loss", metrics["metrics"].get("loss"))]
-    command = f"python -m aps {finding.stage} --experiment {finding.experiment} --seed {finding.seed} --again {options}"
     return {
         "seed": finding.seed,
         "figures": ", ".join(f"{label} {value:.2f}" for label, value in figures if value is not None),
@@ -239,7 +257,7 @@ def _run(table: Table, finding: Finding, folder: Path, address: str, options: st
         "file": _relative(finding.folder / "metrics.json", folder),
         "mlflow": mlflow_page(finding, address),
         "mlflow_run_id": metrics["mlflow_run_id"],
-        "command": command.strip(),
+        "command": again(finding, options),
     }
 
 

@@ -59,7 +59,8 @@ def test_what_is_gone_or_other_data_by_now_is_left_out(ran: Study, tmp_path: Pat
     assert names(moved) == ["detections"]
 
 
-def test_a_damaged_encoder_is_drawn_by_nobody(ran: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def with_a_damaged_encoder(ran: Study, tmp_path: Path) -> Study:
+    """A copy of the study in which a bit of the pretrained encoder has changed."""
     shutil.copytree(ran.results, tmp_path / "results")
     moved = ran.model_copy(update={"results": str(tmp_path / "results")})
     file = stage_folder(study_folder(moved), "aps", 0, "pretrain") / "encoder.safetensors"
@@ -67,5 +68,24 @@ def test_a_damaged_encoder_is_drawn_by_nobody(ran: Study, tmp_path: Path, capsys
     content[-1] ^= 1
     file.unlink()
     file.write_bytes(content)
+    return moved
+
+
+def test_a_damaged_encoder_is_drawn_by_nobody(ran: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moved = with_a_damaged_encoder(ran, tmp_path)
     assert "attention" not in names(moved)
     assert "encoder.safetensors is not the file that was written" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_told_once_with_the_command_that_makes_it_again(
+    ran: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kept cells and attention are both drawn by the encoder."""
+    moved = with_a_damaged_encoder(ran, tmp_path)
+    folder = stage_folder(study_folder(moved), "aps", 0, "pretrain")
+    _, runs = write_report(moved, tmp_path / "report", "none", "--configfile s.yaml")
+    assert len(runs) == len(moved.jobs())  # the run is in the report
+    assert capsys.readouterr().err.splitlines() == [
+        f"pretrain aps/seed0: left out of the report: pictures of it, not its scores, since in {folder} encoder.safetensors is not "
+        "the file that was written; `python -m aps pretrain --experiment aps --seed 0 --again --configfile s.yaml` makes it again"
+    ]
