@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from aps.errors import UserError
-from aps.files import write_bytes
+from aps.files import expanded, write_bytes
 from aps.findings import Findings
 from aps.layout import stage_folder, study_folder
 from aps.registry import DATASETS
@@ -111,7 +111,7 @@ def pretrain(
         "experiments": {EXPERIMENT: {}},
     }
     if not known:
-        folder = str(place.expanduser().resolve())
+        folder = str(expanded(place).resolve())
         study["datasets"] = {IMAGES: {"folder": folder, "labels": labels, "shrink": shrink}}
     run(study, "pretrain", cores=cores)
     from aps.inference.load import load

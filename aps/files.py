@@ -207,6 +207,23 @@ def remove(path: Path) -> None:
         raise _unwritable(path, error) from None
 
 
+def expanded(path: str | Path, setting: str = "") -> Path:
+    """The path with a home folder in place of its `~` or `~USER`.
+
+    setting: what names the path, for the error message; empty where the path says enough.
+
+    Raises:
+        UserError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        user = Path(path).parts[0].removeprefix("~")
+        reason = f"there is no user '{user}' on this machine" if user else "HOME is not set"
+        where = f"{setting}: {path}" if setting else f"{path}"
+        raise UserError(f"{where}: {reason}; write the path in full") from None
+
+
 def check_weights(path: Path) -> None:
     """Raises UserError if a file of weights, which may be the user's, is missing, a folder or unreadable."""
     try:

@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from aps.files import expanded
 from aps.registry import USER_DATASETS
 from aps.settings.blocks import SourceSettings, UserDataset, differs
 from aps.settings.study import Study
@@ -86,7 +87,9 @@ def encoder_file(study: Study, experiment: str, seed: int) -> Path | None:
     if source is not None:
         return stage_folder(study_folder(study), source, seed, "pretrain") / "encoder.safetensors"
     weights = study.experiments[experiment].encoder.weights
-    return Path(weights).expanduser() if weights.endswith(".safetensors") else None
+    return (
+        expanded(weights, f"experiment '{experiment}': encoder.weights") if weights.endswith(".safetensors") else None
+    )
 
 
 def encoder_job(study: Study, experiment: str, seed: int) -> tuple[str, int, str] | None:

@@ -15,12 +15,14 @@ import os
 import re
 import socket
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from aps.data import NEED_A_PATH
 from aps.errors import UserError
+from aps.files import expanded
 from aps.findings import Findings
 from aps.layout import encoder_file, encoder_job, manifest_of, study_folder
 from aps.methods import Method
@@ -29,7 +31,7 @@ from aps.settings.blocks import SourceSettings
 from aps.settings.study import SharedBlocks, Study, blocks_of
 from aps.shortages import shortages
 from aps.stages import STAGES
-from aps.tracking.addresses import OFF, given_address, shown
+from aps.tracking.addresses import OFF, given_address, settled, shown
 from aps.training.schedule import oddities, single_step
 from aps.workflow.resources import check_resources
 
@@ -66,6 +68,10 @@ def problems(study: Study, findings: Findings | None = None) -> Iterator[str]:
             yield str(error)
     if (address := given_address(study.tracking_uri)) is not None:
         yield from _address(address.strip())
+        try:
+            settled(address)
+        except UserError as error:
+            yield str(error)
 
 
 def hints(study: Study, findings: Findings | None = None) -> Iterator[str]:
@@ -106,11 +112,18 @@ def _source(findings: Findings, name: str) -> Iterator[str]:
     else:
         key, paths = f"datasets.{name}", source.paths
     for part, path in paths.items():
-        found, kind = Path(path).expanduser(), PARTS.get(part.rpartition(".")[2])
+        kind = PARTS.get(part.rpartition(".")[2])
+        try:
+            found = expanded(path, f"{key}.{part}")
+        except UserError as error:
+            yield str(error)
+            continue
         if not found.exists():
             yield f"{key}.{part}: {path} does not exist; correct the path"
         elif kind is not None and found.is_dir() != (kind == "folder"):
             yield f"{key}.{part}: {path} is not a {kind}; correct the path"
+        elif part == "arrays" and not zipfile.is_zipfile(found):
+            yield f"{key}.{part}: {path} is no readable .npz file; save its arrays by np.savez"
         elif part == "folder" or name == "folder":
             yield from _tree(findings, name, path, f"{key}.{part}")
 

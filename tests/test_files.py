@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import resource
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from aps.errors import UserError
-from aps.files import append, atomic_path, read_json, sweep, write_bytes, write_json
+from aps.files import append, atomic_path, expanded, read_json, sweep, write_bytes, write_json
 from aps.inference import figures
 from aps.models.weights import save_encoder, save_tensors
 from aps.runtime.checkpoint import Checkpoints
@@ -180,3 +181,18 @@ def test_what_a_killed_write_left_is_swept_and_nothing_else(tmp_path: Path) -> N
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(left + others)
     sweep(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(others)
+
+
+def test_a_home_folder_that_nobody_has_is_one_sentence_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expanded("~/x") == Path("/home/me/x") and expanded("y~") == Path("y~")
+    with pytest.raises(UserError, match=r"^key: ~nobody-here/x: there is no user 'nobody-here' on this machine; write"):
+        expanded("~nobody-here/x", "key")
+
+    def nobody(number: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    with pytest.raises(UserError, match=r"^~/x: HOME is not set; write the path in full"):
+        expanded("~/x")

@@ -125,6 +125,43 @@ def test_a_file_in_place_of_a_folder_is_named_and_the_other_way_round(
     assert status == 2 and errors == [f"datasets.mine.{said}; correct the path" for said in expected]
 
 
+HOMES = {
+    "datasets.mine.folder": on({"folder": "~nobody-here/x"}),
+    "datasets.mine.arrays": on({"arrays": "~nobody-here/x"}),
+    "datasets.mine.coco.train.images": put(
+        MISSING["COCO files"][0], ("datasets", "mine", "coco", "train", "images"), "~nobody-here/x"
+    ),
+    "sources.cifar10.path": put(
+        MISSING["a known dataset's source"][0], ("sources",), {"cifar10": {"path": "~nobody-here/x"}}
+    ),
+    "experiment 'e': encoder.weights": put(
+        MISSING["an encoder's file"][0], ("experiments", "e", "encoder", "weights"), "~nobody-here/x.safetensors"
+    ),
+    "tracking_uri (or MLFLOW_TRACKING_URI)": STUDY | {"tracking_uri": "sqlite:///~nobody-here/x"},
+}
+
+
+@pytest.mark.parametrize("key", HOMES)
+def test_a_home_folder_of_nobody_is_named_with_its_key(
+    key: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, errors = check(capsys, HOMES[key])
+    path = "~nobody-here/x.safetensors" if "weights" in key else "~nobody-here/x"
+    said = f"{key}: {path}: there is no user 'nobody-here' on this machine; write the path in full"
+    assert status == 2 and said in errors, errors
+    if key.startswith(("datasets", "sources")):
+        name = "mine" if "mine" in key else "cifar10"
+        assert cli.main(["data", name, "--configfile", "my study.yaml"]) == 2 and said in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_npz_file_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, errors = check(capsys, on({"arrays": "my study.yaml"}))
+    assert status == 2
+    assert errors == ["datasets.mine.arrays: my study.yaml is no readable .npz file; save its arrays by np.savez"]
+    np.savez("a.npz", images=np.zeros((10, 8, 8), np.uint8), labels=np.arange(10) % 2)
+    assert check(capsys, on({"arrays": "a.npz"}))[0] == 0
+
+
 def test_a_password_in_a_wrong_address_is_not_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, errors = check(capsys, STUDY | {"tracking_uri": "htp://me:hush@127.0.0.1:5000"})
     assert status == 2 and "did you mean 'http'" in errors[0] and "hush" not in errors[0]

@@ -22,6 +22,7 @@ from aps.data.images import note_on_levels
 from aps.data.manifest import Manifest, note_on_copies, wrong_name
 from aps.data.walk import printable
 from aps.errors import UserError
+from aps.files import expanded
 from aps.settings.blocks import SourceSettings
 
 # Names of a split's arrays: images, labels.
@@ -40,7 +41,7 @@ def describe(folder: Path, name: str, file: str, key: str, labels: bool) -> Mani
     Raises:
         UserError: the file is missing or damaged, or its arrays are not images and labels.
     """
-    path, source = Path(file).expanduser(), SourceSettings(path=file)
+    path, source = expanded(file, key), SourceSettings(path=file)
     if not path.is_file():
         raise UserError(f"{key}: {path} is no file; set it to a .npz file with arrays {KNOWN}")
     content = _read(path)

@@ -27,7 +27,7 @@ from typing import IO, Any, NamedTuple, TypeVar, cast
 from tqdm import tqdm
 
 from aps.errors import UserError
-from aps.files import write_bytes
+from aps.files import expanded, write_bytes
 from aps.runtime.cores import granted
 from aps.settings.blocks import SourceSettings
 
@@ -61,7 +61,7 @@ def source_path(name: str, source: SourceSettings, advice: str) -> Path | None:
         UserError: it does not exist, or there is no path and downloads are off.
     """
     if source.path is not None:
-        path = Path(source.path).expanduser()
+        path = expanded(source.path, f"sources.{name}.path")
         if not path.exists():
             raise UserError(f"sources.{name}.path: {path} does not exist; {advice}")
         return path

@@ -21,6 +21,7 @@ from aps.data import trees
 from aps.data.manifest import Manifest
 from aps.data.walk import Walk, check_source, printable
 from aps.errors import UserError
+from aps.files import expanded
 from aps.settings.blocks import SourceSettings
 from aps.text import number_of
 
@@ -80,7 +81,7 @@ def layout(folder: Path, tree: str, key: str, labels: bool) -> Layout:
         UserError: as in `prepare`, but for unreadable images.
     """
     advice = _advice(key) if labels else f"set {key} to a folder with images"
-    path = Path(tree).expanduser()
+    path = expanded(tree, key)
     if not path.exists():
         raise UserError(f"{key}: {path} does not exist; {advice}")
     if not path.is_dir():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from aps.data import array_files, coco_files, folder
 from aps.data.manifest import Manifest
+from aps.files import expanded
 from aps.settings.blocks import UserDataset
 
 
@@ -18,7 +19,10 @@ def prepare(out: Path, source: UserDataset, name: str) -> Manifest:
     key = f"datasets.{name}"
     if source.coco is not None:
         files = {
-            split: coco_files.Files(Path(paths.images).expanduser(), Path(paths.annotations).expanduser())
+            split: coco_files.Files(
+                expanded(paths.images, f"{key}.coco.{split}.images"),
+                expanded(paths.annotations, f"{key}.coco.{split}.annotations"),
+            )
             for split, paths in (("train", source.coco.train), ("val", source.coco.val))
         }
         manifest = coco_files.describe(out, name, files, f"{key}.coco", source.masks)

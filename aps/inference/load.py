@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from aps.detection import load_engine
 from aps.detection.engine import Task
 from aps.errors import UserError
-from aps.files import sha256
+from aps.files import expanded, sha256
 from aps.inference.images import Transform
 from aps.inference.model import Detector, Loaded, Model, Source
 from aps.inference.upstream import find_encoder
@@ -69,7 +69,7 @@ def load(address: str | os.PathLike, device: str | torch.device | None = None) -
         from aps.inference.serving import weights_of
 
         return _local(weights_of(where), where, chosen)
-    return _local(Path(where).expanduser(), where, chosen)
+    return _local(expanded(where), where, chosen)
 
 
 def _chosen_device(device: str | torch.device | None) -> torch.device:

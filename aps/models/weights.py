@@ -27,7 +27,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from aps.errors import UserError
-from aps.files import check_weights, safetensors_path
+from aps.files import check_weights, expanded, safetensors_path
 from aps.models.archs import dimensions
 from aps.models.encoder import Encoder, build_encoder
 from aps.settings.blocks import EncoderSettings
@@ -104,7 +104,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: the file is missing or not a safetensors file, or it was written here and changed or damaged since.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     check_weights(path)
     try:
         with safe_open(path, framework="pt") as file:

@@ -13,6 +13,9 @@ import re
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+from aps.files import expanded
+
+SETTING = "tracking_uri (or MLFLOW_TRACKING_URI)"
 OFF = "none"  # tracking_uri that turns MLflow off
 HTTP = ("http", "https")
 BY_NAME = {"orderByKey": "tags.`mlflow.runName`", "orderByAsc": "true"}
@@ -43,7 +46,7 @@ def settled(address: str) -> str:
     scheme, rest = _split(address)
     if scheme is None or scheme == "file":
         path = unquote(rest.removeprefix("//localhost").removeprefix("//")) if scheme else rest
-        return Path(path).expanduser().resolve().as_uri()
+        return expanded(path, SETTING).resolve().as_uri()
     if scheme == "sqlite":
         return _absolute_database(address)
     if scheme in HTTP:
@@ -127,7 +130,7 @@ def _absolute_database(address: str) -> str:
     if file is None or ":memory:" in address:
         return address
     query = address.partition("?")[2]
-    return f"sqlite:///{file.expanduser().resolve()}" + (f"?{query}" if query else "")
+    return f"sqlite:///{expanded(file, SETTING).resolve()}" + (f"?{query}" if query else "")
 
 
 def _keep_credentials(rest: str) -> None:
