@@ -73,7 +73,8 @@ def load(path: Path | None = None) -> dict[str, Entry]:
     """
     path = path or (TABLE if TABLE.exists() else SHARE / TABLE)
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:  # not its text alone: PyYAML's messages name the file
+            content: Any = yaml.safe_load(file)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); it comes with the project") from None
     except yaml.YAMLError as error:

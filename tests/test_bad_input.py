@@ -194,7 +194,7 @@ TEXTS: list[tuple[str, str | bytes, tuple[str, ...]]] = [
     ("nothing", "", ("no experiments", "add an 'experiments:' block")),
     ("list", "- a", ("block of keys", "list")),
     ("text", "hello", ("block of keys", "str")),
-    ("open bracket", "a: [1", ("not valid YAML",)),
+    ("open bracket", "a: [1", ("not valid YAML", 'in "study.yaml", line 1')),
     ("tab", "a:\n\tb: 1", ("not valid YAML",)),
     ("latin-1", b"a: \xe9\xff", ("not valid YAML", "UTF-8")),
     ("key twice", "study: a\nstudy: b", ("'study' is given twice",)),
@@ -210,7 +210,7 @@ TEXTS: list[tuple[str, str | bytes, tuple[str, ...]]] = [
     ("include of itself", "include: [study.yaml]", ("includes itself", "remove one include")),
     ("include that is text", "include: other", ("include = \"other\"", "list of files")),
     ("no experiments", "experiments: {}", ("no experiments",)),
-    ("null byte", b"study: a\x00b", ("not valid YAML",)),
+    ("null byte", b"study: a\x00b", ("not valid YAML", 'in "study.yaml"')),
 ]  # fmt: skip
 
 

@@ -71,6 +71,20 @@ def test_messages_for_a_closed_stderr_do_not_land_in_stdout(tmp_path: Path) -> N
     assert (done.returncode, done.stdout) == (2, b"")
 
 
+def test_a_full_disk_under_standard_output_is_named(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(STUDY, encoding="utf-8")
+    for unbuffered, what in (("", b"standard output"), ("1", b"a file, or standard output")):
+        command = ("results", "--configfile", "s.yaml")
+        done = aps(tmp_path, *command, redirect=">/dev/full", PYTHONUNBUFFERED=unbuffered)
+        said = b"error: %s: No space left on device; free space or choose another folder\n" % what
+        assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_a_reader_that_has_enough_is_no_message(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(STUDY, encoding="utf-8")
+    assert aps(tmp_path, "results", "--configfile", "s.yaml", redirect="| true", PYTHONUNBUFFERED="").stderr == b""
+
+
 def test_streams_that_cannot_be_changed_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.StringIO())

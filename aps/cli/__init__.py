@@ -96,6 +96,7 @@ def _main(arguments: list[str] | None) -> int:
         return MISTAKE
     try:
         args.run(args)
+        sys.stdout.flush()  # a disk that is full may be met only now
     except UserError as error:
         return _refused(runnable(str(error), args), args)
     except Preempted as error:
@@ -103,6 +104,7 @@ def _main(arguments: list[str] | None) -> int:
             print(f"stopped: {error}", file=sys.stderr)
         return 0 if started_by_torchrun() else PREEMPTED  # torchrun would take another status for a failure
     except BrokenPipeError:
+        _drop_output()
         return 1
     except Exception as error:
         if (sentence := out_of_memory(error, args.verb)) is not None:
@@ -157,5 +159,24 @@ def _disk_sentence(error: Exception) -> str | None:
     if error.errno == errno.ENAMETOOLONG:
         return f"{str(error.filename)[:60]}...: {error.strerror}; choose a shorter name or folder"
     if error.filename is None:
-        return f"a file: {error.strerror}; free space or choose another folder" if error.errno in DISK_FULL else None
+        if error.errno not in DISK_FULL:
+            return None
+        what = "standard output" if _output_fails() else "a file, or standard output"  # unbuffered, nothing is left
+        return f"{what}: {error.strerror}; free space or choose another folder"
     return f"{error.filename2 or error.filename}: {error.strerror}; free space or choose another folder"
+
+
+def _output_fails() -> bool:
+    """Whether it was standard output that could not be written: what is left of it fails again. It is dropped then."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    """Let what standard output still holds go nowhere, so that the end of the interpreter does not fail by it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream without a descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

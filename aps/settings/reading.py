@@ -121,7 +121,8 @@ def read_value(text: str, where: str) -> Any:
     try:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}; correct it there") from None
+        reason = " ".join(str(error).split()).replace("<unicode string>", where)  # PyYAML's name for a text
+        raise UserError(f"{where}: not valid YAML: {reason}; correct it there") from None
     except RecursionError:
         raise UserError(_too_deep(where)) from None
     except ValueError as error:  # an impossible date, or a number of more digits than Python reads
