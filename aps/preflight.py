@@ -31,7 +31,7 @@ from aps.settings.blocks import SourceSettings
 from aps.settings.study import SharedBlocks, Study, blocks_of
 from aps.shortages import shortages
 from aps.stages import STAGES
-from aps.tracking.addresses import OFF, given_address, settled, shown
+from aps.tracking.addresses import OFF, given_address, settled, shown, without_scheme
 from aps.training.schedule import oddities, single_step
 from aps.workflow.resources import check_resources
 
@@ -68,10 +68,6 @@ def problems(study: Study, findings: Findings | None = None) -> Iterator[str]:
             yield str(error)
     if (address := given_address(study.tracking_uri)) is not None:
         yield from _address(address.strip())
-        try:
-            settled(address)
-        except UserError as error:
-            yield str(error)
 
 
 def hints(study: Study, findings: Findings | None = None) -> Iterator[str]:
@@ -231,12 +227,13 @@ def _address(address: str) -> Iterator[str]:
     setting = f"tracking_uri {shown(address) if re.search('[@?#]', address) else address}"
     if address.lower() == OFF:
         return
-    if re.match(r"[\w.-]+:\d+(/|$)", address):
-        yield f"{setting}: has no scheme, so MLflow would take it for a folder; write http://{address}"
+    if (sentence := without_scheme(address)) is not None:
+        yield sentence
         return
     scheme = re.match(r"([\w+.-]+):", address)
     if scheme is None:
         if address.startswith(("databricks", "/", ".", "~")) or Path(address).is_dir():
+            yield from _home(address)
             return
         yield f"{setting}: is no address and no folder; write http://HOST:PORT, sqlite:///FILE or {OFF}"
         return
@@ -249,6 +246,16 @@ def _address(address: str) -> Iterator[str]:
         yield f"{setting}: write sqlite:///FILE, with three slashes (four before an absolute path)"
     elif without_driver in ("http", "https"):
         yield from _host(setting, address)
+    elif without_driver in ("file", "sqlite"):
+        yield from _home(address)
+
+
+def _home(address: str) -> Iterator[str]:
+    """A home folder that nobody has."""
+    try:
+        settled(address)
+    except UserError as error:
+        yield str(error)
 
 
 def _host(setting: str, address: str) -> Iterator[str]:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+from aps.errors import UserError
 from aps.files import expanded
 
 SETTING = "tracking_uri (or MLFLOW_TRACKING_URI)"
@@ -39,11 +42,19 @@ def given_address(wanted: str | None) -> str | None:
 
 
 def settled(address: str) -> str:
-    """The address as it may be shown: absolute, without user information, which is put into the environment."""
+    """The address as it may be shown: absolute, without user information, which is put into the environment.
+
+    Raises:
+        UserError: it is a server's without http://, or begins with the home folder of nobody.
+    """
     address = address.strip()
     if address.lower() == OFF:
         return OFF
+    if (sentence := without_scheme(address)) is not None:
+        raise UserError(sentence)
     scheme, rest = _split(address)
+    if scheme is None and not re.search(r"^~|/", address) and not Path(address).is_dir():
+        _warn_of_folder(address)
     if scheme is None or scheme == "file":
         path = unquote(rest.removeprefix("//localhost").removeprefix("//")) if scheme else rest
         return expanded(path, SETTING).resolve().as_uri()
@@ -54,6 +65,23 @@ def settled(address: str) -> str:
     elif _is_database(scheme) and shown(address) != address:
         os.environ[FULL] = address
     return shown(address)
+
+
+def without_scheme(address: str) -> str | None:
+    """The sentence for HOST:PORT, from which MLflow would make a folder; None for other addresses."""
+    if not re.match(r"[\w.-]+:\d+(/|$)", address):
+        return None
+    return f"tracking_uri {address}: has no scheme, so MLflow would take it for a folder; write http://{address}"
+
+
+@cache
+def _warn_of_folder(address: str) -> None:
+    """Once, before the folder is made: a word may be a server's name, or a slip."""
+    print(
+        f"warning: {SETTING}: {address} is taken for a folder, {Path(address).absolute()}, which is not there yet; a server is "
+        "http://HOST:PORT",
+        file=sys.stderr,
+    )
 
 
 def shown(address: str) -> str:

@@ -15,6 +15,7 @@ import yaml
 from mlflow_stores import about, assert_once, bad_server, journal, sender, status
 from tiny_study import checkout, fake_job
 
+from aps.errors import UserError
 from aps.results import StageRun
 from aps.settings.reading import load_study
 from aps.tracking import tracker
@@ -73,6 +74,25 @@ def test_an_address_is_shown_absolute_and_without_what_is_secret(
     monkeypatch.chdir(tmp_path)
     assert settled(address) == means.format(here=tmp_path) == settled(settled(address))
     assert SECRET not in shown(address)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:5000", "localhost:5000", "my_host:80/mlflow"])
+def test_a_server_without_http_is_refused_rather_than_made_a_folder(address: str) -> None:
+    with pytest.raises(UserError, match=f"^tracking_uri {address}: has no scheme, .* write http://{address}$"):
+        settled(address)
+
+
+def test_a_word_that_becomes_a_folder_is_told_once_and_not_where_the_folder_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    for address in ("nonsense", "nonsense", "there", "./mlruns", "sub/mlruns", "http://host", "none"):
+        settled(address)
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: tracking_uri (or MLFLOW_TRACKING_URI): nonsense is taken for a folder, {tmp_path}/nonsense, which is not "
+        "there yet; a server is http://HOST:PORT"
+    ]
 
 
 def test_what_was_secret_is_where_mlflow_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
