@@ -61,7 +61,7 @@ class Order:
         return batches[:, self._distributed.rows(self._batch_size)]
 
 
-def held_out(images: int, share: float, seed: int, where: str) -> tuple[Tensor, Tensor]:
+def held_out(images: int, share: float, seed: int, key: str = "holdout") -> tuple[Tensor, Tensor]:
     """Indices of the images to train on, and of those held out: int64, ascending, disjoint, together all images.
 
     where: the name of the block of settings, for error messages.
