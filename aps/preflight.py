@@ -21,6 +21,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from aps.data import NEED_A_PATH
+from aps.data.manifest import Manifest
 from aps.errors import UserError
 from aps.files import expanded
 from aps.findings import Findings

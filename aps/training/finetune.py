@@ -73,7 +73,7 @@ class Finetuning:
         self.manifest = Manifest.read(job.manifest)
         self.normalization = normalization(job)
         train = load_split(job.manifest, "train", job.settings.dataset.train_limit, labelled=True)
-        rows, held_rows = held_out(len(train), self.settings.holdout, seed, "finetune")
+        rows, held_rows = held_out(len(train), self.settings.holdout, seed, "finetune.holdout")
         self.held = train.select(held_rows) if len(held_rows) else None
         classes = len(self.manifest.classes)
         self.examples = AugmentedExamples(

@@ -72,7 +72,7 @@ class Probing:
         self.manifest = manifest = Manifest.read(job.manifest)
         self.normalization = normalization(job)
         train = load_split(job.manifest, "train", job.settings.dataset.train_limit, labelled=True)
-        rows, held_rows = held_out(len(train), settings.holdout, seed, "linear_probe")
+        rows, held_rows = held_out(len(train), settings.holdout, seed, "linear_probe.holdout")
         self.held = train.select(held_rows)
         self.order = Order(rows, settings.batch_size, seed, distributed, "linear_probe")
         self.crops = Crops(train, settings, job.settings.encoder.image_size, seed, job.workers, distributed)

@@ -64,7 +64,7 @@ class Order:
 def held_out(images: int, share: float, seed: int, key: str = "holdout") -> tuple[Tensor, Tensor]:
     """Indices of the images to train on, and of those held out: int64, ascending, disjoint, together all images.
 
-    where: the name of the block of settings, for error messages.
+    key: of the share in a study, for error messages.
 
     Raises:
         UserError: the share is positive but too small to hold out an image, or so large that none is left.
@@ -72,9 +72,9 @@ def held_out(images: int, share: float, seed: int, key: str = "holdout") -> tupl
     shuffled = torch.randperm(images, generator=seeded(seed, HOLDOUT))
     held = round(images * share)
     if share and not held:
-        raise UserError(f"a {where}.holdout of {share} of {images} training images keeps none aside; raise it")
+        raise UserError(f"a {key} of {share} of {images} training images keeps none aside; raise it")
     if held == images:
-        raise UserError(f"a {where}.holdout of {share} of {images} training images leaves none to train on; lower it")
+        raise UserError(f"a {key} of {share} of {images} training images leaves none to train on; lower it")
     return shuffled[held:].sort().values, shuffled[:held].sort().values
 
 

@@ -197,7 +197,7 @@ def test_images_held_out_are_not_trained_on(digits: Path, tmp_path: Path, monkey
         )[1],
     )
     small.run(small.job("finetune", digits, tmp_path, holdout=0.1, epochs=6))
-    train, held = held_out(100, 0.1, 0, "finetune")
+    train, held = held_out(100, 0.1, 0)
     assert read <= set(train.tolist()) and not read & set(held.tolist()) and len(read) > 80
 
 

@@ -38,7 +38,7 @@ def test_each_head_is_sgd_alone_at_its_own_rate(digits: Path, tmp_path: Path) ->
     left, settings = load_file(job.out / "heads.safetensors"), job.settings.linear_probe
     train, encoder = load_split(digits, "train", 100), frozen(job)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in Manifest.read(digits).normalization("measured"))
-    rows, _ = held_out(100, 0.1, 0, "linear_probe")
+    rows, _ = held_out(100, 0.1, 0)
     order = Order(rows, 32, 0, small.ONE, "linear_probe")
     crops = Crops(train, settings, 16, 0, 0, small.ONE)
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def test_the_rate_is_picked_on_images_held_out_of_train_and_all_are_reported(
     assert (found["test_top1"], found["holdout_top1"], found["lr"]) == (50.0, 80.0, 0.5)  # not the best on test
     assert [found[f"test_top1_lr{lr}"] for lr in ("0.1", "0.5", "2")] == [90.0, 50.0, 70.0]
     assert [found[f"holdout_top1_lr{lr}"] for lr in ("0.1", "0.5", "2")] == [40.0, 80.0, 60.0]
-    _, held = held_out(100, 0.2, 0, "linear_probe")
+    _, held = held_out(100, 0.2, 0)
     train = load_split(digits, "train", 100)
     assert [len(split) for split in asked.splits] == [20, 359]
     assert torch.equal(asked.splits[0].images, train.images[held])
@@ -126,7 +126,7 @@ def test_an_accuracy_that_says_nothing_is_warned_of(
 def test_a_part_that_cannot_be_held_out_is_named_with_its_key(block: str) -> None:
     for share, words in ((0.1, "keeps none aside; raise it"), (0.9, "leaves none to train on; lower it")):
         with pytest.raises(UserError, match=f"^a {block}.holdout of {share} of 2 training images {words}$"):
-            held_out(2, share, 0, block)
+            held_out(2, share, 0, f"{block}.holdout")
 
 
 def test_held_out_images_are_not_trained_on(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_held_out_images_are_not_trained_on(digits: Path, tmp_path: Path, monkey
         lambda self, e, rows, first: (read.update(rows.flatten().tolist()), epoch(self, e, rows, first))[1],
     )
     small.run(small.job("linear_probe", digits, tmp_path, epochs=4))
-    train, held = held_out(100, 0.1, 0, "linear_probe")
+    train, held = held_out(100, 0.1, 0)
     assert read <= set(train.tolist()) and not read & set(held.tolist()) and len(read) > 80
 
 
