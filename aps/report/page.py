@@ -152,6 +152,7 @@ def _page(
         datasets=len({v.dataset for v in verdicts}) > 1,
         spent={name: table.spent(name) for name in study.experiments},
         small=SMALL_TEST,
+        shared=any(sample.one_encoder for cells in table.cells.values() for sample in cells.values()),
         copies=table.copies(),
         floor=floor,
         published=published,
