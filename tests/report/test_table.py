@@ -188,7 +188,7 @@ def test_seeds_that_share_an_encoder_count_as_one_seed_and_every_place_says_so(
     write_report(study, tmp_path / "report", "none")
     page = re.sub(r"<[^>]+>", "", (tmp_path / "report/report.html").read_text())
     assert page.count(text) == 2, "in the table of scores and in that of the floor"
-    assert "1.0one encoder of given" in page
+    assert "1.0one encoder of given" in page and "One encoder: all seeds start from the same weights" in page
     pictures = {picture.name: picture for picture in all_figures(table(study), is_intact)}
     assert f"given {text}" in pictures["scores"].panels[0].label + pictures["scores"].panels[1].label
     assert "One encoder for all seeds of given:" in table(study).remarks(["aps", "given"], table(study).scores)
