@@ -126,7 +126,7 @@ class Memory:
             yield
         finally:
             with suppress(OSError):  # no Linux, or a container that keeps it closed
-                RESET.write_text("5", encoding="utf-8")  # proc(5): the peak is what the process has now
+                RESET.write_text("5")  # proc(5): the peak is what the process has now
             after = peaks()
             self._rise = max(0.0, after["peak_memory_gb"] - self._before["peak_memory_gb"])
             if "peak_gpu_gb" in after:

@@ -54,8 +54,11 @@ from benchmarks.study import experiment, inputs, make_trainer
 ROOT = Path(__file__).parents[1]
 
 
+LONG = ("choices", "planning", "scaling", "step")  # several processes or kinds of step
+
+
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NAMES])
 def test_a_benchmark_writes_its_figure_with_settings_and_machine_and_draws_it(name: str, tmp_path: Path) -> None:
     if name == "peers" and MISSING:
         pytest.skip("needs lightly and kornia: pip install '.[peers]'")

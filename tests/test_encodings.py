@@ -30,6 +30,8 @@ def calls_without_encoding(code: str) -> Iterator[str]:
             continue
         name, receiver = getattr(node.func, "attr", getattr(node.func, "id", "")), getattr(node.func, "value", None)
         modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        if name == "write_text" and len(modes) == 1 and not node.keywords and modes[0].isascii():
+            continue  # such a text is the same in every locale
         of_library = ast.unparse(receiver).split(".")[-1] in ("os", "Image", "tarfile", "zip") if receiver else False
         if name in ("read_text", "write_text") or (
             name == "open" and not of_library and modes and "b" not in modes[-1]
