@@ -14,20 +14,23 @@ from aps.stages import STAGES
 
 
 def check_shortages(findings: Findings, datasets: Container[str]) -> None:
-    """Raises UserError where a run that is still to be made, of a stage that reads one of these datasets, can't work."""
+    """Raises UserError where a run that is still to be made, of a stage that reads one of these datasets, lacks images.
+
+    What its processes can't share ends that job at its start and no other, because resources differ from machine to machine.
+    """
     for experiment, e in findings.study.experiments.items():
         for stage in e.stages:
             if e.dataset_of(stage) not in datasets:
                 continue
-            for sentence in shortages(findings, experiment, stage):
+            for sentence in _of_images(findings, experiment, stage):
                 if any(findings.finding(experiment, seed, stage).metrics is None for seed in e.seeds):
                     raise UserError(sentence)
 
 
 def shortages(findings: Findings, experiment: str, stage: str) -> Iterator[str]:
     """Batch sizes that the processes can't share evenly, and what exceeds the images of a prepared dataset."""
-    e, block = findings.study.experiments[experiment], getattr(findings.study.experiments[experiment], stage)
-    prefix, batch = f"experiment '{experiment}': ", getattr(block, "batch_size", None)
+    block, prefix = getattr(findings.study.experiments[experiment], stage), f"experiment '{experiment}': "
+    batch = getattr(block, "batch_size", None)
     resources = findings.study.stage_resources(stage, experiment)
     processes = resources.gpus or resources.processes or resources.nodes or 1
     parts, pairs = getattr(block, "accumulate", 1), getattr(block, "mixup", 0) or getattr(block, "cutmix", 0)
@@ -42,6 +45,13 @@ def shortages(findings: Findings, experiment: str, stage: str) -> Iterator[str]:
             f"{prefix}{stage}.batch_size {batch} gives each of the {processes} processes an odd number of images, and mixup "
             f"pairs them; make it even, or set {stage}.mixup and {stage}.cutmix to 0"
         )
+    yield from _of_images(findings, experiment, stage)
+
+
+def _of_images(findings: Findings, experiment: str, stage: str) -> Iterator[str]:
+    """What exceeds the images of a prepared dataset."""
+    e, block = findings.study.experiments[experiment], getattr(findings.study.experiments[experiment], stage)
+    prefix, batch = f"experiment '{experiment}': ", getattr(block, "batch_size", None)
     dataset = e.dataset_of(stage)
     try:
         images = findings.train_images(dataset)

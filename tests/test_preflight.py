@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from tiny_study import STUDY, put
 
-from aps import cli
+from aps import cli, preflight
 from aps.errors import UserError
 from aps.findings import Finding, Findings
 from aps.layout import manifest_of
@@ -239,7 +239,8 @@ def test_planning_refuses_what_the_prepared_images_cannot_fill_unless_it_is_fini
     Plan.load(["s.yaml"], {}).check_images()
 
 
-def test_planning_refuses_a_batch_that_the_processes_cannot_share(here: Path) -> None:
+def test_a_batch_that_the_processes_cannot_share_is_a_problem_of_its_job_alone(here: Path) -> None:
+    """Resources differ from machine to machine, and other jobs can go on: `check` tells, planning does not refuse."""
     experiment = {"dataset": "digits", "stages": ["pretrain", "finetune"], "finetune": {"batch_size": 6}}
     for processes, words in (
         (4, "finetune.batch_size 6 is not a multiple of the 4 processes"),
@@ -247,8 +248,8 @@ def test_planning_refuses_a_batch_that_the_processes_cannot_share(here: Path) ->
     ):
         study = {"resources": {"finetune": {"processes": processes}}, "experiments": {"e": experiment}}
         Path("s.yaml").write_text(yaml.safe_dump(study))
-        with pytest.raises(UserError, match=f"experiment 'e': {words}"):
-            Plan.load(["s.yaml"], {}).check_images()
+        assert any(words in problem for problem in preflight.problems(load_study(["s.yaml"])))
+        Plan.load(["s.yaml"], {}).check_images()
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.names()))
