@@ -154,9 +154,8 @@ def check(args: argparse.Namespace) -> None:
     findings = Findings(study)
     for hint in hints(study, findings):
         print(runnable(hint, args))
-    sentences = list(
-        dict.fromkeys(problems(study, findings))
-    )  # each once, whatever the number of stages that would meet it
+    # Each once, whatever the number of stages that would meet it
+    sentences = list(dict.fromkeys(problems(study, findings)))
     for problem in sentences[:-1]:
         print(f"error: {runnable(problem, args)}", file=sys.stderr)
     if sentences:

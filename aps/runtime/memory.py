@@ -48,9 +48,7 @@ def out_of_memory(error: BaseException, stage: str) -> str | None:
         return f"{stage}: a compiled kernel does not fit on this GPU{short}; set {stage}.compile: false"
     if GPU_FULL.search(signs):
         held = ";"
-        if (
-            "cuda out of memory" not in signs
-        ):  # not torch's, of a batch too large: not even a context or NCCL found room
+        if "cuda out of memory" not in signs:  # torch's own; here not even a context or NCCL found room
             held = (
                 ", which another process may hold (nvidia-smi lists them): wait for it, or name another GPU by "
                 "CUDA_VISIBLE_DEVICES, or"

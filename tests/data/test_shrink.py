@@ -323,6 +323,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+def stopped_at(count: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of images that are decoded from now on. Ctrl-C comes at the `count`th, each time there are so many."""
+    decoded = list[str]()
+
+    def decode(content: bytes, path: Path, *more: Any) -> torch.Tensor:
+        decoded.append(path.name)
+        if len(decoded) == count:
+            raise KeyboardInterrupt
+        return decode_image(content, path, *more)
+
+    monkeypatch.setattr(trees, "decode_image", decode)
+    return decoded
+
+
 @pytest.mark.parametrize("shrink", [None, 32])
 @pytest.mark.parametrize("harm", ["", "cut line", "cut copy"])
 def test_a_preparation_that_is_stopped_goes_on_with_the_same_result(
@@ -332,16 +346,9 @@ def test_a_preparation_that_is_stopped_goes_on_with_the_same_result(
     many(photos)
     monkeypatch.setattr(fetch, "granted", lambda: 1)  # one thread, so that it is known what was done
     uninterrupted, folder = run(tmp_path, shrink, labels=False)
-    expected, decoded = contents(folder), list[str]()
+    expected = contents(folder)
     shutil.rmtree(folder)
-
-    def decode(content: bytes, path: Path, *more: Any) -> torch.Tensor:
-        decoded.append(path.name)
-        if len(decoded) == 140:
-            raise KeyboardInterrupt
-        return decode_image(content, path, *more)
-
-    monkeypatch.setattr(trees, "decode_image", decode)
+    decoded = stopped_at(140, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, shrink, labels=False)
     journal = folder / "decoded.jsonl"
@@ -364,15 +371,7 @@ def test_what_was_decoded_of_other_images_is_not_used(
     photos: Path, tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many(photos)
-    decoded = list[str]()
-
-    def decode(content: bytes, path: Path, *more: Any) -> torch.Tensor:
-        decoded.append(path.name)
-        if len(decoded) == 163:
-            raise KeyboardInterrupt
-        return decode_image(content, path, *more)
-
-    monkeypatch.setattr(trees, "decode_image", decode)
+    decoded = stopped_at(163, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, labels=False)
     decoded.clear()
