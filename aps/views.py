@@ -77,6 +77,11 @@ class ViewParameters(NamedTuple):
         """Parameters of some images of the batch."""
         return ViewParameters(*(field[rows] for field in self))
 
+    @staticmethod
+    def joined(several: Sequence[ViewParameters]) -> ViewParameters:
+        """Parameters of several views' images, one view after the other."""
+        return ViewParameters(*map(torch.cat, zip(*several, strict=True)))
+
     def geometry(self, device: torch.device | str = "cpu") -> Geometry:
         """Boxes and flips for the sampler, on its device."""
         table = send(torch.cat([self.boxes, self.flips[:, None]], 1).float(), device)

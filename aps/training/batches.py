@@ -11,6 +11,7 @@ epoch without saved random state.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,11 @@ from aps.runtime.processes import Distributed
 from aps.sampling import Geometry
 from aps.training.order import VIEWS, KeyedLoader, MayDecode, Order, seeded
 from aps.views import View, ViewParameters, apply_crops, apply_view, cut_crops, draw_parameters
+
+# Values of pixels that one operation on views may have. On a CPU more leave its caches: two views of 128 images of 32 pixels
+# take 1.2 times as long together, six of 16 pixels 0.6 times. A GPU starts an operation in 8 us, in which it changes a
+# million values.
+JOINED = {"cpu": 2**19, "cuda": 2**24}
 
 
 class Batch(NamedTuple):
@@ -81,14 +87,7 @@ class Batches(MayDecode):
         sides = [tuple(self._array.shape[2:])] * len(self.views)
         for batch in range(first, self.batches):
             images = self._array[rows[batch]]
-            parameters = self._parameters(epoch, batch, sides)
-            yield self._batch(
-                [
-                    apply_view(images, p, view.size, self.mean, self.std)
-                    for view, p in zip(self.views, parameters, strict=True)
-                ],
-                parameters,
-            )
+            yield self._batch([images] * len(self.views), self._parameters(epoch, batch, sides))
 
     def _from_files(self, epoch: int, first: int) -> Iterator[Batch]:
         assert self._loader is not None
@@ -97,11 +96,21 @@ class Batches(MayDecode):
         for batch, (crops, boxes) in enumerate(loaded, first):
             parameters = [p._replace(boxes=boxes[:, v]) for v, p in enumerate(self._parameters(epoch, batch, sides))]
             pixels = [x.to(self.distributed.device, non_blocking=True) for x in crops]
-            yield self._batch(
-                [apply_crops(x, p, self.mean, self.std) for x, p in zip(pixels, parameters, strict=True)], parameters
-            )
+            yield self._batch(pixels, parameters)
 
-    def _batch(self, pixels: list[Tensor], parameters: list[ViewParameters]) -> Batch:
+    def _batch(self, sources: list[Tensor], parameters: list[ViewParameters]) -> Batch:
+        """sources: for each view the images, or its crops, (B, 3, H, W) uint8."""
+        pixels: list[Tensor] = []
+        for group in together([view.size for view in self.views], len(sources[0]), self.distributed.device):
+            x, drawn, size = sources[group][0], parameters[group][0], self.views[group.start].size
+            if group.stop - group.start > 1:
+                x, drawn = torch.cat(sources[group]), ViewParameters.joined(parameters[group])
+            made = (
+                apply_view(x, drawn, size, self.mean, self.std)
+                if self._loader is None
+                else apply_crops(x, drawn, self.mean, self.std)
+            )
+            pixels += made.split(len(sources[0]))
         return Batch(tuple(pixels), tuple(p.geometry(self.distributed.device) for p in parameters))
 
     def _parameters(self, epoch: int, batch: int, sides: Sequence[tuple[int, ...]]) -> list[ViewParameters]:
@@ -112,6 +121,19 @@ class Batches(MayDecode):
             for view, (height, width) in zip(self.views, sides, strict=True)
         ]
         return [p.rows(self.distributed.rows(self.batch_size)) for p in drawn]
+
+
+def together(sizes: Sequence[int], images: int, device: torch.device) -> Iterator[slice]:
+    """Which views are made as one batch: neighbours of one size, as many as `JOINED` allows.
+
+    It changes no value. The operations of one view are some 400 calls; where pixels are few, these take the time.
+    """
+    start = 0
+    for size, views in groupby(sizes):
+        end = start + len(list(views))
+        count = max(1, JOINED.get(device.type, JOINED["cpu"]) // (3 * images * size**2))
+        yield from (slice(first, min(first + count, end)) for first in range(start, end, count))
+        start = end
 
 
 class _Crops(Dataset):

@@ -21,7 +21,7 @@ from aps.errors import UserError
 from aps.models.encoder import build_encoder
 from aps.sampling import Geometry
 from aps.settings.blocks import SourceSettings, ViewSettings
-from aps.training import pretrain
+from aps.training import batches, pretrain
 from aps.training.batches import Batches
 from aps.training.order import Order
 from aps.training.pretrain import Trainer
@@ -187,6 +187,29 @@ def test_a_pairs_geometry_says_where_its_pixels_come_from(kind: str, tmp_path: P
                 assert (rows.mean(1) - (top + height * centre))[inner].abs().max() < 0.6
                 assert (columns.mean(0) - expected_x)[inner].abs().max() < 0.6
     assert flips == {True, False}
+
+
+@pytest.mark.parametrize("kind", ["arrays", "files"])
+@pytest.mark.parametrize("limit", [3 * 6 * 16**2 * 2, 2**30])
+def test_views_made_together_are_those_made_one_by_one(
+    kind: str, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All in the same bits, so that what is trained depends on no limit."""
+    augmentation = ViewSettings(blur=(0.9, 0.5), solarize=(0.1, 0.5), color_jitter_prob=0.6)
+    views = [View(32, augmentation, 1), View(32, augmentation, 2), *3 * [View(16, ViewSettings(crop_scale=(0.1, 0.4)))]]
+    split, made, calls = coloured(kind, tmp_path), {}, []
+    name = "apply_view" if kind == "arrays" else "apply_crops"
+    function = getattr(batches, name)
+    monkeypatch.setattr(batches, name, lambda *given: calls.append(len(given[0])) or function(*given))
+    for most in (1, limit):
+        calls.clear()
+        monkeypatch.setitem(batches.JOINED, "cpu", most)
+        (made[most],) = Batches(split, views, 6, ((0.4,) * 3, (0.3,) * 3), 3, small.ONE).epoch(0)
+        assert calls == ([6] * 5 if most == 1 else [6, 6, 12, 6] if limit < 2**30 else [12, 18])
+    for one, other in zip(made[1].views, made[limit].views, strict=True):
+        assert one.std() > 0.1 and torch.equal(one, other)
+    for one, other in zip(made[1].geometries, made[limit].geometries, strict=True):
+        assert torch.equal(one.boxes, other.boxes) and torch.equal(one.flips, other.flips)
 
 
 def test_an_epoch_shuffles_all_images_and_drops_the_last_batch() -> None:
