@@ -290,7 +290,9 @@ def minutes(args: argparse.Namespace) -> Result:
 
 def _input_share(args: argparse.Namespace, what: str, **pretrain: Any) -> Result:
     plain = _not_compiled(args)
-    learner = _learner(args, *(("micro", 16, 128) if args.tiny else ("tiny", 512, 50_000)), compile=not plain, **pretrain)
+    learner = _learner(
+        args, *(("micro", 16, 128) if args.tiny else ("tiny", 512, 50_000)), compile=not plain, **pretrain
+    )
     done, epoch, lines = 0, learner.batches(0, 0), []
     for count in (1, 1) if args.tiny else (5, 50, 40):
         for _ in range(count):
