@@ -71,6 +71,7 @@ docs: $(VENV)/.dev  ## the documentation as a site, in site/
 pictures: demo  ## redraw docs/images from the demo: the DAG, its scores and report (needs graphviz, chromium)
 	$(BIN)/python docs/pictures.py
 	$(BIN)/python docs/gap.py
+	$(BIN)/python docs/rivals.py
 
 lock:  ## uv.lock, and constraints.txt from it (needs uv); LOCK=--upgrade takes newer versions
 	uv lock $(LOCK)

@@ -18,6 +18,7 @@ Pairs = dict[str, list[tuple[str, str, str]]]  # label of a row -> (study, APS, 
 def rows() -> Pairs:
     """The rows of the figure, top to bottom."""
     found: Pairs = {"50,000 images, 1.2 epochs": [("rivals-tenth", "aps", "random")]}
+    found["50,000 images, 12 epochs"] = [("rivals-512", "aps", "random")]
     for epochs in (2, 6, 20):
         found[f"10,000 images, {epochs} epochs"] = [("length-fifth", f"aps-{epochs}", f"random-{epochs}")]
     for end, words in (("", "three crops, colours, flips"), ("-plain", "three crops alone")):

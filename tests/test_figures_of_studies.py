@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NUMBER = r"[+-]?\d+(?:\.\d+)?"
+RIVALS = {"SimCLR": "simclr", "MAE": "mae", "full, all tokens": "full", "random": "random", "APS": "aps"}
+RIVALS |= {"MoCo v3": "mocov3", "BYOL": "byol", "random weights": "random-weights", "DINO": "dino"}
 Runs = dict[tuple[str, str, str], dict[str, str]]
 
 
@@ -83,7 +85,13 @@ def test_the_pairs_of_readme_and_their_picture(monkeypatch: pytest.MonkeyPatch) 
     import gap
 
     pairs = {pair for row in gap.rows().values() for pair in row}
-    for study in ("rivals-tenth", "length-fifth", "mechanism-half", "mechanism-local"):  # none is left out
+    for study in (
+        "rivals-tenth",
+        "rivals-512",
+        "length-fifth",
+        "mechanism-half",
+        "mechanism-local",
+    ):  # none is left out
         names = {name for name, _, _ in runs(study)}
         for name in names:
             other = re.sub(r"^(asymmetric|aps)(?=-|$)", "random", name)
@@ -141,12 +149,10 @@ def test_the_demos_head_has_the_figures_of_its_table() -> None:
 @pytest.mark.parametrize("stage, key, column", [("linear_probe", "test_top1", 3), ("knn", "knn_top1_k20", 4)])
 def test_the_rivals_at_a_tenth(stage: str, key: str, column: int) -> None:
     found, rows = runs("rivals-tenth"), table("Rivals at a tenth", "method")
-    names = {"SimCLR": "simclr", "MAE": "mae", "full, all tokens": "full", "random": "random", "APS": "aps"}
-    names |= {"MoCo v3": "mocov3", "BYOL": "byol", "random weights": "random-weights", "DINO": "dino"}
-    assert {row[0] for row in rows} == set(names)
+    assert {row[0] for row in rows} == set(RIVALS)
     for row in rows:
         centre, spread, first, *others = (float(number) for number in re.findall(NUMBER, row[column]))
-        values = [float(found[names[row[0]], seed, stage][key]) for seed in "12"]
+        values = [float(found[RIVALS[row[0]], seed, stage][key]) for seed in "12"]
         assert all(map(is_rounded, others, values)), (row, values)
         possible = [[first + step / 200, *values] for step in range(-10, 11)]  # of seed 0 one decimal is known
         assert any(is_rounded(centre, mean(each)) and is_rounded(spread, stdev(each)) for each in possible), (
@@ -208,3 +214,39 @@ def test_the_mechanism_with_local_noise() -> None:
             shown = [float(number) for number in re.findall(NUMBER, cell)]
             wanted = [mean(values), stdev(values), *values] if len(seeds) > 1 else values
             assert len(shown) == len(wanted) and all(map(is_rounded, shown, wanted)), (name, cell, wanted)
+
+
+@pytest.mark.parametrize(
+    "column, stage, key, end",
+    [
+        (3, "knn", "knn_top1_k20", ""),
+        (4, "linear_probe", "test_top1", ""),
+        (5, "finetune", "test_top1", "-labels-1"),
+        (6, "finetune", "test_top1", "-labels-10"),
+    ],
+)
+def test_the_rivals_at_the_whole_budget(column: int, stage: str, key: str, end: str) -> None:
+    found, rows = runs("rivals-512"), table("Rivals at the whole", "method")
+    assert {row[0] for row in rows} == set(RIVALS)
+    for row in rows:
+        of = {seed: each for (name, seed, ran), each in found.items() if (name, ran) == (RIVALS[row[0]] + end, stage)}
+        centre, spread, *shown = (float(number) for number in re.findall(NUMBER, row[column]))
+        values = [float(of[seed][key]) for seed in sorted(of)]
+        assert len(values) == (2 if end == "-labels-10" else 3)
+        assert len(shown) == len(values) and all(map(is_rounded, shown, values)), (row, values)
+        assert is_rounded(centre, mean(values)) and is_rounded(spread, stdev(values)), (row, values)
+        if row[0] != "random weights":
+            pretrained = found[RIVALS[row[0]], "0", "pretrain"]
+            assert [row[1].replace(",", ""), row[2]] == [pretrained["steps"], f"{float(pretrained['epochs']):.1f}"]
+            assert is_rounded(float(row[7]), float(pretrained["peak_gpu_gb"]), 2)
+
+
+def test_the_learning_rates_of_the_rivals_are_the_best_tries() -> None:
+    tries: dict[str, dict[str, float]] = {}
+    for (name, _, _), row in runs("rivals-lr").items():
+        method, lr = name.split("-lr-")
+        tries.setdefault(method, {})[lr] = float(row["knn_train_top1"])
+    section = (ROOT / "docs/results.md").read_text().split("\n## Rivals at the whole", 1)[1].split("```", 2)[1]
+    doubled = {name: float(lr) for name, lr in re.findall(r"(\w+): {pretrain: {lr: ([\d.e-]+)}}", section)}
+    doubled["random"] = doubled["aps"]  # which it inherits
+    assert {method: 2 * float(max(found, key=found.__getitem__)) for method, found in tries.items()} == doubled
