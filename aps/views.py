@@ -9,7 +9,8 @@ operations run on whole batches:
 - crop, resize and flip are one small matrix for rows and one for columns of each image;
 - brightness, contrast and saturation are the same blend, clamp(a x + b gray(x) + c mean(gray(x))), with other
   coefficients, so one operation serves all images in every step;
-- images are sorted by the step in which their hue turns, so each of those branches is a slice.
+- images are sorted by the number of blends before their hue turns. Each blend is applied to those that have it before, then
+  all hues turn, then each blend to the others: slices, the same order for each image, and one pass over the hues.
 
 Products are full float32 on a GPU too (`full_products`): TF32, which training has, would leave three digits of a pixel. The
 host decides it when it queues a product, and the thread that trains queues them, so that the steps keep TF32.
@@ -50,6 +51,7 @@ TRIES = 10  # random boxes tried for an image before a centred one is used (torc
 SIGMA = (0.1, 2.0)  # range of the blur's sigma, in pixels of the view (SimCLR, MoCo v3)
 SOLARIZE = 128 / 255  # threshold of PIL's ImageOps.solarize, of [0, 1]
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, torchvision's rounding
+HUES = 2**17  # pixels of images whose hue turns at once on a CPU, so that intermediate results stay in its caches
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -259,7 +261,8 @@ def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 class _Branches:
     """Parameters on the device, with images sorted by branch, sent in one transfer.
 
-    In sorted order, images with colour jitter come first, and `hue_slots[k]` are those whose hue turns before blend k.
+    In sorted order, images with colour jitter come first, by the number of blends before their hue turns. `before` and `after`
+    are blends before and after that: rows and their coefficients.
     """
 
     def __init__(
@@ -269,10 +272,10 @@ class _Branches:
         hue_slot = (p.order == HUE).int().argmax(1)  # the number of blends before it
         sorting = torch.where(p.jitter, hue_slot, 4).argsort(stable=True)
         counts = torch.bincount(hue_slot[p.jitter], minlength=4).tolist()
-        bounds = [sum(counts[:k]) for k in range(5)]
-        self.colored = bounds[4]
-        turns = bool(p.factors[:, HUE].any())
-        self.hue_slots = [slice(bounds[k], bounds[k + 1] if turns else bounds[k]) for k in range(4)]
+        self.colored = sum(counts)
+        self.turns = bool(p.factors[p.jitter, HUE].any())
+        # Images whose hue turns before blend k, the first ones. Where no hue turns, all blends come before.
+        turned = [sum(counts[: k + 1]) if self.turns else 0 for k in range(3)]
 
         blends = p.order[p.order != HUE].view(batch, 3)
         scale = p.factors.gather(1, blends)
@@ -291,10 +294,17 @@ class _Branches:
         widths = [c.shape[1] for c in columns] + [1, 1]
         boxes, flips, hue, scale, to_gray, to_mean, mix, sigma, solarize, sorting, inverse = table.split(widths, 1)
         self.boxes, self.flips, self.hue = boxes, flips[:, 0] > 0, hue[:, 0]
-        self.blends = [(scale[:, k], to_gray[:, k], to_mean[:, k]) for k in range(3)]
+        steps = [(scale[:, k], to_gray[:, k], to_mean[:, k]) for k in range(3)]
+        self.before = _of_rows([slice(end, self.colored) for end in turned], steps)
+        self.after = _of_rows([slice(0, end) for end in turned], steps)
         self.mix, self.sigma, self.solarized = mix.reshape(-1, 3, 3), sigma[:, 0], solarize[:, 0]
         self.sorting, self.inverse = sorting[:, 0].long(), inverse[:, 0].long()
         self.mean, self.std = mean, std
+
+
+def _of_rows(rows: Sequence[slice], steps: Sequence[tuple[Tensor, ...]]) -> list[tuple[slice, list[Tensor]]]:
+    """Each step's rows and their coefficients; steps without rows are left out."""
+    return [(s, [c[s] for c in step]) for s, step in zip(rows, steps, strict=True) if s.start < s.stop]
 
 
 def _finish(x: Tensor, plan: _Branches) -> Tensor:
@@ -303,11 +313,15 @@ def _finish(x: Tensor, plan: _Branches) -> Tensor:
     x: (B, 3, S, S) float32 in [0, 1], overwritten.
     """
     channels, size = x.shape[1:3]
-    for k in range(4):
-        if (rows := plan.hue_slots[k]).stop > rows.start:
+    for rows, blend in plan.before:
+        _blend(x[rows], *blend)
+    if plan.turns:
+        count = max(1, HUES // size**2) if x.device.type == "cpu" else plan.colored
+        for start in range(0, plan.colored, count):
+            rows = slice(start, min(start + count, plan.colored))
             turn_hue(x[rows], plan.hue[rows], out=x[rows])
-        if k < 3 and plan.colored:
-            _blend(x[: plan.colored], *(c[: plan.colored] for c in plan.blends[k]))
+    for rows, blend in plan.after:
+        _blend(x[rows], *blend)
     with full_products():
         x = torch.bmm(plan.mix, x.flatten(2)).view_as(x)
     if plan.blur:
