@@ -250,3 +250,16 @@ def test_the_learning_rates_of_the_rivals_are_the_best_tries() -> None:
     doubled = {name: float(lr) for name, lr in re.findall(r"(\w+): {pretrain: {lr: ([\d.e-]+)}}", section)}
     doubled["random"] = doubled["aps"]  # which it inherits
     assert {method: 2 * float(max(found, key=found.__getitem__)) for method, found in tries.items()} == doubled
+
+
+def test_the_gaps_of_the_rivals_curves() -> None:
+    with (ROOT / "benchmarks/results/studies/rivals-512-curves.csv").open() as file:
+        read = {(r["experiment"], r["seed"], int(r["step"])): float(r["knn_train_top1"]) for r in csv.DictReader(file)}
+    ahead = {key[1:]: top1 - read["aps", *key[1:]] for key, top1 in read.items() if key[0] == "random"}
+    steps = sorted({step for _, step in ahead})
+    section = " ".join((ROOT / "docs/results.md").read_text().split("\n## Rivals at the whole", 1)[1].split())
+    said = re.search(r"ten readings in the mean, by ([\d., and]+), and in (\d+) of the (\d+) single ones", section)
+    assert said
+    for shown, step in zip(re.findall(r"\d+\.\d", said[1]), steps, strict=True):
+        assert is_rounded(float(shown), mean(gap for (_, at), gap in ahead.items() if at == step)), step
+    assert [int(said[2]), int(said[3])] == [sum(gap > 0 for gap in ahead.values()), len(ahead)]

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from aps.inference.model import Detections, Loaded, Model
     from aps.inference.neighbours import Index
 
-Verb = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
+Run = Callable[[argparse.Namespace], None]
+Verb = Callable[[str, Run, str], argparse.ArgumentParser]
 
 WEIGHTS = "a stage's folder, a .safetensors file, timm:NAME, runs:/ID or models:/NAME/VERSION"
 IMAGES = "image files, and folders of them at any depth"
@@ -34,8 +35,12 @@ ROWS, COLUMNS = 12, 40  # of a picture with many images; Matplotlib refuses 65,5
 COUNT = whole_number(1, 1_000_000)
 
 
-def add(verb: Verb) -> None:
+def add(add_verb: Verb) -> None:
     """Register all verbs except `embed`, which is a stage too."""
+
+    def verb(name: str, run: Run, text: str) -> argparse.ArgumentParser:
+        return add_verb(name, _on_a_free_gpu(run), text)
+
     p = verb("neighbours", _neighbours, "find the images of a file of features that are most similar to given ones")
     p.add_argument("weights", help=f"what made the features: {WEIGHTS}")
     p.add_argument("images", nargs="+", metavar="QUERY", help=IMAGES)
@@ -105,13 +110,26 @@ def add_embed(p: argparse.ArgumentParser) -> None:
     run_stage = p.get_default("run")
 
     def run(args: argparse.Namespace) -> None:
-        (run_stage if args.weights is None else _embed)(args)
+        (run_stage if args.weights is None else _on_a_free_gpu(_embed))(args)
 
     p.set_defaults(run=run)
     group = p.add_argument_group("any images, without a study", "(--out: the file, default features.parquet)")
     group.add_argument("weights", nargs="?", metavar="WEIGHTS", help=WEIGHTS)
     group.add_argument("images", nargs="*", metavar="IMAGES", help=IMAGES)
     _batch_and_device(group)
+
+
+def _on_a_free_gpu(run: Run) -> Run:
+    """The same verb, which uses a GPU that no stage of this machine uses, where there is one."""
+
+    def on_it(args: argparse.Namespace) -> None:
+        from aps.runtime.gpus import hold
+
+        needed = args.weights is not None and args.device in (None, "cuda")
+        with hold(1, "this command", "use the CPU (--device cpu)") if needed else nullcontext():
+            run(args)
+
+    return on_it
 
 
 def _weights_and_images(p: argparse.ArgumentParser) -> None:

@@ -1,7 +1,8 @@
 """Gives a stage GPUs that no other stage of this machine uses, where no scheduler does.
 
-CUDA takes the first GPU unless told otherwise, so stages side by side would share it while the others idle. A stage
-locks a folder for each GPU that it uses, and sets CUDA_VISIBLE_DEVICES for itself and the processes that it starts. The
+CUDA takes the first GPU unless told otherwise, so stages side by side would share it while the others idle. A stage, or a
+verb that uses an encoder, locks a folder for each GPU that it uses, and sets CUDA_VISIBLE_DEVICES for itself and the
+processes that it starts. The
 kernel frees the locks when the process ends, in whatever way. Programs that are not of this package lock nothing.
 
 Imports no torch, and starts no CUDA: from then on CUDA_VISIBLE_DEVICES would be ignored.
@@ -58,8 +59,12 @@ def _uuids() -> list[str]:
 
 
 @contextmanager
-def hold(count: int) -> Iterator[None]:
+def hold(
+    count: int, what: str = "this stage", instead: str = "let Snakemake give turns (resources.STAGE.gpus)"
+) -> Iterator[None]:
     """Use `count` GPUs, free ones first, until the block ends.
+
+    `what` and `instead` are of the warning's words: who uses them, and what else to do where none is free.
 
     Where too few are free the rest is shared, with a warning: a person at a workstation who starts a second stage by hand
     wants it to run, and a small one beside a long one does. Snakemake's jobs wait for their turn (`Plan.share`).
@@ -76,9 +81,8 @@ def hold(count: int) -> Iterator[None]:
                 free.append(name)
         if len(free) < count:
             print(
-                f"warning: this stage uses {number_of(count, 'GPU')} and others leave {len(free)} of {len(found)} free, so it shares; "
-                "where that is too slow or too much for their memory, wait for the others, or let Snakemake give turns "
-                "(resources.STAGE.gpus)",
+                f"warning: {what} uses {number_of(count, 'GPU')} and others leave {len(free)} of {len(found)} free, so it shares; "
+                f"where that is too slow or too much for their memory, wait for the others, or {instead}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from pretended_gpus import pretend_gpus
 
+from aps.cli.table import parse
+from aps.inference import verbs
 from aps.runtime import gpus
 from aps.runtime.gpus import hold, visible
 
@@ -146,3 +148,37 @@ def test_locks_can_be_taken_by_every_user(machine: Path) -> None:
             assert (machine / "aps-GPU-a-1").stat().st_mode & 0o777 == 0o755
     finally:
         os.umask(before)
+
+
+USES = {
+    "embed": ["W", "x.png"], "predict": ["W", "x.png"], "detect": ["W", "x.png"], "attention": ["W", "x.png"],
+    "neighbours": ["W", "x.png", "--index", "f.parquet"], "curate": ["W", "x.png"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", USES)
+def test_a_verb_that_uses_an_encoder_takes_a_free_gpu(
+    verb: str, stages: Stages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saw: list[str | None] = []
+    monkeypatch.setattr(verbs, f"_{verb}", lambda args: saw.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
+    stages.start(3)
+    for device in ([], ["--device", "cuda"], ["--device", "cpu"], ["--device", "cuda:1"]):
+        args = parse([verb, *USES[verb], *device])
+        args.run(args)
+    assert saw == ["3", "3", None, None] and not capsys.readouterr().err
+    stages.start(1)
+    args.device = None
+    args.run(args)
+    sentence = "warning: this command uses 1 GPU and others leave 0 of 4 free, so it shares; where that is too slow "
+    assert capsys.readouterr().err.startswith(sentence) and saw[-1] == "0"
+
+
+def test_a_verb_that_needs_no_encoder_takes_no_gpu(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saw: list[str | None] = []
+    for name in ("curate", "export"):
+        monkeypatch.setattr(verbs, f"_{name}", lambda args: saw.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
+    for command in (["curate", "--index", "f.parquet"], ["export", "W", "--out", "x"]):
+        args = parse(command)
+        args.run(args)
+    assert saw == [None, None]
