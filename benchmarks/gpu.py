@@ -301,13 +301,12 @@ def _input_share(args: argparse.Namespace, what: str, **pretrain: Any) -> Result
                 break
             learner.step(batch, done)
             done += 1
-        lines.append(learner.meter.read())
-        print(lines[-1], flush=True)  # compiling may take the time that the step has
-    last = lines[-1]
-    return {
-        "rows": [(what, last["input_share"], "<= 0.02", ""), ("a step", last["step_ms"], "", "ms"), *plain],
-        "lines": lines,
-    }
+        lines.append(last := learner.meter.read())
+        print(last, flush=True)  # compiling may take the time that the step has
+        rows = [(what, last["input_share"], "<= 0.02", ""), ("a step", last["step_ms"], "", "ms"), *plain]
+        if len(lines) > 1:
+            _save(args, {"rows": rows, "lines": lines})
+    return {"rows": rows, "lines": lines}
 
 
 def steps(args: argparse.Namespace) -> Result:
@@ -657,7 +656,12 @@ def _file(args: argparse.Namespace, step: str) -> Path:
 
 
 def _save(args: argparse.Namespace, result: Result) -> None:
-    """Write a step's result; also before its end, so that a step that is stopped keeps what it has."""
+    """Write a step's result; also before its end, so that a step that is stopped keeps what it has.
+
+    Nothing is written where the step is not one of a run.
+    """
+    if getattr(args, "step", None) is None:
+        return
     file = _file(args, args.step)
     try:
         _write(file, result)

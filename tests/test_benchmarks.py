@@ -205,6 +205,22 @@ def test_the_share_of_waiting_counts_each_batch_once(tmp_path: Path, monkeypatch
     assert found["rows"][0][:2] == ("input_share", len(steps)) and steps == [0, 1]
 
 
+@pytest.mark.parametrize("measure", [gpu.share, gpu.minutes])
+def test_a_share_of_waiting_that_is_stopped_keeps_its_lines(
+    measure: Callable[[Namespace], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not its first alone, which has the compilation."""
+    read = iter({"input_share": share, "step_ms": 1.0} for share in (0.9, 0.1))
+    learner = SimpleNamespace(batches=lambda *_: iter(()), meter=SimpleNamespace(read=lambda: next(read)))
+    monkeypatch.setattr(gpu, "_learner", lambda *_, **__: learner)
+    monkeypatch.setattr(gpu, "_not_compiled", lambda _: [])
+    args = Namespace(device="cpu", tiny=False, out=tmp_path, step="share")  # reads a third line
+    with pytest.raises(StopIteration):
+        measure(args)
+    (saved,) = (json.loads(file.read_text()) for file in tmp_path.glob("*.json"))
+    assert [row[1] for row in saved["rows"]] == [0.1, 1.0] and len(saved["lines"]) == 2
+
+
 def test_every_test_that_needs_a_gpu_is_one_that_make_gpu_runs() -> None:
     """`make gpu` runs what is marked; a test that is only skipped without a GPU would run nowhere."""
     skipped = {}
