@@ -66,7 +66,7 @@ def run(study: str | os.PathLike | Mapping[str, Any], *targets: str, cores: int 
         raise UserError(
             f"study '{loaded.study}' did not finish (Snakemake ended with status {status}); its lines above say why"
         )
-    return Findings(loaded, sources=True).runs()
+    return Findings(loaded, sources=True, gone=True).runs()
 
 
 def pretrain(

@@ -33,6 +33,7 @@ from aps.stages import STAGES
 from aps.text import listed, shorten
 
 MOST_CHANGES = 3  # settings that one sentence names
+MOST_FILES = 3  # and runs whose files are gone
 LONGEST_VALUE = 30  # letters
 NOT_RUN = "not run"
 STAMP = "report.json"
@@ -58,6 +59,7 @@ class Finding:
     problem: str | None  # why there are no figures
     changes: tuple[tuple[str, Any, Any], ...] = ()  # settings that differ: (key, result's, study's)
     other_code: tuple[OtherCode, ...] = ()  # by which it or its encoder was made; such a result counts
+    gone: tuple[str, ...] = ()  # its files that are not there, if it counts without them
 
     @property
     def label(self) -> str:
@@ -83,6 +85,8 @@ class Findings:
         sources: whether results also stop to count when the images in their source folders are no longer those that were
             prepared. Whoever shows figures asks for it. Planning does not: it prepares the images again first, and if
             they are the same, no result is lost. Images that are gone, or on another machine, change nothing.
+        gone: whether a result counts without its files beside metrics.json, as in a copy without weights, which are large.
+            Its figures are no others for that. Whoever shows them asks for it; the run itself has to be repeated.
 
     Attributes:
         finding: (experiment, seed, stage) -> Finding.
@@ -91,8 +95,8 @@ class Findings:
             UserError where its manifest is damaged.
     """
 
-    def __init__(self, study: Study, sources: bool = False) -> None:
-        self.study, self._sources = study, sources
+    def __init__(self, study: Study, sources: bool = False, gone: bool = False) -> None:
+        self.study, self._sources, self._gone = study, sources, gone
         self._folder = study_folder(study)
         self.finding = cache(self._find)
         self.why_outdated = cache(self._why_outdated)
@@ -127,6 +131,16 @@ class Findings:
             lines.append(f"{experiment}: made by {other.clause}: `{command.strip()}`{also}")
         return lines
 
+    def without_files(self) -> str | None:
+        """A sentence on results that count although files of theirs are gone; None where there are none."""
+        gone = [f"{finding.label} ({listed(list(finding.gone), MOST_FILES)})" for finding in self if finding.gone]
+        if not gone:
+            return None
+        return (
+            f"shown without files that are gone: {listed(gone, MOST_FILES)}; copy them here, else "
+            "Snakemake makes these runs again, and what starts from them"
+        )
+
     def digest(self) -> str:
         """A digest of all that a report shows: figures, why there are none, and the descriptions of experiments."""
         runs = [
@@ -135,6 +149,7 @@ class Findings:
                 f.problem,
                 {k: v for k, v in (f.metrics or {}).items() if not k.startswith(("mlflow", "sha256"))},
                 *f.other_code,
+                *f.gone,
             ]
             for f in self
         ]
@@ -176,7 +191,8 @@ class Findings:
             return Finding(*job, None, f"damaged: {file} lacks {error}")
         if problem is not None:
             return Finding(*job, None, problem)
-        return Finding(*job, metrics, None, other_code=self._other_code(metrics, experiment, seed, stage))
+        gone = tuple(name for name in metrics["files"] if not (folder / name).exists()) if self._gone else ()
+        return Finding(*job, metrics, None, other_code=self._other_code(metrics, experiment, seed, stage), gone=gone)
 
     def _other_code(self, metrics: dict[str, Any], experiment: str, seed: int, stage: str) -> tuple[OtherCode, ...]:
         clauses = changed_code(metrics.get("code"), metrics["settings"], self._code_now)
@@ -222,7 +238,8 @@ class Findings:
                 return f"its encoder: {upstream.label} had other settings"
         elif file is not None and file.exists() and metrics["encoder"]["sha256"] != sha256(file):
             return f"another encoder: {file} has changed since"
-        problem = damage(folder, metrics, whole=False)
+        here = {n: f for n, f in metrics["files"].items() if (folder / n).exists()} if self._gone else metrics["files"]
+        problem = damage(folder, {"files": here}, whole=False)
         return f"damaged: {problem}" if problem else None
 
     def _why_outdated(self, dataset: str) -> str | None:

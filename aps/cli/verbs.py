@@ -71,7 +71,7 @@ def report(args: argparse.Namespace) -> None:
     mlflow_answers = not sync(study, address).away
     if mlflow_answers:
         sync_models(study, address)
-    findings = Findings(study, sources=True)
+    findings = Findings(study, sources=True, gone=True)
     files, runs = write_report(study, folder, address, study_options(args), findings)
     findings.stamp_report(folder)
     if mlflow_answers:

@@ -52,7 +52,7 @@ def write_report(
     Raises:
         UserError: a metrics.json is broken, a published entry is unknown, or the folder can't be written.
     """
-    findings = findings or Findings(study, sources=True)
+    findings = findings or Findings(study, sources=True, gone=True)
     table = Table(study, findings)
     intact = partial(is_intact, options=options, told=set())
     pictures = all_figures(table, intact) + _examples(table, intact)
@@ -68,7 +68,9 @@ def write_report(
     with atomic_path(folder / "results.csv") as temporary:
         temporary.write_text(csv_file.content(table), encoding="utf-8")
     with atomic_path(folder / "report.html") as temporary:
-        temporary.write_text(_page(table, pictures, folder, address, options, other_code), encoding="utf-8")
+        temporary.write_text(
+            _page(table, pictures, folder, address, options, other_code, findings.without_files()), encoding="utf-8"
+        )
     return files, table.runs
 
 
@@ -128,8 +130,9 @@ def _examples(table: Table, intact: IsIntact) -> list[Picture]:
 
 
 def _page(
-    table: Table, pictures: Sequence[Picture], folder: Path, address: str, options: str, other_code: Sequence[str]
-) -> str:
+    table: Table, pictures: Sequence[Picture], folder: Path, address: str, options: str, other_code: Sequence[str],
+    without_files: str | None,
+) -> str:  # fmt: skip
     study = table.study
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -165,6 +168,7 @@ def _page(
         pages=_neighbour_pages(table, folder),
         stale=_reasons(table),
         other_code=other_code,
+        without_files=without_files,
         mlflow=how_to_browse(study, address),
         options=options,
         version=__version__,

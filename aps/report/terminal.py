@@ -17,7 +17,7 @@ def terminal(study: Study, address: str) -> str:
 
     address: of MLflow's server or store.
     """
-    findings = Findings(study, sources=True)
+    findings = Findings(study, sources=True, gone=True)
     table = Table(study, findings)
     header = ["experiment", *(score.label for score in table.scores)]
     body = [[name, *(table.text(name, score) for score in table.scores)] for name in table.evaluated()]
@@ -35,6 +35,7 @@ def terminal(study: Study, address: str) -> str:
             *_copies(table),
             *_reasons(table),
             *_other_code(findings),
+            *_without_files(findings),
             "",
             f"Report   {report / 'report.html'}" + ("" if (report / "report.html").exists() else " (not yet made)"),
             f"Table    {report / 'results.csv'}",
@@ -62,6 +63,12 @@ def _other_code(findings: Findings) -> list[str]:
     """Which results that are shown were made by code that has changed since."""
     lines = findings.other_code()
     return ["", *(f"  {line}" for line in lines)] if lines else []
+
+
+def _without_files(findings: Findings) -> list[str]:
+    """Which results are shown although files of theirs are gone."""
+    sentence = findings.without_files()
+    return ["", f"  {sentence}"] if sentence else []
 
 
 def _reasons(table: Table) -> list[str]:

@@ -14,7 +14,7 @@ from made_up import STUDY, finish, table
 from aps import published
 from aps.cli import main
 from aps.findings import Findings
-from aps.layout import report_folder
+from aps.layout import report_folder, study_folder
 from aps.report.page import operations, write_report
 from aps.report.terminal import terminal
 from aps.settings.reading import load_study
@@ -40,6 +40,43 @@ def test_a_report_has_a_row_a_run_escapes_what_it_shows_and_needs_no_other_file(
     assert 'src="' not in page and "<link" not in page and "<script" not in page
     for picture in ("scores/scores.png", "curves/curves.png"):
         assert (tmp_path / "report/figures" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("gone", ["encoder.safetensors", "heads.safetensors", "history.jsonl"])
+def test_figures_are_shown_without_the_files_that_a_copy_leaves_out(gone: str, study: Study, tmp_path: Path) -> None:
+    """Results brought home without the weights, which are large. The runs are made again where a run needs them."""
+    for seed in (0, 1):
+        folder = finish(study, "aps", seed, "pretrain", loss=1.0)
+        finish(study, "aps", seed, "knn", knn_top1_k20=80.0)
+        (folder / gone).unlink()
+    shown = terminal(study, "none")
+    files = f"pretrain aps/seed0 ({gone}), pretrain aps/seed1 ({gone})"
+    said = f"hown without files that are gone: {files}; copy them here, else Snakemake makes these runs again, and what"
+    assert "4 of 14 runs finished" in shown and "80.0 ± 0.0" in shown and f"  s{said} starts" in shown
+    write_report(study, tmp_path / "report", "none")
+    page = (tmp_path / "report/report.html").read_text()
+    assert "80.0 ± 0.0" in page and f"<p>S{said} starts from them.</p>" in page
+    planned = {finding.label: finding.problem for finding in Findings(study) if finding.stale}
+    problem = f"damaged: {gone} is missing"
+    assert planned == {
+        f"{stage} aps/seed{seed}": f"{before}{problem}"
+        for seed in (0, 1)
+        for stage, before in (("pretrain", ""), ("knn", "its encoder: "))
+    }
+    file = study_folder(study) / "aps/seed0/knn/history.jsonl"
+    file.write_text(file.read_text()[:-1])  # a file that is there has to be the one that was written
+    assert "4 of 14 runs" not in terminal(study, "none")
+
+
+def test_the_notes_under_the_table_are_sentences_with_spaces_between(study: Study, tmp_path: Path) -> None:
+    for encoder in (None, {"source": "file.safetensors", "sha256": "e" * 64}):  # of each seed its own, or one of all
+        tree = tmp_path / ("one" if encoder else "own")
+        of = study.model_copy(update={"results": str(tree)})
+        for seed in (0, 1):
+            finish(of, "aps", seed, "knn", knn_top1_k20=80.0, encoder=encoder)
+        write_report(of, tree / "report", "none")
+        (note,) = re.findall(r'<p class="note">(Percent.*?)</p>', (tree / "report/report.html").read_text(), re.DOTALL)
+        assert "Floor: the same" in note and not re.search(r"[a-z][.:;][A-Z]", note)
 
 
 def test_a_report_on_nothing_says_so(study: Study, tmp_path: Path) -> None:
