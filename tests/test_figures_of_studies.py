@@ -263,3 +263,17 @@ def test_the_gaps_of_the_rivals_curves() -> None:
     for shown, step in zip(re.findall(r"\d+\.\d", said[1]), steps, strict=True):
         assert is_rounded(float(shown), mean(gap for (_, at), gap in ahead.items() if at == step)), step
     assert [int(said[2]), int(said[3])] == [sum(gap > 0 for gap in ahead.values()), len(ahead)]
+
+
+@pytest.mark.parametrize("column, key", [(1, "box_AP"), (2, "mask_AP")])
+def test_the_detectors_of_few_canvases_with_three_seeds(column: int, key: str) -> None:
+    found, text = runs("detection-few-seeds"), (ROOT / "docs/log.md").read_text()
+    section = text.split(": few canvases again", 1)[1].split("\n## ", 1)[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")][2:]
+    names = {"MAE": "mae", "APS": "aps", "random weights": "random-weights"}
+    assert len(rows) == len(names)
+    for row in rows:
+        name = names[row[0].split(",")[0].strip()]
+        values = [float(found[name, seed, "detection"][key]) for seed in "012"]
+        shown = [float(number) for number in re.findall(NUMBER, row[column])]
+        assert len(shown) == 5 and all(map(is_rounded, shown, [mean(values), stdev(values), *values])), (row, values)
