@@ -277,3 +277,26 @@ def test_the_detectors_of_few_canvases_with_three_seeds(column: int, key: str) -
         values = [float(found[name, seed, "detection"][key]) for seed in "012"]
         shown = [float(number) for number in re.findall(NUMBER, row[column])]
         assert len(shown) == 5 and all(map(is_rounded, shown, [mean(values), stdev(values), *values])), (row, values)
+
+
+def test_the_rivals_of_readme() -> None:
+    text, found = " ".join((ROOT / "README.md").read_text().split()), runs("rivals-512")
+    said = (
+        re.search(r"twelve epochs, kNN is (.*?) \(three seeds", text),
+        re.search(r"\(three seeds\) APS (.*?)\.(?: |$)(?!\d)", text),
+    )
+    assert all(said)
+    knn, labels = (re.findall(rf"({NUMBER}) ± ({NUMBER})", match[1]) for match in said if match)
+    mae = re.search(rf"MAE has ({NUMBER}) ± ({NUMBER})", text)
+    assert mae
+    shown = {("knn", "knn_top1_k20", ""): [*knn, mae.groups()], ("finetune", "test_top1", "-labels-1"): labels}
+    for (stage, key, end), pairs in shown.items():
+        names = [
+            "aps",
+            "random",
+            "simclr",
+            *(["random-weights", "mae"] if stage == "knn" else ["mae", "random-weights"]),
+        ]
+        for name, (centre, spread) in zip(names, pairs, strict=True):
+            values = [float(found[name + end, seed, stage][key]) for seed in "012"]
+            assert is_rounded(float(centre), mean(values)) and is_rounded(float(spread), stdev(values)), (name, stage)
