@@ -12,18 +12,16 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-NAMES = {"simclr": "SimCLR", "full": "full, all tokens", "random": "random", "aps": "APS", "mae": "MAE"}
-NAMES |= {"mocov3": "MoCo v3", "byol": "BYOL", "dino": "DINO"}
-COLOURS = (
-    "#4477aa",
-    "#228833",
-    "#d95f02",
-    "black",
-    "#aa3377",
-    "#66ccee",
-    "#999933",
-    "#bbbbbb",
-)  # in the order of NAMES
+METHODS = {  # label, colour
+    "simclr": ("SimCLR", "#4477aa"),
+    "full": ("full, all tokens", "#228833"),
+    "random": ("random", "#d95f02"),
+    "aps": ("APS", "black"),
+    "mae": ("MAE", "#aa3377"),
+    "mocov3": ("MoCo v3", "#66ccee"),
+    "byol": ("BYOL", "#999933"),
+    "dino": ("DINO", "#bbbbbb"),
+}
 
 
 def curves() -> dict[str, list[tuple[float, list[float]]]]:
@@ -41,8 +39,9 @@ def curves() -> dict[str, list[tuple[float, list[float]]]]:
 def draw() -> Figure:
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    for (name, label), colour in zip(NAMES.items(), COLOURS, strict=True):
-        readings = curves()[name]
+    read = curves()
+    for name, (label, colour) in METHODS.items():
+        readings = read[name]
         flops, means = [x for x, _ in readings], [sum(values) / len(values) for _, values in readings]
         least, most = [min(values) for _, values in readings], [max(values) for _, values in readings]
         axes.plot(flops, means, color=colour, linewidth=2.6 if name == "aps" else 1.6, marker="o", markersize=3)
