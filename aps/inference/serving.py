@@ -28,6 +28,7 @@ from aps.inference.upstream import find_encoder
 from aps.layout import stage_folder, study_folder
 from aps.seals import read_metrics
 from aps.settings.study import Study
+from aps.text import listed, number_of
 from aps.tracking.addresses import HTTP, OFF, database_file, full, settled
 from aps.tracking.reasons import why, will_last
 from aps.tracking.server import ARTIFACTS, PROXIED, Server
@@ -71,22 +72,37 @@ def track_model(folder: Path, address: str, label: str, seconds: float = SECONDS
 
 
 def sync_models(study: Study, address: str) -> tuple[int, int]:
-    """Log models of a study's finished stages that MLflow does not have yet. Returns (sent, still missing)."""
-    sent, connect = 0, cache(_client)
+    """Log models of a study's finished stages that MLflow does not have yet. Returns (sent, still missing).
+
+    A stage whose weights are gone here has no model to send, which one warning tells.
+    """
+    sent, connect, gone = 0, cache(_client), list[str]()
     folders = [stage_folder(study_folder(study), *job) for job in study.jobs()]
     waiting = [folder for folder in folders if (folder / "metrics.json").exists()] if _wanted(address) else []
     missing = 0
     for number, folder in enumerate(waiting):
         try:
             sent += _track(folder, address, connect)
+        except Gone:
+            gone.append(str(folder))
         except UserError as error:  # the report names damaged results
             logging.getLogger(__name__).debug("%s", error)
         except Exception as error:  # any of mlflow's
             missing += 1
             print(f"{folder}: MLflow at {address} did not take its model: {why(error)}", file=sys.stderr)
             if will_last(error):  # the server is away, and trying every other model would take minutes
-                return sent, missing + len(waiting) - number - 1
+                missing += len(waiting) - number - 1
+                break
+    if gone:
+        print(
+            f"warning: MLflow gets no model of {number_of(len(gone), 'result')} whose weights are gone here: {listed(gone, 3)}",
+            file=sys.stderr,
+        )
     return sent, missing
+
+
+class Gone(UserError):
+    """A result without its weights, as in a copy that leaves them out."""
 
 
 def _wanted(address: str) -> bool:
@@ -100,6 +116,7 @@ def _track(folder: Path, address: str, connect: Callable[[str], Any]) -> bool:
         connect: gives an MlflowClient of an address.
 
     Raises:
+        Gone: the stage's weights, or those of a linear probe's encoder, are not here.
         Exception: any error of mlflow, and UserError where the results are not complete.
     """
     metrics = read_metrics(folder / "metrics.json")
@@ -111,6 +128,10 @@ def _track(folder: Path, address: str, connect: Callable[[str], Any]) -> bool:
     if info.lifecycle_stage == "deleted" or _logged(client, run, info.experiment_id) is not None:
         return False
     encoder = find_encoder(folder, metrics) if metrics["stage"] == "linear_probe" else None
+    if not (folder / _weights(metrics["stage"])).exists() or (
+        metrics["stage"] == "linear_probe" and encoder is None and metrics["encoder"]["sha256"] is not None
+    ):
+        raise Gone(f"{folder}: its weights are gone")
     log_model(client, address, run, folder, encoder)
     return True
 
@@ -288,11 +309,14 @@ def _logged(client: Any, run_id: str, experiment: str | None = None) -> str | No
     return f"models:/{ready[0].model_id}" if ready else None
 
 
+def _weights(stage: str) -> str:
+    return {"pretrain": "encoder.safetensors", "linear_probe": "heads.safetensors"}.get(stage, "model.safetensors")
+
+
 def _gathered(folder: Path, stage: str, encoder: Path | None, data: Path) -> Path:
     """Copy the files of a stage that `aps.load` needs into the folder `data`."""
     data.mkdir()
-    weights = {"pretrain": "encoder.safetensors", "linear_probe": "heads.safetensors"}.get(stage, "model.safetensors")
-    for file in (folder / "metrics.json", folder / weights, *([encoder] if encoder is not None else [])):
+    for file in (folder / "metrics.json", folder / _weights(stage), *([encoder] if encoder is not None else [])):
         shutil.copyfile(file, data / file.name)
     return data
 

@@ -317,6 +317,32 @@ def test_a_finished_stage_logs_its_model_and_sync_logs_what_is_missing_once(
     assert torch.allclose(load(f"runs:/{run}").embed(image), load(folder).embed(image))
 
 
+def test_results_whose_weights_are_gone_have_no_model_and_one_warning_says_so(
+    tracked: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where results were brought home without them. Nothing half-made is left in MLflow, however often it is tried."""
+    server, study = tracked
+    monkeypatch.setenv("APS_LOG_MODELS", "0")
+    for verb in (["data", "digits"], ["pretrain"], ["linear_probe"]):
+        assert main([*verb, "--configfile", study]) == 0
+    monkeypatch.delenv("APS_LOG_MODELS")
+    stages = tmp_path / "results/small/mine/seed0"
+    encoder = stages / "pretrain/encoder.safetensors"
+    kept = encoder.rename(tmp_path / "kept")
+    for saved in (tmp_path / "results/runs").rglob("encoder.safetensors"):
+        saved.unlink()
+    capsys.readouterr()
+    for _ in range(2):
+        assert main(["sync", "--configfile", study]) == 0
+        said = capsys.readouterr()
+        folders = f"{stages / 'pretrain'}, {stages / 'linear_probe'}"  # which needs the encoder too
+        assert said.err == f"warning: MLflow gets no model of 2 results whose weights are gone here: {folders}\n"
+        assert "0 models logged, 0 could not be sent" in said.out and models_of(server) == {}
+    kept.rename(encoder)
+    (stages / "linear_probe/heads.safetensors").unlink()
+    assert sync_models(load_study([study]), server) == (1, 0) and models_of(server) == {"pretrain": 1}
+
+
 def test_a_run_that_is_gone_from_mlflow_keeps_no_other_from_its_model_and_sync_sends_both_again(
     tracked: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
