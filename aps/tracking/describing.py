@@ -120,7 +120,7 @@ def describe(
         name=name,
         stage=stage,
         key=_digest(study, name, metrics["settings_digest"], metrics["started"]),
-        started=_milliseconds(metrics["started"]),
+        started=milliseconds(metrics["started"]),
         params=parameters(metrics["settings"], *(made["settings"] for made in (pretraining, *before) if made)),
         tags=_tags(metrics, pretraining) | ({RESULTS: results} if results else {}),
         note=description,
@@ -252,8 +252,9 @@ def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()[:32]
 
 
-def _milliseconds(started: str) -> int:
-    return int(datetime.fromisoformat(started).timestamp() * 1000)
+def milliseconds(moment: str) -> int:
+    """MLflow's clock for a moment of metrics.json."""
+    return int(datetime.fromisoformat(moment).timestamp() * 1000)
 
 
 def _user() -> str | None:

@@ -22,7 +22,7 @@ from aps.seals import found_metrics, makers_of_run, seal
 from aps.settings.study import Study
 from aps.text import listed, number_of
 from aps.tracking.addresses import OFF, settled
-from aps.tracking.describing import RESULTS, About, describe, finals, renewed
+from aps.tracking.describing import RESULTS, About, describe, finals, milliseconds, renewed
 from aps.tracking.reasons import why, will_last
 from aps.tracking.sending import Sender, pictures
 from aps.tracking.server import Server
@@ -127,6 +127,9 @@ def _sync_run(
         else:
             state.moved(address)  # the run had no tracking or another server, or its results were moved
             state.about, state.finals = about, finals(metrics)
+            state.ended = state.ended or milliseconds(
+                metrics["finished"]
+            )  # else MLflow shows the time until now as its duration
             sender.files = pictures(folder)
             sender.send()
         synced.sent += 1

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sqlite3
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,24 @@ def test_results_made_without_mlflow_or_for_another_server_can_be_sent_later(res
     job = missed(results)
     assert sync(study_of(results), store).sent == 1
     assert_whole(store, job)
+
+
+@pytest.mark.parametrize("made", ["without MLflow", "with a dead server", "tracking.json gone"])
+def test_a_run_that_is_sent_later_has_the_duration_that_it_had(
+    made: str, results: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the time until it was sent."""
+    job = fake_job(results, tracking="http://127.0.0.1:9" if "server" in made else "none")
+    play(job)
+    if "gone" in made:
+        (job.out / "tracking.json").unlink()
+    later = time.time() + 86400
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert sync(study_of(results), store).sent == 1
+    (run,) = runs(store)
+    metrics = read_metrics(job.out / "metrics.json")
+    for shown, told in ((run.info.start_time, metrics["started"]), (run.info.end_time, metrics["finished"])):
+        assert abs(shown / 1000 - datetime.fromisoformat(told).timestamp()) < 60, (shown, told)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"address": 1}', None], ids=["list", "truncated", "other types", "gone"])
