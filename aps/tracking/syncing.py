@@ -127,9 +127,8 @@ def _sync_run(
         else:
             state.moved(address)  # the run had no tracking or another server, or its results were moved
             state.about, state.finals = about, finals(metrics)
-            state.ended = state.ended or milliseconds(
-                metrics["finished"]
-            )  # else MLflow shows the time until now as its duration
+            # Else MLflow shows the time until now as its duration. metrics.json has whole seconds; its last lines came later.
+            state.ended = state.ended or milliseconds(metrics["finished"]) + 999
             sender.files = pictures(folder)
             sender.send()
         synced.sent += 1
