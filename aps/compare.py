@@ -26,7 +26,7 @@ def compare(folders: Sequence[Path]) -> str:
     """One table for each kind of difference, with a column for each run. Rows that are alike are left out.
 
     Raises:
-        UserError: there are fewer than two runs, a folder has no finished run, or its files were changed.
+        UserError: there are fewer than two runs, a folder has no finished run, or its files were changed. Files that are gone change no figure.
     """
     if len(folders) < 2:
         raise UserError("compare: one run has nothing to differ from; name two folders of stages or more")
@@ -53,7 +53,7 @@ def _read(folder: Path) -> dict[str, Any]:
             f"{folder}: no finished run (it has no metrics.json); name a folder results/STUDY/EXPERIMENT/seedN/STAGE"
         )
     metrics = read_metrics(folder / "metrics.json")
-    if (problem := damage(folder, metrics, whole=False)) is not None:
+    if (problem := damage(folder, metrics, whole=False, gone=True)) is not None:
         raise UserError(f"{folder}: {problem}; run the stage again")
     return metrics
 

@@ -27,7 +27,7 @@ from aps.files import read_json, sha256, write_json
 from aps.layout import encoder_file, maker_of, manifest_of, stage_folder, study_folder
 from aps.registry import USER_DATASETS
 from aps.results import flatten, images_digest
-from aps.seals import contents, damage, read_metrics
+from aps.seals import contents, damage, files_gone, read_metrics
 from aps.settings.study import Study
 from aps.stages import STAGES
 from aps.text import listed, shorten
@@ -191,7 +191,7 @@ class Findings:
             return Finding(*job, None, f"damaged: {file} lacks {error}")
         if problem is not None:
             return Finding(*job, None, problem)
-        gone = tuple(name for name in metrics["files"] if not (folder / name).exists()) if self._gone else ()
+        gone = files_gone(folder, metrics) if self._gone else ()
         return Finding(*job, metrics, None, other_code=self._other_code(metrics, experiment, seed, stage), gone=gone)
 
     def _other_code(self, metrics: dict[str, Any], experiment: str, seed: int, stage: str) -> tuple[OtherCode, ...]:
@@ -238,8 +238,7 @@ class Findings:
                 return f"its encoder: {upstream.label} had other settings"
         elif file is not None and file.exists() and metrics["encoder"]["sha256"] != sha256(file):
             return f"another encoder: {file} has changed since"
-        here = {n: f for n, f in metrics["files"].items() if (folder / n).exists()} if self._gone else metrics["files"]
-        problem = damage(folder, {"files": here}, whole=False)
+        problem = damage(folder, metrics, whole=False, gone=self._gone)
         return f"damaged: {problem}" if problem else None
 
     def _why_outdated(self, dataset: str) -> str | None:

@@ -76,15 +76,22 @@ def contents(folder: Path) -> dict[str, dict[str, Any]]:
     return {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
 
 
-def damage(folder: Path, metrics: dict[str, Any], whole: bool) -> str | None:
+def files_gone(folder: Path, metrics: dict[str, Any]) -> tuple[str, ...]:
+    """The files that metrics.json lists and that are not there, as in a copy that leaves out weights, which are large."""
+    return tuple(name for name in metrics["files"] if not (folder / name).exists())
+
+
+def damage(folder: Path, metrics: dict[str, Any], whole: bool, gone: bool = False) -> str | None:
     """What is wrong with the files that metrics.json lists; None if nothing is.
 
-    whole: compare their content, not only their sizes.
+    whole: compare their content, not only their sizes. gone: pass over those that are not there.
     """
     for name, expected in metrics["files"].items():
         try:
             size = os.stat(f"{folder}/{name}").st_size
         except OSError:
+            if gone:
+                continue
             return f"{name} is missing"
         if size != expected["bytes"]:
             return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"

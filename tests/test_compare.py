@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import gammas
@@ -54,6 +55,19 @@ def test_a_run_may_be_named_by_its_metrics(results: Path, capsys: pytest.Capture
     folders = [str(stage_folder(results, name, 0, "knn") / "metrics.json") for name in ("gamma0", "gamma3")]
     assert main(["compare", *folders]) == 0
     assert "sampling.gamma" in capsys.readouterr().out
+
+
+def test_runs_are_compared_without_the_files_that_a_copy_leaves_out(results: Path, tmp_path: Path) -> None:
+    copies = [tmp_path / name for name in ("gamma0", "gamma3")]
+    for copy in copies:
+        shutil.copytree(results / copy.name, copy)
+        for stage in ("pretrain", "knn"):
+            for file in (copy / "seed0" / stage).iterdir():
+                if file.name != "metrics.json":
+                    file.unlink()
+    given, kept = ([folder / "seed0/knn" for folder in of] for of in (copies, [results / c.name for c in copies]))
+    tables = [[rows(compare(folders), title) for title in ("settings", "scores")] for folders in (given, kept)]
+    assert tables[0] == tables[1] and tables[0][0] == {"sampling.gamma": ["0", "3"]}
 
 
 def test_what_is_no_run_and_what_was_changed_are_one_sentence(results: Path, tmp_path: Path) -> None:
