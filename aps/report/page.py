@@ -56,7 +56,9 @@ def write_report(
     table = Table(study, findings)
     intact = partial(is_intact, options=options, told=set())
     pictures = all_figures(table, intact) + _examples(table, intact)
-    other_code = findings.other_code(options)
+    other_code, without_files = findings.other_code(options), findings.without_files()
+    if without_files is not None:
+        print(f"warning: {without_files}", file=sys.stderr)
     _remove_figures(folder)
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     files = [folder / "report.html", folder / "results.csv"]
@@ -69,7 +71,7 @@ def write_report(
         temporary.write_text(csv_file.content(table), encoding="utf-8")
     with atomic_path(folder / "report.html") as temporary:
         temporary.write_text(
-            _page(table, pictures, folder, address, options, other_code, findings.without_files()), encoding="utf-8"
+            _page(table, pictures, folder, address, options, other_code, without_files), encoding="utf-8"
         )
     return files, table.runs
 
@@ -86,13 +88,13 @@ def _remove_figures(folder: Path) -> None:
 
 
 def is_intact(finding: Finding, file: str, options: str = "", told: set[Path] | None = None) -> bool:
-    """Whether the run's result counts and this file of it is the one that was written; if not, prints a message.
+    """Whether the run's result counts and this file of it is the one that was written; if it is another, prints a message.
 
     Args:
         options: as of `write_report`.
         told: the files of which a message was printed, so that there is one for each, however many pictures want it.
     """
-    if finding.metrics is None or file not in finding.metrics["files"]:
+    if finding.metrics is None or file not in finding.metrics["files"] or file in finding.gone:
         return False
     problem = damage(finding.folder, {"files": {file: finding.metrics["files"][file]}}, whole=True)
     told = set() if told is None else told

@@ -43,7 +43,9 @@ def test_a_report_has_a_row_a_run_escapes_what_it_shows_and_needs_no_other_file(
 
 
 @pytest.mark.parametrize("gone", ["encoder.safetensors", "heads.safetensors", "history.jsonl"])
-def test_figures_are_shown_without_the_files_that_a_copy_leaves_out(gone: str, study: Study, tmp_path: Path) -> None:
+def test_figures_are_shown_without_the_files_that_a_copy_leaves_out(
+    gone: str, study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Results brought home without the weights, which are large. The runs are made again where a run needs them."""
     for seed in (0, 1):
         folder = finish(study, "aps", seed, "pretrain", loss=1.0)
@@ -56,6 +58,9 @@ def test_figures_are_shown_without_the_files_that_a_copy_leaves_out(gone: str, s
     write_report(study, tmp_path / "report", "none")
     page = (tmp_path / "report/report.html").read_text()
     assert "80.0 ± 0.0" in page and f"<p>S{said} starts from them.</p>" in page
+    assert (
+        capsys.readouterr().err == f"warning: s{said} starts from them\n"
+    )  # not a line for each picture that lacks them
     planned = {finding.label: finding.problem for finding in Findings(study) if finding.stale}
     problem = f"damaged: {gone} is missing"
     assert planned == {
