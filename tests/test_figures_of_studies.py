@@ -267,14 +267,16 @@ def test_the_gaps_of_the_rivals_curves() -> None:
 
 @pytest.mark.parametrize("column, key", [(1, "box_AP"), (2, "mask_AP")])
 def test_the_detectors_of_few_canvases_with_three_seeds(column: int, key: str) -> None:
-    found, text = runs("detection-few-seeds"), (ROOT / "docs/log.md").read_text()
+    text = (ROOT / "docs/log.md").read_text()
+    files = {"2.5e13 operations": "detection-few-seeds", "2.5e14 operations": "rivals-512-cpu"}
     section = text.split(": few canvases again", 1)[1].split("\n## ", 1)[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")][2:]
-    names = {"MAE": "mae", "APS": "aps", "random weights": "random-weights"}
-    assert len(rows) == len(names)
+    names = {"MAE": "mae", "APS": "aps", "random weights": "random-weights", "SimCLR": "simclr"}
+    assert len(rows) == 5
     for row in rows:
-        name = names[row[0].split(",")[0].strip()]
-        values = [float(found[name, seed, "detection"][key]) for seed in "012"]
+        encoder, _, operations = row[0].strip().partition(", ")
+        found = runs(files[operations] if operations else "detection-few-seeds")
+        values = [float(found[names[encoder], seed, "detection"][key]) for seed in "012"]
         shown = [float(number) for number in re.findall(NUMBER, row[column])]
         assert len(shown) == 5 and all(map(is_rounded, shown, [mean(values), stdev(values), *values])), (row, values)
 
