@@ -85,13 +85,8 @@ def test_the_pairs_of_readme_and_their_picture(monkeypatch: pytest.MonkeyPatch) 
     import gap
 
     pairs = {pair for row in gap.rows().values() for pair in row}
-    for study in (
-        "rivals-tenth",
-        "rivals-512",
-        "length-fifth",
-        "mechanism-half",
-        "mechanism-local",
-    ):  # none is left out
+    # None is left out
+    for study in ("rivals-tenth", "rivals-512", "length-fifth", "mechanism-half", "mechanism-local"):
         names = {name for name, _, _ in runs(study)}
         for name in names:
             other = re.sub(r"^(asymmetric|aps)(?=-|$)", "random", name)
@@ -293,12 +288,8 @@ def test_the_rivals_of_readme() -> None:
     assert mae
     shown = {("knn", "knn_top1_k20", ""): [*knn, mae.groups()], ("finetune", "test_top1", "-labels-1"): labels}
     for (stage, key, end), pairs in shown.items():
-        names = [
-            "aps",
-            "random",
-            "simclr",
-            *(["random-weights", "mae"] if stage == "knn" else ["mae", "random-weights"]),
-        ]
+        last = ["random-weights", "mae"] if stage == "knn" else ["mae", "random-weights"]
+        names = ["aps", "random", "simclr", *last]
         for name, (centre, spread) in zip(names, pairs, strict=True):
             values = [float(found[name + end, seed, stage][key]) for seed in "012"]
             assert is_rounded(float(centre), mean(values)) and is_rounded(float(spread), stdev(values)), (name, stage)

@@ -127,10 +127,11 @@ def _track(folder: Path, address: str, connect: Callable[[str], Any]) -> bool:
     info = client.get_run(run).info
     if info.lifecycle_stage == "deleted" or _logged(client, run, info.experiment_id) is not None:
         return False
-    encoder = find_encoder(folder, metrics) if metrics["stage"] == "linear_probe" else None
-    if not (folder / _weights(metrics["stage"])).exists() or (
-        metrics["stage"] == "linear_probe" and encoder is None and metrics["encoder"]["sha256"] is not None
-    ):
+    encoder, here = None, (folder / _weights(metrics["stage"])).exists()
+    if here and metrics["stage"] == "linear_probe":
+        encoder = find_encoder(folder, metrics)
+        here = encoder is not None or metrics["encoder"]["sha256"] is None
+    if not here:
         raise Gone(f"{folder}: its weights are gone")
     log_model(client, address, run, folder, encoder)
     return True

@@ -292,6 +292,15 @@ def models_of(server: str) -> dict[str, int]:
     return {stage: sum(m.tags["stage"] == stage for m in found) for stage in {m.tags["stage"] for m in found}}
 
 
+def finished_without_models(study: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run the study's stages while no models are logged -> the folder of its stages."""
+    monkeypatch.setenv("APS_LOG_MODELS", "0")
+    for verb in (["data", "digits"], ["pretrain"], ["linear_probe"]):
+        assert main([*verb, "--configfile", study]) == 0
+    monkeypatch.delenv("APS_LOG_MODELS")
+    return Path(study).parent / "results/small/mine/seed0"
+
+
 def test_a_finished_stage_logs_its_model_and_sync_logs_what_is_missing_once(
     tracked: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,11 +331,7 @@ def test_results_whose_weights_are_gone_have_no_model_and_one_warning_says_so(
 ) -> None:
     """As where results were brought home without them. Nothing half-made is left in MLflow, however often it is tried."""
     server, study = tracked
-    monkeypatch.setenv("APS_LOG_MODELS", "0")
-    for verb in (["data", "digits"], ["pretrain"], ["linear_probe"]):
-        assert main([*verb, "--configfile", study]) == 0
-    monkeypatch.delenv("APS_LOG_MODELS")
-    stages = tmp_path / "results/small/mine/seed0"
+    stages = finished_without_models(study, monkeypatch)
     encoder = stages / "pretrain/encoder.safetensors"
     kept = encoder.rename(tmp_path / "kept")
     for saved in (tmp_path / "results/runs").rglob("encoder.safetensors"):
@@ -347,11 +352,7 @@ def test_a_run_that_is_gone_from_mlflow_keeps_no_other_from_its_model_and_sync_s
     tracked: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server, study = tracked
-    monkeypatch.setenv("APS_LOG_MODELS", "0")
-    for verb in (["data", "digits"], ["pretrain"], ["linear_probe"]):
-        assert main([*verb, "--configfile", study]) == 0
-    monkeypatch.delenv("APS_LOG_MODELS")
-    stages = tmp_path / "results/small/mine/seed0"
+    stages = finished_without_models(study, monkeypatch)
     gone, there = (
         json.loads((stages / stage / "metrics.json").read_text())["mlflow_run_id"]
         for stage in ("pretrain", "linear_probe")

@@ -58,9 +58,8 @@ def test_figures_are_shown_without_the_files_that_a_copy_leaves_out(
     write_report(study, tmp_path / "report", "none")
     page = (tmp_path / "report/report.html").read_text()
     assert "80.0 ± 0.0" in page and f"<p>S{said} starts from them.</p>" in page
-    assert (
-        capsys.readouterr().err == f"warning: s{said} starts from them\n"
-    )  # not a line for each picture that lacks them
+    # Not a line for each picture that lacks them
+    assert capsys.readouterr().err == f"warning: s{said} starts from them\n"
     planned = {finding.label: finding.problem for finding in Findings(study) if finding.stale}
     problem = f"damaged: {gone} is missing"
     assert planned == {
